@@ -1,0 +1,41 @@
+"""Every error that kvpolicy raises on purpose."""
+
+from __future__ import annotations
+
+__all__ = [
+    "CacheError",
+    "CompareError",
+    "KvpolicyError",
+    "MissingDependencyError",
+    "PluginError",
+    "RecipeError",
+    "TaskError",
+]
+
+
+class KvpolicyError(Exception):
+    """Base of all errors of kvpolicy. The message says what must hold, what was found, and the remedy."""
+
+
+class RecipeError(KvpolicyError):
+    """A recipe, or a parameter given to one, is not valid."""
+
+
+class PluginError(KvpolicyError):
+    """A plugin can't be loaded, clashes with another, or broke its contract."""
+
+
+class MissingDependencyError(PluginError):
+    """A recipe needs an optional library that is not installed."""
+
+
+class CacheError(KvpolicyError):
+    """A cache can't be built for a model, or was used in a way that it can't serve."""
+
+
+class TaskError(KvpolicyError):
+    """A task of the comparison is unknown, or its file is not valid."""
+
+
+class CompareError(KvpolicyError):
+    """A comparison can't be run as asked."""

@@ -1,0 +1,25 @@
+"""The hooks that a plugin may implement."""
+
+from __future__ import annotations
+
+import pluggy
+
+from kvpolicy.policy import Policy
+from kvpolicy.quantizer import Quantizer
+
+__all__ = ["hookimpl", "hookspec", "kvpolicy_policies", "kvpolicy_quantizers"]
+
+hookspec = pluggy.HookspecMarker("kvpolicy")
+hookimpl = pluggy.HookimplMarker("kvpolicy")
+
+
+@hookspec
+def kvpolicy_policies() -> list[type[Policy]]:
+    """The token-selection policies of this plugin, as classes."""
+    raise AssertionError("a specification is not called")
+
+
+@hookspec
+def kvpolicy_quantizers() -> list[type[Quantizer]]:
+    """The quantizers of this plugin, as classes."""
+    raise AssertionError("a specification is not called")

@@ -1,0 +1,110 @@
+"""Tensors that grow and shrink along the token axis without being copied."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+__all__ = ["Pages"]
+
+SMALLEST, LARGEST = 64, 1024
+
+
+class Pages:
+    """A tensor `[batch, kv_heads, tokens, width]` in pages of 64 to 1,024 tokens.
+
+    Growth allocates a page and copies nothing; tokens that leave from the front or the back free whole pages.
+    """
+
+    def __init__(self) -> None:
+        self.pages: list[Tensor] = []
+        self.start = 0
+        self.length = 0
+
+    @property
+    def capacity(self) -> int:
+        return sum(page.shape[2] for page in self.pages)
+
+    def append(self, x: Tensor) -> None:
+        done, n = 0, x.shape[2]
+        while done < n:
+            free = self.capacity - self.start - self.length
+            if free == 0:
+                size = min(LARGEST, max(SMALLEST, self.length, n - done))
+                self.pages.append(x.new_empty((*x.shape[:2], size, x.shape[3])))
+                free = size
+            take = min(free, n - done)
+            page = self.pages[-1]
+            at = page.shape[2] - free
+            page[:, :, at : at + take] = x[:, :, done : done + take]
+            done += take
+            self.length += take
+
+    def blocks(self) -> Iterator[tuple[int, Tensor]]:
+        """Views of all tokens in order, with the index of the first of each."""
+        offset, start = 0, self.start
+        for page in self.pages:
+            n = min(page.shape[2] - start, self.length - offset)
+            if n > 0:
+                yield offset, page[:, :, start : start + n]
+                offset += n
+            start = 0
+
+    def slice(self, begin: int, end: int) -> Tensor:
+        """Tokens `begin` to `end`: a view where they lie in one page."""
+        parts = []
+        for offset, block in self.blocks():
+            lo, hi = max(begin - offset, 0), min(end - offset, block.shape[2])
+            if lo < hi:
+                parts.append(block[:, :, lo:hi])
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+    def take(self, index: Tensor) -> Tensor:
+        """The tokens at `index` (ascending), copied."""
+        lowest, highest = int(index[0]), int(index[-1])
+        window = self.slice(lowest, highest + 1)
+        return window.index_select(2, (index - lowest).to(window.device))
+
+    def drop(self, index: Tensor) -> None:
+        """Remove the tokens at `index` (ascending, distinct)."""
+        n = len(index)
+        if n == 0:
+            return
+        if int(index[-1]) == n - 1:
+            self.start += n
+        elif int(index[0]) != self.length - n:
+            keep = torch.ones(self.length, dtype=torch.bool)
+            keep[index] = False
+            first = int(index[0])
+            rest = keep[first:].nonzero()[:, 0] + first
+            kept = self.take(rest)
+            self._truncate(first)
+            self.append(kept)
+            return
+        self._truncate(self.length - n)
+
+    def _truncate(self, length: int) -> None:
+        self.length = length
+        if length == 0:
+            self.pages, self.start = [], 0
+        while self.pages and self.start >= self.pages[0].shape[2]:
+            self.start -= self.pages.pop(0).shape[2]
+        while self.pages and self.capacity - self.pages[-1].shape[2] >= self.start + length:
+            self.pages.pop()
+
+    def select(self, rows: Tensor) -> None:
+        """Keep the batch rows `rows`, in that order, repeats included."""
+        self.pages = [page.index_select(0, rows.to(page.device)) for page in self.pages]
+
+    def to(self, device: torch.device) -> None:
+        self.pages = [page.to(device, non_blocking=True) for page in self.pages]
+
+    def used(self) -> int:
+        """Bytes of the tokens held."""
+        return sum(block.numel() * block.element_size() for _, block in self.blocks())
+
+    def reserved(self) -> int:
+        """Bytes of all pages."""
+        return sum(page.numel() * page.element_size() for page in self.pages)

@@ -1,0 +1,308 @@
+"""Which tier, and which store, holds each token: arithmetic on integers, shared by all layers.
+
+Placement is defined as feeding tokens one by one. A chunk replays the same events, tier by tier: what a tier
+lets go, and when, depends only on what arrived in it, and when.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvpolicy.policy import NEVER, Policy
+
+__all__ = ["Arrival", "Placement", "Plan", "State", "StorePlan", "history", "simulate"]
+
+Ints = NDArray[np.int64]
+Sides = Literal["keys", "values"]
+NEW = -1
+"""The source of a token that comes from the pending ones."""
+
+
+class _Tier(Protocol):
+    @property
+    def policy(self) -> Policy | None: ...
+    @property
+    def keys(self) -> Any: ...
+    @property
+    def values(self) -> Any: ...
+
+
+class Growing:
+    """An immutable array of positions whose appended successor shares its buffer: O(1) per token."""
+
+    def __init__(self, buffer: Ints | None = None, length: int = 0, fill: list[int] | None = None) -> None:
+        self.buffer = np.empty(64, dtype=np.int64) if buffer is None else buffer
+        self.length = length
+        self.fill = [length] if fill is None else fill
+        self._copy: tuple[str, Any] | None = None
+
+    @property
+    def array(self) -> Ints:
+        return self.buffer[: self.length]
+
+    def append(self, items: Ints) -> Growing:
+        if not len(items):
+            return self
+        stop = self.length + len(items)
+        if self.fill[0] != self.length or stop > len(self.buffer):
+            buffer = np.empty(max(64, stop + stop // 2), dtype=np.int64)
+            buffer[: self.length] = self.array
+            grown = Growing(buffer, self.length)
+        else:
+            grown = self
+        grown.buffer[self.length : stop] = items
+        grown.fill[0] = stop
+        return Growing(grown.buffer, stop, grown.fill)
+
+    def keep(self, mask: NDArray[np.bool_]) -> Growing:
+        kept = self.array[mask]
+        return Growing(kept, len(kept))
+
+
+@dataclass(frozen=True)
+class State:
+    """Where every settled token is.
+
+    Attributes:
+        seen: tokens settled, dropped ones included.
+        tiers: positions that each tier but the last holds, ascending.
+        stores: for each side and store the positions held, in the order of the store.
+        through: positions below this go straight to the last tier (`placement: update` only).
+    """
+
+    seen: int
+    tiers: tuple[Ints, ...]
+    stores: dict[str, tuple[Growing, ...]]
+    through: int = 0
+
+
+class Arrival(NamedTuple):
+    """Tokens that enter a store in one run from one source."""
+
+    source: int
+    """A store of the same side, or `NEW`."""
+    index: Ints
+    """Their indices in the source, as it was before the update."""
+
+
+class StorePlan(NamedTuple):
+    """What one store does in an update."""
+
+    leaving: Ints
+    """Indices of the tokens that it gives up, ascending."""
+    arrivals: list[Arrival]
+    passing: Ints
+    """Of the tokens that arrive, counted in order, those that leave for eviction in the same update."""
+
+
+@dataclass
+class Plan:
+    """What every store of both sides does in an update. Empty lists: nothing moves."""
+
+    sides: dict[str, list[StorePlan]] = field(default_factory=dict)
+
+
+class _Flow(NamedTuple):
+    positions: Ints
+    events: Ints
+
+
+_NOTHING: Ints = np.empty(0, dtype=np.int64)
+
+
+class Placement:
+    """Plans updates for one list of tiers. One plan is remembered, so that all layers share it.
+
+    Consecutive tiers with the same store on a side share one store on that side: a descent between them moves
+    nothing, and a group that is being split needs no copy of its parameters.
+    """
+
+    def __init__(self, tiers: Sequence[_Tier], mode: str = "token") -> None:
+        self.mode = mode
+        self.policies = [tier.policy for tier in tiers]
+        self.specs = {side: [getattr(tier, side) for tier in tiers] for side in ("keys", "values")}
+        self.first_tier = {
+            side: [i for i, spec in enumerate(specs) if i == 0 or spec != specs[i - 1]]
+            for side, specs in self.specs.items()
+        }
+        self._memo: tuple[State, int, int, State, Plan] | None = None
+
+    def start(self) -> State:
+        """The state of an empty cache."""
+        return State(
+            0,
+            tuple(_NOTHING for _ in self.policies[:-1]),
+            {side: tuple(Growing() for _ in first) for side, first in self.first_tier.items()},
+        )
+
+    def store_spec(self, side: str, store: int) -> Any:
+        return self.specs[side][self.first_tier[side][store]]
+
+    def tiers_of_store(self, side: str, store: int) -> range:
+        first = [*self.first_tier[side], len(self.policies)]
+        return range(first[store], first[store + 1])
+
+    def advance(self, state: State, n: int, of: int | None = None) -> tuple[State, Plan]:
+        """Settle `n` more tokens, the first ones of an update of `of` tokens (default `n`)."""
+        of = n if of is None else of
+        memo = self._memo
+        if memo is None or memo[0] is not state or memo[1:3] != (n, of):
+            self._memo = memo = (state, n, of, *self._advance(state, n, of))
+        return memo[3], memo[4]
+
+    def _advance(self, state: State, n: int, of: int) -> tuple[State, Plan]:
+        start, stop = state.seen, state.seen + n
+        through = self._through(state, of) if self.mode == "update" else 0
+        new = np.arange(start, stop, dtype=np.int64)
+        flow = _Flow(new, new + 1)
+        flows = [flow]
+        tiers: list[Ints] = []
+        for policy, held in zip(self.policies, state.tiers, strict=False):
+            stay, flow = self._descend(policy, held, flow, start, stop, through)
+            tiers.append(stay)
+            flows.append(flow)
+        stores: dict[str, tuple[Growing, ...]] = {}
+        plan = Plan()
+        for side, first in self.first_tier.items():
+            stores[side], plan.sides[side] = self._plan_side(side, [flows[i] for i in first], state, start)
+        return State(stop, tuple(tiers), stores, through), plan
+
+    def _through(self, state: State, of: int) -> int:
+        """By update: the first one goes down whole; later all goes down once the policy lets anything go."""
+        stop = state.seen + of
+        if state.seen == 0:
+            return stop
+        if state.seen < state.through:
+            return state.through
+        policy = self.policies[0]
+        if policy is None:
+            return 0
+        held = np.concatenate([state.tiers[0], np.arange(state.seen, stop, dtype=np.int64)])
+        return 0 if policy.keep(held, stop).all() else stop
+
+    def _descend(
+        self, policy: Policy | None, held: Ints, flow: _Flow, start: int, stop: int, through: int
+    ) -> tuple[Ints, _Flow]:
+        assert policy is not None
+        if not len(held) and not len(flow.positions):
+            return held, flow
+        positions = np.concatenate([held, flow.positions])
+        arrivals = np.concatenate([np.full(len(held), start, dtype=np.int64), flow.events])
+        if len(positions) > 1 and (np.diff(positions) < 0).any():
+            order = np.argsort(positions, kind="stable")
+            positions, arrivals = positions[order], arrivals[order]
+        if self.mode == "update":
+            left = np.where(positions < through, np.maximum(arrivals, start + 1), NEVER)
+        else:
+            left = policy.departures(positions, arrivals, start, stop)
+        leaves = left != NEVER
+        if not leaves.any():
+            return positions, _Flow(_NOTHING, _NOTHING)
+        gone, events = positions[leaves], left[leaves]
+        order = np.lexsort((gone, events))
+        return positions[~leaves], _Flow(gone[order], events[order])
+
+    def _plan_side(
+        self, side: str, flows: list[_Flow], state: State, start: int
+    ) -> tuple[tuple[Growing, ...], list[StorePlan]]:
+        held = state.stores[side]
+        stores: list[Growing] = []
+        plans: list[StorePlan] = []
+        for s, (positions, flow) in enumerate(zip(held, flows, strict=True)):
+            below = flows[s + 1].positions if s + 1 < len(flows) else _NOTHING
+            spec = self.store_spec(side, s)
+            if spec == "evict":
+                stores.append(positions)
+                plans.append(StorePlan(_NOTHING, [], _NOTHING))
+                continue
+            old = below[below < start]
+            leaving = np.flatnonzero(np.isin(positions.array, old)) if len(old) else _NOTHING
+            kept = positions
+            if len(leaving):
+                mask = np.ones(positions.length, dtype=np.bool_)
+                mask[leaving] = False
+                kept = positions.keep(mask)
+            entering = flow.positions
+            passing = _NOTHING
+            if len(below) and len(entering):
+                passes = np.isin(entering, below)
+                grouped = getattr(spec, "per", "token") == "channel"
+                if passes.any() and grouped and self.store_spec(side, s + 1) == "evict":
+                    passing = np.flatnonzero(passes)
+                    stores.append(kept.append(entering[~passes]))
+                else:
+                    entering = entering[~passes]
+                    stores.append(kept.append(entering))
+            else:
+                stores.append(kept.append(entering))
+            plans.append(StorePlan(leaving, list(_arrivals(entering, held[:s], start)), passing))
+        return tuple(stores), plans
+
+    def crop(self, state: State, length: int) -> tuple[State, dict[str, list[Ints]]]:
+        """Forget the positions from `length` on; returns the state and the indices that each store drops."""
+        drops: dict[str, list[Ints]] = {}
+        stores: dict[str, tuple[Growing, ...]] = {}
+        for side, held in state.stores.items():
+            drops[side] = [np.flatnonzero(s.array >= length) for s in held]
+            stores[side] = tuple(
+                s.keep(s.array < length) if len(d) else s for s, d in zip(held, drops[side], strict=True)
+            )
+        tiers = tuple(t[t < length] for t in state.tiers)
+        return State(length, tiers, stores, min(state.through, length)), drops
+
+    def tier_of(self, state: State, positions: Ints) -> NDArray[np.int16]:
+        """The tier that holds each of `positions`; those that no tier but the last holds are in the last."""
+        tier = np.full(len(positions), len(self.policies) - 1, dtype=np.int16)
+        for i, held in enumerate(state.tiers):
+            tier[np.isin(positions, held)] = i
+        return tier
+
+
+def _arrivals(entering: Ints, above: Sequence[Growing], start: int) -> Iterator[Arrival]:
+    """Split what enters a store into runs of one source each, in order."""
+    if not len(entering):
+        return
+    source = np.full(len(entering), NEW, dtype=np.int64)
+    index = entering - start
+    old = entering < start
+    if old.any():
+        for s, store in enumerate(above):
+            array = store.array
+            order = np.argsort(array, kind="stable")
+            at = np.minimum(np.searchsorted(array, entering, sorter=order), max(len(array) - 1, 0))
+            if len(array):
+                here = old & (array[order[at]] == entering)
+                source[here], index[here] = s, order[at][here]
+    cuts = np.flatnonzero(np.diff(source)) + 1
+    for part, run in zip(np.split(source, cuts), np.split(index, cuts), strict=True):
+        yield Arrival(int(part[0]), run)
+
+
+def simulate(tiers: Sequence[_Tier], tokens: int, placement: str = "token") -> list[Ints]:
+    """The positions that each tier holds after `tokens` tokens; an evicting last tier holds none."""
+    planner = Placement(tiers, placement)
+    state, _ = planner.advance(planner.start(), tokens)
+    evicts = planner.specs["keys"][-1] == "evict"
+    held = np.concatenate([_NOTHING, *state.tiers])
+    last = _NOTHING if evicts else np.setdiff1d(np.arange(tokens, dtype=np.int64), held)
+    return [*state.tiers, last]
+
+
+def history(tiers: Sequence[_Tier], tokens: int, placement: str = "token") -> NDArray[np.int16]:
+    """Which tier holds each position after each step, fed one by one: `[tokens, tokens]`.
+
+    Entry `[step, position]` is the index of the tier, -1 before the token was seen. Where the last tier evicts,
+    its index stands for "dropped".
+    """
+    planner = Placement(tiers, placement)
+    state = planner.start()
+    picture = np.full((tokens, tokens), -1, dtype=np.int16)
+    for step in range(tokens):
+        state, _ = planner.advance(state, 1)
+        picture[step, : step + 1] = planner.tier_of(state, np.arange(step + 1, dtype=np.int64))
+    return picture
