@@ -33,7 +33,9 @@ class Pages:
             free = self.capacity - self.start - self.length
             if free == 0:
                 size = min(LARGEST, max(SMALLEST, self.length, n - done))
-                self.pages.append(x.new_empty((*x.shape[:2], size, x.shape[3])))
+                # An inference tensor could not be written to once inference mode is left.
+                with torch.inference_mode(False):
+                    self.pages.append(torch.empty((*x.shape[:2], size, x.shape[3]), dtype=x.dtype, device=x.device))
                 free = size
             take = min(free, n - done)
             page = self.pages[-1]
@@ -96,7 +98,8 @@ class Pages:
 
     def select(self, rows: Tensor) -> None:
         """Keep the batch rows `rows`, in that order, repeats included."""
-        self.pages = [page.index_select(0, rows.to(page.device)) for page in self.pages]
+        with torch.inference_mode(False):
+            self.pages = [page.index_select(0, rows.to(page.device)) for page in self.pages]
 
     def to(self, device: torch.device) -> None:
         self.pages = [page.to(device, non_blocking=True) for page in self.pages]

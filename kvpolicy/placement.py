@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvpolicy.policy import NEVER, Policy
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["Arrival", "Placement", "Plan", "State", "StorePlan", "history", "simulate"]
 
@@ -35,22 +38,22 @@ class _Tier(Protocol):
 class Growing:
     """An immutable array of positions whose appended successor shares its buffer: O(1) per token."""
 
-    def __init__(self, buffer: Ints | None = None, length: int = 0, fill: list[int] | None = None) -> None:
-        self.buffer = np.empty(64, dtype=np.int64) if buffer is None else buffer
+    def __init__(self, buffer: Any = None, length: int = 0, fill: list[int] | None = None) -> None:
+        self.buffer = np.empty(64, dtype=np.int32) if buffer is None else buffer
         self.length = length
         self.fill = [length] if fill is None else fill
-        self._copy: tuple[str, Any] | None = None
 
     @property
-    def array(self) -> Ints:
-        return self.buffer[: self.length]
+    def array(self) -> NDArray[np.int32]:
+        """The positions; not to be written to."""
+        return self.buffer[: self.length]  # type: ignore[no-any-return]
 
     def append(self, items: Ints) -> Growing:
         if not len(items):
             return self
         stop = self.length + len(items)
         if self.fill[0] != self.length or stop > len(self.buffer):
-            buffer = np.empty(max(64, stop + stop // 2), dtype=np.int64)
+            buffer = np.empty(max(64, stop + stop // 8), dtype=np.int32)
             buffer[: self.length] = self.array
             grown = Growing(buffer, self.length)
         else:
@@ -60,6 +63,7 @@ class Growing:
         return Growing(grown.buffer, stop, grown.fill)
 
     def keep(self, mask: NDArray[np.bool_]) -> Growing:
+        """The positions where `mask` is True, in a buffer of their own."""
         kept = self.array[mask]
         return Growing(kept, len(kept))
 
@@ -130,15 +134,17 @@ class Placement:
             side: [i for i, spec in enumerate(specs) if i == 0 or spec != specs[i - 1]]
             for side, specs in self.specs.items()
         }
+        self.alike = self.specs["keys"] == self.specs["values"]
         self._memo: tuple[State, int, int, State, Plan] | None = None
+        self._layout_memo: dict[str, tuple[State, list[int | Tensor], int]] = {}
+        self._crop_memo: tuple[State, int, State, dict[str, list[Ints]]] | None = None
 
     def start(self) -> State:
         """The state of an empty cache."""
-        return State(
-            0,
-            tuple(_NOTHING for _ in self.policies[:-1]),
-            {side: tuple(Growing() for _ in first) for side, first in self.first_tier.items()},
-        )
+        stores = {side: tuple(Growing() for _ in first) for side, first in self.first_tier.items()}
+        if self.alike:
+            stores["values"] = stores["keys"]
+        return State(0, tuple(_NOTHING for _ in self.policies[:-1]), stores)
 
     def store_spec(self, side: str, store: int) -> Any:
         return self.specs[side][self.first_tier[side][store]]
@@ -169,6 +175,9 @@ class Placement:
         stores: dict[str, tuple[Growing, ...]] = {}
         plan = Plan()
         for side, first in self.first_tier.items():
+            if side == "values" and self.alike:
+                stores[side], plan.sides[side] = stores["keys"], plan.sides["keys"]
+                break
             stores[side], plan.sides[side] = self._plan_side(side, [flows[i] for i in first], state, start)
         return State(stop, tuple(tiers), stores, through), plan
 
@@ -240,11 +249,20 @@ class Placement:
                     stores.append(kept.append(entering))
             else:
                 stores.append(kept.append(entering))
-            plans.append(StorePlan(leaving, list(_arrivals(entering, held[:s], start)), passing))
+            runs = np.zeros(len(entering), dtype=np.int64)
+            if getattr(spec, "group_size", None) == "arrival":
+                runs = flow.events[np.isin(flow.positions, entering)]
+            plans.append(StorePlan(leaving, list(_arrivals(entering, runs, held[:s], start)), passing))
         return tuple(stores), plans
 
     def crop(self, state: State, length: int) -> tuple[State, dict[str, list[Ints]]]:
         """Forget the positions from `length` on; returns the state and the indices that each store drops."""
+        memo = self._crop_memo
+        if memo is None or memo[0] is not state or memo[1] != length:
+            self._crop_memo = memo = (state, length, *self._crop(state, length))
+        return memo[2], memo[3]
+
+    def _crop(self, state: State, length: int) -> tuple[State, dict[str, list[Ints]]]:
         drops: dict[str, list[Ints]] = {}
         stores: dict[str, tuple[Growing, ...]] = {}
         for side, held in state.stores.items():
@@ -252,8 +270,37 @@ class Placement:
             stores[side] = tuple(
                 s.keep(s.array < length) if len(d) else s for s, d in zip(held, drops[side], strict=True)
             )
+        if self.alike:
+            stores["values"] = stores["keys"]
         tiers = tuple(t[t < length] for t in state.tiers)
         return State(length, tiers, stores, min(state.through, length)), drops
+
+    def layout(self, state: State, side: str) -> tuple[list[int | Tensor], int]:
+        """Where in token order each store's tokens go: an offset where they stay neighbours, else an index each.
+
+        Returns:
+            That for every store, and the number of tokens held.
+        """
+        memo = self._layout_memo.get(side)
+        if memo is None or memo[0] is not state:
+            self._layout_memo[side] = memo = (state, *self._layout(state, side))
+        return memo[1], memo[2]
+
+    def _layout(self, state: State, side: str) -> tuple[list[int | Tensor], int]:
+        import torch
+
+        held: list[NDArray[Any]] = [store.array for store in state.stores[side]]
+        total = sum(map(len, held))
+        if total != state.seen:
+            ordered = np.sort(np.concatenate(held))
+            held = [np.searchsorted(ordered, array) for array in held]
+        where: list[int | Tensor] = []
+        for array in held:
+            if not len(array) or (np.diff(array) == 1).all():
+                where.append(int(array[0]) if len(array) else 0)
+            else:
+                where.append(torch.from_numpy(array.astype(np.int64)))
+        return where, total
 
     def tier_of(self, state: State, positions: Ints) -> NDArray[np.int16]:
         """The tier that holds each of `positions`; those that no tier but the last holds are in the last."""
@@ -263,8 +310,8 @@ class Placement:
         return tier
 
 
-def _arrivals(entering: Ints, above: Sequence[Growing], start: int) -> Iterator[Arrival]:
-    """Split what enters a store into runs of one source each, in order."""
+def _arrivals(entering: Ints, runs: Ints, above: Sequence[Growing], start: int) -> Iterator[Arrival]:
+    """Split what enters a store, in order, where its source or its entry of `runs` changes."""
     if not len(entering):
         return
     source = np.full(len(entering), NEW, dtype=np.int64)
@@ -278,7 +325,7 @@ def _arrivals(entering: Ints, above: Sequence[Growing], start: int) -> Iterator[
             if len(array):
                 here = old & (array[order[at]] == entering)
                 source[here], index[here] = s, order[at][here]
-    cuts = np.flatnonzero(np.diff(source)) + 1
+    cuts = np.flatnonzero((np.diff(source) != 0) | (np.diff(runs) != 0)) + 1
     for part, run in zip(np.split(source, cuts), np.split(index, cuts), strict=True):
         yield Arrival(int(part[0]), run)
 

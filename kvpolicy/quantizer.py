@@ -12,7 +12,7 @@ from kvpolicy.component import Component
 if TYPE_CHECKING:
     from torch import Tensor, dtype
 
-__all__ = ["Affine", "AffineQuantizer", "Quantizer"]
+__all__ = ["Affine", "AffineQuantizer", "Quantizer", "TensorQuantizer"]
 
 
 class Affine(NamedTuple):
@@ -27,15 +27,10 @@ class Affine(NamedTuple):
 
 
 class Quantizer(Component):
-    """Turns keys or values into named tensors, and back.
-
-    This general form keeps whatever tensors it likes, one entry per token; the core appends, gathers, crops,
-    saves and counts them. A quantizer with integer codes, a scale and an offset is an `AffineQuantizer`
-    instead, and shares the packed stores and everything built on them.
-    """
+    """Base of `AffineQuantizer` and `TensorQuantizer`; subclass one of these."""
 
     requires: ClassVar[str | None] = None
-    """Name of an optional library that `encode` imports (also the name of the extra), or None."""
+    """Name of an optional library that the quantizer imports when used (also the name of the extra), or None."""
 
     def precision(self) -> float:
         """Nominal bits per value, by which the tiers of a recipe are ordered."""
@@ -43,6 +38,15 @@ class Quantizer(Component):
 
     def check(self, head_dim: int) -> None:
         """Raise a `RecipeError` where the options don't fit keys or values of `head_dim` channels."""
+        return
+
+
+class TensorQuantizer(Quantizer):
+    """A quantizer that keeps whatever tensors it likes, one entry per token.
+
+    The core appends, gathers, crops, saves and counts them. A quantizer with integer codes, a scale and an
+    offset is an `AffineQuantizer` instead, and shares the packed stores and everything built on them.
+    """
 
     @abstractmethod
     def encode(self, x: Tensor) -> dict[str, Tensor]:

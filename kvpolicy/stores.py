@@ -18,7 +18,7 @@ from torch import Tensor
 from kvpolicy.errors import CacheError, PluginError, RecipeError
 from kvpolicy.packing import dequantize, pack
 from kvpolicy.pages import Pages
-from kvpolicy.quantizer import AffineQuantizer, Quantizer
+from kvpolicy.quantizer import AffineQuantizer, Quantizer, TensorQuantizer
 
 __all__ = ["ExactStore", "NamedStore", "PackedStore", "Store", "group_size_of", "make_store"]
 
@@ -59,7 +59,7 @@ def make_store(spec: Quantizer | str, head_dim: int) -> Store | None:
         return None
     if isinstance(spec, AffineQuantizer):
         return PackedStore(spec, head_dim)
-    if isinstance(spec, Quantizer):
+    if isinstance(spec, TensorQuantizer):
         spec.check(head_dim)
         return NamedStore(spec)
     return ExactStore()
@@ -165,7 +165,7 @@ class ExactStore(Store):
 class NamedStore(Store):
     """The tensors of a quantizer that is not affine, one entry per token."""
 
-    def __init__(self, quantizer: Quantizer) -> None:
+    def __init__(self, quantizer: TensorQuantizer) -> None:
         self.quantizer = quantizer
         self.parts = {}
         self.shapes: dict[str, tuple[int, ...]] = {}

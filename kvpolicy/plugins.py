@@ -1,0 +1,212 @@
+"""Finds the installed plugins: by entry points, the built-in ones like everyone's."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from importlib.metadata import EntryPoint, entry_points
+from types import ModuleType
+from typing import Any, Generic, TypeVar, get_args
+
+import pluggy
+
+from kvpolicy import hookspecs
+from kvpolicy.component import Component
+from kvpolicy.errors import PluginError, RecipeError
+from kvpolicy.policy import Policy
+from kvpolicy.quantizer import Quantizer
+
+__all__ = ["GROUP", "BrokenPlugin", "PluginInfo", "Registry", "registry", "suggest"]
+
+GROUP = "kvpolicy"
+RESERVED = {"full", "evict"}
+C = TypeVar("C", bound=Component)
+
+
+@dataclass(frozen=True)
+class PluginInfo(Generic[C]):
+    """A policy or quantizer that is installed, and where it comes from."""
+
+    kind: str
+    cls: type[C]
+    distribution: str
+    version: str
+    file: str
+    entry_point: str
+
+    @property
+    def home(self) -> str:
+        return f"{self.distribution} {self.version}".strip()
+
+
+@dataclass(frozen=True)
+class BrokenPlugin:
+    """An entry point that gives no plugin, and why."""
+
+    name: str
+    distribution: str
+    version: str
+    value: str
+    cause: str
+
+
+@dataclass
+class Registry:
+    """All plugins of some entry points, by kind."""
+
+    policies: dict[str, PluginInfo[Policy]] = field(default_factory=dict)
+    quantizers: dict[str, PluginInfo[Quantizer]] = field(default_factory=dict)
+    broken: list[BrokenPlugin] = field(default_factory=list)
+
+    @classmethod
+    def load(cls, found: Iterable[EntryPoint]) -> Registry:
+        """Load each entry point by itself, so that one that fails stops no other.
+
+        Raises:
+            PluginError: two distributions give the same name or kind, or a hook is misspelt.
+        """
+        points = sorted(found, key=lambda point: (point.name, _home(point)))
+        for one, other in zip(points, points[1:], strict=False):
+            if one.name == other.name:
+                raise PluginError(
+                    f"each plugin must have a name of its own, found {one.name!r} in both {' '.join(_home(one))} "
+                    f"({one.value}) and {' '.join(_home(other))} ({other.value}); uninstall one of them"
+                )
+        self = cls()
+        manager = pluggy.PluginManager(GROUP)
+        manager.add_hookspecs(hookspecs)
+        for point in points:
+            self._load_one(manager, point)
+        return self
+
+    def _load_one(self, manager: pluggy.PluginManager, point: EntryPoint) -> None:
+        try:
+            module = point.load()
+            manager.register(module, name=point.name)
+        except (Exception, SystemExit) as error:
+            self._report(point, error)
+            return
+        try:
+            manager.check_pending()
+        except pluggy.PluginValidationError as error:
+            raise PluginError(f"plugin {point.name!r} of {' '.join(_home(point))}: {_misspelt(module)}") from error
+        try:
+            policies = _classes(manager, module, "kvpolicy_policies", Policy)
+            quantizers = _classes(manager, module, "kvpolicy_quantizers", Quantizer)
+            if not policies and not quantizers:
+                raise PluginError(
+                    "it gives no policy and no quantizer; a plugin module must have a function kvpolicy_policies or "
+                    "kvpolicy_quantizers decorated with @kvpolicy.hookimpl"
+                )
+        except (Exception, SystemExit) as error:
+            self._report(point, error)
+            return
+        self._add(self.policies, "policy", policies, point)
+        self._add(self.quantizers, "quantizer", quantizers, point)
+
+    def _report(self, point: EntryPoint, error: BaseException) -> None:
+        cause = str(error) if isinstance(error, PluginError) else f"{type(error).__name__}: {error}"
+        self.broken.append(BrokenPlugin(point.name, *_home(point), point.value, cause))
+
+    def _add(self, known: dict[str, PluginInfo[C]], what: str, classes: list[type[C]], point: EntryPoint) -> None:
+        for cls in classes:
+            distribution, version = _home(point)
+            try:
+                file = inspect.getfile(cls)
+            except (OSError, TypeError):
+                file = point.value
+            info = PluginInfo(_kind(cls), cls, distribution, version, file, point.name)
+            other = known.get(info.kind)
+            if other is not None:
+                raise PluginError(
+                    f"each {what} must have a kind of its own, found kind {info.kind!r} in both {other.home} "
+                    f"(plugin {other.entry_point!r}) and {info.home} (plugin {point.name!r}); uninstall one of them"
+                )
+            known[info.kind] = info
+
+    def policy(self, kind: str) -> PluginInfo[Policy]:
+        """The policy of that kind, or a `RecipeError`."""
+        return self._find(self.policies, "policy", kind)
+
+    def quantizer(self, kind: str) -> PluginInfo[Quantizer]:
+        """The quantizer of that kind, or a `RecipeError`."""
+        return self._find(self.quantizers, "quantizer", kind)
+
+    def _find(self, known: dict[str, PluginInfo[C]], what: str, kind: str) -> PluginInfo[C]:
+        if kind in known:
+            return known[kind]
+        for plugin in self.broken:
+            if plugin.name == kind:
+                raise RecipeError(
+                    f"{what} {kind!r} can't be used: plugin {plugin.name!r} ({plugin.value}) of "
+                    f"{plugin.distribution} {plugin.version} failed to load: {plugin.cause}"
+                )
+        failed = f"; plugins that failed to load: {', '.join(p.name for p in self.broken)}" if self.broken else ""
+        installed = ", ".join(sorted(known)) or "none"
+        raise RecipeError(f"no {what} of kind {kind!r}{suggest(kind, known)}; installed: {installed}{failed}")
+
+
+def suggest(name: str, allowed: Iterable[str]) -> str:
+    """`; did you mean 'x'?`, or nothing."""
+    close = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _home(point: EntryPoint) -> tuple[str, str]:
+    dist = point.dist
+    return ("an unknown distribution", "") if dist is None else (dist.metadata["Name"], dist.version)
+
+
+def _hooks() -> list[str]:
+    return [name for name in hookspecs.__all__ if name.startswith("kvpolicy_")]
+
+
+def _misspelt(module: ModuleType) -> str:
+    hooks = _hooks()
+    marked = [n for n, f in vars(module).items() if hasattr(f, f"{GROUP}_impl") and n not in hooks]
+    wrong = ", ".join(f"{name!r}{suggest(name, hooks)}" for name in marked)
+    return f"every function marked hookimpl must be one of {', '.join(hooks)}, found {wrong}"
+
+
+def _classes(manager: pluggy.PluginManager, module: ModuleType, hook: str, base: type[C]) -> list[type[C]]:
+    """What one plugin gives for one hook. Asked one plugin at a time, so that a failure has a name."""
+    found: list[type[C]] = []
+    for impl in getattr(manager.hook, hook).get_hookimpls():
+        if impl.plugin is not module:
+            continue
+        classes = impl.function()
+        if not isinstance(classes, list | tuple):
+            raise PluginError(f"{hook} must return a list of classes, found {classes!r}")
+        for cls in classes:
+            _check_class(cls, hook, base)
+            found.append(cls)
+    return found
+
+
+def _check_class(cls: Any, hook: str, base: type[Component]) -> None:
+    if not (isinstance(cls, type) and issubclass(cls, base)):
+        raise PluginError(f"{hook} must return subclasses of kvpolicy.{base.__name__}, found {cls!r}")
+    missing = sorted(getattr(cls, "__abstractmethods__", ()))
+    if missing:
+        raise PluginError(f"class {cls.__name__} must define {', '.join(missing)}")
+    kind = _kind(cls)
+    if not isinstance(kind, str) or not kind or kind in RESERVED:
+        raise PluginError(
+            f'class {cls.__name__} must declare its name as `kind: Literal["name"] = "name"` '
+            f"(not one of {', '.join(sorted(RESERVED))}), found {kind!r}"
+        )
+
+
+def _kind(cls: type[Component]) -> Any:
+    info = cls.model_fields["kind"]
+    choices = get_args(info.annotation)
+    return choices[0] if len(choices) == 1 and choices[0] == info.default else None
+
+
+@lru_cache(maxsize=1)
+def registry() -> Registry:
+    """The plugins of this environment, loaded at first use."""
+    return Registry.load(entry_points(group=GROUP))

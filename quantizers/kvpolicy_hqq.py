@@ -1,0 +1,65 @@
+"""Quantizer `hqq`: codes and scales of HQQ."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+
+from kvpolicy.errors import MissingDependencyError
+from kvpolicy.hookspecs import hookimpl
+from kvpolicy.quantizer import Affine, AffineQuantizer, Quantizer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def _library() -> Any:
+    try:
+        from hqq.core.quantize import Quantizer as Library
+    except ImportError as error:
+        raise MissingDependencyError(
+            'quantizer "hqq" needs the library hqq, which can\'t be imported here '
+            f'({error}); install it with: pip install "kvpolicy[hqq]"'
+        ) from error
+    return Library
+
+
+class Hqq(AffineQuantizer):
+    """Half-quadratic quantization, by the library hqq: the zero of each group is fitted to a sparse error.
+
+    Source: Badri and Shaji, "Half-Quadratic Quantization of Large Machine Learning Models" (Mobius Labs, 2023),
+    by `hqq.core.quantize.Quantizer`. Its optimiser stops for all groups at once, when their mean error no longer
+    falls: with `optimize`, codes depend slightly on which tokens arrive together.
+    Deviations: the zero, in code units there, becomes an offset in value units, in float32; groups with an inf or
+    a nan are kept out of the optimiser and decode to nan.
+    """
+
+    kind: Literal["hqq"] = "hqq"
+    requires: ClassVar[str | None] = "hqq"
+    optimize: bool = Field(True, description="Fit the zeros by the library's optimiser, or round to nearest.")
+
+    def check(self, head_dim: int) -> None:
+        super().check(head_dim)
+        _library()
+
+    def calibrate(self, groups: Tensor) -> Affine:
+        finite = groups.isfinite().all(dim=1, keepdim=True)
+        codes, meta = _library().quantize(
+            torch.where(finite, groups, torch.zeros_like(groups)),
+            nbits=self.nbits,
+            group_size=groups.shape[1],
+            optimize=self.optimize,
+            axis=1,
+            bitpack=False,
+            device=groups.device,
+        )
+        scale = meta["scale"].float()
+        offset = -meta["zero"].float() * scale
+        return Affine(codes.to(torch.uint8), scale, torch.where(finite, offset, torch.nan))
+
+
+@hookimpl
+def kvpolicy_quantizers() -> list[type[Quantizer]]:
+    return [Hqq]
