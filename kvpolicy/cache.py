@@ -119,7 +119,8 @@ class CompressedCache(Cache):
         if not isinstance(found, TieredLayer):
             compressed = [i for i, x in enumerate(self.layers) if isinstance(x, TieredLayer)]
             raise CacheError(
-                f"layer {layer} is a {type(found).__name__} of transformers and has no tiers; ask for one of {compressed}"
+                f"layer {layer} is a {type(found).__name__} of transformers and has no tiers; "
+                f"ask for one of {compressed}"
             )
         return found.tiers
 

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 __all__ = ["dequantize", "pack", "packed_width", "unpack"]
 
-PARTS = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
-"""Bits of the parts of a code, lowest first."""
+PARTS = {1: ((1, 0),), 2: ((2, 0),), 3: ((2, 0), (1, 2)), 4: ((4, 0),), 8: ((8, 0),)}
+"""Of each part of a code: its bits, and the bits of the code below it."""
 
-BLOCK_ELEMENTS = 1 << 17
-"""Numbers decoded at a time: with their scratch they stay in a core's L2 cache."""
+BLOCK_ELEMENTS = 1 << 20
+"""Numbers decoded at a time: few enough to stay in the L2 caches, enough to share out among threads."""
 
 
 def _width(head_dim: int, bits: int) -> int:
@@ -31,7 +31,7 @@ def _width(head_dim: int, bits: int) -> int:
 
 def packed_width(head_dim: int, nbits: int) -> int:
     """Bytes of the packed codes of `head_dim` channels."""
-    return sum(_width(head_dim, bits) for bits in PARTS[nbits])
+    return sum(_width(head_dim, bits) for bits, _ in PARTS[nbits])
 
 
 def _planes(head_dim: int, bits: int) -> Iterator[tuple[int, int, int]]:
@@ -41,35 +41,45 @@ def _planes(head_dim: int, bits: int) -> Iterator[tuple[int, int, int]]:
         yield plane * bits, first, min(first + width, head_dim)
 
 
+def _plane(part: Tensor, shift: int, bits: int) -> Tensor:
+    if bits == 8:
+        return part
+    if shift + bits == 8:
+        return part >> shift
+    return (part >> shift if shift else part) & ((1 << bits) - 1)
+
+
 def pack(codes: Tensor, nbits: int) -> Tensor:
     """Pack `codes`, uint8 in `[0, 2**nbits)`, along their last dimension."""
-    head_dim, low, parts = codes.shape[-1], 0, []
-    for bits in PARTS[nbits]:
+    head_dim, parts = codes.shape[-1], []
+    for bits, low in PARTS[nbits]:
         width = _width(head_dim, bits)
         part = codes.new_zeros((*codes.shape[:-1], width))
         for shift, first, last in _planes(head_dim, bits):
             plane = (codes[..., first:last] >> low) & ((1 << bits) - 1)
             part[..., : last - first] |= plane << shift
         parts.append(part)
-        low += bits
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
 def unpack(packed: Tensor, nbits: int, head_dim: int) -> Tensor:
     """The inverse of `pack`: uint8 codes of `head_dim` channels."""
-    codes = packed.new_zeros((*packed.shape[:-1], head_dim))
-    low = start = 0
-    for bits in PARTS[nbits]:
+    codes = packed.new_empty((*packed.shape[:-1], head_dim))
+    start = 0
+    for bits, low in PARTS[nbits]:
         part = packed[..., start : start + _width(head_dim, bits)]
         for shift, first, last in _planes(head_dim, bits):
-            codes[..., first:last] |= ((part[..., : last - first] >> shift) & ((1 << bits) - 1)) << low
+            plane = _plane(part[..., : last - first], shift, bits)
+            if low:
+                codes[..., first:last] |= plane << low
+            else:
+                codes[..., first:last] = plane
         start += part.shape[-1]
-        low += bits
     return codes
 
 
 def dequantize(packed: Tensor, nbits: int, head_dim: int, scale: Tensor, offset: Tensor, out: Tensor) -> None:
-    """Write `scale * code + offset` into `out`.
+    """Write `scale * code + offset` into `out`, computed in float32 and rounded once.
 
     Args:
         packed: packed codes, uint8 `[..., packed_width(head_dim, nbits)]`.
@@ -80,7 +90,34 @@ def dequantize(packed: Tensor, nbits: int, head_dim: int, scale: Tensor, offset:
         offset: like `scale`.
         out: any float dtype, `[..., head_dim]` with the leading dimensions of `packed`; need not be contiguous.
     """
-    codes = unpack(packed, nbits, head_dim)
+    if out.numel() <= BLOCK_ELEMENTS or out.ndim == 1:
+        _dequantize_block(packed, nbits, head_dim, scale, offset, out)
+        return
+    axis = max(range(out.ndim - 1), key=lambda dim: out.shape[dim])
+    length = out.shape[axis]
+    step = max(1, BLOCK_ELEMENTS * length // out.numel())
+    for start in range(0, length, step):
+        n = min(step, length - start)
+        block, s, o, x = (_narrow(t, axis - out.ndim, start, n) for t in (packed, scale, offset, out))
+        _dequantize_block(block, nbits, head_dim, s, o, x)
+
+
+def _narrow(x: Tensor, axis: int, start: int, n: int) -> Tensor:
+    broadcast = x.ndim < -axis or x.shape[axis] == 1
+    return x if broadcast else x.narrow(axis, start, n)
+
+
+def _dequantize_block(packed: Tensor, nbits: int, head_dim: int, scale: Tensor, offset: Tensor, out: Tensor) -> None:
+    x = out if out.dtype == torch.float32 else torch.empty(out.shape, dtype=torch.float32, device=out.device)
+    if nbits == 3:
+        x.copy_(unpack(packed, nbits, head_dim))
+    else:
+        for shift, first, last in _planes(head_dim, nbits):
+            x[..., first:last] = _plane(packed[..., : last - first], shift, nbits)
     groups = scale.shape[-1]
-    x = codes.unflatten(-1, (groups, -1)).float() * scale.float().unsqueeze(-1) + offset.float().unsqueeze(-1)
-    out.copy_(x.flatten(-2))
+    y = x
+    if groups < head_dim:
+        y, scale, offset = x.unflatten(-1, (groups, -1)), scale.unsqueeze(-1), offset.unsqueeze(-1)
+    y.mul_(scale.float()).add_(offset.float())
+    if x is not out:
+        out.copy_(x)

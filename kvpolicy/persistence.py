@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvpolicy.errors import CacheError, KvpolicyError, RecipeError
 from kvpolicy.placement import Growing, State
-from kvpolicy.recipe import load_recipe
+from kvpolicy.recipe import load_yaml
 
 if TYPE_CHECKING:
     from kvpolicy.cache import CompressedCache
@@ -100,7 +100,7 @@ def load_cache(path: Path, model_or_config: Any) -> CompressedCache:
     header, tensors = _read(path, getattr(model_or_config, "device", torch.device("cpu")))
     try:
         layers, states = json.loads(header["layers"]), json.loads(header["states"])
-        recipe = load_recipe(_mapping(header["recipe"]))
+        recipe = load_yaml(header["recipe"])
         cache = make_cache(recipe, model_or_config)
         found = ["tiers" if isinstance(x, TieredLayer) else type(x).__name__ for x in cache.layers]
         saved = [x["type"] for x in layers]
@@ -123,12 +123,6 @@ def load_cache(path: Path, model_or_config: Any) -> CompressedCache:
         raise CacheError(f"{path} is damaged: {type(error).__name__}: {error}. Save the cache again") from None
     _check_shapes(cache, model_or_config, path)
     return cache
-
-
-def _mapping(text: str) -> Any:
-    from ruamel.yaml import YAML
-
-    return YAML(typ="safe", pure=True).load(text)
 
 
 def _read(path: Path, device: Any) -> tuple[dict[str, str], dict[str, Tensor]]:

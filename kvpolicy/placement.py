@@ -46,7 +46,7 @@ class Growing:
     @property
     def array(self) -> NDArray[np.int32]:
         """The positions; not to be written to."""
-        return self.buffer[: self.length]  # type: ignore[no-any-return]
+        return self.buffer[: self.length]
 
     def append(self, items: Ints) -> Growing:
         if not len(items):
@@ -90,7 +90,7 @@ class Arrival(NamedTuple):
 
     source: int
     """A store of the same side, or `NEW`."""
-    index: Ints
+    indices: Ints
     """Their indices in the source, as it was before the update."""
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
+from itertools import pairwise
 from types import ModuleType
 from typing import Any, Generic, TypeVar, get_args
 
@@ -69,7 +70,7 @@ class Registry:
             PluginError: two distributions give the same name or kind, or a hook is misspelt.
         """
         points = sorted(found, key=lambda point: (point.name, _home(point)))
-        for one, other in zip(points, points[1:], strict=False):
+        for one, other in pairwise(points):
             if one.name == other.name:
                 raise PluginError(
                     f"each plugin must have a name of its own, found {one.name!r} in both {' '.join(_home(one))} "
@@ -150,9 +151,9 @@ class Registry:
 
 
 def suggest(name: str, allowed: Iterable[str]) -> str:
-    """`; did you mean 'x'?`, or nothing."""
+    """` (did you mean 'x'?)`, or nothing."""
     close = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def _home(point: EntryPoint) -> tuple[str, str]:

@@ -64,11 +64,12 @@ class AffineQuantizer(Quantizer):
     """
 
     nbits: Literal[1, 2, 3, 4, 8] = Field(4, description="Bits per code.")
-    group_size: int | Literal["auto", "arrival"] = Field(
+    group_size: int | Literal["auto", "head", "arrival"] = Field(
         "auto",
         description=(
             "Numbers that share a scale and an offset: channels of a token (per: token) or tokens of a channel "
             "(per: channel). auto: per token, the largest divisor of head_dim not above 64; per channel, 32. "
+            "head: head_dim numbers. "
             "arrival (per: channel only): the tokens that arrive together."
         ),
     )

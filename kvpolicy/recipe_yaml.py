@@ -7,9 +7,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
@@ -20,7 +21,7 @@ __all__ = ["Document", "dump_yaml", "parse_scalar", "path_text", "read_file", "r
 MAX_BYTES = 1 << 20
 MAX_NODES = 20_000
 MAX_DEPTH = 40
-Path_ = tuple[str | int, ...]
+Path_: TypeAlias = tuple[str | int, ...]
 _TAG = "tag:yaml.org,2002:"
 _TOO_DEEP = f"a recipe nests at most {MAX_DEPTH} levels"
 
@@ -140,9 +141,9 @@ class _Reader:
             return self._mapping(node, path)
         if isinstance(node, SequenceNode) and tag == _TAG + "seq":
             return [self._item(child, (*path, i)) for i, child in enumerate(node.value)]
-        if isinstance(node, ScalarNode):
-            return self._scalar(node, path, tag.removeprefix(_TAG))
-        self.fail(node, path, f"tags are not allowed in a recipe, found {_short_tag(tag)}")
+        if not isinstance(node, ScalarNode):
+            self.fail(node, path, f"tags are not allowed in a recipe, found {_short_tag(tag)}")
+        return self._scalar(node, path, tag.removeprefix(_TAG))
 
     def _item(self, node: Node, path: Path_) -> Any:
         self.marks[path] = (self.file, node.start_mark.line + 1)
@@ -236,15 +237,22 @@ def read_mapping(source: Mapping[Any, Any]) -> Document:
 
 
 def dump_yaml(data: Any) -> str:
-    """YAML that reads back as the same data; tiers stay on readable lines, without anchors."""
-    yaml = YAML(typ="safe", pure=True)
-    yaml.default_flow_style = False
+    """YAML that reads back as the same data: policies and stores on one line each, without anchors."""
+    yaml = YAML(typ="rt", pure=True)
     yaml.width = 110
-    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
-    yaml.representer.ignore_aliases = lambda _: True
+    yaml.indent(mapping=2, sequence=4, offset=2)
     stream = io.StringIO()
-    yaml.dump(data, stream)
+    yaml.dump(_styled(data), stream)
     return stream.getvalue()
+
+
+def _styled(data: Any) -> Any:
+    if isinstance(data, dict):
+        mapping = CommentedMap({key: _styled(value) for key, value in data.items()})
+        if data and not any(isinstance(value, dict | list) for value in data.values()):
+            mapping.fa.set_flow_style()
+        return mapping
+    return [_styled(item) for item in data] if isinstance(data, list | tuple) else data
 
 
 def _kind(value: Any) -> str:

@@ -179,9 +179,7 @@ def code(n: int, seed: int, tokens: int = 1024, split: str = "test") -> list[Sam
     """
     _check_count("code", n)
     if tokens < 128:
-        raise TaskError(
-            f"code: tokens must be at least 128, found {tokens}; ask for a longer context"
-        )
+        raise TaskError(f"code: tokens must be at least 128, found {tokens}; ask for a longer context")
     length = int(tokens * CHARACTERS_PER_TOKEN)
     texts = [text for _, text in stdlib_files(split) if len(text) >= length]
     if not texts:
@@ -267,9 +265,7 @@ def from_jsonl(path: str | Path) -> list[Sample]:
         raw = file.read_bytes()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise TaskError(
-            f"{file}: must be a readable file of JSON Lines, found {reason!r}; check the path"
-        ) from error
+        raise TaskError(f"{file}: must be a readable file of JSON Lines, found {reason!r}; check the path") from error
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -279,14 +275,11 @@ def from_jsonl(path: str | Path) -> list[Sample]:
             f"0x{raw[error.start]:02x}; save the file as UTF-8 JSON Lines"
         ) from error
     samples = [
-        _row(f"{file}, line {number}", row)
-        for number, row in enumerate(text.split("\n"), start=1)
-        if row.strip()
+        _row(f"{file}, line {number}", row) for number, row in enumerate(text.split("\n"), start=1) if row.strip()
     ]
     if not samples:
         raise TaskError(
-            f"{file}: must hold at least one row, found none; write one JSON object with "
-            f'"prompt" and "answer" per line'
+            f'{file}: must hold at least one row, found none; write one JSON object with "prompt" and "answer" per line'
         )
     return samples
 
@@ -341,8 +334,7 @@ def load_task(name_or_path: str, n: int, seed: int, tokens: int | None = None) -
         return generator(n, seed) if tokens is None else generator(n, seed, tokens=tokens)
     if not name_or_path.endswith((".jsonl", ".json")) and not os.path.exists(name_or_path):
         raise TaskError(
-            f"task must be one of {', '.join(TASKS)} or the path of a JSON Lines file, "
-            f"found {name_or_path!r}"
+            f"task must be one of {', '.join(TASKS)} or the path of a JSON Lines file, found {name_or_path!r}"
         )
     _check_count(name_or_path, n)
     samples = from_jsonl(name_or_path)

@@ -32,7 +32,8 @@ class Log(Policy):
         stride, budget = 1, self.capacity(seen)
         while -(-len(positions) // stride) > budget:
             stride *= 2
-        return np.arange(len(positions)) % stride == 0
+        keep: NDArray[np.bool_] = np.arange(len(positions)) % stride == 0
+        return keep
 
 
 @hookimpl

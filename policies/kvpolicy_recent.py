@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,9 +30,11 @@ class Recent(Policy):
     flush: int = Field(1, ge=1, description="Overdue tokens leave once there are this many, in multiples of it.")
 
     def _newest_overdue(self, seen: Ints) -> Ints:
-        if isinstance(self.window, float):
-            return seen - 1 - np.maximum(1, np.floor(self.window * seen).astype(np.int64))
-        return seen - 1 - self.window
+        window: Any = self.window
+        if isinstance(window, float):
+            window = np.maximum(1, np.floor(window * seen).astype(np.int64))
+        newest: Ints = seen - 1 - window
+        return newest
 
     def keep(self, positions: Ints, seen: int) -> NDArray[np.bool_]:
         window = budget_tokens(self.window, seen) if self.window else 0

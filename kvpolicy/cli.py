@@ -1,0 +1,195 @@
+"""The command `kvpolicy`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kvpolicy.errors import KvpolicyError
+
+if TYPE_CHECKING:
+    from kvpolicy.recipe import Recipe
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="kvpolicy",
+    help="KV-cache compression as recipes. A RECIPE is a bundled name or a YAML file, with parameters after a colon: "
+    "logquant:window=64,nbits=4.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A bundled name or a file, NAME:key=value,...")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        import kvpolicy
+
+        typer.echo(f"kvpolicy {kvpolicy.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Version.")] = False,
+) -> None:
+    pass
+
+
+def _print(table: Any) -> None:
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)
+    console.print(table)
+
+
+def _table(title: str, *columns: str) -> Any:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+@app.command()
+def recipes() -> None:
+    """List the bundled recipes."""
+    from rich.text import Text
+
+    from kvpolicy.recipe import bundled_names, load_recipe
+
+    table = _table("Bundled recipes", "name", "parameters", "summary")
+    for name in bundled_names():
+        recipe = load_recipe(name)
+        params = ",".join(f"{key}={value}" for key, value in recipe.params.items())
+        table.add_row(Text(name), Text(params), Text(recipe.summary))
+    _print(table)
+
+
+@app.command()
+def show(
+    recipe: RecipeArgument,
+    tokens: Annotated[int, typer.Option(min=1, max=1 << 20, help="Tokens of the placement shown.")] = 512,
+    plot: Annotated[Path | None, typer.Option(help="Draw which tier holds each position, into this file.")] = None,
+) -> None:
+    """Print a recipe with everything filled in, and how many tokens each tier holds."""
+    from kvpolicy.recipe import load_recipe
+
+    loaded = load_recipe(recipe)
+    if loaded.params:
+        typer.echo("# " + ", ".join(f"{name}={value}" for name, value in loaded.params.items()))
+    typer.echo(loaded.to_yaml(resolved=True))
+    _print(_tiers_table(loaded, tokens))
+    if plot is not None:
+        from kvpolicy.plots import plot_placement
+
+        typer.echo(f"wrote {plot_placement(loaded, tokens, plot)}", err=True)
+
+
+def _tiers_table(recipe: Recipe, tokens: int) -> Any:
+    from rich.text import Text
+
+    from kvpolicy.placement import simulate
+    from kvpolicy.plots import describe_store
+
+    table = _table(f"Tiers after {tokens} tokens", "tier", "policy", "keys", "values", "tokens", "positions")
+    for i, (tier, held) in enumerate(zip(recipe.tiers, simulate(recipe.tiers, tokens, recipe.placement), strict=True)):
+        options = "" if tier.policy is None else ", ".join(f"{k}={v}" for k, v in tier.policy if k != "kind")
+        policy = "takes the rest" if tier.policy is None else f"{tier.policy.kind}({options})"
+        keys, values = describe_store(tier.keys), describe_store(tier.values)
+        span = f"{held[0]} to {held[-1]}" if len(held) else "none"
+        table.add_row(*(Text(cell) for cell in (str(i), policy, keys, values, str(len(held)), span)))
+    return table
+
+
+@app.command()
+def validate(
+    sources: Annotated[list[str], typer.Argument(metavar="RECIPE...", help="Bundled names or files.")],
+) -> None:
+    """Check recipes; exit status 2 if one is not valid."""
+    from kvpolicy.recipe import load_recipe
+
+    failed = False
+    for source in sources:
+        try:
+            loaded = load_recipe(source)
+        except KvpolicyError as error:
+            typer.echo(f"error: {error}", err=True)
+            failed = True
+        else:
+            typer.echo(f"{source}: valid ({loaded.name}, tiers: {len(loaded.tiers)})")
+    if failed:
+        raise typer.Exit(2)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of recipes, for editors."""
+    import json
+
+    from kvpolicy.schema import recipe_schema
+
+    typer.echo(json.dumps(recipe_schema(), indent=2))
+
+
+@app.command()
+def plugins() -> None:
+    """List the installed policies and quantizers, and what failed to load."""
+    from rich.text import Text
+
+    from kvpolicy.plugins import registry
+
+    found = registry()
+    table = _table("Plugins", "type", "kind", "distribution", "version", "file", "options")
+    groups: list[tuple[str, dict[str, Any]]] = [("policy", found.policies), ("quantizer", found.quantizers)]
+    for what, known in groups:
+        for kind in sorted(known):
+            info = known[kind]
+            options = ", ".join(_option(name, field) for name, field in info.cls.model_fields.items() if name != "kind")
+            cells = (what, kind, info.distribution, info.version, info.file, options)
+            table.add_row(*(Text(cell) for cell in cells))
+    _print(table)
+    if found.broken:
+        failed = _table("Failed to load", "plugin", "distribution", "version", "entry point", "cause")
+        for bad in found.broken:
+            failed.add_row(*(Text(cell) for cell in (bad.name, bad.distribution, bad.version, bad.value, bad.cause)))
+        typer.echo()
+        _print(failed)
+
+
+def _option(name: str, field: Any) -> str:
+    return name if field.is_required() else f"{name}={field.default}"
+
+
+def _mount() -> None:
+    from importlib.util import find_spec
+
+    if find_spec("kvpolicy.cli_run") is None:
+        return
+    from kvpolicy import cli_run
+
+    app.command()(cli_run.compare)
+    app.command()(cli_run.generate)
+
+
+_mount()
+
+
+def main() -> None:
+    """Run the command; an error that kvpolicy raises on purpose is one message and exit status 2."""
+    try:
+        app()
+    except KvpolicyError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(141)

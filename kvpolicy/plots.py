@@ -1,0 +1,93 @@
+"""A picture of one recipe: which tier holds each position as decoding goes on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from kvpolicy.errors import RecipeError
+from kvpolicy.recipe_spec import Recipe, Tier
+
+__all__ = ["MAX_TOKENS", "describe_store", "describe_tier", "plot_placement"]
+
+MAX_TOKENS = 4096
+_COLOURS = ["#08306b", "#2979b9", "#6baed6", "#9ecae1", "#c6dbef", "#deebf7"]
+_LOWEST, _DROPPED, _UNSEEN = "#fdae6b", "#e4e4e4", "#ffffff"
+
+
+def describe_store(store: Any) -> str:
+    """`full`, `evict`, or kind and options that differ from their defaults."""
+    if isinstance(store, str):
+        return store
+    default = {name: field.default for name, field in type(store).model_fields.items()}
+    shown = [f"{name}={value}" for name, value in store if name in ("nbits", "per") or value != default[name]]
+    return f"{store.kind}({', '.join(item for item in shown if not item.startswith('kind='))})"
+
+
+def describe_tier(tier: Tier) -> str:
+    """A tier on one line."""
+    policy = "" if tier.policy is None else f"{_describe_policy(tier.policy)}: "
+    if tier.keys == tier.values:
+        return policy + describe_store(tier.keys)
+    return f"{policy}keys {describe_store(tier.keys)}, values {describe_store(tier.values)}"
+
+
+def _describe_policy(policy: Any) -> str:
+    options = ", ".join(f"{name}={value}" for name, value in policy if name != "kind")
+    return f"{policy.kind}({options})"
+
+
+def _colours(tiers: tuple[Tier, ...]) -> list[str]:
+    last = _DROPPED if tiers[-1].keys == "evict" else _COLOURS[0] if tiers[-1].keys == "full" else _LOWEST
+    return [*(_COLOURS[min(i, len(_COLOURS) - 1)] for i in range(len(tiers) - 1)), last]
+
+
+def plot_placement(recipe: Recipe, tokens: int, path: str | Path) -> Path:
+    """Draw which tier holds each position while `tokens` tokens are decoded one by one.
+
+    Args:
+        recipe: the recipe; layers with tiers of their own are not drawn.
+        tokens: tokens decoded.
+        path: where the picture goes; its ending says the format.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.colors import ListedColormap
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    from kvpolicy.placement import history
+
+    if not 1 <= tokens <= MAX_TOKENS:
+        raise RecipeError(f"tokens must lie between 1 and {MAX_TOKENS} for a picture, found {tokens}")
+    target = Path(path)
+    supported = sorted(FigureCanvasAgg.get_supported_filetypes())
+    if target.suffix.lstrip(".").lower() not in supported:
+        raise RecipeError(f"{target}: a picture must end in one of {', '.join(supported)}, found {target.suffix!r}")
+    picture = history(recipe.tiers, tokens, recipe.placement)
+    colours = _colours(recipe.tiers)
+    figure = Figure(figsize=(7.5, 5.6), layout="constrained")
+    axes = figure.add_subplot()
+    cmap = ListedColormap([_UNSEEN, *colours])
+    axes.imshow(
+        picture + 1,
+        cmap=cmap,
+        vmin=0,
+        vmax=len(colours),
+        interpolation="nearest",
+        aspect="auto",
+        extent=(-0.5, tokens - 0.5, tokens + 0.5, 0.5),
+    )
+    axes.set_xlabel("position in the context")
+    axes.set_ylabel("tokens seen")
+    axes.set_title(f"{recipe.name}: the tier that holds each position")
+    labels = [f"{i}  {describe_tier(tier)}" for i, tier in enumerate(recipe.tiers)]
+    handles = [
+        Patch(facecolor=colour, edgecolor="0.4", linewidth=0.5, label=label)
+        for colour, label in zip(colours, labels, strict=True)
+    ]
+    figure.legend(handles=handles, loc="outside lower left", frameon=False, fontsize="small")
+    try:
+        figure.savefig(target, dpi=144)
+    except OSError as error:
+        raise RecipeError(f"{target}: the picture can't be written: {error}") from error
+    return target

@@ -1,0 +1,213 @@
+"""The recipe as a value: tiers, and which layers they apply to."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, InstanceOf, PrivateAttr, SerializeAsAny, model_validator
+
+from kvpolicy.component import Component
+from kvpolicy.errors import RecipeError
+from kvpolicy.policy import Policy
+from kvpolicy.quantizer import Quantizer
+from kvpolicy.recipe_yaml import Path_, dump_yaml, path_text
+
+__all__ = ["FULL_TIERS", "SPEC_VERSION", "Recipe", "Store", "Tier", "find_overlap", "find_problem", "parse_selector"]
+
+SPEC_VERSION = 1
+Store = Literal["full", "evict"] | SerializeAsAny[InstanceOf[Quantizer]]
+"""`full`, `evict`, or a quantizer."""
+_SELECTOR = re.compile(r"(-?\d{1,9})(?:-(-?\d{1,9}))?")
+
+
+class Tier(BaseModel):
+    """One stage of the descent: which tokens stay here, and how their keys and values are stored."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    policy: SerializeAsAny[InstanceOf[Policy]] | None = Field(
+        None, description="Which tokens stay; the others descend to the next tier. The last tier has none."
+    )
+    keys: Store = Field(description="How keys are stored: full, evict, or a quantizer.")
+    values: Store = Field(description="How values are stored: full, evict, or a quantizer.")
+
+    def plain(self) -> dict[str, Any]:
+        """As YAML writes it, every option spelt out."""
+        tier: dict[str, Any] = {} if self.policy is None else {"policy": plain(self.policy)}
+        if self.keys == self.values:
+            return {**tier, "store": plain(self.keys)}
+        return {**tier, "keys": plain(self.keys), "values": plain(self.values)}
+
+
+FULL_TIERS = (Tier(keys="full", values="full"),)
+"""The tiers of a layer that is kept exactly."""
+
+
+class Recipe(BaseModel):
+    """A cache, declared: parameters are filled in, policies and quantizers are instances."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    version: int = Field(SPEC_VERSION, description="Version of the recipe format.")
+    name: str = Field("custom", description="Name of the recipe.")
+    summary: str = Field("", description="What it does, in a sentence or two.")
+    source: str = Field("", description="Where the method comes from, such as the address of a paper.")
+    placement: Literal["token", "update"] = Field(
+        "token",
+        description=(
+            "token: tokens are placed as if fed one by one, however the prompt is cut. update: decided once per "
+            "update; the first update descends whole to the last tier, later everything descends as soon as the "
+            "first policy lets any token go. With update the chunking of the prompt matters."
+        ),
+    )
+    params: dict[str, str | int | float | bool] = Field(
+        default_factory=dict, description="Parameters with their values; `$name` stands for one anywhere below."
+    )
+    tiers: tuple[Tier, ...] = Field(description="Tiers from the newest tokens down.")
+    layers: dict[str, Literal["full"] | tuple[Tier, ...]] = Field(
+        default_factory=dict,
+        description='Other tiers for some layers: "0", "-1" (the last) or "2-5", each a list of tiers or full.',
+    )
+
+    _template: dict[str, Any] | None = PrivateAttr(None)
+
+    @model_validator(mode="after")
+    def _check(self) -> Recipe:
+        lists: list[tuple[Path_, Sequence[Tier]]] = [(("tiers",), self.tiers)]
+        lists += [(("layers", key), tiers) for key, tiers in self.layers.items() if tiers != "full"]
+        for path, tiers in lists:
+            problem = find_problem(tiers)
+            if problem:
+                raise RecipeError(f"recipe {self.name}: {path_text((*path, *problem[0]))}: {problem[1]}")
+        overlap = find_overlap(list(self.layers))
+        if overlap:
+            raise RecipeError(f"recipe {self.name}: {overlap}")
+        return self
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Recipe) and dict(self) == dict(other)
+
+    def __hash__(self) -> int:
+        return hash((self.name, self.tiers))
+
+    def tiers_of(self, layer: int, layers: int) -> tuple[Tier, ...]:
+        """The tiers of a layer of a model that has `layers` of them."""
+        found: tuple[Tier, ...] = self.tiers
+        used: dict[int, str] = {}
+        for key, tiers in self.layers.items():
+            first, last = (i + layers if i < 0 else i for i in parse_selector(key))
+            if not 0 <= first <= last < layers:
+                raise RecipeError(
+                    f"recipe {self.name}: layers.{key} must name layers of the model, which has {layers} "
+                    f"(0 to {layers - 1}, or -{layers} to -1)"
+                )
+            for i in range(first, last + 1):
+                if i in used:
+                    raise RecipeError(
+                        f"recipe {self.name}: a layer may be named once, found layer {i} of {layers} in both "
+                        f"layers.{used[i]} and layers.{key}"
+                    )
+                used[i] = key
+            if first <= layer <= last:
+                found = FULL_TIERS if tiers == "full" else tiers
+        return found
+
+    def to_yaml(self, resolved: bool = False) -> str:
+        """YAML that loads as an equal recipe.
+
+        Args:
+            resolved: write the values of parameters in their places, and every option of every plugin.
+        """
+        if self._template is not None and not resolved:
+            return dump_yaml(plain(self._template))
+        written: dict[str, Any] = {"version": self.version, "name": self.name}
+        written.update({k: getattr(self, k) for k in ("summary", "source") if getattr(self, k)})
+        if self.placement != "token":
+            written["placement"] = self.placement
+        written["tiers"] = [tier.plain() for tier in self.tiers]
+        if self.layers:
+            written["layers"] = {
+                key: tiers if tiers == "full" else [tier.plain() for tier in tiers]
+                for key, tiers in self.layers.items()
+            }
+        return dump_yaml(written)
+
+    @classmethod
+    def from_yaml(cls, text: str, **params: Any) -> Recipe:
+        """The recipe in a string of YAML."""
+        from kvpolicy.recipe import load_yaml
+
+        return load_yaml(text, **params)
+
+
+def plain(value: Any) -> Any:
+    """Instances of plugins as the mappings that YAML writes."""
+    if isinstance(value, Component):
+        return value.model_dump(mode="json")
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def find_problem(tiers: Sequence[Tier]) -> tuple[Path_, str] | None:
+    """The first rule that a list of tiers breaks: path and message."""
+    if not tiers:
+        return (), "a list of tiers must not be empty"
+    for i, tier in enumerate(tiers):
+        last = i == len(tiers) - 1
+        if last and tier.policy is not None:
+            return (i, "policy"), (
+                "the last tier takes whatever reaches it and must have no policy, "
+                f"found {tier.policy.kind!r}; remove it, or add a tier below"
+            )
+        if not last and tier.policy is None:
+            return (i,), "every tier but the last must have a policy, found none; without one nothing descends"
+        for side in ("keys", "values"):
+            if getattr(tier, side) == "evict" and (not last or tier.keys != tier.values):
+                return (i, side), (
+                    "evict must stand in the last tier and for keys and values alike, "
+                    f"found keys {_name(tier.keys)} and values {_name(tier.values)} in tier {i} of {len(tiers)}"
+                )
+            if i and _precision(getattr(tier, side)) > _precision(getattr(tiers[i - 1], side)):
+                return (i, side), (
+                    f"precision must never rise down the list, found {_name(getattr(tier, side))} below "
+                    f"{_name(getattr(tiers[i - 1], side))}; exchange the tiers"
+                )
+    if len(tiers) == 1 and tiers[0].keys == "evict":
+        return (0,), "the only tier must not evict: nothing would be kept"
+    return None
+
+
+def _precision(store: Any) -> float:
+    return {"full": float("inf"), "evict": 0.0}[store] if isinstance(store, str) else store.precision()
+
+
+def _name(store: Any) -> str:
+    return store if isinstance(store, str) else f"{store.kind} ({store.precision():g} bits)"
+
+
+def parse_selector(key: str) -> tuple[int, int]:
+    """First and last layer of `"3"`, `"-1"` or `"2-5"`, negative ones as written."""
+    match = _SELECTOR.fullmatch(key)
+    if match is None:
+        raise RecipeError(f'a layer selector is an index or a range such as "0", "-1" or "2-5", found {key!r}')
+    first = int(match[1])
+    last = first if match[2] is None else int(match[2])
+    if (first < 0) == (last < 0) and last < first:
+        raise RecipeError(f"a range of layers must ascend, found {key!r}")
+    return first, last
+
+
+def find_overlap(keys: Sequence[str]) -> str | None:
+    """What is wrong with layer selectors, as far as it can be told without a model."""
+    ranges: list[tuple[int, int, str]] = []
+    for key in keys:
+        first, last = parse_selector(key)
+        for low, high, other in ranges:
+            comparable = (first < 0) == (last < 0) == (low < 0) == (high < 0)
+            if comparable and first <= high and low <= last:
+                return f"a layer may be named once, found {key!r} overlapping {other!r}"
+        ranges.append((first, last, key))
+    return None

@@ -1,0 +1,114 @@
+"""The JSON schema of recipes, from the recipe model and the plugins installed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kvpolicy.component import Component
+from kvpolicy.plugins import PluginInfo, Registry, registry
+from kvpolicy.recipe_spec import SPEC_VERSION, Recipe, Tier
+
+__all__ = ["recipe_schema"]
+
+_PARAMETER = {"type": "string", "pattern": r"^\$[A-Za-z_]\w*$", "description": "The value of a parameter."}
+_TIERS = {"type": "array", "minItems": 1, "items": {"$ref": "#/$defs/tier"}}
+_SIMPLE = {"string", "integer", "number", "boolean", "null"}
+
+
+def recipe_schema(plugins: Registry | None = None) -> dict[str, Any]:
+    """A JSON schema (draft 2020-12) that editors can use, with every installed kind and its options."""
+    plugins = registry() if plugins is None else plugins
+    definitions: dict[str, Any] = {"parameter": _PARAMETER}
+    definitions["policy"] = _union("policy", plugins.policies, definitions)
+    definitions["quantizer"] = _union("quantizer", plugins.quantizers, definitions)
+    definitions["store"] = {
+        "anyOf": [{"enum": ["full", "evict"]}, {"$ref": "#/$defs/quantizer"}, {"$ref": "#/$defs/parameter"}]
+    }
+    definitions["tier"] = _tier()
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "kvpolicy recipe",
+        "description": "A KV cache as an ordered list of tiers, through which tokens descend.",
+        "type": "object",
+        "properties": _top(),
+        "additionalProperties": False,
+        "anyOf": [{"required": ["tiers"]}, {"required": ["extends"]}],
+        "$defs": definitions,
+    }
+
+
+def _top() -> dict[str, Any]:
+    own: dict[str, Any] = {
+        "version": {"const": SPEC_VERSION},
+        "name": {"type": "string", "minLength": 1},
+        "summary": {"type": "string"},
+        "source": {"type": "string"},
+        "placement": {"anyOf": [{"enum": ["token", "update"]}, {"$ref": "#/$defs/parameter"}]},
+        "params": {
+            "type": "object",
+            "propertyNames": {"pattern": r"^[A-Za-z_]\w*$"},
+            "additionalProperties": {"type": sorted(_SIMPLE)},
+        },
+        "tiers": _TIERS,
+        "layers": {
+            "type": "object",
+            "patternProperties": {r"^-?\d+(--?\d+|-\d+)?$": {"anyOf": [{"const": "full"}, _TIERS]}},
+            "additionalProperties": False,
+        },
+    }
+    described = {k: {**v, "description": Recipe.model_fields[k].description} for k, v in own.items()}
+    extends = "A bundled recipe, or a file relative to this one: keys here win, params are merged."
+    return {**described, "extends": {"type": "string", "minLength": 1, "description": extends}}
+
+
+def _tier() -> dict[str, Any]:
+    policy = {"anyOf": [{"$ref": "#/$defs/policy"}, {"type": "null"}]}
+    sides = {
+        side: {"$ref": "#/$defs/store", "description": Tier.model_fields[side].description}
+        for side in ("keys", "values")
+    }
+    both = {"$ref": "#/$defs/store", "description": "How keys and values are stored: full, evict, or a quantizer."}
+    return {
+        "type": "object",
+        "properties": {
+            "policy": {**policy, "description": Tier.model_fields["policy"].description},
+            "store": both,
+            **sides,
+        },
+        "additionalProperties": False,
+        "oneOf": [{"required": ["store"]}, {"required": ["keys", "values"]}],
+    }
+
+
+def _union(what: str, known: dict[str, PluginInfo[Any]], definitions: dict[str, Any]) -> dict[str, Any]:
+    """One mapping told apart by its kind; where the kind is a parameter its options stay open."""
+    branches: list[dict[str, Any]] = []
+    for kind in sorted(known):
+        name = f"{what}-{kind}"
+        definitions[name] = _component(known[kind].cls, kind, name, definitions)
+        chosen = {"properties": {"kind": {"const": kind}}, "required": ["kind"]}
+        branches.append({"if": chosen, "then": {"$ref": f"#/$defs/{name}"}})
+    schema: dict[str, Any] = {
+        "type": "object",
+        "properties": {"kind": {"anyOf": [{"enum": sorted(known)}, {"$ref": "#/$defs/parameter"}]}},
+        "required": ["kind"],
+    }
+    return {**schema, "allOf": branches} if branches else schema
+
+
+def _component(cls: type[Component], kind: str, name: str, definitions: dict[str, Any]) -> dict[str, Any]:
+    schema = cls.model_json_schema(ref_template=f"#/$defs/{name}.{{model}}")
+    for nested, definition in schema.pop("$defs", {}).items():
+        definitions[f"{name}.{nested}"] = definition
+    for option, described in schema["properties"].items():
+        if option != "kind":
+            schema["properties"][option] = _or_parameter(described)
+    return {**schema, "title": kind}
+
+
+def _or_parameter(described: dict[str, Any]) -> dict[str, Any]:
+    """The schema of an option, which may also be written `$name`."""
+    outer = {key: described[key] for key in ("title", "description", "default") if key in described}
+    inner = {key: value for key, value in described.items() if key not in outer}
+    variants = inner["anyOf"] if set(inner) == {"anyOf"} else [inner]
+    return {**outer, "anyOf": [*variants, {"$ref": "#/$defs/parameter"}]}

@@ -1,0 +1,151 @@
+"""Packing of integer codes, and their decoding."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kvpolicy import packing
+from kvpolicy.packing import dequantize, pack, packed_width, unpack
+
+BITS = [1, 2, 3, 4, 8]
+
+
+def random_codes(*shape: int, nbits: int, seed: int = 0) -> Tensor:
+    return torch.randint(2**nbits, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def expected(codes: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+    channels = codes.shape[-1] // scale.shape[-1]
+    scale, offset = (p.float().repeat_interleave(channels, dim=-1) for p in (scale, offset))
+    return codes.float() * scale + offset
+
+
+@pytest.mark.parametrize(("nbits", "width"), [(1, 16), (2, 32), (3, 48), (4, 64), (8, 128)])
+def test_width(nbits: int, width: int) -> None:
+    assert packed_width(128, nbits) == width
+
+
+@given(
+    nbits=st.sampled_from(BITS),
+    head_dim=st.integers(1, 130),
+    shape=st.lists(st.integers(0, 3), max_size=3),
+    seed=st.integers(0, 9),
+)
+@settings(max_examples=150, deadline=None)
+def test_round_trip(nbits: int, head_dim: int, shape: list[int], seed: int) -> None:
+    codes = random_codes(*shape, head_dim, nbits=nbits, seed=seed)
+    packed = pack(codes, nbits)
+    assert packed.dtype == torch.uint8
+    assert packed.shape == (*shape, packed_width(head_dim, nbits))
+    assert packed_width(head_dim, nbits) * 8 < head_dim * nbits + (16 if nbits == 3 else 8)
+    assert torch.equal(unpack(packed, nbits, head_dim), codes)
+
+
+def test_two_bits_are_four_planes() -> None:
+    codes = random_codes(128, nbits=2)
+    a, b, c, d = codes.int().split(32)
+    assert pack(codes, 2).int().tolist() == (a | b << 2 | c << 4 | d << 6).tolist()
+
+
+def test_three_bits_are_two_and_one() -> None:
+    codes = random_codes(2, 64, nbits=3)
+    assert torch.equal(pack(codes, 3), torch.cat([pack(codes & 3, 2), pack(codes >> 2, 1)], dim=-1))
+
+
+def test_four_bits_are_two_halves() -> None:
+    codes = random_codes(5, 80, nbits=4)
+    assert torch.equal(pack(codes, 4), codes[:, :40] | codes[:, 40:] << 4)
+
+
+def test_padding_is_zero() -> None:
+    assert pack(torch.full((5,), 3, dtype=torch.uint8), 2).tolist() == [0b111111, 0b1111]
+
+
+def test_codes_too_large_stay_within_their_channel() -> None:
+    codes = torch.tensor([255, 0, 0, 0], dtype=torch.uint8)
+    assert unpack(pack(codes, 2), 2, 4).tolist() == [3, 0, 0, 0]
+
+
+def test_non_contiguous_codes() -> None:
+    codes = random_codes(64, 7, nbits=2).T
+    assert torch.equal(unpack(pack(codes, 2), 2, 64), codes)
+
+
+@pytest.mark.parametrize("nbits", BITS)
+@pytest.mark.parametrize("head_dim", [1, 9, 64, 80, 96, 128])
+def test_dequantize_is_scale_times_code_plus_offset(nbits: int, head_dim: int) -> None:
+    codes = random_codes(2, 3, 5, head_dim, nbits=nbits)
+    for groups in [d for d in range(1, head_dim + 1) if head_dim % d == 0]:
+        scale, offset = torch.rand(2, 3, 5, groups), torch.randn(2, 3, 5, groups)
+        out = torch.full((2, 3, 5, head_dim), torch.nan)
+        dequantize(pack(codes, nbits), nbits, head_dim, scale, offset, out)
+        assert torch.equal(out, expected(codes, scale, offset))
+
+
+@pytest.mark.parametrize("params", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_dequantize_rounds_once(dtype: torch.dtype, params: torch.dtype) -> None:
+    codes = random_codes(2, 2, 9, 64, nbits=4)
+    scale, offset = torch.rand(2, 2, 9, 2).to(params), torch.randn(2, 2, 9, 2).to(params)
+    out = torch.empty(2, 2, 9, 64, dtype=dtype)
+    dequantize(pack(codes, 4), 4, 64, scale, offset, out)
+    assert torch.equal(out, expected(codes, scale, offset).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("groups", [1, 2, 64])
+@pytest.mark.parametrize("shape", [(64,), (1, 1, 1, 1), (4, 1), (1, 3, 4, 1), (2, 3, 1, 1), (2, 1, 4, 8)])
+def test_parameters_broadcast(dtype: torch.dtype, groups: int, shape: tuple[int, ...]) -> None:
+    shape = (*shape[:-1], groups)
+    codes = random_codes(2, 3, 4, 8, 64, nbits=2)
+    scale, offset = torch.rand(shape), torch.randn(shape)
+    out = torch.empty(2, 3, 4, 8, 64, dtype=dtype)
+    dequantize(pack(codes, 2), 2, 64, scale, offset, out)
+    assert torch.equal(out, expected(codes, scale, offset).to(dtype))
+
+
+@pytest.mark.parametrize("nbits", BITS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_into_a_slice(nbits: int, dtype: torch.dtype) -> None:
+    codes = random_codes(2, 3, 5, 64, nbits=nbits)
+    scale, offset = torch.rand(2, 3, 5, 4), torch.randn(2, 3, 5, 4)
+    whole = torch.full((2, 3, 20, 64), 7.0, dtype=dtype)
+    dequantize(pack(codes, nbits), nbits, 64, scale, offset, whole[:, :, 10:15])
+    assert torch.equal(whole[:, :, 10:15], expected(codes, scale, offset).to(dtype))
+    assert (whole[:, :, :10] == 7).all() and (whole[:, :, 15:] == 7).all()
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (1, 2, 0)])
+def test_no_tokens_or_one(shape: tuple[int, ...]) -> None:
+    codes = random_codes(*shape, 16, nbits=2)
+    out = torch.empty(codes.shape)
+    dequantize(pack(codes, 2), 2, 16, torch.ones(*shape, 2), torch.zeros(*shape, 2), out)
+    assert torch.equal(out, codes.float())
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blocks_make_no_difference(dtype: torch.dtype, per_channel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    codes = random_codes(2, 3, 7, 5, 32, nbits=3)
+    shape = (2, 3, 7, 1, 32) if per_channel else (2, 3, 7, 5, 2)
+    scale, offset = torch.rand(shape), torch.randn(shape)
+    for elements in [1, 32, 1000, 5000, 1 << 30]:
+        monkeypatch.setattr(packing, "BLOCK_ELEMENTS", elements)
+        out = torch.empty(2, 3, 7, 5, 32, dtype=dtype)
+        dequantize(pack(codes, 3), 3, 32, scale, offset, out)
+        assert torch.equal(out, expected(codes, scale, offset).to(dtype))
+
+
+def test_nan_parameters_spoil_their_group_only() -> None:
+    codes = random_codes(4, 64, nbits=2)
+    scale, offset = torch.ones(4, 2), torch.zeros(4, 2)
+    scale[1, 0] = torch.nan
+    out = torch.empty(4, 64)
+    dequantize(pack(codes, 2), 2, 64, scale, offset, out)
+    spoilt = torch.zeros(4, 64, dtype=torch.bool)
+    spoilt[1, :32] = True
+    assert torch.equal(out.isnan(), spoilt)
