@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from kvpolicy.quantizer import Affine as Affine
     from kvpolicy.quantizer import AffineQuantizer as AffineQuantizer
     from kvpolicy.quantizer import Quantizer as Quantizer
+    from kvpolicy.quantizer import TensorQuantizer as TensorQuantizer
     from kvpolicy.recipe import Recipe as Recipe
     from kvpolicy.recipe import load_recipe as load_recipe
 
@@ -26,6 +27,7 @@ __all__ = [
     "Policy",
     "Quantizer",
     "Recipe",
+    "TensorQuantizer",
     "__version__",
     "compare",
     "hookimpl",
@@ -41,6 +43,7 @@ _HOMES = {
     "Policy": "policy",
     "Quantizer": "quantizer",
     "Recipe": "recipe",
+    "TensorQuantizer": "quantizer",
     "compare": "compare",
     "hookimpl": "hookspecs",
     "load_recipe": "recipe",

@@ -18,7 +18,7 @@ from kvpolicy import hookspecs
 from kvpolicy.component import Component
 from kvpolicy.errors import PluginError, RecipeError
 from kvpolicy.policy import Policy
-from kvpolicy.quantizer import Quantizer
+from kvpolicy.quantizer import AffineQuantizer, Quantizer, TensorQuantizer
 
 __all__ = ["GROUP", "BrokenPlugin", "PluginInfo", "Registry", "registry", "suggest"]
 
@@ -193,6 +193,8 @@ def _check_class(cls: Any, hook: str, base: type[Component]) -> None:
     missing = sorted(getattr(cls, "__abstractmethods__", ()))
     if missing:
         raise PluginError(f"class {cls.__name__} must define {', '.join(missing)}")
+    if base is Quantizer and not issubclass(cls, AffineQuantizer | TensorQuantizer):
+        raise PluginError(f"class {cls.__name__} must be a subclass of AffineQuantizer or of TensorQuantizer")
     kind = _kind(cls)
     if not isinstance(kind, str) or not kind or kind in RESERVED:
         raise PluginError(

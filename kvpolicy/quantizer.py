@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple
 
 from pydantic import Field
 
@@ -64,13 +64,12 @@ class AffineQuantizer(Quantizer):
     """
 
     nbits: Literal[1, 2, 3, 4, 8] = Field(4, description="Bits per code.")
-    group_size: int | Literal["auto", "head", "arrival"] = Field(
+    group_size: Annotated[int, Field(ge=1)] | Literal["auto", "head", "arrival"] = Field(
         "auto",
         description=(
             "Numbers that share a scale and an offset: channels of a token (per: token) or tokens of a channel "
             "(per: channel). auto: per token, the largest divisor of head_dim not above 64; per channel, 32. "
-            "head: head_dim numbers. "
-            "arrival (per: channel only): the tokens that arrive together."
+            "head: as many as head_dim. arrival (per: channel only): the tokens that arrive together."
         ),
     )
     per: Literal["token", "channel"] = Field(

@@ -108,7 +108,7 @@ def _component(cls: type[Component], kind: str, name: str, definitions: dict[str
 
 def _or_parameter(described: dict[str, Any]) -> dict[str, Any]:
     """The schema of an option, which may also be written `$name`."""
-    outer = {key: described[key] for key in ("title", "description", "default") if key in described}
+    outer: dict[str, Any] = {k: described[k] for k in ("title", "description", "default") if k in described}
     inner = {key: value for key, value in described.items() if key not in outer}
     variants = inner["anyOf"] if set(inner) == {"anyOf"} else [inner]
     return {**outer, "anyOf": [*variants, {"$ref": "#/$defs/parameter"}]}

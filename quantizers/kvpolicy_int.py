@@ -20,7 +20,7 @@ class Int(AffineQuantizer):
     Asymmetric, the levels run from the minimum of a group to its maximum; symmetric, from `-m` to `m` with `m` the
     largest magnitude. A group of equal numbers is kept exactly (scale 0). All in float32.
 
-    Source: KIVI (arXiv 2402.02750, section 2.2, "round-to-nearest"). Deviations: `symmetric` places all `2**nbits`
+    Source: KIVI (arXiv 2402.02750, section 3, its round-to-nearest). Deviations: `symmetric` places all `2**nbits`
     levels around zero, none on it, so that it also works with 1 bit.
     """
 

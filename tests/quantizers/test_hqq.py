@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 from typing import Any
 
+import hqq.core.quantize as library
 import pytest
 import torch
 from kvpolicy_hqq import Hqq
@@ -12,7 +13,6 @@ from torch import Tensor
 
 from kvpolicy.errors import MissingDependencyError
 
-library = pytest.importorskip("hqq.core.quantize")
 BITS = [1, 2, 3, 4, 8]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

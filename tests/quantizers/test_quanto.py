@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 from typing import Any
 
+import optimum.quanto as quanto
 import pytest
 import torch
 from kvpolicy_quanto import Quanto
@@ -13,7 +14,6 @@ from torch import Tensor
 
 from kvpolicy.errors import MissingDependencyError
 
-quanto = pytest.importorskip("optimum.quanto")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 

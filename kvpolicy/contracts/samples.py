@@ -1,0 +1,122 @@
+"""Instances of the installed plugins to try, and what to try them on."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, get_args, get_origin
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import ValidationError
+from torch import Tensor
+
+from kvpolicy.component import Component
+from kvpolicy.errors import KvpolicyError
+from kvpolicy.plugins import PluginInfo, registry
+from kvpolicy.policy import Policy
+from kvpolicy.quantizer import AffineQuantizer, Quantizer
+
+__all__ = ["Block", "TwoTier", "name_of", "policies", "quantizers", "tensor"]
+
+C = TypeVar("C", bound=Component)
+NUMBERS = (0, 1, 2, 3, 7, 32, 0.3, True, False)
+Ints = NDArray[np.int64]
+
+
+class TwoTier(NamedTuple):
+    """A tier as the planner sees it."""
+
+    policy: Policy | None
+    keys: Any = "full"
+    values: Any = "full"
+
+
+class Block(Policy):
+    """Lets tokens go in blocks of `size`, so that what stands below sees several arrive at once."""
+
+    kind: Literal["contract-block"] = "contract-block"
+    acts: ClassVar[Literal["arrival", "step"]] = "step"
+    size: int = 8
+
+    def keep(self, positions: Ints, seen: int) -> NDArray[np.bool_]:
+        return np.arange(len(positions)) >= len(positions) // self.size * self.size
+
+
+def _choices(annotation: Any) -> list[Any]:
+    """Values to try for an option, by its type."""
+    if get_origin(annotation) is Literal:
+        return list(get_args(annotation))
+    parts = get_args(annotation)
+    if parts:
+        return list(itertools.chain.from_iterable(_choices(part) for part in parts))
+    return list(NUMBERS) if annotation in (int, float, bool) else []
+
+
+def _variants(cls: type[C]) -> Iterator[C]:
+    """The defaults, then variations of one option that the class accepts."""
+    required = {name: field.examples[0] for name, field in cls.model_fields.items() if field.examples}
+    base = {name: value for name, value in required.items() if cls.model_fields[name].is_required()}
+    seen: set[str] = set()
+    tries: list[dict[str, Any]] = [base]
+    for name, field in cls.model_fields.items():
+        if name != "kind":
+            tries += [{**base, name: value} for value in [*(field.examples or []), *_choices(field.annotation)]]
+    for options in tries:
+        try:
+            made = cls.model_validate(options, strict=True)
+        except (ValidationError, KvpolicyError):
+            continue
+        if repr(made) not in seen:
+            seen.add(repr(made))
+            yield made
+
+
+def _params(known: dict[str, PluginInfo[Any]]) -> list[Any]:
+    made = [variant for kind in sorted(known) for variant in _variants(known[kind].cls)]
+    return sorted(made, key=lambda component: component.kind)
+
+
+def name_of(component: Component) -> str:
+    """Kind and options that are not at their defaults, for the names of tests."""
+    fields = type(component).model_fields
+    shown = [f"{k}={v}" for k, v in component if k != "kind" and v != fields[k].default]
+    return "-".join([component.kind, *shown])
+
+
+def policies() -> list[Policy]:
+    """Policies to try."""
+    return _params(registry().policies)
+
+
+def quantizers() -> list[Quantizer]:
+    """Quantizers to try; affine ones also per channel, in every width."""
+    made: dict[str, Quantizer] = {}
+    for quantizer in _params(registry().quantizers):
+        tries = [quantizer]
+        if isinstance(quantizer, AffineQuantizer):
+            tries.append(quantizer.model_copy(update={"per": "channel"}))
+        for tried in tries:
+            try:
+                same = type(tried).model_validate(tried.model_dump(), strict=True)
+            except (ValidationError, KvpolicyError):
+                continue
+            if not _fits_nowhere(same):
+                made.setdefault(name_of(same), same)
+    return list(made.values())
+
+
+def _fits_nowhere(quantizer: Quantizer) -> bool:
+    """Whether its group size divides no head_dim, or suits per: channel only."""
+    if not isinstance(quantizer, AffineQuantizer) or quantizer.per == "channel":
+        return False
+    return quantizer.group_size == "arrival" or (isinstance(quantizer.group_size, int) and 64 % quantizer.group_size > 0)
+
+
+def tensor(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> Tensor:
+    """Normal numbers with some channels far larger than others, as keys have."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=generator)
+    x[..., ::16] *= 8
+    return (x + 0.5).to(dtype)

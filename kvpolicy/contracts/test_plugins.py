@@ -1,0 +1,40 @@
+"""Plugins as such: they load, and say what their options are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from kvpolicy.plugins import PluginInfo, registry
+
+INFOS: list[PluginInfo[Any]] = [*registry().policies.values(), *registry().quantizers.values()]
+EVERY = pytest.mark.parametrize("info", INFOS, ids=[info.kind for info in INFOS])
+
+
+def test_no_plugin_failed_to_load() -> None:
+    failed = [f"{b.name} of {b.distribution} {b.version}: {b.cause}" for b in registry().broken]
+    assert not failed, "\n".join(failed)
+
+
+@EVERY
+def test_every_option_is_described(info: PluginInfo[Any]) -> None:
+    bare = [name for name, field in info.cls.model_fields.items() if name != "kind" and not field.description]
+    assert not bare, f"{info.kind}: give these options a description: {', '.join(bare)}"
+
+
+@EVERY
+def test_the_class_is_frozen_and_refuses_unknown_options(info: PluginInfo[Any]) -> None:
+    assert info.cls.model_config.get("frozen"), f"{info.kind} must stay frozen"
+    assert info.cls.model_config.get("extra") == "forbid", f"{info.kind} must forbid unknown options"
+
+
+@EVERY
+def test_required_options_have_examples(info: PluginInfo[Any]) -> None:
+    bare = [name for name, field in info.cls.model_fields.items() if field.is_required() and not field.examples]
+    assert not bare, f"{info.kind}: give these required options `examples`, for this suite: {', '.join(bare)}"
+
+
+@EVERY
+def test_the_class_has_a_summary(info: PluginInfo[Any]) -> None:
+    assert (info.cls.__doc__ or "").strip(), f"{info.kind}: write a docstring that says what it does"

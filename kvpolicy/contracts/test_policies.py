@@ -1,0 +1,111 @@
+"""What every policy must hold."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from kvpolicy.contracts.samples import Block, TwoTier, name_of, policies
+from kvpolicy.placement import Placement, State, history
+from kvpolicy.policy import NEVER, Policy
+
+Ints = NDArray[np.int64]
+POLICIES = policies()
+EVERY = pytest.mark.parametrize("policy", POLICIES, ids=[name_of(policy) for policy in POLICIES])
+TOKENS = 400
+CHUNKS = [(400,), (1, 399), (128, 128, 144), (7,) * 57 + (1,), (300, *(1,) * 100)]
+
+
+def _cases(seed: int = 0) -> list[tuple[Ints, int]]:
+    """Positions held, and tokens seen: none, one, all, and random ones."""
+    rng = np.random.default_rng(seed)
+    cases = [(np.arange(0), 5), (np.array([0]), 1), (np.arange(TOKENS), TOKENS), (np.arange(40, 50), TOKENS)]
+    for seen in rng.integers(2, TOKENS, 12).tolist():
+        cases.append((np.flatnonzero(rng.random(seen) < rng.random()), seen))
+    return [(positions.astype(np.int64), seen) for positions, seen in cases]
+
+
+@EVERY
+def test_keep_returns_a_boolean_mask_of_the_tokens(policy: Policy) -> None:
+    for positions, seen in _cases():
+        mask = policy.keep(positions.copy(), seen)
+        assert isinstance(mask, np.ndarray), f"keep must return a numpy array, found {type(mask).__name__}"
+        assert mask.dtype == np.bool_, f"keep must return booleans, found {mask.dtype}"
+        assert mask.shape == positions.shape, f"keep must return {positions.shape}, found {mask.shape}"
+
+
+@EVERY
+def test_keep_is_pure(policy: Policy) -> None:
+    cases = _cases()
+    first = [policy.keep(positions.copy(), seen) for positions, seen in cases]
+    for (positions, seen), mask in reversed(list(zip(cases, first, strict=True))):
+        shown = positions.copy()
+        assert np.array_equal(policy.keep(shown, seen), mask), "keep must give the same for the same tokens"
+        assert np.array_equal(shown, positions), "keep must not change the positions that it is shown"
+    fresh = type(policy).model_validate(policy.model_dump())
+    assert all(np.array_equal(fresh.keep(p.copy(), s), m) for (p, s), m in zip(cases, first, strict=True))
+
+
+@EVERY
+def test_all_tokens_stay_within_the_capacity(policy: Policy) -> None:
+    for positions, seen in _cases():
+        if len(positions) <= policy.capacity(seen):
+            assert policy.keep(positions, seen).all(), "no token may leave while no more than capacity(seen) are held"
+
+
+def _one_by_one(policy: Policy, positions: Ints, arrivals: Ints, start: int, stop: int) -> Ints:
+    left = np.full(len(positions), NEVER, dtype=np.int64)
+    for seen in range(start + 1, stop + 1):
+        held = np.flatnonzero((np.maximum(arrivals, start) <= seen) & (left == NEVER))
+        left[held[~policy.keep(positions[held], seen)]] = seen
+    return left
+
+
+@EVERY
+@pytest.mark.parametrize("block", [1, 8, 42])
+def test_departures_equal_calling_keep_one_by_one(policy: Policy, block: int) -> None:
+    start, stop = 0, TOKENS
+    positions = np.arange(stop, dtype=np.int64)
+    arrivals = (positions // block + 1) * block
+    here = arrivals <= stop
+    positions, arrivals = positions[here], arrivals[here]
+    expected = _one_by_one(policy, positions, arrivals, start, stop)
+    found = policy.departures(positions.copy(), arrivals.copy(), start, stop)
+    assert np.array_equal(found, expected), f"departures must equal keep, found token {_first(found, expected)}"
+
+
+def _first(found: Ints, expected: Ints) -> str:
+    at = int(np.flatnonzero(found != expected)[0])
+    return f"{at} leaving at {found[at]} instead of {expected[at]}"
+
+
+def _placed(tiers: list[TwoTier], chunks: tuple[int, ...]) -> State:
+    planner = Placement(tiers)
+    state = planner.start()
+    for chunk in chunks:
+        state, _ = planner.advance(state, chunk)
+    return state
+
+
+@EVERY
+@pytest.mark.parametrize("below", [False, True], ids=["first", "second"])
+def test_any_chunking_gives_the_same_placement(policy: Policy, below: bool) -> None:
+    tiers = [TwoTier(policy), TwoTier(None)]
+    if below:
+        tiers = [TwoTier(Block()), *tiers]
+    one = _placed(tiers, (1,) * TOKENS)
+    for chunks in CHUNKS:
+        other = _placed(tiers, chunks)
+        for tier, (a, b) in enumerate(zip(one.tiers, other.tiers, strict=True)):
+            differ = np.setxor1d(a, b).tolist()
+            assert not differ, f"tier {tier} must hold the same tokens after chunks {chunks[:4]}, found {differ} in one"
+
+
+@EVERY
+def test_tokens_only_descend(policy: Policy) -> None:
+    tiers = [TwoTier(Block()), TwoTier(policy), TwoTier(None)]
+    picture = history(tiers, 200)
+    for step in range(1, len(picture)):
+        before, after = picture[step - 1, :step], picture[step, :step]
+        assert (after >= before).all(), f"a token that left must not come back, found one at step {step}"

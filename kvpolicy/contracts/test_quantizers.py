@@ -1,0 +1,170 @@
+"""What every quantizer must hold. One whose optional library is missing is reported as skipped."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvpolicy.contracts.samples import name_of, quantizers, tensor
+from kvpolicy.errors import MissingDependencyError
+from kvpolicy.quantizer import Affine, AffineQuantizer, Quantizer, TensorQuantizer
+from kvpolicy.stores import Store, make_store
+
+QUANTIZERS = quantizers()
+AFFINE = [quantizer for quantizer in QUANTIZERS if isinstance(quantizer, AffineQuantizer)]
+OTHERS = [quantizer for quantizer in QUANTIZERS if isinstance(quantizer, TensorQuantizer)]
+DTYPES = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["float32", "bfloat16", "float16"]
+)
+EVERY = pytest.mark.parametrize("quantizer", QUANTIZERS, ids=[name_of(quantizer) for quantizer in QUANTIZERS])
+EVERY_AFFINE = pytest.mark.parametrize("quantizer", AFFINE, ids=[name_of(quantizer) for quantizer in AFFINE])
+BATCH, HEADS, HEAD_DIM = 2, 2, 64
+
+
+@pytest.fixture(autouse=True)
+def _library(request: pytest.FixtureRequest) -> None:
+    quantizer: Quantizer = request.getfixturevalue("quantizer")
+    try:
+        quantizer.check(HEAD_DIM)
+        if isinstance(quantizer, AffineQuantizer):
+            quantizer.calibrate(torch.ones(1, 8))
+    except MissingDependencyError as error:
+        pytest.skip(str(error))
+
+
+def _groups(dtype: torch.dtype) -> Tensor:
+    return tensor((96, 32), dtype)
+
+
+def _check_affine(quantizer: AffineQuantizer, groups: Tensor) -> Affine:
+    before = groups.clone()
+    affine = quantizer.calibrate(groups)
+    assert torch.equal(groups, before), "calibrate must not change its argument"
+    assert affine.codes.shape == groups.shape, f"codes must be {groups.shape}, found {affine.codes.shape}"
+    assert affine.codes.dtype == torch.uint8, f"codes must be uint8, found {affine.codes.dtype}"
+    highest = int(affine.codes.max())
+    assert highest < 2**quantizer.nbits, f"codes must be below {2**quantizer.nbits}, found {highest}"
+    for name in ("scale", "offset"):
+        part: Tensor = getattr(affine, name)
+        assert part.shape == (len(groups), 1), f"{name} must be {(len(groups), 1)}, found {tuple(part.shape)}"
+        assert part.dtype == torch.float32, f"{name} must be float32, found {part.dtype}"
+        assert part.isfinite().all(), f"{name} must be finite for finite groups"
+    return affine
+
+
+@EVERY_AFFINE
+@DTYPES
+def test_codes_are_in_range_and_parameters_are_finite_float32(quantizer: AffineQuantizer, dtype: torch.dtype) -> None:
+    one = _check_affine(quantizer, _groups(dtype))
+    other = quantizer.calibrate(_groups(dtype))
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True)), "calibrate must be deterministic"
+
+
+@EVERY_AFFINE
+@DTYPES
+def test_groups_of_equal_numbers_stay_finite(quantizer: AffineQuantizer, dtype: torch.dtype) -> None:
+    for value in (0.0, 1.0, -3.0, 1e-4, 6e4):
+        affine = _check_affine(quantizer, torch.full((3, 16), value, dtype=dtype))
+        decoded = affine.scale * affine.codes + affine.offset
+        assert decoded.isfinite().all()
+        limit = abs(value) * 1.01 + 1e-6
+        assert (decoded.abs() <= limit).all(), f"equal numbers {value} must not grow, found {decoded.abs().max()}"
+
+
+@EVERY_AFFINE
+def test_a_bad_number_spoils_its_own_group_at_most(quantizer: AffineQuantizer) -> None:
+    clean = _groups(torch.float32)
+    for bad in (float("inf"), float("-inf"), float("nan")):
+        groups = clean.clone()
+        groups[5, 3] = bad
+        affine = quantizer.calibrate(groups)
+        others = torch.arange(len(groups)) != 5
+        assert int(affine.codes.max()) < 2**quantizer.nbits
+        decoded = (affine.scale * affine.codes + affine.offset)[others]
+        assert decoded.isfinite().all(), f"{bad} in one group must leave the others finite"
+
+
+def _bound(quantizer: Quantizer, x: Tensor, dtype: torch.dtype) -> float:
+    """Largest root-mean-square error allowed: half a step of levels over the whole range, and rounding."""
+    spread = 2 * float(x.float().abs().max())
+    return 0.5 * spread / (2 ** quantizer.precision() - 1) + 4 * torch.finfo(dtype).eps * spread
+
+
+def _filled(quantizer: Quantizer, x: Tensor, *cuts: int) -> Store:
+    store = make_store(quantizer, x.shape[3])
+    assert store is not None
+    for part in x.tensor_split(cuts, dim=2):
+        store.append(part)
+    return store
+
+
+def _decoded(store: Store, x: Tensor) -> Tensor:
+    out = torch.full_like(x, float("nan"))
+    store.write(out, 0)
+    return out
+
+
+@EVERY
+@DTYPES
+def test_round_trip_error_is_within_its_bound(quantizer: Quantizer, dtype: torch.dtype) -> None:
+    x = tensor((BATCH, HEADS, 128, HEAD_DIM), dtype)
+    found = _decoded(_filled(quantizer, x), x)
+    assert found.shape == x.shape
+    assert found.isfinite().all(), "what is stored must decode to finite numbers"
+    error = float((found.float() - x.float()).square().mean().sqrt())
+    bound = _bound(quantizer, x, dtype)
+    assert error <= bound, f"root-mean-square error must be at most {bound:.4g}, found {error:.4g}"
+
+
+@EVERY
+@DTYPES
+def test_bytes_equal_what_the_store_holds(quantizer: Quantizer, dtype: torch.dtype) -> None:
+    x = tensor((BATCH, HEADS, 128, HEAD_DIM), dtype)
+    store = _filled(quantizer, x, 64)
+    assert store.length == 128
+    held = sum(part.numel() * part.element_size() for part in store.tensors().values())
+    assert sum(store.bytes().values()) == held
+    assert store.reserved() >= store.bytes()["codes"]
+    if isinstance(quantizer, AffineQuantizer) and not store.bytes().get("exact"):
+        width = math.ceil(HEAD_DIM * quantizer.nbits / 8)
+        assert store.bytes()["codes"] == BATCH * HEADS * 128 * width
+
+
+@EVERY
+def test_dropped_tokens_leave_the_others_as_they_were(quantizer: Quantizer) -> None:
+    x = tensor((BATCH, HEADS, 96, HEAD_DIM), torch.float32)
+    store = _filled(quantizer, x)
+    whole = _decoded(store, x)
+    keep = torch.arange(96) % 3 != 0
+    store.drop((~keep).nonzero()[:, 0].numpy())
+    assert store.length == int(keep.sum())
+    assert torch.equal(_decoded(store, x[:, :, keep]), whole[:, :, keep]), "what stays must not be encoded again"
+
+
+@EVERY
+def test_rows_of_a_batch_follow_a_selection(quantizer: Quantizer) -> None:
+    x = tensor((BATCH, HEADS, 64, HEAD_DIM), torch.float32)
+    store = _filled(quantizer, x)
+    whole = _decoded(store, x)
+    rows = torch.tensor([1, 1, 0])
+    store.select(rows)
+    assert torch.equal(_decoded(store, x[rows]), whole[rows])
+
+
+if OTHERS:  # pytest would report an empty list as skipped
+
+    @pytest.mark.parametrize("quantizer", OTHERS, ids=[name_of(quantizer) for quantizer in OTHERS])
+    @DTYPES
+    def test_encode_gives_one_entry_per_token_and_decode_inverts_it(quantizer: TensorQuantizer, dtype: torch.dtype) -> None:
+        x = tensor((BATCH, HEADS, 40, HEAD_DIM), dtype)
+        before = x.clone()
+        encoded = quantizer.encode(x)
+        assert torch.equal(x, before), "encode must not change its argument"
+        for name, part in encoded.items():
+            assert part.shape[:3] == x.shape[:3], f"{name} must be [batch, kv_heads, tokens, ...], found {part.shape}"
+        decoded = quantizer.decode(encoded, dtype)
+        assert decoded.dtype == dtype
+        assert decoded.shape == x.shape

@@ -1,0 +1,15 @@
+"""What every test needs: one thread, no network, and the modules in tests/support."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+sys.path.insert(0, str(Path(__file__).parent / "support"))
+
+import torch
+
+torch.set_num_threads(1)
