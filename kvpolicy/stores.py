@@ -255,7 +255,7 @@ class PackedStore(Store):
     def _append_codes(self, x: Tensor, groups: Tensor) -> None:
         batch, heads, n, dim = x.shape
         affine = self.quantizer.calibrate(groups)
-        if affine.codes.shape != groups.shape or affine.scale.shape != (len(groups), 1) != affine.offset.shape:
+        if [t.shape for t in affine] != [groups.shape, (len(groups), 1), (len(groups), 1)]:
             raise PluginError(
                 f"quantizer {self.quantizer.kind!r} must give codes {tuple(groups.shape)} and scale and offset "
                 f"{(len(groups), 1)}, found {[tuple(t.shape) for t in affine]}"

@@ -170,6 +170,12 @@ def test_departures_equal_asking_keep_at_every_step(policy: Policy, data: st.Dat
     lowest = np.maximum(positions + 1, start)
     late = np.array([data.draw(st.integers(int(low), stop)) for low in lowest], dtype=np.int64)
     arrivals = late if data.draw(st.booleans()) else np.maximum.accumulate(late)
+    settled = np.flatnonzero(arrivals <= start)
+    while len(settled) and not (keep := policy.keep(positions[settled], start)).all():
+        stays = np.ones(len(positions), dtype=bool)
+        stays[settled[~keep]] = False
+        positions, arrivals = positions[stays], arrivals[stays]
+        settled = np.flatnonzero(arrivals <= start)
     left = policy.departures(positions, arrivals, start, stop)
     expected = np.full(len(positions), NEVER, dtype=np.int64)
     for seen in range(start + 1, stop + 1):

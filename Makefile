@@ -1,0 +1,55 @@
+# Every target installs what it needs into $(VENV) on first use. PYTHON needs to be 3.10 or newer.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+OUT ?= out/demo
+ARMS := full logquant partial-logquant kivi logquant-evict kivi-evict
+
+.PHONY: help demo test lint docs bench clean
+
+help:
+	@echo "make demo    compare recipes on the bundled model: table here, pictures in $(OUT)"
+	@echo "make test    all tests (ARGS='-x -k placement' goes to pytest)"
+	@echo "make lint    ruff and mypy"
+	@echo "make docs    the documentation, strictly, into site/"
+	@echo "make bench   cost of a decode step against transformers' caches"
+	@echo "make clean   remove what the targets wrote, $(VENV) excepted"
+
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("kvpolicy needs Python 3.10 or newer, found " + sys.version.split()[0] + "; give another as PYTHON=/path/to/python3")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# torch first and alone: building hqq, and everything else, then finds it.
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/.created
+	$(PIP) install --quiet torch==2.13.0 -c constraints.txt
+	$(PIP) install --quiet -c constraints.txt -e ".[quanto,hqq]"
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) install --quiet -c constraints.txt -e ".[quanto,hqq,contracts,dev,docs]"
+	@touch $@
+
+demo: $(VENV)/.installed
+	@mkdir -p $(OUT)
+	$(BIN)/kvpolicy compare $(ARMS) --out $(OUT)
+	@for arm in $(filter-out full,$(ARMS)); do $(BIN)/kvpolicy show $$arm --tokens 512 --plot $(OUT)/placement-$$arm.png > /dev/null || exit; done
+	@echo "Rows and pictures are in $(OUT)."
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy kvpolicy policies quantizers
+
+docs: $(VENV)/.installed-dev
+	$(BIN)/mkdocs build --strict --quiet
+
+bench: $(VENV)/.installed
+	$(BIN)/python benchmarks/decode.py $(ARGS)
+
+clean:
+	rm -rf dist out site .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,83 @@
+"""The JSON schema accepts what loads, and refuses what does not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jsonschema
+import pytest
+from ruamel.yaml import YAML
+
+from kvpolicy.plugins import registry
+from kvpolicy.recipe import bundled_names, load_recipe
+from kvpolicy.recipe_build import BUNDLED
+from kvpolicy.schema import recipe_schema
+
+SCHEMA = recipe_schema()
+VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
+
+
+def parsed(text: str) -> Any:
+    return YAML(typ="safe", pure=True).load(text)
+
+
+def test_it_is_a_schema() -> None:
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+
+
+@pytest.mark.parametrize("name", bundled_names())
+def test_bundled_recipes_validate_as_written_and_as_dumped(name: str) -> None:
+    VALIDATOR.validate(parsed((BUNDLED / f"{name}.yaml").read_text()))
+    VALIDATOR.validate(parsed(load_recipe(name).to_yaml()))
+    VALIDATOR.validate(parsed(load_recipe(name).to_yaml(resolved=True)))
+
+
+GOOD = [
+    "{extends: kivi, params: {nbits: 4}}",
+    "{version: 1, tiers: [{store: full}]}",
+    "{tiers: [{store: {kind: $q, anything: 3}}], params: {q: int}}",
+    '{tiers: [{store: full}], layers: {"0": full, "-1": full, "2-5": [{store: {kind: int, nbits: 2}}]}}',
+    "{tiers: [{policy: {kind: recent, window: 0.5}, store: full}, {store: $low}], params: {low: evict}}",
+]
+BAD = {
+    "no tiers": "{name: x}",
+    "empty tiers": "{tiers: []}",
+    "unknown key": "{tiers: [{store: full}], tires: 3}",
+    "unknown tier key": "{tiers: [{stor: full}]}",
+    "store and keys": "{tiers: [{store: full, keys: full}]}",
+    "keys alone": "{tiers: [{keys: full}]}",
+    "unknown kind": "{tiers: [{store: {kind: nothing}}]}",
+    "no kind": "{tiers: [{store: {nbits: 2}}]}",
+    "unknown option": "{tiers: [{store: {kind: int, bits: 2}}]}",
+    "wrong nbits": "{tiers: [{store: {kind: int, nbits: 5}}]}",
+    "group size 0": "{tiers: [{store: {kind: int, group_size: 0}}]}",
+    "wrong type": "{tiers: [{policy: {kind: recent, window: many}, store: full}, {store: evict}]}",
+    "flush 0": "{tiers: [{policy: {kind: recent, flush: 0}, store: full}, {store: evict}]}",
+    "wrong placement": "{placement: later, tiers: [{store: full}]}",
+    "layer selector": "{tiers: [{store: full}], layers: {first: full}}",
+    "newer version": "{version: 2, tiers: [{store: full}]}",
+    "a list": "[1, 2]",
+    "params list": "{params: [1], tiers: [{store: full}]}",
+}
+
+
+@pytest.mark.parametrize("text", GOOD)
+def test_good_ones_validate(text: str) -> None:
+    VALIDATOR.validate(parsed(text))
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_ones_do_not_validate(case: str) -> None:
+    assert not VALIDATOR.is_valid(parsed(BAD[case]))
+
+
+def test_every_installed_kind_and_option_is_described() -> None:
+    for what, known in (("policy", registry().policies), ("quantizer", registry().quantizers)):
+        for kind, info in known.items():
+            definition = SCHEMA["$defs"][f"{what}-{kind}"]
+            assert set(definition["properties"]) == set(info.cls.model_fields)
+            assert definition["additionalProperties"] is False
+            for option, described in definition["properties"].items():
+                if option != "kind":
+                    assert described["description"]
+                    assert {"$ref": "#/$defs/parameter"} in described["anyOf"]
