@@ -18,10 +18,10 @@ help:
 
 $(VENV)/.created:
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("kvpolicy needs Python 3.10 or newer, found " + sys.version.split()[0] + "; give another as PYTHON=/path/to/python3")'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	@touch $@
 
-# torch first and alone: building hqq, and everything else, then finds it.
+# torch first and alone: with it in place nothing that follows chooses another build of it.
 $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/.created
 	$(PIP) install --quiet torch==2.13.0 -c constraints.txt
 	$(PIP) install --quiet -c constraints.txt -e ".[quanto,hqq]"
@@ -33,7 +33,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 
 demo: $(VENV)/.installed
 	@mkdir -p $(OUT)
-	$(BIN)/kvpolicy compare $(ARMS) --out $(OUT)
+	$(BIN)/kvpolicy compare $(ARMS) --out $(OUT) --overwrite
 	@for arm in $(filter-out full,$(ARMS)); do $(BIN)/kvpolicy show $$arm --tokens 512 --plot $(OUT)/placement-$$arm.png > /dev/null || exit; done
 	@echo "Rows and pictures are in $(OUT)."
 
@@ -46,7 +46,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/mypy kvpolicy policies quantizers
 
 docs: $(VENV)/.installed-dev
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/decode.py $(ARGS)

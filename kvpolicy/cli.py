@@ -45,8 +45,8 @@ def _print(table: Any) -> None:
     from rich.console import Console
 
     console = Console()
-    if not console.is_terminal:
-        console = Console(width=160)
+    if not console.is_terminal:  # for grep: a row a line
+        console = Console(width=4096)
     console.print(table)
 
 
@@ -84,14 +84,14 @@ def show(
     from kvpolicy.recipe import load_recipe
 
     loaded = load_recipe(recipe)
-    if loaded.params:
-        typer.echo("# " + ", ".join(f"{name}={value}" for name, value in loaded.params.items()))
-    typer.echo(loaded.to_yaml(resolved=True))
-    _print(_tiers_table(loaded, tokens))
     if plot is not None:
         from kvpolicy.plots import plot_placement
 
         typer.echo(f"wrote {plot_placement(loaded, tokens, plot)}", err=True)
+    if loaded.params:
+        typer.echo("# " + ", ".join(f"{name}={value}" for name, value in loaded.params.items()))
+    typer.echo(loaded.to_yaml(resolved=True))
+    _print(_tiers_table(loaded, tokens))
 
 
 def _tiers_table(recipe: Recipe, tokens: int) -> Any:

@@ -99,12 +99,20 @@ class Tiers:
         self.settle()
         new = {"keys": keys.detach(), "values": values.detach()}
         dense = (keys, values) if self.state.seen == 0 else self._dense(new, self.scratch)
+        self.add(keys, values)
+        return dense
+
+    def add(self, keys: Tensor, values: Tensor) -> None:
+        """Add tokens without decoding what is held: the pending ones settle, the newest of these wait."""
+        if not self.stores:
+            self.start(keys, values)
+        self.settle()
+        new = {"keys": keys.detach(), "values": values.detach()}
         n = keys.shape[2]
         early = n - MAX_PENDING
         if early > 0:
             self._apply({side: x[:, :, :early] for side, x in new.items()}, early, n)
         self.pending = {side: x[:, :, max(early, 0) :].clone() for side, x in new.items()}
-        return dense
 
     def settle(self) -> None:
         """Let the pending tokens into the tiers."""
@@ -116,8 +124,7 @@ class Tiers:
         self.state, plan = self.placement.advance(self.state, n, of)
         for side in SIDES:
             stores, plans = self.stores[side], plan.sides[side]
-            specs = [self.placement.store_spec(side, s) for s in range(len(stores))]
-            arrivals = [self._collect(spec, p, stores, new[side]) for spec, p in zip(specs, plans, strict=True)]
+            arrivals = [self._collect(p, stores, new[side]) for p in plans]
             for store, x, p in zip(stores, arrivals, plans, strict=True):
                 if store is None:
                     continue
@@ -129,10 +136,10 @@ class Tiers:
                 if len(gone):
                     store.drop(gone)
 
-    def _collect(self, spec: Any, plan: StorePlan, stores: list[Store | None], new: Tensor) -> list[Tensor]:
-        """The tokens that arrive in a store, decoded, in order; as one tensor, or one per arrival if that counts."""
-        parts = []
-        for source, index in plan.arrivals:
+    def _collect(self, plan: StorePlan, stores: list[Store | None], new: Tensor) -> list[Tensor]:
+        """The tokens that arrive in a store, decoded, in order: a tensor for each run."""
+        runs: dict[int, list[Tensor]] = {}
+        for source, index, run in plan.arrivals:
             first, last = int(index.min()), int(index.max())
             if source != NEW:
                 store = stores[source]
@@ -143,10 +150,8 @@ class Tiers:
                 x, lookup = new[:, :, first : last + 1], index - first
             if not np.array_equal(lookup, np.arange(x.shape[2])):
                 x = x.index_select(2, torch.from_numpy(lookup).to(x.device))
-            parts.append(x)
-        if len(parts) > 1 and getattr(spec, "group_size", None) != "arrival":
-            return [torch.cat(parts, dim=2)]
-        return parts
+            runs.setdefault(run, []).append(x)
+        return [torch.cat(parts, dim=2) if len(parts) > 1 else parts[0] for parts in runs.values()]
 
     def _dense(self, new: dict[str, Tensor], scratch: Scratch | None) -> tuple[Tensor, Tensor]:
         out = {}
@@ -155,11 +160,13 @@ class Tiers:
             x = new[side]
             shape = (*x.shape[:2], held + x.shape[2], x.shape[3])
             dense = x.new_empty(shape) if scratch is None else scratch.get(side, shape, x)
-            for store, at in zip(self.stores[side], layout, strict=True):
-                if store is None or not store.length:
-                    continue
+            # From the last, most of the tokens: what it writes between its own is written over by the others.
+            filled = [(s, at) for s, at in zip(self.stores[side], layout, strict=True) if s is not None and s.length]
+            for number, (store, at) in enumerate(reversed(filled)):
                 if isinstance(at, int):
                     store.write(dense, at)
+                elif number == 0:
+                    store.spread(dense, at.to(x.device))
                 else:
                     store.scatter(dense, at.to(x.device))
             dense[:, :, held:] = x
@@ -183,6 +190,8 @@ class Tiers:
         """Forget the positions from `length` on. Exact for pending tokens; past descents are kept."""
         if length > self.state.seen:
             self.pending = {side: x[:, :, : length - self.state.seen].clone() for side, x in self.pending.items()}
+            if self.state.through > length:
+                self.state, _ = self.placement.crop(self.state, length)
             return
         self.pending = {}
         if length < self.state.seen:

@@ -21,8 +21,8 @@ __all__ = ["dequantize", "pack", "packed_width", "unpack"]
 PARTS = {1: ((1, 0),), 2: ((2, 0),), 3: ((2, 0), (1, 2)), 4: ((4, 0),), 8: ((8, 0),)}
 """Of each part of a code: its bits, and the bits of the code below it."""
 
-BLOCK_ELEMENTS = 1 << 20
-"""Numbers decoded at a time: few enough to stay in the L2 caches, enough to share out among threads."""
+BLOCK_ELEMENTS = 1 << 19
+"""Numbers that a thread decodes at a time: few enough to stay in its L2 cache."""
 
 
 def _width(head_dim: int, bits: int) -> int:
@@ -90,12 +90,13 @@ def dequantize(packed: Tensor, nbits: int, head_dim: int, scale: Tensor, offset:
         offset: like `scale`.
         out: any float dtype, `[..., head_dim]` with the leading dimensions of `packed`; need not be contiguous.
     """
-    if out.numel() <= BLOCK_ELEMENTS or out.ndim == 1:
+    block_elements = BLOCK_ELEMENTS * torch.get_num_threads()
+    if out.numel() <= block_elements or out.ndim == 1:
         _dequantize_block(packed, nbits, head_dim, scale, offset, out)
         return
     axis = max(range(out.ndim - 1), key=lambda dim: out.shape[dim])
     length = out.shape[axis]
-    step = max(1, BLOCK_ELEMENTS * length // out.numel())
+    step = max(1, block_elements * length // out.numel())
     for start in range(0, length, step):
         n = min(step, length - start)
         block, s, o, x = (_narrow(t, axis - out.ndim, start, n) for t in (packed, scale, offset, out))

@@ -69,6 +69,15 @@ class Pages:
         window = self.slice(lowest, highest + 1)
         return window.index_select(2, (index - lowest).to(window.device))
 
+    def spread(self, index: Tensor, n: int) -> Tensor:
+        """A tensor of `n` tokens whose token `index[i]` is token i of this; the others are undefined."""
+        page = self.pages[0]
+        out = page.new_empty((*page.shape[:2], n, page.shape[3]))
+        words = _widest_view(out)
+        for offset, block in self.blocks():
+            words.index_copy_(2, index[offset : offset + block.shape[2]], _widest_view(block))
+        return out
+
     def drop(self, index: Tensor) -> None:
         """Remove the tokens at `index` (ascending, distinct)."""
         n = len(index)
@@ -111,3 +120,12 @@ class Pages:
     def reserved(self) -> int:
         """Bytes of all pages."""
         return sum(page.numel() * page.element_size() for page in self.pages)
+
+
+def _widest_view(x: Tensor) -> Tensor:
+    """`x` as the widest integers that fit its last dimension, so that fewer elements are copied."""
+    size = x.shape[-1] * x.element_size()
+    for dtype in (torch.int64, torch.int32, torch.int16):
+        if size % dtype.itemsize == 0 and dtype.itemsize > x.element_size():
+            return x.view(dtype)
+    return x

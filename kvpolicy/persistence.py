@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy.errors import CacheError, KvpolicyError, RecipeError
-from kvpolicy.placement import Growing, State
+from kvpolicy.placement import Growing, Placement, State
 from kvpolicy.recipe import load_yaml
 
 if TYPE_CHECKING:
@@ -171,6 +171,7 @@ def _fill(
         if placement.alike:
             stores["values"] = stores["keys"]
         made[group] = State(states[group]["seen"], held, stores, states[group]["through"])
+        _check_state(made[group], placement, path)
     layer.lazy_initialization(tensors[f"{number}.keys.like"], tensors[f"{number}.values.like"])
     tiers.state = made[group]
     for side, held_stores in tiers.stores.items():
@@ -181,11 +182,25 @@ def _fill(
             if store is None:
                 continue
             if parts:
-                store.restore(parts)
+                try:
+                    store.restore(parts)
+                except CacheError as error:
+                    raise CacheError(f"{path} is damaged: layer {number}, {side}, store {s}: {error}") from None
             if store.length != expected:
                 raise CacheError(
                     f"{path} is damaged: layer {number} must hold {expected} {side} in store {s}, found {store.length}"
                 )
+
+
+def _check_state(state: State, placement: Placement, path: Path) -> None:
+    """What the tiers hold must be what their stores hold; the last tier takes what is left."""
+    for side, orders in state.stores.items():
+        for s, order in enumerate(orders):
+            covers = placement.tiers_of_store(side, s)
+            tiers = np.concatenate([np.empty(0, dtype=np.int64), *(state.tiers[covers.start : covers.stop])])
+            fits = np.isin(tiers, order.array).all() and (covers.stop > len(state.tiers) or len(tiers) == order.length)
+            if not fits and placement.store_spec(side, s) != "evict":
+                raise CacheError(f"{path} is damaged: the tiers and the {side} of store {s} must hold the same tokens")
 
 
 def _growing(array: Any) -> Growing:

@@ -92,6 +92,8 @@ class Arrival(NamedTuple):
     """A store of the same side, or `NEW`."""
     indices: Ints
     """Their indices in the source, as it was before the update."""
+    run: int = 0
+    """Arrivals of one run in sequence are one group where `group_size: arrival`."""
 
 
 class StorePlan(NamedTuple):
@@ -120,7 +122,7 @@ _NOTHING: Ints = np.empty(0, dtype=np.int64)
 
 
 class Placement:
-    """Plans updates for one list of tiers. One plan is remembered, so that all layers share it.
+    """Plans updates for one list of tiers. The latest plans are remembered, so that all layers share them.
 
     Consecutive tiers with the same store on a side share one store on that side: a descent between them moves
     nothing, and a group that is being split needs no copy of its parameters.
@@ -135,12 +137,16 @@ class Placement:
             for side, specs in self.specs.items()
         }
         self.alike = self.specs["keys"] == self.specs["values"]
-        self._memo: tuple[State, int, int, State, Plan] | None = None
+        self._memos: list[tuple[State, int, int, State, Plan]] = []
+        self._start = self._empty()
         self._layout_memo: dict[str, tuple[State, list[int | Tensor], int]] = {}
         self._crop_memo: tuple[State, int, State, dict[str, list[Ints]]] | None = None
 
     def start(self) -> State:
-        """The state of an empty cache."""
+        """The state of an empty cache, the same object for every layer."""
+        return self._start
+
+    def _empty(self) -> State:
         stores = {side: tuple(Growing() for _ in first) for side, first in self.first_tier.items()}
         if self.alike:
             stores["values"] = stores["keys"]
@@ -156,9 +162,12 @@ class Placement:
     def advance(self, state: State, n: int, of: int | None = None) -> tuple[State, Plan]:
         """Settle `n` more tokens, the first ones of an update of `of` tokens (default `n`)."""
         of = n if of is None else of
-        memo = self._memo
-        if memo is None or memo[0] is not state or memo[1:3] != (n, of):
-            self._memo = memo = (state, n, of, *self._advance(state, n, of))
+        for memo in self._memos:
+            if memo[0] is state and memo[1:3] == (n, of):
+                return memo[3], memo[4]
+        memo = (state, n, of, *self._advance(state, n, of))
+        # An update is two steps at most (the pending tokens, and what of a long chunk doesn't wait).
+        self._memos = [memo, *self._memos[:1]]
         return memo[3], memo[4]
 
     def _advance(self, state: State, n: int, of: int) -> tuple[State, Plan]:
@@ -273,7 +282,7 @@ class Placement:
         if self.alike:
             stores["values"] = stores["keys"]
         tiers = tuple(t[t < length] for t in state.tiers)
-        return State(length, tiers, stores, min(state.through, length)), drops
+        return State(min(state.seen, length), tiers, stores, min(state.through, length)), drops
 
     def layout(self, state: State, side: str) -> tuple[list[int | Tensor], int]:
         """Where in token order each store's tokens go: an offset where they stay neighbours, else an index each.
@@ -326,8 +335,8 @@ def _arrivals(entering: Ints, runs: Ints, above: Sequence[Growing], start: int) 
                 here = old & (array[order[at]] == entering)
                 source[here], index[here] = s, order[at][here]
     cuts = np.flatnonzero((np.diff(source) != 0) | (np.diff(runs) != 0)) + 1
-    for part, run in zip(np.split(source, cuts), np.split(index, cuts), strict=True):
-        yield Arrival(int(part[0]), run)
+    for part, indices, run in zip(*(np.split(x, cuts) for x in (source, index, runs)), strict=True):
+        yield Arrival(int(part[0]), indices, int(run[0]))
 
 
 def simulate(tiers: Sequence[_Tier], tokens: int, placement: str = "token") -> list[Ints]:

@@ -172,9 +172,9 @@ def _misspelt(module: ModuleType) -> str:
     return f"every function marked hookimpl must be one of {', '.join(hooks)}, found {wrong}"
 
 
-def _classes(manager: pluggy.PluginManager, module: ModuleType, hook: str, base: type[C]) -> list[type[C]]:
+def _classes(manager: pluggy.PluginManager, module: ModuleType, hook: str, base: type[Component]) -> list[type[Any]]:
     """What one plugin gives for one hook. Asked one plugin at a time, so that a failure has a name."""
-    found: list[type[C]] = []
+    found: list[type[Any]] = []
     for impl in getattr(manager.hook, hook).get_hookimpls():
         if impl.plugin is not module:
             continue

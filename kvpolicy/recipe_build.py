@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -26,7 +26,6 @@ TOP_KEYS = ("version", "name", "summary", "source", "extends", "placement", "par
 TIER_KEYS = ("policy", "store", "keys", "values")
 _NAME = re.compile(r"[A-Za-z_]\w*")
 _REFERENCE = re.compile(r"\$([A-Za-z_]\w*)")
-C = TypeVar("C", bound=Component)
 
 
 def bundled_names() -> list[str]:
@@ -255,8 +254,8 @@ class _Builder:
         if "store" in tier:
             store = self._store(tier["store"], (*path, "store"))
             return Tier(policy=policy, keys=store, values=store)
-        sides = {side: self._store(tier[side], (*path, side)) for side in ("keys", "values")}
-        return Tier(policy=policy, **sides)
+        keys, values = (self._store(tier[side], (*path, side)) for side in ("keys", "values"))
+        return Tier(policy=policy, keys=keys, values=values)
 
     def _store(self, value: Any, path: Path_) -> Any:
         if isinstance(value, str):
@@ -267,7 +266,7 @@ class _Builder:
             self.fail(path, f"a store must be full, evict or a mapping with a quantizer's kind, found {value!r}{hint}")
         return self._component(value, path, Quantizer)
 
-    def _component(self, value: Any, path: Path_, base: type[C]) -> C:
+    def _component(self, value: Any, path: Path_, base: type[Component]) -> Any:
         what = "policy" if issubclass(base, Policy) else "quantizer"
         known: Mapping[str, PluginInfo[Any]] = self.plugins.policies if what == "policy" else self.plugins.quantizers
         if isinstance(value, base):

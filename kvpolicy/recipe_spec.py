@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, InstanceOf, PrivateAttr, SerializeAsAny, model_validator
@@ -28,7 +28,7 @@ class Tier(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
     policy: SerializeAsAny[InstanceOf[Policy]] | None = Field(
-        None, description="Which tokens stay; the others descend to the next tier. The last tier has none."
+        default=None, description="Which tokens stay; the others descend to the next tier. The last tier has none."
     )
     keys: Store = Field(description="How keys are stored: full, evict, or a quantizer.")
     values: Store = Field(description="How values are stored: full, evict, or a quantizer.")
@@ -50,12 +50,12 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
-    version: int = Field(SPEC_VERSION, description="Version of the recipe format.")
-    name: str = Field("custom", description="Name of the recipe.")
-    summary: str = Field("", description="What it does, in a sentence or two.")
-    source: str = Field("", description="Where the method comes from, such as the address of a paper.")
+    version: int = Field(default=SPEC_VERSION, description="Version of the recipe format.")
+    name: str = Field(default="custom", description="Name of the recipe.")
+    summary: str = Field(default="", description="What it does, in a sentence or two.")
+    source: str = Field(default="", description="Where the method comes from, such as the address of a paper.")
     placement: Literal["token", "update"] = Field(
-        "token",
+        default="token",
         description=(
             "token: tokens are placed as if fed one by one, however the prompt is cut. update: decided once per "
             "update; the first update descends whole to the last tier, later everything descends as soon as the "
@@ -91,6 +91,14 @@ class Recipe(BaseModel):
 
     def __hash__(self) -> int:
         return hash((self.name, self.tiers))
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Recipe:
+        """A copy with some fields changed. Its parameters are spent: their values stand in the tiers."""
+        if not update:
+            return super().model_copy(deep=deep)
+        copied = super().model_copy(update={"params": {}, **update}, deep=deep)
+        copied._template = None
+        return copied
 
     def tiers_of(self, layer: int, layers: int) -> tuple[Tier, ...]:
         """The tiers of a layer of a model that has `layers` of them."""

@@ -103,7 +103,10 @@ def read_text(text: str, file: str) -> Document:
 
 def _compose(text: str, file: str) -> Node | None:
     try:
-        return YAML(typ="safe", pure=True).compose(io.StringIO(text))  # type: ignore[no-any-return]
+        yaml = YAML(typ="safe", pure=True)
+        yaml.composer.warn_double_anchors = False
+        node: Node | None = yaml.compose(io.StringIO(text))
+        return node
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark is not None else ""

@@ -76,7 +76,9 @@ def _tier() -> dict[str, Any]:
             **sides,
         },
         "additionalProperties": False,
-        "oneOf": [{"required": ["store"]}, {"required": ["keys", "values"]}],
+        "if": {"required": ["store"]},
+        "then": {"properties": {"keys": False, "values": False}},
+        "else": {"required": ["keys", "values"]},
     }
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -109,6 +110,10 @@ class Store(ABC):
         """Decode token i into `out[:, :, index[i]]`."""
         for offset, x in self.decoded(BLOCK, out.dtype):
             out.index_copy_(2, index[offset : offset + x.shape[2]], x)
+
+    def spread(self, out: Tensor, index: Tensor) -> None:
+        """Like `scatter`, but may write anything into the places of `out` that `index` leaves out."""
+        self.scatter(out, index)
 
     def select(self, rows: Tensor) -> None:
         for part in self.parts.values():
@@ -300,7 +305,7 @@ class PackedStore(Store):
             return
         cuts = [0, *(np.flatnonzero(np.diff(self.sizes)) + 1).tolist(), len(self.sizes)]
         token = 0
-        for first, last in zip(cuts[:-1], cuts[1:], strict=True):
+        for first, last in pairwise(cuts):
             size = int(self.sizes[first]) if last > first else 1
             step = max(1, min(block, 1024) // size)
             for group in range(first, last, step):
@@ -333,6 +338,17 @@ class PackedStore(Store):
         for first, x in self.parts["exact"].blocks():
             out[:, :, at + first : at + first + x.shape[2]] = x
 
+    def spread(self, out: Tensor, index: Tensor) -> None:
+        if self.by_channel:
+            self.scatter(out, index)
+            return
+        # Codes are a tenth of what they decode to: they are put in order first, and decoded where they belong.
+        first = int(index.min())
+        n, index = int(index.max()) - first + 1, index - first
+        codes, params = (self.parts[name].spread(index, n) for name in ("codes", "params"))
+        half = params.shape[3] // 2
+        self._decode(codes, params[..., :half], params[..., half:], out[:, :, first : first + n])
+
     def take(self, index: Ints, dtype: torch.dtype) -> Tensor:
         coded = self.parts["codes"].length
         if self.by_channel or (len(index) and index[-1] >= coded):
@@ -364,3 +380,7 @@ class PackedStore(Store):
         if self.by_channel:
             self.sizes = rest.pop("sizes").numpy().copy()
         super().restore(rest)
+        coded, groups = self.parts["codes"].length, self.parts["params"].length
+        expected = len(self.sizes) if self.by_channel else coded
+        if groups != expected or (self.by_channel and self.sizes.sum() != coded):
+            raise CacheError(f"a saved store must hold the parameters of every group, found {groups} for {coded} codes")

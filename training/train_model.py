@@ -329,6 +329,8 @@ def save(model: Any, tokenizer: Any, directory: Path) -> None:
 def train(options: argparse.Namespace) -> None:
     """Train until the steps or the minutes are used up, whichever comes first."""
     torch.manual_seed(options.seed)
+    # cuDNN plans attention anew for every shape, and here the lengths vary from step to step.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     tokenizer: Any = AutoTokenizer.from_pretrained(options.data)
     device = options.device
     corpus = load_file(str(options.data / "corpus.safetensors"), device=device)["ids"]

@@ -111,7 +111,9 @@ def _fits_nowhere(quantizer: Quantizer) -> bool:
     """Whether its group size divides no head_dim, or suits per: channel only."""
     if not isinstance(quantizer, AffineQuantizer) or quantizer.per == "channel":
         return False
-    return quantizer.group_size == "arrival" or (isinstance(quantizer.group_size, int) and 64 % quantizer.group_size > 0)
+    return quantizer.group_size == "arrival" or (
+        isinstance(quantizer.group_size, int) and 64 % quantizer.group_size > 0
+    )
 
 
 def tensor(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> Tensor:

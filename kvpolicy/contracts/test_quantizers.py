@@ -158,7 +158,9 @@ if OTHERS:  # pytest would report an empty list as skipped
 
     @pytest.mark.parametrize("quantizer", OTHERS, ids=[name_of(quantizer) for quantizer in OTHERS])
     @DTYPES
-    def test_encode_gives_one_entry_per_token_and_decode_inverts_it(quantizer: TensorQuantizer, dtype: torch.dtype) -> None:
+    def test_encode_gives_one_entry_per_token_and_decode_inverts_it(
+        quantizer: TensorQuantizer, dtype: torch.dtype
+    ) -> None:
         x = tensor((BATCH, HEADS, 40, HEAD_DIM), dtype)
         before = x.clone()
         encoded = quantizer.encode(x)

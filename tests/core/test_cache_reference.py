@@ -36,40 +36,45 @@ def once(q: AffineQuantizer, groups: torch.Tensor) -> torch.Tensor:
     return (scale.to(kept).float() * codes.float() + offset.to(kept).float()).to(groups.dtype)
 
 
+Value = tuple[int, int, torch.Tensor]
+"""A token that enters a bin: the step at which it does, its position, and what it is there."""
+
+
 @dataclass
 class Bin:
     """A store: decoded tokens `[batch, heads, dim]` by position, and those that wait for their group."""
 
     spec: Any
     held: dict[int, torch.Tensor] = field(default_factory=dict)
-    waiting: list[tuple[int, torch.Tensor]] = field(default_factory=list)
+    waiting: dict[int, torch.Tensor] = field(default_factory=dict)
 
-    def add(self, tokens: list[tuple[int, torch.Tensor]]) -> None:
-        if self.spec == "full" or not tokens:
-            self.held.update(tokens)
+    def add(self, arrivals: list[Value]) -> None:
+        if isinstance(self.spec, str):
+            self.held.update({p: x for _, p, x in arrivals})
         elif self.spec.per == "token":
             size = group_size_of(self.spec, DIM)
-            self.held.update({p: once(self.spec, x.reshape(-1, size)).view(x.shape) for p, x in tokens})
+            self.held.update({p: once(self.spec, x.reshape(-1, size)).view(x.shape) for _, p, x in arrivals})
+        elif self.spec.group_size == "arrival":
+            for step in sorted({step for step, _, _ in arrivals}):
+                self.close({p: x for when, p, x in arrivals if when == step})
         else:
-            self.waiting += tokens
-            size = group_size_of(self.spec, DIM) or len(self.waiting)
-            while len(self.waiting) >= size:
-                group, self.waiting = self.waiting[:size], self.waiting[size:]
-                block = torch.stack([x for _, x in group], dim=-1)
-                decoded = once(self.spec, block.reshape(-1, size)).view(block.shape)
-                self.held.update(zip([p for p, _ in group], decoded.unbind(-1), strict=True))
-                if not self.waiting:
-                    break
+            for _, p, x in arrivals:
+                self.waiting[p] = x
+                if len(self.waiting) == self.spec.group_size:
+                    self.close(self.waiting)
+                    self.waiting = {}
 
-    def get(self, position: int) -> torch.Tensor | None:
-        return self.held.get(position, dict(self.waiting).get(position))
+    def close(self, group: dict[int, torch.Tensor]) -> None:
+        block = torch.stack(list(group.values()), dim=-1)
+        decoded = once(self.spec, block.reshape(-1, len(group))).view(block.shape)
+        self.held.update(zip(group, decoded.unbind(-1), strict=True))
 
-    def remove(self, gone: set[int]) -> None:
-        self.held = {p: x for p, x in self.held.items() if p not in gone}
-        self.waiting = [(p, x) for p, x in self.waiting if p not in gone]
+    @property
+    def tokens(self) -> dict[int, torch.Tensor]:
+        return {**self.held, **self.waiting}
 
-    def everything(self) -> dict[int, torch.Tensor]:
-        return {**self.held, **dict(self.waiting)}
+    def each(self, change: Any) -> None:
+        self.held, self.waiting = change(self.held), change(self.waiting)
 
 
 class Layer:
@@ -80,17 +85,21 @@ class Layer:
         self.members: list[list[int]] = [[] for _ in tiers]
         self.seen = self.through = 0
         self.pending: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self.bin_of = {"keys": [0], "values": [0]}
         self.bins: dict[str, list[Bin]] = {}
+        self.bin_of: dict[str, list[int]] = {}
         for side in ("keys", "values"):
-            self.bins[side] = [Bin(getattr(tiers[0], side))]
-            for before, tier in zip(tiers[:-1], tiers[1:], strict=True):
-                if getattr(before, side) != getattr(tier, side):
-                    self.bins[side].append(Bin(getattr(tier, side)))
-                self.bin_of[side].append(len(self.bins[side]) - 1)
+            specs = [getattr(tier, side) for tier in tiers]
+            new = [i == 0 or spec != specs[i - 1] for i, spec in enumerate(specs)]
+            self.bins[side] = [Bin(spec) for spec, first in zip(specs, new, strict=True) if first]
+            self.bin_of[side] = (np.cumsum(new) - 1).tolist()
+
+    @property
+    def length(self) -> int:
+        return self.seen + len(self.pending)
 
     def update(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         self.settle()
+        self.nothing = keys[:, :, :0]
         tokens = list(zip(keys.unbind(2), values.unbind(2), strict=True))
         early = max(len(tokens) - PENDING, 0)
         self.flow(tokens[:early], len(tokens))
@@ -100,71 +109,308 @@ class Layer:
         tokens, self.pending = self.pending, []
         self.flow(tokens, len(tokens))
 
-    def falls(self, new: int, of: int) -> list[tuple[int, int]]:
-        """Place `new` tokens one by one; every descent as (position, tier), in order."""
-        events: list[tuple[int, int]] = []
+    def falls(self, new: int, of: int) -> list[tuple[int, int, int]]:
+        """Place `new` tokens one by one; every entry into a tier as (step, position, tier), in order."""
         if self.update_mode and new:
-            held = [*self.members[0], *range(self.seen, self.seen + of)]
             policy, stop = self.tiers[0].policy, self.seen + of
-            if self.seen == 0 or (
-                self.seen >= self.through and not policy.keep(np.array(held, dtype=np.int64), stop).all()
-            ):
+            held = np.array([*self.members[0], *range(self.seen, stop)], dtype=np.int64)
+            if self.seen == 0 or (self.seen >= self.through and not policy.keep(held, stop).all()):
                 self.through = stop
+        entries: list[tuple[int, int, int]] = []
         for _ in range(new):
             falling, self.seen = [self.seen], self.seen + 1
             for i, tier in enumerate(self.tiers):
-                events += [(p, i) for p in falling]
-                arrived = bool(falling)
-                self.members[i] = members = sorted(self.members[i] + falling)
-                if tier.policy is None or not members:
-                    falling = []
-                elif self.update_mode:
+                entries += [(self.seen, p, i) for p in falling]
+                members = sorted(self.members[i] + falling)
+                asked = members and tier.policy is not None and (falling or tier.policy.acts == "step")
+                falling = []
+                if asked and self.update_mode:
                     falling = [p for p in members if p < self.through]
-                elif arrived or tier.policy.acts == "step":
+                elif asked:
                     keep = tier.policy.keep(np.array(members, dtype=np.int64), self.seen)
                     falling = [p for p, stays in zip(members, keep, strict=True) if not stays]
-                else:
-                    falling = []
-                self.members[i] = [p for p in members if p not in set(falling)]
-        return events
+                self.members[i] = [p for p in members if p not in falling]
+        return entries
 
     def flow(self, tokens: list[tuple[torch.Tensor, torch.Tensor]], of: int) -> None:
         start = self.seen
-        events = self.falls(len(tokens), of)
+        entries = self.falls(len(tokens), of)
         for s, side in enumerate(("keys", "values")):
-            bins, value = self.bins[side], {start + i: x[s] for i, x in enumerate(tokens)}
-            for b in bins:
-                value.update(b.everything())
+            bins, bin_of = self.bins[side], self.bin_of[side]
+            value = {start + i: x[s] for i, x in enumerate(tokens)}
             path: dict[int, list[int]] = {}
-            for p, tier in events:
-                here = self.bin_of[side][tier]
-                if p in path or p >= start or b_of(bins, p) != here:
-                    path.setdefault(p, [])
-                    if here not in path[p]:
-                        path[p].append(here)
-            self.rebin(bins, path, value, start)
+            for number, b in enumerate(bins):
+                value.update(b.tokens)
+                path.update({p: [number] for p in b.tokens})
+            entered: dict[int, list[Value]] = {number: [] for number in range(len(bins))}
+            for step, p, tier in entries:
+                stops = path.setdefault(p, [])
+                if bin_of[tier] not in stops:
+                    stops.append(bin_of[tier])
+                    entered[bin_of[tier]].append((step, p, value[p]))
+            # A token is encoded in the last store that it reaches; before eviction, where groups count, in that too.
+            for number, b in enumerate(bins):
+                grouped = number + 1 < len(bins) and bins[number + 1].spec == "evict"
+                b.add([(t, p, x) for t, p, x in entered[number] if grouped or path[p][-1] == number])
+                b.each(lambda d, number=number, path=path: {p: x for p, x in d.items() if path[p][-1] == number})
 
-    def rebin(self, bins: list[Bin], path: dict[int, list[int]], value: dict[int, torch.Tensor], start: int) -> None:
-        """A token joins the last store on its path alone, or also the one before if it is dropped after that."""
-        arrivals: list[list[tuple[int, torch.Tensor]]] = [[] for _ in bins]
-        order = {here: [p for p, stops in path.items() if here in stops] for here in range(len(bins))}
-        order = {here: sorted(ps, key=lambda p, here=here: self.when[p, here]) for here, ps in order.items()} if hasattr(
-            self, "when"
-        ) else order
-        for here, positions in order.items():
-            for p in positions:
-                stops = path[p]
-                evicted = bins[stops[-1]].spec == "evict"
-                if here == stops[-1] or (evicted and len(stops) > 1 and here == stops[-2]):
-                    arrivals[here].append((p, value[p]))
-        leaving = {p for p in path if p < start}
-        for here, b in enumerate(bins):
-            if b.spec == "evict":
-                continue
-            mine = set(b.everything())
-            b.add(arrivals[here])
-            b.remove((leaving & mine) | {p for p, _ in arrivals[here] if path[p][-1] != here})
+    def crop(self, length: int) -> None:
+        self.pending = self.pending[: max(length - self.seen, 0)]
+        self.seen, self.through = min(self.seen, length), min(self.through, length)
+        self.members = [[p for p in members if p < length] for members in self.members]
+        for b in [*self.bins["keys"], *self.bins["values"]]:
+            b.each(lambda d: {p: x for p, x in d.items() if p < length})
+
+    def select(self, rows: torch.Tensor) -> None:
+        self.pending = [(k[rows], v[rows]) for k, v in self.pending]
+        self.nothing = self.nothing[rows]
+        for b in [*self.bins["keys"], *self.bins["values"]]:
+            b.each(lambda d: {p: x[rows] for p, x in d.items()})
+
+    def positions(self) -> dict[int, int]:
+        evicts = self.tiers[-1].keys == "evict"
+        kept = self.members[:-1] if evicts else self.members
+        held = {p: i for i, members in enumerate(kept) for p in members}
+        return {**held, **{self.seen + i: -1 for i in range(len(self.pending))}}
+
+    def dense(self, side: str) -> torch.Tensor:
+        tokens = {p: x for b in self.bins[side] if b.spec != "evict" for p, x in b.tokens.items()}
+        tokens.update({self.seen + i: x[side == "values"] for i, x in enumerate(self.pending)})
+        return torch.stack([tokens[p] for p in sorted(tokens)], dim=2) if tokens else self.nothing
 
 
-def b_of(bins: list[Bin], position: int) -> int:
-    return next((i for i, b in enumerate(bins) if b.get(position) is not None), -1)
+class Walk:
+    """A cache and its reference, led through the same operations."""
+
+    def __init__(self, recipe: Recipe, dtype: torch.dtype) -> None:
+        self.recipe, self.dtype, self.batch = recipe, dtype, 2
+        self.generator = torch.Generator().manual_seed(0)
+        self.cache = make_cache(recipe, CONFIG)
+        self.forget()
+
+    def forget(self) -> None:
+        self.layers = [Layer(self.recipe.tiers_of(i, LAYERS), self.recipe.placement == "update") for i in range(LAYERS)]
+
+    @property
+    def length(self) -> int:
+        return self.layers[0].length
+
+    def update(self, n: int) -> None:
+        for i, layer in enumerate(self.layers):
+            x = torch.randn(2, self.batch, HEADS, n, DIM, generator=self.generator).to(self.dtype)
+            keys, values = self.cache.update(x[0], x[1], i)
+            keys, values = keys.clone(), values.clone()
+            layer.settle()
+            before = [layer.dense(side) for side in ("keys", "values")] if layer.length else [x[0, :, :, :0]] * 2
+            assert torch.equal(keys, torch.cat([before[0], x[0]], dim=2))
+            assert torch.equal(values, torch.cat([before[1], x[1]], dim=2))
+            layer.update(x[0], x[1])
+
+    def crop(self, n: int) -> None:
+        length = max(self.length - n, 0)
+        # Both ways in which transformers says it.
+        self.cache.crop(length if n % 2 and length else -min(n, self.length))
+        for layer in self.layers:
+            layer.crop(length)
+
+    def rows(self, name: str, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        if name == "repeat":
+            if self.batch > 2 or not self.length:
+                return
+            rows = torch.arange(self.batch).repeat_interleave(2)
+            self.cache.batch_repeat_interleave(2)
+        elif name == "reorder":
+            rows = torch.randint(0, self.batch, (self.batch,), generator=generator)
+            self.cache.reorder_cache(rows)
+        else:
+            rows = torch.randperm(self.batch, generator=generator)[: max(1, self.batch // 2)]
+            self.cache.batch_select_indices(rows)
+        self.batch = len(rows)
+        for layer in self.layers:
+            layer.select(rows)
+
+    def settle(self) -> None:
+        for layer in self.layers:
+            layer.settle()
+
+    def do(self, name: str, n: int) -> None:
+        if name == "update":
+            self.update(n)
+        elif name == "decode":
+            for _ in range(n % 30 + 1):
+                self.update(1)
+        elif name == "crop-pending":
+            self.crop(n % (len(self.layers[0].pending) + 1))
+        elif name == "crop":
+            self.crop(n % max(self.length, 1))
+        elif name in ("reorder", "repeat", "select") and self.length:
+            self.rows(name, n)
+        elif name == "reset":
+            self.cache.reset()
+            self.forget()
+            self.batch = 1 + n % 2
+        elif name == "save":
+            if self.length:
+                with tempfile.TemporaryDirectory() as folder:
+                    self.cache.save(Path(folder) / "cache")
+                    self.cache = CompressedCache.load(Path(folder) / "cache", CONFIG)
+                self.settle()
+        elif name == "deepcopy":
+            before, self.cache = self.cache, copy.deepcopy(self.cache)
+            before.reset()
+        else:
+            self.cache.memory()
+            self.settle()
+
+    def check(self) -> None:
+        assert self.cache.get_seq_length() == self.length
+        if not self.length:
+            return
+        for i, layer in enumerate(self.layers):
+            held = self.cache.positions(i)
+            assert dict(zip(held.positions.tolist(), held.tiers.tolist(), strict=True)) == layer.positions()
+            keys, values = self.cache.dense(i)
+            assert keys.dtype == self.dtype
+            assert torch.equal(keys, layer.dense("keys")), f"keys of layer {i}"
+            assert torch.equal(values, layer.dense("values")), f"values of layer {i}"
+            assert self.cache.layers[i].get_mask_sizes(3)[0] == 3 + self.after_settling(layer)
+
+    def after_settling(self, layer: Layer) -> int:
+        ahead = copy.copy(layer)
+        ahead.members, ahead.pending = [list(members) for members in layer.members], []
+        ahead.falls(len(layer.pending), len(layer.pending))
+        return len(ahead.positions())
+
+
+NAMES = [
+    "update",
+    "update",
+    "decode",
+    "decode",
+    "crop-pending",
+    "crop",
+    "reorder",
+    "repeat",
+    "select",
+    "reset",
+    "save",
+    "deepcopy",
+    "memory",
+]
+sizes = st.one_of(st.integers(1, 12), st.integers(60, 70), st.integers(1, 150))
+operations = st.lists(st.tuples(st.sampled_from(NAMES), sizes), min_size=2, max_size=8)
+dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
+
+
+def walk(recipe: Recipe, dtype: torch.dtype, first: int, steps: list[tuple[str, int]]) -> None:
+    w = Walk(recipe, dtype)
+    for name, n in [("update", first), *steps, ("update", 70), ("decode", 14)]:
+        w.do(name, n)
+        w.check()
+    w.do("memory", 0)
+    w.check()
+    for layer in w.layers:
+        assert len(layer.tiers) == 1 or len(layer.members[0]) < layer.seen, "no flush boundary was crossed"
+
+
+@settings(deadline=None, derandomize=True, max_examples=60)
+@given(recipe=recipes(DIM), dtype=dtypes, first=sizes, steps=operations)
+def test_random_recipes(recipe: Recipe, dtype: torch.dtype, first: int, steps: list[tuple[str, int]]) -> None:
+    walk(recipe, dtype, first, steps)
+
+
+@pytest.mark.parametrize("name", NAMED)
+@settings(deadline=None, derandomize=True, max_examples=8)
+@given(dtype=dtypes, first=sizes, steps=operations)
+def test_recipes_of_every_mechanism(name: str, dtype: torch.dtype, first: int, steps: list[tuple[str, int]]) -> None:
+    walk(named(name), dtype, first, steps)
+
+
+def states(cache: CompressedCache) -> list[Any]:
+    found: list[Any] = []
+    for i in range(LAYERS):
+        held = cache.positions(i)
+        found += [held.positions.tolist(), held.tiers.tolist(), *cache.dense(i)]
+    return found
+
+
+def same(a: CompressedCache, b: CompressedCache) -> bool:
+    return all(
+        torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in zip(states(a), states(b), strict=True)
+    )
+
+
+def feed(cache: CompressedCache, x: torch.Tensor, start: int, stop: int) -> None:
+    for i in range(LAYERS):
+        cache.update(x[0, i, :, :, start:stop], x[1, i, :, :, start:stop], i)
+
+
+@settings(deadline=None, derandomize=True, max_examples=30)
+@given(
+    recipe=recipes(DIM).filter(one_lossy_store), cuts=st.lists(st.integers(1, 100), max_size=6), n=st.integers(1, 200)
+)
+def test_any_chunking_gives_the_same_codes(recipe: Recipe, cuts: list[int], n: int) -> None:
+    x = torch.randn(2, LAYERS, 1, HEADS, n, DIM, generator=torch.Generator().manual_seed(n))
+    one, many = make_cache(recipe, CONFIG), make_cache(recipe, CONFIG)
+    for t in range(n):
+        feed(one, x, t, t + 1)
+    ends = [min(end, n) for end in np.cumsum(cuts).tolist() if end < n]
+    for start, end in zip([0, *ends], [*ends, n], strict=True):
+        feed(many, x, start, end)
+    one.settle()
+    many.settle()
+    assert same(one, many)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMED if name != "hf-quantized"])
+@pytest.mark.parametrize("prompt", [1, 30, 64, 65, 129])
+def test_cropped_candidates_leave_no_trace(name: str, prompt: int) -> None:
+    """Assisted decoding: chunks of candidates of which some are cropped again, always among the newest 64."""
+    x = torch.randn(2, LAYERS, 1, HEADS, 400, DIM, generator=torch.Generator().manual_seed(1))
+    junk = torch.randn(2, LAYERS, 1, HEADS, 64, DIM, generator=torch.Generator().manual_seed(2))
+    plain, assisted = make_cache(named(name), CONFIG), make_cache(named(name), CONFIG)
+    feed(plain, x, 0, prompt)
+    feed(assisted, x, 0, prompt)
+    at = prompt
+    for accepted, rejected in [(1, 4), (3, 0), (1, 63), (5, 5), (40, 24), (1, 1), (2, 6), (9, 1), (1, 63)]:
+        chunk = torch.cat([x[..., at : at + accepted, :], junk[..., :rejected, :]], dim=4)
+        feed(assisted, chunk, 0, accepted + rejected)
+        assisted.crop(-rejected)
+        for t in range(at, at + accepted):
+            feed(plain, x, t, t + 1)
+        at += accepted
+        # The pending tokens differ, so both settle on copies.
+        a, b = copy.deepcopy(plain), copy.deepcopy(assisted)
+        a.settle()
+        b.settle()
+        if name == "eight-then-two":
+            assert states(a)[:2] == states(b)[:2]
+        else:
+            assert same(a, b)
+
+
+def test_a_prompt_whose_tail_is_cropped_is_placed_like_the_shorter_prompt() -> None:
+    x = torch.randn(2, LAYERS, 1, HEADS, 400, DIM, generator=torch.Generator().manual_seed(1))
+    for name in ("logquant", "partial-logquant", "kivi", "fractions", "eight-then-two", "arrival", "hf-quantized"):
+        short, long = make_cache(named(name), CONFIG), make_cache(named(name), CONFIG)
+        feed(short, x, 0, 100)
+        feed(long, x, 0, 140)
+        long.crop(100)
+        for t in range(100, 170):
+            feed(short, x, t, t + 1)
+            feed(long, x, t, t + 1)
+        if name == "eight-then-two":
+            assert states(short)[:2] == states(long)[:2]
+        else:
+            assert same(short, long), name
+
+
+def test_a_cropped_layer_is_that_of_every_layer() -> None:
+    recipe = load_recipe("logquant")
+    cache = make_cache(recipe, CONFIG)
+    x = torch.randn(2, LAYERS, 1, HEADS, 300, DIM)
+    feed(cache, x, 0, 300)
+    cache.crop(33)
+    assert [layer.get_seq_length() for layer in cache.layers] == [33] * LAYERS
+    assert all(cache.positions(i).positions.tolist() == list(range(33)) for i in range(LAYERS))

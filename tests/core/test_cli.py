@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from kvpolicy.cli import main
 from kvpolicy.recipe import bundled_names, load_recipe, load_yaml
 
 
@@ -108,9 +109,22 @@ BAD = [
 
 
 @pytest.mark.parametrize("arguments", BAD, ids=[" ".join(a)[:40] for a in BAD])
-def test_bad_input_is_exit_status_2_without_a_traceback(arguments: tuple[str, ...], tmp_path: Path) -> None:
-    result = run(*arguments, cwd=tmp_path)
+def test_bad_input_is_exit_status_2_and_one_message(
+    arguments: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["kvpolicy", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.strip()
+
+
+def test_an_error_has_no_traceback(tmp_path: Path) -> None:
+    result = run("show", "logqant", cwd=tmp_path)
     assert result.returncode == 2
-    assert result.stderr.strip()
-    assert "Traceback" not in result.stderr
     assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: no recipe 'logqant' (did you mean 'logquant'?)")

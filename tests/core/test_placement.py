@@ -137,7 +137,7 @@ def test_every_token_is_in_one_store_a_side_and_the_plan_moves_just_those(recipe
                 assert flat == list(range(state.seen))
             for s, (store, moves) in enumerate(zip(held, plan.sides[side], strict=True)):
                 content = before.stores[side][s].array.tolist()
-                for source, indices in moves.arrivals:
+                for source, indices, _ in moves.arrivals:
                     origin = range(before.seen, state.seen) if source < 0 else before.stores[side][source].array
                     content += [int(origin[i]) for i in indices]
                 gone = {len(before.stores[side][s].array) + int(i) for i in moves.passing} | set(moves.leaving.tolist())

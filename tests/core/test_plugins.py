@@ -113,7 +113,9 @@ def test_the_same_kind_is_refused_naming_both_distributions(site: Site) -> None:
 
 def test_a_misspelt_hook_is_loud(site: Site) -> None:
     site.add("dist-a", "a", "kvp_a", POLICY.format(name="A", kind="x").replace("kvpolicy_policies", "kvpolicy_policys"))
-    with pytest.raises(PluginError, match=r"'a' of dist-a 1\.5: .*'kvpolicy_policys' \(did you mean 'kvpolicy_policies"):
+    with pytest.raises(
+        PluginError, match=r"'a' of dist-a 1\.5: .*'kvpolicy_policys' \(did you mean 'kvpolicy_policies"
+    ):
         site.load()
 
 

@@ -162,9 +162,7 @@ operation = st.one_of(
 
 @pytest.mark.parametrize("name", SPECS)
 @settings(deadline=None, derandomize=True, max_examples=14)
-@given(
-    operations=st.lists(operation, min_size=3, max_size=10), dtype=st.sampled_from([torch.float32, torch.bfloat16])
-)
+@given(operations=st.lists(operation, min_size=3, max_size=10), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
 def test_stores_hold_what_was_quantized_once(name: str, operations: list[tuple[str, Any]], dtype: torch.dtype) -> None:
     spec = SPECS[name]
     store, reference = make(spec), Reference(spec)

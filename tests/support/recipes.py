@@ -162,7 +162,4 @@ def recipes(draw: st.DrawFn, head_dim: int = 16) -> Recipe:
 
 def one_lossy_store(recipe: Recipe) -> bool:
     """Whether no token passes two different lossy stores, so that its codes don't depend on the chunking."""
-    for side in ("keys", "values"):
-        if len({getattr(tier, side) for tier in recipe.tiers} - {"full"}) > 1:
-            return False
-    return True
+    return all(len({getattr(tier, side) for tier in recipe.tiers} - {"full"}) <= 1 for side in ("keys", "values"))

@@ -1,0 +1,67 @@
+"""Writes measured figures between the marks of README.md and docs/explanation/benchmarks.md.
+
+make demo && .venv/bin/python docs/_hooks/fill_measured.py demo out/demo/summary.json
+make bench ARGS="--md out/decode.md" && .venv/bin/python docs/_hooks/fill_measured.py decode out/decode.md
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "docs" / "explanation" / "benchmarks.md"]
+
+
+def _mean(found: dict[str, Any] | None, digits: int, sign: bool = False) -> str:
+    if found is None:
+        return "-"
+    mean, half = f"{found['mean']:{'+' if sign else ''}.{digits}f}", found["half_width_95"]
+    return mean if not half else f"{mean} ± {half:.{digits}f}"
+
+
+def demo(path: Path) -> str:
+    """The table of a comparison's summary.json."""
+    summary = json.loads(path.read_text(encoding="utf-8"))
+    head = ("Recipe", "Bits per value", "Smaller than exact", "Score", "Δ NLL (nats per token)", "KL (nats)", "Top-1")
+    rows = []
+    for name, arm in summary["arms"].items():
+        top1 = "-" if arm["top1"] is None else f"{100 * arm['top1']['mean']:.1f} %"
+        smaller = arm["exact_bytes"]["mean"] / arm["final_bytes"]["mean"]
+        row = [f"`{name}`", f"{arm['bits']['mean']:.2f}", f"{smaller:.2f}x", _mean(arm["score"], 3)]
+        row += [_mean(arm["nll_minus_exact"], 4, sign=True), _mean(arm["kl"], 4), top1]
+        rows.append(row)
+    lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    versions = ", ".join(f"{library} {version}" for library, version in summary["versions"].items())
+    note = (
+        f"`make demo`: task `{summary['task']}`, {summary['n']} samples, the same for all arms, seed "
+        f"{summary['seed']}; {summary['model']} model in {summary['dtype']} on {summary['device']}; {versions}.\n"
+        "± is the half-width of a 95% confidence interval. Δ NLL is the paired difference to the exact cache; KL and "
+        "top-1\ncompare the predictions with the exact cache's."
+    )
+    return "\n".join([*lines, "", note])
+
+
+def decode(path: Path) -> str:
+    """The table that the benchmark wrote."""
+    return path.read_text(encoding="utf-8").strip()
+
+
+def main(what: str, source: str) -> None:
+    """Fill in one kind of figures wherever its marks stand."""
+    text = {"demo": demo, "decode": decode}[what](Path(source))
+    mark = re.compile(rf"(<!-- measured: {what} -->\n).*?(<!-- /measured: {what} -->)", re.DOTALL)
+    for page in PAGES:
+        old = page.read_text(encoding="utf-8")
+        new = mark.sub(lambda match: f"{match[1]}{text}\n{match[2]}", old)
+        if new != old:
+            page.write_text(new, encoding="utf-8")
+            print(f"filled {page.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,116 @@
+"""The commands that run a model: `kvpolicy compare` and `kvpolicy generate`."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+__all__ = ["compare", "generate", "register"]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to an app."""
+    app.command()(compare)
+    app.command()(generate)
+
+
+def compare(
+    arms: Annotated[list[str], typer.Argument(metavar="ARM...", help="Recipes, NAME:key=value,...; `full` is exact.")],
+    model: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A local Hugging Face model directory; default: the bundled one.")
+    ] = None,
+    task: Annotated[
+        str, typer.Option(help="lines, arithmetic, code, or a .jsonl file whose rows carry prompt and answer.")
+    ] = "lines",
+    n: Annotated[int, typer.Option("-n", "--samples", help="Samples, the same for every arm.")] = 16,
+    seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
+    tokens: Annotated[int | None, typer.Option(help="Approximate length of a generated sample.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write samples.jsonl, summary.json and comparison.png here.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier comparison in --out.")] = False,
+    device: Annotated[str | None, typer.Option(help="Such as cpu or cuda:1; default: CUDA if there is one.")] = None,
+) -> None:
+    """Compare recipes on the same samples, each against the exact cache."""
+    _quiet()
+    from kvpolicy.compare import compare as run
+
+    with warnings.catch_warnings():
+        warnings.showwarning = _warn
+        try:
+            result = run(
+                arms,
+                model=model,
+                task=task,
+                n=n,
+                seed=seed,
+                tokens=tokens,
+                out=out,
+                overwrite=overwrite,
+                device=device,
+            )
+        except KeyboardInterrupt:
+            kept = "" if out is None else f"; finished rows are in {out / 'samples.jsonl'}"
+            typer.echo(f"interrupted{kept}", err=True)
+            raise typer.Exit(130) from None
+    _print(result)
+    if out is not None:
+        typer.echo(f"wrote samples.jsonl, summary.json and comparison.png into {out}", err=True)
+    if result.failures:
+        raise typer.Exit(1)
+
+
+def generate(
+    recipe: Annotated[str, typer.Option(metavar="RECIPE", help="A bundled name or a file, NAME:key=value,...")],
+    prompt: Annotated[str, typer.Option(metavar="TEXT|-", help="The prompt; - reads it from stdin.")],
+    model: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A local Hugging Face model directory; default: the bundled one.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 128,
+    device: Annotated[str | None, typer.Option(help="Such as cpu or cuda:1; default: CUDA if there is one.")] = None,
+) -> None:
+    """Continue a prompt greedily: the text on stdout, what the cache takes on stderr."""
+    _quiet()
+    from kvpolicy.generation import generate_text
+
+    text = _read_stdin() if prompt == "-" else prompt
+    memory = generate_text(text, recipe, model, max_new_tokens, device, sys.stdout)
+    typer.echo(memory, err=True)
+
+
+def _read_stdin() -> str:
+    from kvpolicy.errors import CompareError
+
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise CompareError(f"the prompt on stdin must be UTF-8 text, found {error.reason} at byte {error.start}") from (
+            error
+        )
+
+
+def _quiet() -> None:
+    """No advice of transformers between the lines; what goes wrong is raised."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
+    typer.echo(f"warning: {message}", err=True)
+
+
+def _print(result: Any) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)
+    for table in result.tables():
+        console.print(table)
+        console.print()
+    console.print(Text(result.notes()))

@@ -1,0 +1,265 @@
+"""Compares recipes on the same samples, each against the exact cache."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from kvpolicy.cache import make_cache
+from kvpolicy.compare_result import EXACT, Comparison, Estimate, is_exact
+from kvpolicy.compare_run import Encoded, Run, Runner, encode, row
+from kvpolicy.errors import CompareError, KvpolicyError
+from kvpolicy.models import load_model, one_thread
+from kvpolicy.recipe import Recipe, load_recipe
+from kvpolicy.tasks import load_task
+
+__all__ = ["Comparison", "Estimate", "compare"]
+
+FILES = ("samples.jsonl", "summary.json", "comparison.png")
+
+
+def compare(
+    arms: Iterable[Any] | Mapping[str, Any],
+    *,
+    model: Any = None,
+    tokenizer: Any = None,
+    task: str | os.PathLike[str] = "lines",
+    n: int = 16,
+    seed: int = 0,
+    tokens: int | None = None,
+    out: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+    device: str | None = None,
+    progress: bool = True,
+) -> Comparison:
+    """Run recipes on the same samples in the same order, each against the exact cache.
+
+    Each arm reads the prompt at once and then the answer token by token through its cache; from there come the
+    negative log-likelihood of the answer (`nll`), the Kullback-Leibler divergence of the exact cache's prediction
+    from the arm's (`kl`, in nats) and how often their most likely tokens agree (`top1`), over the answer's tokens
+    after the first: the first is predicted by the prefill, which reads no stored token (`nll_first`). `score` rates
+    greedy decoding. The exact cache runs once per sample, whether or not it is an arm.
+
+    Args:
+        arms: recipes, each as `load_recipe` takes it; a mapping gives them names of its own.
+        model: a causal language model of transformers, or the path of a local model directory; by default the
+            bundled model. Its training mode is restored.
+        tokenizer: the tokenizer of a model given as an object.
+        task: `lines`, `arithmetic`, `code`, or the path of a JSON Lines file with `prompt` and `answer`.
+        n: samples; fewer if the file has fewer rows.
+        seed: seed of the samples.
+        tokens: approximate length of a generated sample, by default the task's own.
+        out: directory for samples.jsonl (one row per arm and sample, appended as they are made), summary.json and
+            comparison.png.
+        overwrite: replace what an earlier comparison left in `out`.
+        device: where a model given by its path is loaded, such as `cpu`; by default CUDA where there is one.
+        progress: show a progress bar on stderr.
+
+    Returns:
+        The rows, means with confidence intervals, paired differences; printable.
+
+    Raises:
+        CompareError: an argument is not valid, or every arm failed. An arm that fails midway is reported in
+            `failures`, and the others go on.
+        RecipeError: a recipe is not valid, or does not fit the model.
+        TaskError: the task is unknown, or its file is not valid.
+    """
+    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+        raise CompareError(f"n, the number of samples, must be an integer of at least 1, found {n!r}")
+    recipes = _recipes(arms)
+    samples = load_task(os.fspath(task), n, seed, tokens)
+    directory = None if out is None else _check_directory(Path(out), overwrite)
+    bundled = model is None
+    model, tokenizer, shown = _model(model, tokenizer, device)
+    items = encode(samples, tokenizer, model.config)
+    caches = {name: make_cache(recipe, model) for name, recipe in recipes.items()}
+    settings = {"task": os.fspath(task), "n": len(items), "seed": seed, "tokens": tokens, **_about(model, shown)}
+    result = Comparison(recipes, [], settings)
+    with _rows_file(directory) as file, one_thread(bundled):
+        try:
+            _run(Runner(model, tokenizer), caches, items, result, file, progress)
+        finally:
+            if directory is not None and result.rows:
+                result.write_summary(directory / FILES[1])
+    if directory is not None:
+        result.plot(directory / FILES[2])
+    return result
+
+
+def _run(
+    runner: Runner, caches: dict[str, Any], items: list[Encoded], result: Comparison, file: IO[str] | None, show: bool
+) -> None:
+    exact = make_cache("full", runner.model)
+    with runner.ready(), _progress(len(items) * (len(caches) + 1), show) as advance:
+        _guard("the exact cache", lambda: runner.warm_up(copy.deepcopy(exact)))
+        for number, item in enumerate(items):
+            advance(f"sample {number + 1} of {len(items)}: exact cache", 0)
+            reference = _guard(
+                f"the exact cache, sample {number}", lambda item=item: runner.run(copy.deepcopy(exact), item)
+            )
+            advance("", 1)
+            for name, cache in caches.items():
+                if name in result.failures:
+                    continue
+                advance(f"sample {number + 1} of {len(items)}: {name}", 0)
+                try:
+                    same = is_exact(result.arms[name])
+                    run: Run = reference if same else runner.run(copy.deepcopy(cache), item)
+                    record = row(number, name, item, run, reference)
+                except Exception as error:
+                    advance("", len(items) - number)
+                    _fail(result, name, number, error)
+                    continue
+                result.rows.append(record)
+                _write(file, record)
+                advance("", 1)
+
+
+def _write(file: IO[str] | None, record: dict[str, Any]) -> None:
+    if file is None:
+        return
+    try:
+        file.write(json.dumps(record, allow_nan=False) + "\n")
+        file.flush()
+    except OSError as error:
+        raise CompareError(f"{file.name}: the row can't be written: {error}") from error
+
+
+def _guard(what: str, call: Any) -> Any:
+    try:
+        return call()
+    except Exception as error:
+        raise CompareError(f"{what}: the model can't be run: {_cause(error)}") from error
+
+
+def _cause(error: Exception) -> str:
+    return str(error) if isinstance(error, KvpolicyError) else f"{type(error).__name__}: {error}"
+
+
+def _fail(result: Comparison, name: str, number: int, error: Exception) -> None:
+    result.failures[name] = f"sample {number}: {_cause(error)}"
+    if len(result.failures) == len(result.arms):
+        every = "; ".join(f"{arm}, {cause}" for arm, cause in result.failures.items())
+        raise CompareError(f"every arm failed: {every}") from error
+    warnings.warn(f"arm {name!r} failed and is left out from here on: {result.failures[name]}", stacklevel=4)
+
+
+def _recipes(arms: Any) -> dict[str, Recipe]:
+    if isinstance(arms, str | os.PathLike | Recipe):
+        arms = [arms]
+    if not isinstance(arms, Iterable):
+        raise CompareError(f"arms must be recipes in a list, or by name in a mapping, found {arms!r}")
+    named = list(arms.items()) if isinstance(arms, Mapping) else [(None, arm) for arm in arms]
+    if not named:
+        raise CompareError("a comparison needs at least one arm, found none; give a recipe such as 'logquant'")
+    found: dict[str, Recipe] = {}
+    for label, source in named:
+        recipe = load_recipe(source)
+        name = str(label) if label is not None else _label(source, recipe)
+        if name in found:
+            raise CompareError(
+                f"arms must have different names, found {name!r} twice; leave one out, or name them by a mapping: "
+                'compare({"a": recipe, "b": other})'
+            )
+        if name == EXACT and not is_exact(recipe):
+            raise CompareError(f"an arm must not be named {EXACT!r}, which stands for the exact cache; rename it")
+        found[name] = recipe
+    return found
+
+
+def _label(source: Any, recipe: Recipe) -> str:
+    return os.fspath(source) if isinstance(source, str | os.PathLike) else recipe.name
+
+
+def _model(model: Any, tokenizer: Any, device: str | None) -> tuple[Any, Any, str]:
+    """Model, tokenizer, and what the model is called."""
+    if model is None or isinstance(model, str | os.PathLike):
+        loaded, found = load_model(model, device)
+        return loaded, tokenizer if tokenizer is not None else found, "bundled" if model is None else str(model)
+    if device is not None:
+        raise CompareError(f"device {device!r} is for a model given by its path; move a model of your own by model.to")
+    if not hasattr(model, "config") or not callable(model):
+        raise CompareError(
+            f"model must be a causal language model of transformers or the path of one, found {type(model).__name__}"
+        )
+    if tokenizer is None:
+        raise CompareError(
+            "a model given as an object needs its tokenizer, found none; pass tokenizer=..., "
+            "or the path of the model directory as model"
+        )
+    return model, tokenizer, str(getattr(model.config, "name_or_path", "") or type(model).__name__)
+
+
+def _about(model: Any, shown: str) -> dict[str, Any]:
+    import torch
+    import transformers
+
+    import kvpolicy
+
+    return {
+        "model": shown,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": str(model.device),
+        "versions": {
+            "kvpolicy": kvpolicy.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+
+
+def _check_directory(path: Path, overwrite: bool) -> Path:
+    """Refuse early what can't hold the results; nothing is touched yet."""
+    if path.exists() and not path.is_dir():
+        raise CompareError(f"{path}: the results go into a directory, found a file; choose another name")
+    earlier = [name for name in FILES if (path / name).exists()]
+    if earlier and not overwrite:
+        raise CompareError(
+            f"{path}: the directory must not hold an earlier comparison, found {earlier[0]}; "
+            "choose another directory, or replace it (overwrite=True, on the shell --overwrite)"
+        )
+    return path
+
+
+@contextmanager
+def _rows_file(directory: Path | None) -> Iterator[IO[str] | None]:
+    if directory is None:
+        yield None
+        return
+    with ExitStack() as stack:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            for name in FILES:
+                (directory / name).unlink(missing_ok=True)
+            file = stack.enter_context(open(directory / FILES[0], "w", encoding="utf-8"))
+        except OSError as error:
+            raise CompareError(f"{directory}: the results can't be written there: {error}") from error
+        yield file
+
+
+@contextmanager
+def _progress(total: int, show: bool) -> Iterator[Any]:
+    """A function of what is under way, and how many runs were finished."""
+    if not show:
+        yield lambda text, done: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.text import Text
+
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=total)
+
+        def advance(text: str, done: int) -> None:
+            if text:
+                bar.update(task, description=Text(text).markup)
+            bar.advance(task, done)
+
+        yield advance

@@ -1,0 +1,115 @@
+"""Greedy generation through a compressed cache, for the command line."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, TextIO
+
+import torch
+
+from kvpolicy.cache import make_cache
+from kvpolicy.errors import CompareError
+from kvpolicy.models import load_model, one_thread
+from kvpolicy.recipe import load_recipe
+
+__all__ = ["generate_text"]
+
+
+def generate_text(
+    prompt: str, recipe: Any, model: str | os.PathLike[str] | None, tokens: int, device: str | None, out: TextIO
+) -> str:
+    """Write the continuation of a prompt to `out` as it is made.
+
+    Args:
+        prompt: the text to continue.
+        recipe: what `load_recipe` takes.
+        model: path of a local model directory; by default the bundled model.
+        tokens: tokens to generate at most.
+        device: where the model goes.
+        out: where the text goes.
+
+    Returns:
+        What the cache held in the end, on one line.
+
+    Raises:
+        CompareError: the model can't be loaded, or the prompt is empty or too long.
+        RecipeError: the recipe is not valid, or does not fit the model.
+    """
+    if tokens < 1:
+        raise CompareError(f"max_new_tokens must be at least 1, found {tokens}")
+    if not prompt:
+        raise CompareError("the prompt must not be empty; give a text, or - to read it from stdin")
+    loaded = load_recipe(recipe)
+    network, tokenizer = load_model(model, device)
+    cache = make_cache(loaded, network)
+    ids = tokenizer(prompt, return_tensors="pt", verbose=False).input_ids.to(network.device)
+    _check_length(ids.shape[1], tokens, network.config)
+    streamer = _Streamer(tokenizer, out)
+    with torch.inference_mode(), one_thread(model is None):
+        output = network.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=cache,
+            streamer=streamer,
+            max_new_tokens=tokens,
+            do_sample=False,
+            num_beams=1,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            cache_implementation=None,
+        )
+    new = output.shape[1] - ids.shape[1]
+    return f"{loaded.name}: {ids.shape[1]:,} tokens of prompt, {new:,} new; cache {cache.memory()}"
+
+
+def _check_length(prompt: int, tokens: int, config: Any) -> None:
+    if prompt == 0:
+        raise CompareError("the prompt must hold at least one token, found none; give a longer text")
+    limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if isinstance(limit, int) and prompt + tokens > limit:
+        raise CompareError(
+            f"prompt and new tokens must fit the model's max_position_embeddings, {limit}, "
+            f"found {prompt} + {tokens}; shorten the prompt or give a smaller --max-new-tokens"
+        )
+
+
+class _Streamer:
+    """Writes what generation makes, once no later token can change it."""
+
+    def __init__(self, tokenizer: Any, out: TextIO) -> None:
+        self.tokenizer, self.out = tokenizer, out
+        self.prompt: list[int] | None = None
+        self.tokens: list[int] = []
+        self.written = ""
+
+    def put(self, value: torch.Tensor) -> None:
+        tokens = value.flatten().tolist()
+        if self.prompt is None:
+            # Its end, because tokenizers strip a space before what they take for the first word.
+            self.prompt = tokens[-8:]
+            return
+        self.tokens += tokens
+        self._write(self._text())
+
+    def end(self) -> None:
+        self._write(self._text(), last=True)
+        if not self.written.endswith("\n"):
+            self.out.write("\n")
+        self.out.flush()
+
+    def _text(self) -> str:
+        before = self._decode(self.prompt or [])
+        both = self._decode([*(self.prompt or []), *self.tokens])
+        return both[len(before) :] if both.startswith(before) else self._decode(self.tokens)
+
+    def _decode(self, tokens: list[int]) -> str:
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def _write(self, text: str, last: bool = False) -> None:
+        # A character cut between two tokens is shown as this one until it is whole.
+        whole = text if last else text.rstrip("\ufffd")
+        if whole.startswith(self.written) and len(whole) > len(self.written):
+            self.out.write(whole[len(self.written) :])
+            self.out.flush()
+            self.written = whole

@@ -1,0 +1,95 @@
+"""Loads a language model and its tokenizer from a local directory. Nothing is ever downloaded."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from kvpolicy.errors import CompareError
+
+__all__ = ["BUNDLED", "load_model", "one_thread"]
+
+BUNDLED = Path(__file__).parent / "model"
+"""The directory of the bundled model."""
+
+
+def load_model(path: str | os.PathLike[str] | None = None, device: str | None = None) -> tuple[Any, Any]:
+    """A causal language model in evaluation mode, and its tokenizer.
+
+    Args:
+        path: a Hugging Face model directory; by default the bundled model.
+        device: where the model goes, such as `cpu` or `cuda:1`; by default CUDA where there is one, else the CPU.
+
+    Raises:
+        CompareError: the directory is missing or incomplete, or its model is no causal language model.
+    """
+    directory = BUNDLED if path is None else Path(path)
+    _check_directory(directory)
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    options = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, **options)
+    except Exception as error:
+        raise CompareError(f"{directory}: the tokenizer can't be loaded: {_first_line(error)}") from error
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True, **options)
+    except Exception as error:
+        raise CompareError(f"{directory}: the model can't be loaded: {_first_line(error)}") from error
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+    missing = sorted(info.get("missing_keys") or ())
+    if missing:
+        raise CompareError(
+            f"{directory}: the weights must be complete, found {len(missing)} missing, such as {missing[0]}; "
+            "they would be random. Fetch the whole model"
+        )
+    target = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return model.to(target).eval(), tokenizer
+    except (RuntimeError, AssertionError) as error:
+        raise CompareError(f"device {target!r} can't hold the model: {_first_line(error)}") from error
+
+
+@contextmanager
+def one_thread(wanted: bool) -> Iterator[None]:
+    """One thread of torch. For a model as small as the bundled one more threads only wait for each other."""
+    import torch
+
+    before = torch.get_num_threads()
+    if wanted:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _check_directory(directory: Path) -> None:
+    try:
+        is_directory, has_config = directory.is_dir(), (directory / "config.json").is_file()
+    except (OSError, ValueError) as error:
+        raise CompareError(f"model must be a local directory, found {str(directory)!r}: {error}") from error
+    if not is_directory:
+        raise CompareError(
+            f"model must be a local Hugging Face model directory, found no directory {str(directory)!r}; "
+            "download the model first, nothing is fetched here"
+        )
+    if not has_config:
+        raise CompareError(
+            f"{directory}: a model directory must hold config.json, found none; "
+            "give the directory that save_pretrained wrote"
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__

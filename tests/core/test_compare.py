@@ -1,0 +1,417 @@
+"""The comparison: records, statistics, files, errors; on the bundled model with short contexts."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
+
+from kvpolicy import compare, load_recipe, make_cache, tasks
+from kvpolicy.cli import app, main
+from kvpolicy.compare_result import Comparison, estimate
+from kvpolicy.compare_run import Runner
+from kvpolicy.errors import CompareError, RecipeError, TaskError
+from kvpolicy.models import BUNDLED, load_model
+
+ARMS = ["full", "logquant:window=8", "kivi-evict:residual=24"]
+FIELDS = {
+    "sample", "arm", "task", "prompt_tokens", "answer_tokens", "score", "exact_score", "nll", "exact_nll", "nll_first",
+    "nll_steps", "kl", "kl_steps", "top1", "first_divergence", "bits", "peak_bytes", "final_bytes", "exact_bytes",
+    "prefill_seconds", "decode_seconds", "decode_steps", "answer", "generated",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def loaded() -> tuple[Any, Any]:
+    return load_model(device="cpu")
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("compare") / "made" / "here"
+
+
+@pytest.fixture(scope="module")
+def result(loaded: tuple[Any, Any], directory: Path) -> Comparison:
+    model, tokenizer = loaded
+    return compare(ARMS, model=model, tokenizer=tokenizer, n=3, seed=5, tokens=160, out=directory, progress=False)
+
+
+def short(loaded: tuple[Any, Any], arms: Any, **options: Any) -> Comparison:
+    model, tokenizer = loaded
+    options = {"n": 1, "tokens": 96, "progress": False, **options}
+    return compare(arms, model=model, tokenizer=tokenizer, **options)
+
+
+def test_one_complete_row_per_arm_and_sample_in_order(result: Comparison, directory: Path) -> None:
+    assert [(row["sample"], row["arm"]) for row in result.rows] == [(i, arm) for i in range(3) for arm in ARMS]
+    assert all(set(row) == FIELDS for row in result.rows)
+    written = (directory / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line) for line in written] == result.rows
+
+
+def test_every_arm_sees_the_samples_of_the_task(result: Comparison) -> None:
+    answers = [sample.answer for sample in tasks.load_task("lines", 3, 5, 160)]
+    for arm in ARMS:
+        assert [row["answer"] for row in result.rows if row["arm"] == arm] == answers
+
+
+def test_the_exact_arm_differs_in_nothing_and_eviction_in_much(result: Comparison) -> None:
+    full = [row for row in result.rows if row["arm"] == "full"]
+    assert all(row["score"] == 1 and row["kl"] == 0 and row["top1"] == 1 for row in full)
+    assert all(row["first_divergence"] is None and row["nll"] == row["exact_nll"] for row in full)
+    evict = result.mean(ARMS[2], "kl")
+    assert evict is not None
+    assert evict.mean > 0.1
+    assert result.diverged(ARMS[2])[0] > 0
+    bits = [result.mean(arm, "bits") for arm in ARMS]
+    means = [found.mean for found in bits if found is not None]
+    assert means == sorted(means, reverse=True)
+    assert means[0] > 32 > means[1]
+
+
+@pytest.mark.parametrize("arm", ARMS[1:])
+def test_likelihood_and_divergence_are_those_of_plain_decoding(
+    result: Comparison, loaded: tuple[Any, Any], arm: str
+) -> None:
+    model, tokenizer = loaded
+    sample = tasks.load_task("lines", 3, 5, 160)[1]
+    prompt = tokenizer(sample.prompt, return_tensors="pt").input_ids
+    answer = tokenizer(sample.answer).input_ids
+
+    def decode(cache: Any) -> torch.Tensor:
+        rows = [model(prompt, past_key_values=cache).logits[0, -1]]
+        rows += [model(torch.tensor([[token]]), past_key_values=cache).logits[0, -1] for token in answer[:-1]]
+        return torch.stack(rows).log_softmax(-1)
+
+    with torch.inference_mode():
+        exact, other = decode(DynamicCache(config=model.config)), decode(make_cache(arm, model))
+    row = result.rows[3 + ARMS.index(arm)]
+    nll = [-other[i, token].item() for i, token in enumerate(answer)]
+    assert row["nll_first"] == pytest.approx(nll[0], abs=1e-5)
+    assert row["nll_steps"] == pytest.approx(nll[1:], rel=1e-3, abs=1e-5)
+    assert row["nll"] == pytest.approx(sum(nll[1:]) / len(nll[1:]), rel=1e-3, abs=1e-5)
+    kl = (exact.exp() * (exact - other)).sum(-1)
+    assert row["kl_steps"] == pytest.approx(kl[1:].tolist(), rel=1e-2, abs=1e-5)
+    assert row["decode_steps"] == row["answer_tokens"] - 1 == len(answer) - 1
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_greedy_text_is_that_of_generate(result: Comparison, loaded: tuple[Any, Any], arm: str) -> None:
+    model, tokenizer = loaded
+    for number, sample in enumerate(tasks.load_task("lines", 3, 5, 160)):
+        prompt = tokenizer(sample.prompt, return_tensors="pt").input_ids
+        new = len(tokenizer(sample.answer).input_ids)
+        cache = make_cache(arm, model)
+        output = model.generate(prompt, past_key_values=cache, max_new_tokens=new, do_sample=False)
+        row = result.rows[3 * number + ARMS.index(arm)]
+        assert row["generated"] == tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True)
+        assert row["score"] == tasks.score("lines", sample.answer, row["generated"])
+
+
+def test_bytes_are_those_of_the_cache_and_the_peak_is_no_less(result: Comparison) -> None:
+    for row in result.rows:
+        tokens = row["prompt_tokens"] + row["answer_tokens"] - 1
+        assert row["exact_bytes"] == tokens * 6 * 2 * 2 * 64 * 4
+        assert 0 < row["final_bytes"] <= row["peak_bytes"]
+        assert row["bits"] == pytest.approx(32 * row["final_bytes"] / row["exact_bytes"])
+        assert row["prefill_seconds"] > 0
+        assert row["decode_seconds"] > 0
+
+
+def test_summary_and_picture_are_written(result: Comparison, directory: Path) -> None:
+    summary = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
+    assert summary == result.summary()
+    assert list(summary["arms"]) == ARMS
+    assert summary["n"] == 3
+    assert load_recipe_text(summary["arms"][ARMS[1]]["recipe"]).tiers == load_recipe(ARMS[1]).tiers
+    assert (directory / "comparison.png").read_bytes().startswith(b"\x89PNG")
+
+
+def load_recipe_text(text: str) -> Any:
+    from kvpolicy.recipe import load_yaml
+
+    return load_yaml(text)
+
+
+def test_printed_tables_state_n_and_every_arm(result: Comparison) -> None:
+    text = str(result)
+    assert "n = 3 samples" in text
+    assert all(text.count(arm) == 2 for arm in ARMS[1:])
+    assert "without reading a stored token" in " ".join(text.split())
+
+
+def test_differences_are_paired(result: Comparison) -> None:
+    nll = {row["sample"]: row["nll"] - row["exact_nll"] for row in result.rows if row["arm"] == ARMS[2]}
+    assert result.difference(ARMS[2], metric="nll") == estimate(list(nll.values()))
+    assert result.difference(ARMS[1], ARMS[1]) == estimate([0.0] * 3)
+    with pytest.raises(CompareError, match="arm must be one of full"):
+        result.mean("kivi", "nll")
+    with pytest.raises(CompareError, match="metric must be one of score"):
+        result.mean("full", "speed")
+    with pytest.raises(CompareError, match="exact cache has score and nll"):
+        result.difference("full", metric="kl")
+
+
+def test_estimates_are_those_of_student() -> None:
+    found = estimate([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+    assert found is not None
+    assert found.half_width is not None
+    assert found.mean == 3.5
+    assert found.half_width == pytest.approx(2.5706 * math.sqrt(3.5) / math.sqrt(6), rel=2e-3)
+    one = estimate([2.0])
+    assert one is not None
+    assert (one.mean, one.half_width, str(one)) == (2.0, None, "2.000")
+    assert estimate([]) is None
+
+
+def test_the_exact_cache_runs_once_per_sample(loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[str] = []
+    run = Runner.run
+    monkeypatch.setattr(
+        Runner, "run", lambda self, cache, item: runs.append(cache.recipe.name) or run(self, cache, item)
+    )
+    short(loaded, ["kivi", "full"], n=2)
+    assert runs == ["full", "kivi"] * 2
+    runs.clear()
+    short(loaded, ["kivi"], n=2)
+    assert runs == ["full", "kivi"] * 2
+
+
+def test_training_mode_and_threads_are_restored(loaded: tuple[Any, Any]) -> None:
+    model, tokenizer = loaded
+    model.train()
+    model.model.layers[0].eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    threads = torch.get_num_threads()
+    try:
+        result = compare(["kivi"], model=model, tokenizer=tokenizer, n=1, tokens=96, progress=False)
+        assert {name: module.training for name, module in model.named_modules()} == before
+    finally:
+        model.eval()
+    assert torch.get_num_threads() == threads
+    assert result.settings["n"] == 1
+
+
+def test_arms_may_be_recipes_mappings_and_have_names_of_their_own(loaded: tuple[Any, Any]) -> None:
+    recipe = {"name": "mine", "tiers": [{"store": {"kind": "int", "nbits": 4, "per": "token"}}]}
+    result = short(loaded, [recipe, load_recipe("kivi", residual=32)])
+    assert list(result.arms) == ["mine", "kivi"]
+    named = short(loaded, {"a": recipe, "b": recipe})
+    assert list(named.arms) == ["a", "b"]
+    assert named.rows[0]["nll"] == named.rows[1]["nll"]
+    assert list(short(loaded, "full").arms) == ["full"]
+
+
+def test_answers_of_one_token_are_said_to_be_out_of_reach(loaded: tuple[Any, Any], tmp_path: Path) -> None:
+    file = tmp_path / "mine.jsonl"
+    file.write_text('{"prompt": "import os\\n", "answer": "import"}\n', encoding="utf-8")
+    result = short(loaded, ["kivi"], task=file, tokens=None, out=tmp_path / "out")
+    row = result.rows[0]
+    assert (row["answer_tokens"], row["nll"], row["kl"], row["top1"], row["decode_steps"]) == (1, None, None, None, 0)
+    assert row["nll_first"] > 0
+    assert "1 answers are a single token" in result.notes()
+    assert (tmp_path / "out" / "comparison.png").exists()
+
+
+def test_an_arm_that_fails_midway_keeps_its_rows_and_the_others_go_on(
+    loaded: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, seen = Runner.run, []
+
+    def fail(self: Any, cache: Any, item: Any) -> Any:
+        seen.append(cache.recipe.name)
+        if seen.count("kivi") == 2:
+            seen.append("kivi")
+            raise RuntimeError("out of memory")
+        return run(self, cache, item)
+
+    monkeypatch.setattr(Runner, "run", fail)
+    with pytest.warns(UserWarning, match="arm 'kivi' failed.*sample 1: RuntimeError: out of memory"):
+        result = short(loaded, ["kivi", "logquant"], n=3, out=tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert [(row["sample"], row["arm"]) for row in rows] == [
+        (0, "kivi"), (0, "logquant"), (1, "logquant"), (2, "logquant"),
+    ]  # fmt: skip
+    assert result.failures == {"kivi": "sample 1: RuntimeError: out of memory"}
+    assert "kivi (1 of 3 samples)" in str(result)
+    assert "failed: kivi: sample 1" in str(result)
+
+
+def test_if_every_arm_fails_the_error_says_why_and_rows_stay(
+    loaded: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, seen = Runner.run, []
+
+    def fail(self: Any, cache: Any, item: Any) -> Any:
+        seen.append(cache.recipe.name)
+        if seen.count("kivi") == 2:
+            raise RuntimeError("out of memory")
+        return run(self, cache, item)
+
+    monkeypatch.setattr(Runner, "run", fail)
+    with pytest.raises(CompareError, match="every arm failed: kivi, sample 1: RuntimeError: out of memory"):
+        short(loaded, ["kivi"], n=3, out=tmp_path)
+    assert len((tmp_path / "samples.jsonl").read_text().splitlines()) == 1
+    assert json.loads((tmp_path / "summary.json").read_text())["arms"]["kivi"]["samples"] == 1
+
+
+def test_an_earlier_comparison_is_replaced_only_on_demand(loaded: tuple[Any, Any], tmp_path: Path) -> None:
+    short(loaded, ["full"], out=tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    before = (tmp_path / "samples.jsonl").read_bytes()
+    with pytest.raises(CompareError, match=r"must not hold an earlier comparison, found samples\.jsonl.*--overwrite"):
+        short(loaded, ["kivi"], out=tmp_path)
+    with pytest.raises(RecipeError):
+        short(loaded, ["nothing"], out=tmp_path, overwrite=True)
+    assert (tmp_path / "samples.jsonl").read_bytes() == before
+    short(loaded, ["kivi"], out=tmp_path, overwrite=True)
+    assert json.loads((tmp_path / "samples.jsonl").read_text())["arm"] == "kivi"
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_out_may_not_be_a_file(loaded: tuple[Any, Any], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CompareError, match="found a file"):
+        short(loaded, ["full"], out=tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    ("arms", "options", "error", "text"),
+    [
+        ([], {}, CompareError, "at least one arm, found none"),
+        (7, {}, CompareError, "arms must be recipes in a list"),
+        (["logqant"], {}, RecipeError, "did you mean 'logquant'"),
+        (["full", "full"], {}, CompareError, "found 'full' twice"),
+        ({"exact": "kivi"}, {}, CompareError, "must not be named 'exact'"),
+        (["full"], {"n": 0}, CompareError, "at least 1, found 0"),
+        (["full"], {"n": True}, CompareError, "at least 1, found True"),
+        (["full"], {"n": 1.5}, CompareError, "at least 1, found 1.5"),
+        (["full"], {"task": "poems"}, TaskError, "task must be one of lines"),
+        (["full"], {"tokens": 2200}, CompareError, r"max_position_embeddings, 2048, found \d+ \+ 11 tokens"),
+        (["full"], {"tokenizer": None}, CompareError, "needs its tokenizer"),
+        (["full"], {"model": 3}, CompareError, "must be a causal language model"),
+        (["full"], {"device": "cpu"}, CompareError, "for a model given by its path"),
+        (["full"], {"model": "/nowhere/at/all"}, CompareError, "found no directory '/nowhere/at/all'"),
+        (
+            [{"tiers": [{"store": {"kind": "int", "nbits": 2, "group_size": 48, "per": "token"}}]}],
+            {},
+            RecipeError,
+            "48",
+        ),
+    ],
+)
+def test_what_can_not_be_run_is_refused_before_anything_runs(
+    loaded: tuple[Any, Any], arms: Any, options: dict[str, Any], error: type[Exception], text: str
+) -> None:
+    model, tokenizer = loaded
+    options = {"model": model, "tokenizer": tokenizer, "n": 1, "tokens": 96, **options}
+    with pytest.raises(error, match=text):
+        compare(arms, progress=False, **options)
+
+
+def tiny() -> Any:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=3072, num_key_value_heads=1, **sizes))
+
+
+def test_any_local_model_directory_works(loaded: tuple[Any, Any], tmp_path: Path) -> None:
+    tiny().save_pretrained(tmp_path)
+    with pytest.raises(CompareError, match="the tokenizer can't be loaded"):
+        compare(["full"], model=tmp_path, n=1, progress=False)
+    loaded[1].save_pretrained(tmp_path)
+    result = compare(["flexgen"], model=tmp_path, n=1, tokens=96, device="cpu", progress=False)
+    assert result.settings["model"] == str(tmp_path)
+    assert result.rows[0]["exact_bytes"] == (result.rows[0]["prompt_tokens"] + 10) * 2 * 16 * 4
+
+
+def test_broken_model_directories_are_named(loaded: tuple[Any, Any], tmp_path: Path) -> None:
+    with pytest.raises(CompareError, match=r"must hold config\.json"):
+        load_model(tmp_path)
+    tiny().save_pretrained(tmp_path)
+    loaded[1].save_pretrained(tmp_path)
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    save_file({k: v for k, v in weights.items() if k != name}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CompareError, match=f"must be complete, found 1 missing, such as {name}"):
+        load_model(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"not weights")
+    with pytest.raises(CompareError, match="the model can't be loaded"):
+        load_model(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(CompareError, match="the model can't be loaded"):
+        load_model(tmp_path)
+    with pytest.raises(CompareError, match="device 'nothing'"):
+        load_model(BUNDLED, "nothing")
+
+
+def test_predictions_that_are_not_numbers_are_an_error(loaded: tuple[Any, Any]) -> None:
+    model = tiny().eval()
+    with torch.no_grad():
+        model.lm_head.weight.fill_(torch.nan)
+    with pytest.raises(CompareError, match=r"the exact cache, sample 0: .*must be numbers, found nan"):
+        compare(["full"], model=model, tokenizer=loaded[1], n=1, tokens=96, progress=False)
+
+
+def test_many_labels_do_not_overlap(result: Comparison, tmp_path: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from kvpolicy.compare_plot import _draw, _extent, _label, _overlap, _Point
+
+    figure = Figure(figsize=(6, 5), dpi=144)
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.set_ylim(0, 1.1)
+    points = [_Point(f"a-longer-name-{i}", 4 + i / 8, 1.0 - i % 2 / 50, 0.9, 1.0, i % 3 == 0) for i in range(9)]
+    _draw(axes, points)
+    canvas.draw()
+    _label(axes, points, canvas.get_renderer())
+    boxes = [_extent(text, canvas.get_renderer(), 0) for text in axes.texts]
+    assert len(boxes) == 9
+    assert all(_overlap(a, b) == 0 for i, a in enumerate(boxes) for b in boxes[:i])
+    with pytest.raises(CompareError, match="must end in one of"):
+        result.plot(tmp_path / "picture.txt")
+
+
+def test_on_the_shell(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ["compare", "full", "logquant:window=8,nbits=4", "-n", "2", "--tokens", "96", "--out", str(out)]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    assert "logquant:window=8,nbits=4" in done.stdout
+    assert "n = 2 samples" in done.stdout
+    assert "wrote samples.jsonl" in done.stderr
+    assert len((out / "samples.jsonl").read_text().splitlines()) == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["full", "-n", "0"], "at least 1, found 0"),
+        (["logqant"], "did you mean 'logquant'"),
+        (["full", "--model", "/nowhere"], "found no directory '/nowhere'"),
+        (["full", "--task", "nothing.jsonl"], "must be a readable file"),
+        (["full", "full"], "found 'full' twice"),
+    ],
+)
+def test_errors_on_the_shell_are_one_line_and_status_2(
+    arguments: list[str], text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["kvpolicy", "compare", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert text in error
+    assert error.count("\n") == 1

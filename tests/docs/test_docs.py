@@ -1,0 +1,231 @@
+"""Every example of the documentation runs, and nothing public goes undocumented."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import inspect
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import pytest
+
+import kvpolicy
+from kvpolicy import hookspecs
+from kvpolicy.plugins import registry
+from kvpolicy.recipe import bundled_names
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+_BLOCK = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', re.MULTILINE | re.DOTALL)
+
+
+class Block(NamedTuple):
+    language: str
+    title: str
+    text: str
+    line: int
+
+
+def blocks(page: Path) -> list[Block]:
+    text = page.read_text(encoding="utf-8")
+    return [
+        Block(match[1], match[2] or "", match[3], text.count("\n", 0, match.start()) + 1)
+        for match in _BLOCK.finditer(text)
+    ]
+
+
+def runnable(block: Block) -> bool:
+    return block.language == "python" or (block.language == "bash" and block.text.startswith("kvpolicy "))
+
+
+def name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def shell(command: str, cwd: Path, site: Path) -> None:
+    """Run one line; `kvpolicy` is that of this environment, and a redirection goes to a file."""
+    command, _, target = command.partition(" > ")
+    _, *arguments = shlex.split(command)
+    environment = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "kvpolicy", *arguments],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    if target:
+        (cwd / target.strip()).write_text(done.stdout, encoding="utf-8")
+
+
+def install(source: Path, site: Path) -> None:
+    """What `pip install .` does, into a directory that is put on the path."""
+    command = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--no-index", "--quiet"]
+    done = subprocess.run([*command, "--target", site, source], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def forget(modules: set[str], site: Path) -> None:
+    """Leave nothing of a page's plugins behind."""
+    registry.cache_clear()
+    for added in set(sys.modules) - modules:
+        if str(getattr(sys.modules[added], "__file__", "")).startswith(str(site)):
+            del sys.modules[added]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if any(map(runnable, blocks(page)))], ids=name)
+def test_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cwd, site = tmp_path / "page", tmp_path / "site"
+    cwd.mkdir()
+    site.mkdir()
+    monkeypatch.chdir(cwd)
+    modules = set(sys.modules)
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    with contextlib.ExitStack() as stack:
+        stack.callback(forget, modules, site)
+        for block in blocks(page):
+            if block.title:
+                (cwd / block.title).write_text(block.text, encoding="utf-8")
+            if block.language == "python":
+                code = compile("\n" * block.line + block.text, name(page), "exec")
+                exec(code, namespace)
+            elif block.text.strip() == "pip install .":
+                install(cwd, site)
+                monkeypatch.syspath_prepend(str(site))
+                registry.cache_clear()
+            elif runnable(block):
+                for command in block.text.strip().splitlines():
+                    shell(command, cwd, site)
+
+
+def test_readme_example_is_ten_lines() -> None:
+    first = next(block for block in blocks(ROOT / "README.md") if block.language == "python")
+    assert len([line for line in first.text.splitlines() if line]) == 10
+
+
+def test_shell_blocks_are_of_one_kind() -> None:
+    """A block that mixes `kvpolicy` with other commands would not be run."""
+    for page in PAGES:
+        for block in blocks(page):
+            if block.language == "bash" and "kvpolicy " in block.text.replace("--pyargs kvpolicy", ""):
+                lines = block.text.strip().splitlines()
+                assert all(line.startswith("kvpolicy ") for line in lines) or lines[0].startswith("pip "), (
+                    f"{name(page)}, line {block.line}: split this block, so that its kvpolicy commands are run"
+                )
+
+
+@pytest.fixture(scope="module")
+def reference() -> ModuleType:
+    """The mkdocs hook that fills in the generated parts."""
+    spec = importlib.util.spec_from_file_location("docs_reference", DOCS / "_hooks" / "reference.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def rendered(reference: ModuleType, page: str) -> str:
+    text: str = reference.render((DOCS / page).read_text(encoding="utf-8"))
+    return text
+
+
+def test_every_generated_part_is_used(reference: ModuleType) -> None:
+    marks = {mark for page in PAGES for mark in re.findall(r"<!-- generated: (.+?) -->", page.read_text("utf-8"))}
+    assert marks == set(reference.GENERATED)
+
+
+def test_every_command_is_documented(reference: ModuleType) -> None:
+    import typer
+
+    from kvpolicy.cli import app
+
+    text = rendered(reference, "reference/cli.md")
+    root: Any = typer.main.get_command(app)
+    for command in root.commands.values():
+        assert f"\n## {command.name}\n" in text
+        for parameter in command.params:
+            if parameter.param_type_name == "option" and parameter.name != "help":
+                assert f"`{', '.join(parameter.opts)}`" in text
+                assert parameter.help, f"kvpolicy {command.name}: {parameter.name} must have a help text"
+
+
+def test_every_recipe_key_and_option_is_documented(reference: ModuleType) -> None:
+    from kvpolicy.schema import recipe_schema
+
+    text = rendered(reference, "reference/recipe.md")
+    schema = recipe_schema()
+    for key in [*schema["properties"], *schema["$defs"]["tier"]["properties"]]:
+        assert f"| `{key}` |" in text
+    for kind, info in [*registry().policies.items(), *registry().quantizers.items()]:
+        if info.distribution != "kvpolicy":
+            continue
+        section = text.partition(f"\n### {kind}\n")[2].partition("\n### ")[0]
+        for option, field in info.cls.model_fields.items():
+            if option != "kind":
+                assert f"| `{option}` |" in section, f"{kind}: {option}"
+                assert field.description
+
+
+def test_every_bundled_recipe_has_a_section() -> None:
+    text = (DOCS / "explanation" / "recipes.md").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for recipe in bundled_names():
+        section = text.partition(f"\n## {recipe}\n")[2].partition("\n## ")[0]
+        assert f'"kvpolicy/recipes/{recipe}.yaml"' in section, f"docs/explanation/recipes.md must explain {recipe}"
+        assert f"`{recipe}`" in readme, f"the table of README.md must name {recipe}"
+
+
+def test_every_hook_is_documented() -> None:
+    text = (DOCS / "reference" / "plugins.md").read_text(encoding="utf-8")
+    for hook in hookspecs.__all__:
+        if hook.startswith("kvpolicy_"):
+            assert f"::: kvpolicy.hookspecs.{hook}" in text, f"docs/reference/plugins.md must document {hook}"
+            assert inspect.getdoc(getattr(hookspecs, hook))
+
+
+def test_every_public_name_is_documented() -> None:
+    text = "".join((DOCS / "reference" / page).read_text(encoding="utf-8") for page in ("python.md", "plugins.md"))
+    for public in kvpolicy.__all__:
+        if public != "__version__":
+            assert re.search(rf"^::: kvpolicy\.(\w+\.)*{public}$|`kvpolicy\.{public}`", text, re.MULTILINE), public
+
+
+MODULES = [
+    "kvpolicy" if path.stem == "__init__" else f"kvpolicy.{path.stem}"
+    for path in sorted((ROOT / "kvpolicy").glob("*.py"))
+    if path.stem != "__main__"
+]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_public_name_has_a_docstring(module: str) -> None:
+    found = importlib.import_module(module)
+    assert found.__doc__
+    for public in getattr(found, "__all__", ()):
+        item = getattr(found, public)
+        if (inspect.isclass(item) or inspect.isfunction(item)) and item.__module__ == module:
+            assert inspect.getdoc(item), f"{module}.{public} must have a docstring"
+
+
+def test_links_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
+            if "://" not in target:
+                assert (page.parent / target).exists(), f"{name(page)}: no {target}"
+
+
+def test_changelog_names_the_version() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert "## [Unreleased]" in text or f"## [{kvpolicy.__version__}]" in text
