@@ -33,12 +33,12 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 
 demo: $(VENV)/.installed
 	@mkdir -p $(OUT)
-	$(BIN)/kvpolicy compare $(ARMS) --out $(OUT) --overwrite
+	$(BIN)/kvpolicy compare $(ARMS) -n 32 --out $(OUT) --overwrite
 	@for arm in $(filter-out full,$(ARMS)); do $(BIN)/kvpolicy show $$arm --tokens 512 --plot $(OUT)/placement-$$arm.png > /dev/null || exit; done
 	@echo "Rows and pictures are in $(OUT)."
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kvpolicy.cli_run import register
 from kvpolicy.errors import KvpolicyError
 
 if TYPE_CHECKING:
@@ -169,18 +170,7 @@ def _option(name: str, field: Any) -> str:
     return name if field.is_required() else f"{name}={field.default}"
 
 
-def _mount() -> None:
-    from importlib.util import find_spec
-
-    if find_spec("kvpolicy.cli_run") is None:
-        return
-    from kvpolicy import cli_run
-
-    app.command()(cli_run.compare)
-    app.command()(cli_run.generate)
-
-
-_mount()
+register(app)
 
 
 def main() -> None:

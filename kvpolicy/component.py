@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 __all__ = ["Budget", "Component", "Window", "budget_tokens"]
 
@@ -23,7 +23,12 @@ def _budget(value: Any) -> Any:
     return value
 
 
-Budget = Annotated[int | float, Field(union_mode="left_to_right"), BeforeValidator(_budget)]
+def _described(least: int) -> WithJsonSchema:
+    fraction = {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}
+    return WithJsonSchema({"anyOf": [{"type": "integer", "minimum": least}, fraction]})
+
+
+Budget = Annotated[int | float, Field(union_mode="left_to_right"), BeforeValidator(_budget), _described(1)]
 """A count of tokens (an integer >= 1) or a fraction of the tokens seen (a float in (0, 1))."""
 
 
@@ -31,7 +36,7 @@ def _window(value: Any) -> Any:
     return 0 if type(value) is int and value == 0 else _budget(value)
 
 
-Window = Annotated[int | float, Field(union_mode="left_to_right"), BeforeValidator(_window)]
+Window = Annotated[int | float, Field(union_mode="left_to_right"), BeforeValidator(_window), _described(0)]
 """A `Budget` that may also be 0."""
 
 

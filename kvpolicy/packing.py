@@ -21,8 +21,8 @@ __all__ = ["dequantize", "pack", "packed_width", "unpack"]
 PARTS = {1: ((1, 0),), 2: ((2, 0),), 3: ((2, 0), (1, 2)), 4: ((4, 0),), 8: ((8, 0),)}
 """Of each part of a code: its bits, and the bits of the code below it."""
 
-BLOCK_ELEMENTS = 1 << 19
-"""Numbers that a thread decodes at a time: few enough to stay in its L2 cache."""
+BLOCK_BYTES = 1 << 21
+"""Decoded numbers of a block, for each thread: few enough to stay in its L2 cache."""
 
 
 def _width(head_dim: int, bits: int) -> int:
@@ -90,7 +90,7 @@ def dequantize(packed: Tensor, nbits: int, head_dim: int, scale: Tensor, offset:
         offset: like `scale`.
         out: any float dtype, `[..., head_dim]` with the leading dimensions of `packed`; need not be contiguous.
     """
-    block_elements = BLOCK_ELEMENTS * torch.get_num_threads()
+    block_elements = BLOCK_BYTES // out.element_size() * torch.get_num_threads()
     if out.numel() <= block_elements or out.ndim == 1:
         _dequantize_block(packed, nbits, head_dim, scale, offset, out)
         return
@@ -109,16 +109,25 @@ def _narrow(x: Tensor, axis: int, start: int, n: int) -> Tensor:
 
 
 def _dequantize_block(packed: Tensor, nbits: int, head_dim: int, scale: Tensor, offset: Tensor, out: Tensor) -> None:
-    x = out if out.dtype == torch.float32 else torch.empty(out.shape, dtype=torch.float32, device=out.device)
+    # On a CPU addcmul of 16-bit numbers computes in float32 and rounds once.
+    fused = scale.dtype == out.dtype and out.dtype != torch.float32 and out.device.type == "cpu"
+    dtype = out.dtype if fused else torch.float32
+    x = out if out.dtype == torch.float32 else torch.empty(out.shape, dtype=dtype, device=out.device)
     if nbits == 3:
         x.copy_(unpack(packed, nbits, head_dim))
     else:
         for shift, first, last in _planes(head_dim, nbits):
             x[..., first:last] = _plane(packed[..., : last - first], shift, nbits)
     groups = scale.shape[-1]
-    y = x
+    y, result = x, out
     if groups < head_dim:
-        y, scale, offset = x.unflatten(-1, (groups, -1)), scale.unsqueeze(-1), offset.unsqueeze(-1)
+        y, result = x.unflatten(-1, (groups, -1)), out.unflatten(-1, (groups, -1))
+        scale, offset = scale.unsqueeze(-1), offset.unsqueeze(-1)
+        if fused:  # its loop is vectorised only where no operand is one number along a row
+            scale, offset = scale.expand_as(y).contiguous(), offset.expand_as(y).contiguous()
+    if fused:
+        torch.addcmul(offset, scale, y, out=result)
+        return
     y.mul_(scale.float()).add_(offset.float())
     if x is not out:
         out.copy_(x)

@@ -97,9 +97,7 @@ class Rows:
         self.choices = torch.Generator().manual_seed(seed + 1)
         self.key = tokenizer.convert_tokens_to_ids("<k0>")
         self.value = tokenizer.convert_tokens_to_ids(" <v0>")
-        self.newline, self.space, self.question, self.equals = (
-            self.ids(text)[0] for text in ("\n", " ", "?", "=")
-        )
+        self.newline, self.space, self.question, self.equals = (self.ids(text)[0] for text in ("\n", " ", "?", "="))
         self.digits = self.tensor([self.ids(str(digit))[0] for digit in range(10)])
         self.operators = self.tensor([self.ids(text)[0] for text in tasks.OPERATORS])
 
@@ -122,9 +120,7 @@ class Rows:
     def full(self, like: torch.Tensor, token: int) -> torch.Tensor:
         return torch.full_like(like, token)
 
-    def assemble(
-        self, header: str, context: torch.Tensor, asked: torch.Tensor, answers: torch.Tensor
-    ) -> Batch:
+    def assemble(self, header: str, context: torch.Tensor, asked: torch.Tensor, answers: torch.Tensor) -> Batch:
         """Header and context, then rounds of a request and its answer.
 
         `asked` is (rows, rounds, keys); `answers` is (rows, rounds, keys, tokens per key).
@@ -138,9 +134,7 @@ class Rows:
         parts = [self.full(mark, self.question), request, self.full(mark, self.newline), answer]
         data = torch.cat([head, context, torch.cat(parts, -1).flatten(1)], 1)
         stride = 2 + 2 * keys + width * keys
-        starts = [
-            data.shape[1] - stride * later - width * keys for later in reversed(range(rounds))
-        ]
+        starts = [data.shape[1] - stride * later - width * keys for later in reversed(range(rounds))]
         targets = [start + column for start in starts for column in range(width * keys)]
         graded = [start + width * key + width - 2 for start in starts for key in range(keys)]
         return Batch(data, targets, graded)
@@ -177,9 +171,7 @@ class Rows:
         count = (length - header - stride * rounds) // 3
         pairs = self.pairs(rows, count, length)
         keys = pairs[..., 0]
-        chosen = torch.stack(
-            [self.permutation(rows, count, queries) for _ in range(rounds)], 1
-        ).flatten(1)
+        chosen = torch.stack([self.permutation(rows, count, queries) for _ in range(rounds)], 1).flatten(1)
         asked = keys.gather(1, chosen).view(rows, rounds, queries)
         answers = pairs.gather(1, chosen[..., None].expand(-1, -1, 3))
         answers = answers.view(rows, rounds, queries, 3)
@@ -310,10 +302,7 @@ def new_model(tokenizer: Any) -> Any:
 def save(model: Any, tokenizer: Any, directory: Path) -> None:
     """Weights as float16 on disk; the configuration asks for float32 in memory."""
     directory.mkdir(parents=True, exist_ok=True)
-    state = {
-        name: tensor.detach().to("cpu", torch.float16).contiguous()
-        for name, tensor in model.state_dict().items()
-    }
+    state = {name: tensor.detach().to("cpu", torch.float16).contiguous() for name, tensor in model.state_dict().items()}
     partial = directory / "model.safetensors.partial"
     save_file(state, str(partial), metadata={"format": "pt"})
     partial.replace(directory / "model.safetensors")
@@ -367,9 +356,7 @@ def train(options: argparse.Namespace) -> None:
         lengths = {"lines": lines.length(rows), "arithmetic": chains.length(rows)}
         lengths["copying"] = COPYING
         rows_of = {
-            name: max(1, round(batch * part / lengths.get(name, CONTEXT)))
-            for name, part in share.items()
-            if part
+            name: max(1, round(batch * part / lengths.get(name, CONTEXT))) for name, part in share.items() if part
         }
         report: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         for name, count in rows_of.items():
@@ -426,10 +413,7 @@ def greedy(model: Any, tokenizer: Any, samples: list[tasks.Sample]) -> list[floa
             do_sample=False,
         )
     texts = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
-    return [
-        tasks.score(sample.task, sample.answer, text)
-        for sample, text in zip(samples, texts, strict=True)
-    ]
+    return [tasks.score(sample.task, sample.answer, text) for sample, text in zip(samples, texts, strict=True)]
 
 
 def windows(tokenizer: Any, root: Path | None, context: int) -> Iterator[tuple[list[int], int]]:

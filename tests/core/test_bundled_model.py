@@ -37,9 +37,7 @@ def scores(model: Any, tokenizer: Any, samples: list[tasks.Sample]) -> list[floa
     for sample in samples:
         ids = tokenizer(sample.prompt, return_tensors="pt").input_ids
         new = len(tokenizer(sample.answer).input_ids)
-        output = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False
-        )
+        output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False)
         text = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
         result.append(tasks.score(sample.task, sample.answer, text))
     return result
@@ -88,9 +86,7 @@ def test_keys_and_values_are_single_tokens(tokenizer: Any) -> None:
         assert abs(len(tokenizer(sample.prompt + sample.answer).input_ids) - length) <= 8
 
 
-def test_at_least_95_percent_of_the_lines_are_retrieved_at_1024_tokens(
-    model: Any, tokenizer: Any
-) -> None:
+def test_at_least_95_percent_of_the_lines_are_retrieved_at_1024_tokens(model: Any, tokenizer: Any) -> None:
     found = scores(model, tokenizer, tasks.lines(15, seed=1000, tokens=1024))
     assert sum(found) / len(found) >= 0.95
 
@@ -105,9 +101,7 @@ def test_chained_arithmetic_is_answered(model: Any, tokenizer: Any) -> None:
     assert sum(found) / len(found) >= 0.9
 
 
-def test_perplexity_of_held_out_code_is_that_of_a_small_language_model(
-    model: Any, tokenizer: Any
-) -> None:
+def test_perplexity_of_held_out_code_is_that_of_a_small_language_model(model: Any, tokenizer: Any) -> None:
     total, count = 0.0, 0
     for sample in tasks.code(12, seed=1000, tokens=1024):
         ids = tokenizer(sample.prompt + sample.answer, return_tensors="pt").input_ids[:, :2048]

@@ -128,15 +128,20 @@ def test_no_tokens_or_one(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 7, 5, 2), (2, 3, 7, 1, 32), (7, 1, 1), (5, 32), (1,)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_blocks_make_no_difference(dtype: torch.dtype, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    codes = random_codes(2, 3, 7, 5, 32, nbits=3)
-    scale, offset = torch.rand(shape), torch.randn(shape)
-    for elements in [1, 32, 1000, 5000, 1 << 30]:
-        monkeypatch.setattr(packing, "BLOCK_ELEMENTS", elements)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kept", ["float32", "model"])
+@pytest.mark.parametrize("nbits", [3, 8])
+def test_blocks_and_parameter_types_make_no_difference(
+    nbits: int, kept: str, dtype: torch.dtype, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codes = random_codes(2, 3, 7, 5, 32, nbits=nbits)
+    parameters = dtype if kept == "model" else torch.float32
+    scale, offset = torch.rand(shape).to(parameters), torch.randn(shape).to(parameters)
+    for size in [1, 64, 2000, 10_000, 1 << 31]:
+        monkeypatch.setattr(packing, "BLOCK_BYTES", size)
         out = torch.empty(2, 3, 7, 5, 32, dtype=dtype)
-        dequantize(pack(codes, 3), 3, 32, scale, offset, out)
-        assert torch.equal(out, expected(codes, scale, offset).to(dtype))
+        dequantize(pack(codes, nbits), nbits, 32, scale, offset, out)
+        assert torch.equal(out, expected(codes, scale.float(), offset.float()).to(dtype))
 
 
 def test_nan_parameters_spoil_their_group_only() -> None:

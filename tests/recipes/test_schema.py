@@ -37,6 +37,7 @@ GOOD = [
     "{version: 1, tiers: [{store: full}]}",
     "{tiers: [{store: {kind: $q, anything: 3}}], params: {q: int}}",
     '{tiers: [{store: full}], layers: {"0": full, "-1": full, "2-5": [{store: {kind: int, nbits: 2}}]}}',
+    "{tiers: [{policy: {kind: recent, window: 0, flush: 8}, store: full}, {store: evict}]}",
     "{tiers: [{policy: {kind: recent, window: 0.5}, store: full}, {store: $low}], params: {low: evict}}",
 ]
 BAD = {
@@ -52,6 +53,9 @@ BAD = {
     "wrong nbits": "{tiers: [{store: {kind: int, nbits: 5}}]}",
     "group size 0": "{tiers: [{store: {kind: int, group_size: 0}}]}",
     "wrong type": "{tiers: [{policy: {kind: recent, window: many}, store: full}, {store: evict}]}",
+    "budget 0": "{tiers: [{policy: {kind: log, budget: 0}, store: full}, {store: evict}]}",
+    "budget above 1": "{tiers: [{policy: {kind: log, budget: 1.5}, store: full}, {store: evict}]}",
+    "negative window": "{tiers: [{policy: {kind: recent, window: -1}, store: full}, {store: evict}]}",
     "flush 0": "{tiers: [{policy: {kind: recent, flush: 0}, store: full}, {store: evict}]}",
     "wrong placement": "{placement: later, tiers: [{store: full}]}",
     "layer selector": "{tiers: [{store: full}], layers: {first: full}}",
