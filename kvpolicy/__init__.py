@@ -6,6 +6,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kvpolicy.attention import Attached as Attached
+    from kvpolicy.attention import attach as attach
     from kvpolicy.cache import CompressedCache as CompressedCache
     from kvpolicy.cache import make_cache as make_cache
     from kvpolicy.compare import compare as compare
@@ -23,12 +25,14 @@ if TYPE_CHECKING:
 __all__ = [
     "Affine",
     "AffineQuantizer",
+    "Attached",
     "CompressedCache",
     "Policy",
     "Quantizer",
     "Recipe",
     "TensorQuantizer",
     "__version__",
+    "attach",
     "compare",
     "hookimpl",
     "load_recipe",
@@ -39,11 +43,13 @@ __all__ = [
 _HOMES = {
     "Affine": "quantizer",
     "AffineQuantizer": "quantizer",
+    "Attached": "attention",
     "CompressedCache": "cache",
     "Policy": "policy",
     "Quantizer": "quantizer",
     "Recipe": "recipe",
     "TensorQuantizer": "quantizer",
+    "attach": "attention",
     "compare": "compare",
     "hookimpl": "hookspecs",
     "load_recipe": "recipe",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from kvpolicy.layer import Positions, Scratch, Tiers
 from kvpolicy.placement import Placement
 from kvpolicy.quantizer import Quantizer
 from kvpolicy.recipe import Recipe, load_recipe
+from kvpolicy.recipe_spec import parse_selector
 from kvpolicy.report import Memory, Summary, measure, summarize
 from kvpolicy.stores import make_store
 
@@ -33,23 +33,41 @@ class TieredLayer(CacheLayerMixin):
     def __init__(self, placement: Placement, scratch: Scratch | None) -> None:
         super().__init__()
         self.tiers = Tiers(placement, scratch)
+        self.readable = any(spec != "full" for specs in placement.specs.values() for spec in specs)
+        self.attached = False
+        """While an attached model runs: `update` returns views, and masks cover all tokens seen."""
+        self.uneven: str | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.tiers.start(key_states, value_states)
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
-    @torch.no_grad()
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Add keys and values `[batch, kv_heads, tokens, head_dim]`; returns all of them, decoded, in token order."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        return self.tiers.update(key_states, value_states)
+        """Add keys and values `[batch, kv_heads, tokens, head_dim]`; returns all of them, decoded, in token order.
+
+        What it returns is overwritten by the next layer's update. Gradients reach the new tokens alone.
+        """
+        with torch.no_grad():
+            if not self.is_initialized:
+                self.lazy_initialization(key_states, value_states)
+            if self.attached and self.readable:
+                return self.tiers.look(key_states, value_states)
+            dense = self.tiers.update(key_states, value_states)
+        if not (torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)):
+            return dense
+        new = key_states.shape[2]
+        keys, values = (torch.cat([x[:, :, :-new], y], dim=2) for x, y in zip(dense, (key_states, value_states)))  # noqa: B905
+        return keys, values
 
     def get_seq_length(self, *args: Any) -> int:
         return self.tiers.seen
 
     def get_mask_sizes(self, query_length: int, *args: Any) -> tuple[int, int]:
+        if self.attached:
+            return self.tiers.seen + query_length, 0
+        if self.uneven is not None:
+            raise CacheError(self.uneven)
         held = self.tiers.held_after_settling()
         return held + query_length, self.tiers.seen - held
 
@@ -73,7 +91,7 @@ class TieredLayer(CacheLayerMixin):
     @torch.no_grad()
     def _select(self, rows: Tensor) -> None:
         if self.is_initialized:
-            self.tiers.select(rows)
+            self.tiers.select(rows % self.batch_size)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._select(beam_idx)
@@ -110,6 +128,12 @@ class CompressedCache(Cache):
         super().__init__(layers=layers)
         self.recipe = recipe
         self.scratch = scratch
+        self._blank = [None if isinstance(layer, TieredLayer) else copy.deepcopy(layer) for layer in layers]
+
+    @property
+    def evicts(self) -> bool:
+        """Whether tokens are dropped in any layer."""
+        return any(x.tiers.placement.specs["keys"][-1] == "evict" for x in self.layers if isinstance(x, TieredLayer))
 
     def _tiers(self, layer: int) -> Tiers:
         n = len(self.layers)
@@ -187,14 +211,13 @@ class CompressedCache(Cache):
 
     def reset(self) -> None:
         """Forget everything, in every layer."""
-        fresh = [copy.deepcopy(x) if not isinstance(x, TieredLayer) else None for x in self._blank]
         for i, layer in enumerate(self.layers):
             if isinstance(layer, TieredLayer):
                 layer.reset()
             else:
-                self.layers[i] = fresh[i]
-
-    _blank: Sequence[Any] = ()
+                self.layers[i] = copy.deepcopy(self._blank[i])
+        if self.scratch is not None:
+            self.scratch.buffers = {}
 
 
 def make_cache(recipe: Any, model_or_config: Any, **params: Any) -> CompressedCache:
@@ -221,20 +244,37 @@ def make_cache(recipe: Any, model_or_config: Any, **params: Any) -> CompressedCa
     if not layers:
         raise CacheError(f"the config must say how many layers the model has; {type(config).__name__} gives none")
     compressed = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
-    placements: dict[Any, Placement] = {}
-    shared = getattr(text, "num_kv_shared_layers", 0)
-    scratch = None if shared else Scratch()
-    chosen: dict[int, Any] = {}
+    _check_selectors(loaded, layers, compressed)
+    scratch = None if getattr(text, "num_kv_shared_layers", 0) else Scratch()
+    chosen = {i: loaded.tiers_of(i, len(layers)) for i in compressed}
+    placements: list[tuple[Any, int | None, Placement]] = []  # no dict: options of a plugin may not be hashable
+    for i, tiers in chosen.items():
+        dim = head_dim_of(text, i)
+        placement = next((p for known, _, p in placements if known == tiers), None)
+        if not any(known == tiers and dim == checked for known, checked, _ in placements):
+            _check_stores(tiers, loaded.placement, dim, i)
+            placement = placement or Placement(tiers, loaded.placement)
+            placements.append((tiers, dim, placement))
+        assert placement is not None
+        layers[i] = TieredLayer(placement, scratch)
+    uneven = _uneven(chosen)
+    if uneven is not None and not _is_attached(model_or_config):
+        raise CacheError(uneven)
     for i in compressed:
-        chosen[i] = tiers = loaded.tiers_of(i, len(layers))
-        if tiers not in placements:
-            _check_stores(tiers, text, i)
-            placements[tiers] = Placement(tiers, loaded.placement)
-        layers[i] = TieredLayer(placements[tiers], scratch)
-    _check_one_mask(chosen)
-    cache = CompressedCache(loaded, layers, scratch)
-    cache._blank = [copy.deepcopy(layer) if not isinstance(layer, TieredLayer) else layer for layer in layers]
-    return cache
+        layers[i].uneven = uneven
+    return CompressedCache(loaded, layers, scratch)
+
+
+def _check_selectors(recipe: Recipe, layers: list[Any], compressed: list[int]) -> None:
+    """Refuse `layers` entries that no layer of the model could follow."""
+    recipe.tiers_of(0, len(layers))
+    for key, tiers in recipe.layers.items():
+        first, last = (i + len(layers) if i < 0 else i for i in parse_selector(key))
+        if tiers != "full" and not any(first <= i <= last for i in compressed):
+            raise RecipeError(
+                f"recipe {recipe.name}: layers.{key} must name layers that can be compressed, which are {compressed}; "
+                f"layer {first} is a {type(layers[first]).__name__} and keeps the library's own cache"
+            )
 
 
 def _config(model_or_config: Any) -> Any:
@@ -258,46 +298,69 @@ def _config(model_or_config: Any) -> Any:
     return config
 
 
-def _head_dim(text: Any) -> int | None:
+def layer_config(text: Any, layer: int) -> Any:
+    """The config of one layer; where layers differ in shape (gemma4), transformers keeps one for each."""
+    return text.per_layer_config[layer] if getattr(text, "is_heterogeneous", False) else text
+
+
+def head_dim_of(text: Any, layer: int) -> int | None:
     """Channels of a head, where the config says so; latent attention caches something else."""
-    if getattr(text, "kv_lora_rank", None):
+    own = layer_config(text, layer)
+    if getattr(own, "kv_lora_rank", None):
         return None
-    dim = getattr(text, "head_dim", None)
-    heads, hidden = getattr(text, "num_attention_heads", None), getattr(text, "hidden_size", None)
+    dim = getattr(own, "head_dim", None)
+    heads, hidden = getattr(own, "num_attention_heads", None), getattr(own, "hidden_size", None)
     if isinstance(dim, int):
         return dim
     return hidden // heads if isinstance(heads, int) and isinstance(hidden, int) and heads else None
 
 
-def _check_stores(tiers: Any, text: Any, layer: int) -> None:
+def _check_stores(tiers: Any, placement: str, dim: int | None, layer: int) -> None:
     """Encode a few zeros with every quantizer, so that what can't work fails now and by name."""
-    dim = _head_dim(text) or 64
     for number, tier in enumerate(tiers):
         for side in ("keys", "values"):
             spec = getattr(tier, side)
             if not isinstance(spec, Quantizer):
                 continue
+            if getattr(spec, "group_size", None) == "arrival" and (number == 0 or placement == "update"):
+                raise RecipeError(
+                    f"tiers[{number}].{side} ({spec.kind}): group_size: arrival must stand below a tier whose tokens "
+                    f"leave in blocks, with placement: token; found tier {number} with placement: {placement}. "
+                    "Give a number or auto"
+                )
             try:
-                store = make_store(spec, dim)
+                store = make_store(spec, dim or 64)
                 assert store is not None
-                store.append(torch.zeros(1, 1, 128, dim))
+                store.append(torch.zeros(1, 1, 128, dim or 64))
             except MissingDependencyError:
                 raise
             except RecipeError as error:
-                if _head_dim(text) is None:
+                if dim is None:
                     continue
                 raise RecipeError(f"tiers[{number}].{side} ({spec.kind}), layer {layer}: {error}") from None
 
 
-def _check_one_mask(chosen: dict[int, Any]) -> None:
-    """One mask serves all layers, so all must hold equally many tokens."""
-    shapes: dict[Any, list[int]] = {}
+def _uneven(chosen: dict[int, Any]) -> str | None:
+    """Why the layers can't share one mask, if they hold different numbers of tokens."""
+    shapes: list[tuple[Any, list[int]]] = []
     for i, tiers in chosen.items():
-        evicts = tiers[-1].keys == "evict"
-        shapes.setdefault(tuple(t.policy for t in tiers) if evicts else None, []).append(i)
-    if len(shapes) > 1:
-        groups = " and ".join(f"layers {found}" for found in shapes.values())
-        raise CacheError(
-            "all full-attention layers must hold the same number of tokens, because one attention mask serves them "
-            f"all; this recipe keeps different numbers in {groups}. Give all layers the same evicting tiers, or none"
-        )
+        shape = [tier.policy for tier in tiers] if tiers[-1].keys == "evict" else None
+        alike = next((found for known, found in shapes if known == shape), None)
+        if alike is None:
+            shapes.append((shape, [i]))
+        else:
+            alike.append(i)
+    if len(shapes) < 2:
+        return None
+    groups = " and ".join(f"layers {found}" for _, found in shapes)
+    return (
+        "all full-attention layers must hold the same number of tokens, because one attention mask serves them "
+        f"all; this recipe keeps different numbers in {groups}. Give all layers the same evicting tiers, or none, "
+        "or let the model read the cache itself: kvpolicy.attach(model)"
+    )
+
+
+def _is_attached(model: Any) -> bool:
+    from kvpolicy.attention import is_attached
+
+    return is_attached(model)

@@ -6,7 +6,10 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
-__all__ = ["Budget", "Component", "Window", "budget_tokens"]
+__all__ = ["MOST", "Budget", "Component", "Window", "budget_tokens"]
+
+MOST = 2**31 - 1
+"""Tokens that can be counted."""
 
 
 def _budget(value: Any) -> Any:
@@ -18,8 +21,8 @@ def _budget(value: Any) -> Any:
                 f"a budget given as a float is a fraction of the tokens seen and must lie in (0, 1), found {value}; "
                 "write an integer for a number of tokens"
             )
-    elif value < 1:
-        raise ValueError(f"a budget in tokens must be at least 1, found {value}")
+    elif not 1 <= value <= MOST:
+        raise ValueError(f"a budget in tokens must be at least 1 and at most {MOST}, found {value}")
     return value
 
 

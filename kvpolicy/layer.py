@@ -8,7 +8,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
+from kvpolicy.errors import CacheError
 from kvpolicy.placement import NEW, Placement, State, StorePlan
 from kvpolicy.stores import Store, make_store
 
@@ -55,6 +57,35 @@ class Scratch:
         return Scratch()
 
 
+class View(Tensor):
+    """Keys or values of a layer with the tokens just coming in, not decoded.
+
+    Attention reads the stores behind it. Whatever else computes on it gets the dense tensor.
+    """
+
+    tiers: Tiers
+    side: str
+    arriving: Tensor
+
+    @staticmethod
+    def __new__(cls, tiers: Tiers, side: str, new: Tensor, held: int) -> View:
+        shape = (*new.shape[:2], held + new.shape[2], new.shape[3])
+        view: View = Tensor._make_wrapper_subclass(cls, shape, dtype=new.dtype, device=new.device)
+        view.tiers, view.side, view.arriving = tiers, side, new
+        return view
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        args, kwargs = tree_map_only(View, View.dense, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def dense(self) -> Tensor:
+        """The decoded tensor `[batch, kv_heads, tokens, head_dim]`, in token order."""
+        return self.tiers.densified()[self.side]
+
+
 class Tiers:
     """One layer: stores for keys and values, the state of their placement, and the pending tokens."""
 
@@ -67,6 +98,10 @@ class Tiers:
         self.stores: dict[str, list[Store | None]] = {}
         self.pending: dict[str, Tensor] = {}
         self.like: dict[str, Tensor] = {}
+        self.incoming: dict[str, Tensor] = {}
+        self.decoded: dict[str, Tensor] = {}
+        self.densely = False
+        self.broken = False
 
     @property
     def waiting(self) -> int:
@@ -74,7 +109,7 @@ class Tiers:
 
     @property
     def seen(self) -> int:
-        return self.state.seen + self.waiting
+        return self.state.seen + self.waiting + (self.incoming["keys"].shape[2] if self.incoming else 0)
 
     def held_after_settling(self) -> int:
         """Tokens that the stores will hold once the pending ones are settled."""
@@ -97,10 +132,41 @@ class Tiers:
         if not self.stores:
             self.start(keys, values)
         self.settle()
-        new = {"keys": keys.detach(), "values": values.detach()}
+        new = {"keys": keys, "values": values}
         dense = (keys, values) if self.state.seen == 0 else self._dense(new, self.scratch)
         self.add(keys, values)
         return dense
+
+    def look(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Add tokens, once `commit` is called; returns views of all, for attention to read until then."""
+        if not self.stores:
+            self.start(keys, values)
+        self.settle()
+        if self.state.seen == 0:
+            self.add(keys, values)
+            return keys, values
+        self.incoming = {"keys": keys.detach(), "values": values.detach()}
+        held = sum(s.length for s in self.state.stores["keys"])
+        return View(self, "keys", self.incoming["keys"], held), View(self, "values", self.incoming["values"], held)
+
+    def densified(self) -> dict[str, Tensor]:
+        """What the views of `look` stand for, for models that compute on it."""
+        if not self.decoded:
+            self.densely = True
+            self.decoded = dict(zip(SIDES, self._dense(self.incoming, self.scratch), strict=True))
+        return self.decoded
+
+    def visible(self) -> Tensor:
+        """Positions of what the views of `look` show, in token order."""
+        held = np.sort(np.concatenate([s.array for s in self.state.stores["keys"]])).astype(np.int64)
+        return torch.from_numpy(np.concatenate([held, np.arange(self.state.seen, self.seen, dtype=np.int64)]))
+
+    def commit(self) -> None:
+        """Let the tokens of `look` in; its views are no longer valid."""
+        self.decoded = {}
+        if self.incoming:
+            incoming, self.incoming = self.incoming, {}
+            self.add(incoming["keys"], incoming["values"])
 
     def add(self, keys: Tensor, values: Tensor) -> None:
         """Add tokens without decoding what is held: the pending ones settle, the newest of these wait."""
@@ -116,11 +182,22 @@ class Tiers:
 
     def settle(self) -> None:
         """Let the pending tokens into the tiers."""
+        if self.broken:
+            raise CacheError(
+                "a layer of the cache must be whole, and an update of this one was interrupted; reset() the cache, or "
+                "make a new one"
+            )
+        self.commit()
         if self.waiting:
             pending, self.pending = self.pending, {}
             self._apply(pending, pending["keys"].shape[2], pending["keys"].shape[2])
 
     def _apply(self, new: dict[str, Tensor], n: int, of: int) -> None:
+        self.broken = True
+        self._move(new, n, of)
+        self.broken = False
+
+    def _move(self, new: dict[str, Tensor], n: int, of: int) -> None:
         self.state, plan = self.placement.advance(self.state, n, of)
         for side in SIDES:
             stores, plans = self.stores[side], plan.sides[side]
@@ -175,10 +252,14 @@ class Tiers:
 
     def dense(self) -> tuple[Tensor, Tensor]:
         """All keys and values held, decoded, in token order; tensors of their own."""
+        self.commit()
+        if self.broken:
+            self.settle()
         return self._dense(self.pending or self.like, None)
 
     def positions(self) -> Positions:
         """Positions and tiers of all tokens held; the same for keys and values."""
+        self.commit()
         held = np.sort(np.concatenate([s.array for s in self.state.stores["keys"]]))
         waiting = np.arange(self.state.seen, self.seen, dtype=np.int64)
         tiers = np.concatenate(
@@ -188,6 +269,7 @@ class Tiers:
 
     def crop(self, length: int) -> None:
         """Forget the positions from `length` on. Exact for pending tokens; past descents are kept."""
+        self.commit()
         if length > self.state.seen:
             self.pending = {side: x[:, :, : length - self.state.seen].clone() for side, x in self.pending.items()}
             if self.state.through > length:
@@ -203,6 +285,7 @@ class Tiers:
 
     def select(self, rows: Tensor) -> None:
         """Keep the batch rows `rows`, in that order, repeats included."""
+        self.commit()
         for stores in self.stores.values():
             for store in stores:
                 if store is not None:
@@ -212,6 +295,7 @@ class Tiers:
                 held[side] = x.index_select(0, rows.to(x.device))
 
     def to(self, device: torch.device) -> None:
+        self.commit()
         for stores in self.stores.values():
             for store in stores:
                 if store is not None:

@@ -16,7 +16,7 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["dequantize", "pack", "packed_width", "unpack"]
+__all__ = ["dequantize", "pack", "packed_width", "planes", "unpack"]
 
 PARTS = {1: ((1, 0),), 2: ((2, 0),), 3: ((2, 0), (1, 2)), 4: ((4, 0),), 8: ((8, 0),)}
 """Of each part of a code: its bits, and the bits of the code below it."""
@@ -65,17 +65,26 @@ def pack(codes: Tensor, nbits: int) -> Tensor:
 def unpack(packed: Tensor, nbits: int, head_dim: int) -> Tensor:
     """The inverse of `pack`: uint8 codes of `head_dim` channels."""
     codes = packed.new_empty((*packed.shape[:-1], head_dim))
+    for factor, first, last, plane in planes(packed, nbits, head_dim):
+        if factor > 1:
+            codes[..., first:last] += plane * factor
+        else:
+            codes[..., first:last] = plane
+    return codes
+
+
+def planes(packed: Tensor, nbits: int, head_dim: int) -> Iterator[tuple[int, int, int, Tensor]]:
+    """The contiguous runs of channels in packed codes: a code is the sum of its planes, each times its factor.
+
+    Yields:
+        Factor, first and last + 1 channel, and the plane: uint8 `[..., last - first]`.
+    """
     start = 0
     for bits, low in PARTS[nbits]:
         part = packed[..., start : start + _width(head_dim, bits)]
         for shift, first, last in _planes(head_dim, bits):
-            plane = _plane(part[..., : last - first], shift, bits)
-            if low:
-                codes[..., first:last] |= plane << low
-            else:
-                codes[..., first:last] = plane
+            yield 1 << low, first, last, _plane(part[..., : last - first], shift, bits)
         start += part.shape[-1]
-    return codes
 
 
 def dequantize(packed: Tensor, nbits: int, head_dim: int, scale: Tensor, offset: Tensor, out: Tensor) -> None:
@@ -116,8 +125,8 @@ def _dequantize_block(packed: Tensor, nbits: int, head_dim: int, scale: Tensor, 
     if nbits == 3:
         x.copy_(unpack(packed, nbits, head_dim))
     else:
-        for shift, first, last in _planes(head_dim, nbits):
-            x[..., first:last] = _plane(packed[..., : last - first], shift, nbits)
+        for _, first, last, plane in planes(packed, nbits, head_dim):
+            x[..., first:last] = plane
     groups = scale.shape[-1]
     y, result = x, out
     if groups < head_dim:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,14 @@ class Pages:
         self.pages: list[Tensor] = []
         self.start = 0
         self.length = 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Pages:
+        copied = Pages()
+        # Outside inference mode, so that the copy can be continued anywhere.
+        with torch.inference_mode(False):
+            copied.pages = [page.clone() for page in self.pages]
+        copied.start, copied.length = self.start, self.length
+        return copied
 
     @property
     def capacity(self) -> int:
@@ -83,18 +92,31 @@ class Pages:
         n = len(index)
         if n == 0:
             return
-        if int(index[-1]) == n - 1:
-            self.start += n
-        elif int(index[0]) != self.length - n:
-            keep = torch.ones(self.length, dtype=torch.bool)
-            keep[index] = False
-            first = int(index[0])
-            rest = keep[first:].nonzero()[:, 0] + first
-            kept = self.take(rest)
+        first, last = int(index[0]), int(index[-1])
+        if first == self.length - n:
             self._truncate(first)
-            self.append(kept)
             return
-        self._truncate(self.length - n)
+        if last + 1 - n <= self.length - 1 - last:
+            self._close_from_front(index, last)
+            return
+        keep = torch.ones(self.length, dtype=torch.bool)
+        keep[index] = False
+        kept = self.take(keep[first:].nonzero()[:, 0] + first)
+        self._truncate(first)
+        self.append(kept)
+
+    def _close_from_front(self, index: Tensor, last: int) -> None:
+        """Remove the tokens at `index` by moving those before the last of them back."""
+        keep = torch.ones(last + 1, dtype=torch.bool)
+        keep[index] = False
+        before = keep.nonzero()[:, 0]
+        kept = [self.take(before)] if len(before) else []
+        self.start += len(index)
+        self._truncate(self.length - len(index))
+        for x in kept:
+            for offset, block in self.blocks():
+                n = min(block.shape[2], max(x.shape[2] - offset, 0))
+                block[:, :, :n] = x[:, :, offset : offset + n]
 
     def _truncate(self, length: int) -> None:
         self.length = length

@@ -140,7 +140,14 @@ class Placement:
         self._memos: list[tuple[State, int, int, State, Plan]] = []
         self._start = self._empty()
         self._layout_memo: dict[str, tuple[State, list[int | Tensor], int]] = {}
+        self._columns_memo: tuple[State, tuple[list[int | Tensor], list[int | Tensor], Tensor]] | None = None
         self._crop_memo: tuple[State, int, State, dict[str, list[Ints]]] | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the orders that are remembered for decoding."""
+        layouts = [at for _, where, _ in self._layout_memo.values() for at in where]
+        return sum(at.nbytes for at in layouts if not isinstance(at, int))
 
     def start(self) -> State:
         """The state of an empty cache, the same object for every layer."""
@@ -201,7 +208,7 @@ class Placement:
         if policy is None:
             return 0
         held = np.concatenate([state.tiers[0], np.arange(state.seen, stop, dtype=np.int64)])
-        return 0 if policy.keep(held, stop).all() else stop
+        return 0 if policy._kept(held, stop).all() else stop
 
     def _descend(
         self, policy: Policy | None, held: Ints, flow: _Flow, start: int, stop: int, through: int
@@ -215,7 +222,7 @@ class Placement:
             order = np.argsort(positions, kind="stable")
             positions, arrivals = positions[order], arrivals[order]
         if self.mode == "update":
-            left = np.where(positions < through, np.maximum(arrivals, start + 1), NEVER)
+            left = np.where(positions < through, stop, NEVER)
         else:
             left = policy.departures(positions, arrivals, start, stop)
         leaves = left != NEVER
@@ -290,10 +297,34 @@ class Placement:
         Returns:
             That for every store, and the number of tokens held.
         """
+        side = "keys" if self.alike else side
         memo = self._layout_memo.get(side)
         if memo is None or memo[0] is not state:
             self._layout_memo[side] = memo = (state, *self._layout(state, side))
         return memo[1], memo[2]
+
+    def columns(self, state: State) -> tuple[list[int | Tensor], list[int | Tensor], Tensor]:
+        """An order of all tokens held in which each store's tokens stand together as far as possible.
+
+        Returns:
+            For every store of keys, then of values, where its tokens stand in that order: an offset, or an index
+            each; and the position of each token in the order.
+        """
+        if self._columns_memo is None or self._columns_memo[0] is not state:
+            self._columns_memo = (state, self._columns(state))
+        return self._columns_memo[1]
+
+    def _columns(self, state: State) -> tuple[list[int | Tensor], list[int | Tensor], Tensor]:
+        import torch
+
+        held = [store.array for store in state.stores["keys"]]
+        positions = np.concatenate(held).astype(np.int64)
+        if self.alike:
+            ends = np.cumsum([len(array) for array in held]).tolist()
+            offsets: list[int | Tensor] = [end - len(array) for end, array in zip(ends, held, strict=True)]
+            return offsets, offsets, torch.from_numpy(positions)
+        keys, values = self.layout(state, "keys")[0], self.layout(state, "values")[0]
+        return keys, values, torch.from_numpy(np.sort(positions))
 
     def _layout(self, state: State, side: str) -> tuple[list[int | Tensor], int]:
         import torch

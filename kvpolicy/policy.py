@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvpolicy.component import Component
+from kvpolicy.errors import PluginError
 
 __all__ = ["NEVER", "Policy"]
 
@@ -76,19 +77,28 @@ class Policy(Component):
             For each token the number of tokens seen when it leaves, or `NEVER`: `[tokens]`.
         """
         left = np.full(len(positions), NEVER, dtype=np.int64)
-        held_before = int((arrivals <= start).sum())
-        events, counts = np.unique(arrivals[arrivals > start], return_counts=True)
-        if self.acts == "step":
-            steps = np.arange(start + 1, stop + 1, dtype=np.int64)
-            counts = np.diff(np.searchsorted(np.sort(arrivals), steps, side="right"), prepend=held_before)
-            events = steps
-        count = held_before
-        for seen, new in zip(events.tolist(), counts.tolist(), strict=True):
-            count += new
-            if not count or count <= self.capacity(seen):
+        order = np.argsort(arrivals, kind="stable")
+        arrived = arrivals[order]
+        at = int(np.searchsorted(arrived, start, side="right"))
+        held = np.sort(order[:at])
+        events = np.arange(start + 1, stop + 1) if self.acts == "step" else np.unique(arrived[at:])
+        for seen, end in zip(events.tolist(), np.searchsorted(arrived, events, side="right").tolist(), strict=True):
+            if end > at:
+                held = np.sort(np.concatenate([held, order[at:end]]))
+                at = end
+            if not len(held) or len(held) <= self.capacity(seen):
                 continue
-            held = np.flatnonzero((arrivals <= seen) & (left == NEVER))
-            leaving = held[~self.keep(positions[held], seen)]
-            left[leaving] = seen
-            count -= len(leaving)
+            stays = self._kept(positions[held], seen)
+            left[held[~stays]] = seen
+            held = held[stays]
         return left
+
+    def _kept(self, positions: Ints, seen: int) -> NDArray[np.bool_]:
+        stays = self.keep(positions, seen)
+        if not isinstance(stays, np.ndarray) or stays.dtype != np.bool_ or stays.shape != positions.shape:
+            found = getattr(stays, "dtype", type(stays).__name__), getattr(stays, "shape", None)
+            raise PluginError(
+                f"policy {self.kind!r}: keep must return a NumPy array of bool {positions.shape}, found {found[0]} "
+                f"{found[1]}"
+            )
+        return stays

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple
 
 from pydantic import Field
 
-from kvpolicy.component import Component
+from kvpolicy.component import MOST, Component
 
 if TYPE_CHECKING:
     from torch import Tensor, dtype
@@ -64,7 +64,7 @@ class AffineQuantizer(Quantizer):
     """
 
     nbits: Literal[1, 2, 3, 4, 8] = Field(4, description="Bits per code.")
-    group_size: Annotated[int, Field(ge=1)] | Literal["auto", "head", "arrival"] = Field(
+    group_size: Annotated[int, Field(ge=1, le=MOST)] | Literal["auto", "head", "arrival"] = Field(
         "auto",
         description=(
             "Numbers that share a scale and an offset: channels of a token (per: token) or tokens of a channel "

@@ -165,6 +165,9 @@ def measure(cache: CompressedCache) -> Memory:
             orders = {id(s): s for held in tiers.state.stores.values() for s in held}
             shared += sum(s.array.nbytes for s in orders.values())
     scratch = cache.scratch.bytes if cache.scratch is not None else 0
+    scratch += sum(
+        {id(x.tiers.placement): x.tiers.placement.bytes for x in cache.layers if isinstance(x, TieredLayer)}.values()
+    )
     return Memory(tuple(stores), exact, values, scratch, shared)
 
 
@@ -189,7 +192,8 @@ def summarize(cache: CompressedCache) -> Summary:
     for number, layer in enumerate(cache.layers):
         if isinstance(layer, TieredLayer):
             tiers = tuple(map(_words, cache.recipe.tiers_of(number, len(cache.layers))))
-            rows.append(LayerSummary(number, "kvpolicy", tiers, layer.tiers.held_after_settling()))
+            kept = "kvpolicy, dense: the model computes on keys and values" if layer.tiers.densely else "kvpolicy"
+            rows.append(LayerSummary(number, kept, tiers, layer.tiers.held_after_settling()))
         else:
             rows.append(LayerSummary(number, f"transformers' {type(layer).__name__}", (), 0))
     return Summary(cache.recipe.name, tuple(rows))

@@ -266,6 +266,8 @@ class PackedStore(Store):
                 f"{(len(groups), 1)}, found {[tuple(t.shape) for t in affine]}"
             )
         codes = affine.codes
+        if codes.dtype != torch.uint8:
+            raise PluginError(f"quantizer {self.quantizer.kind!r} must give codes as uint8, found {codes.dtype}")
         if self.by_channel:
             size = groups.shape[1]
             codes = codes.view(batch, heads, n // size, dim, size).transpose(3, 4)
@@ -274,7 +276,11 @@ class PackedStore(Store):
             params = [p.view(batch, heads, n, dim // self.group_size) for p in affine[1:]]
         dtype = torch.float32 if self.quantizer.scale_dtype == "float32" else x.dtype
         self.parts["codes"].append(pack(codes.reshape(batch, heads, n, dim), self.quantizer.nbits))
-        self.parts["params"].append(torch.cat(params, dim=-1).to(dtype))
+        kept = torch.cat(params, dim=-1)
+        if dtype == torch.float16:  # a range that float16 holds may have a scale that it doesn't
+            limit = torch.finfo(dtype).max
+            kept = torch.where(kept.isfinite(), kept.clamp(-limit, limit), kept)
+        self.parts["params"].append(kept.to(dtype))
 
     def drop(self, index: Ints) -> None:
         coded = self.parts["codes"].length

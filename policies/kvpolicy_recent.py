@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from kvpolicy.component import Window, budget_tokens
+from kvpolicy.component import MOST, Window, budget_tokens
 from kvpolicy.hookspecs import hookimpl
 from kvpolicy.policy import NEVER, Policy
 
@@ -27,7 +27,9 @@ class Recent(Policy):
     window: Window = Field(
         128, description="Newest tokens that always stay: a number of tokens, 0, or a fraction of the tokens seen."
     )
-    flush: int = Field(1, ge=1, description="Overdue tokens leave once there are this many, in multiples of it.")
+    flush: int = Field(
+        1, ge=1, le=MOST, description="Overdue tokens leave once there are this many, in multiples of it."
+    )
 
     def _newest_overdue(self, seen: Ints) -> Ints:
         window: Any = self.window

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from kvpolicy.component import MOST
 from kvpolicy.hookspecs import hookimpl
 from kvpolicy.policy import NEVER, Policy
 
@@ -22,7 +23,7 @@ class Sink(Policy):
 
     kind: Literal["sink"] = "sink"
     acts: ClassVar[Literal["arrival", "step"]] = "arrival"
-    tokens: int = Field(4, ge=1, description="The first positions, which stay.")
+    tokens: int = Field(4, ge=1, le=MOST, description="The first positions, which stay.")
 
     def keep(self, positions: Ints, seen: int) -> NDArray[np.bool_]:
         return positions < self.tokens

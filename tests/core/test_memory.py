@@ -68,7 +68,7 @@ def test_bytes_are_those_of_the_tensors_held(name: str, dtype: torch.dtype) -> N
     assert len(placements) >= 1
     pages = sum(n for at, n in held.items() if at not in scratch and at not in layouts)
     assert pages == sum(s.reserved for s in memory.stores)
-    assert sum(scratch.values()) == memory.scratch
+    assert sum(scratch.values()) + sum(layouts.values()) == memory.scratch
     index = memory.shared_indices + sum(s.indices for s in memory.stores)
     assert memory.reserved == pages + memory.scratch + index
     used = 0

@@ -1,0 +1,250 @@
+"""Attached models: attention reads compressed caches directly. The only file that touches transformers' registries."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from kvpolicy.attend import attend
+from kvpolicy.cache import CompressedCache, TieredLayer, make_cache
+from kvpolicy.errors import CacheError
+from kvpolicy.layer import View
+from kvpolicy.recipe import load_recipe
+
+__all__ = ["Attached", "attach"]
+
+SERVED = ("sdpa", "eager")
+_reading: ContextVar[CompressedCache | None] = ContextVar("kvpolicy_reading", default=None)
+"""The cache of the attached model that is running."""
+_attached: WeakKeyDictionary[nn.Module, Attached] = WeakKeyDictionary()
+
+
+def attach(model: Any, recipe: Any = None, **params: Any) -> Attached:
+    """Let a model read compressed caches directly, instead of decoding them at each step.
+
+    Any other cache is served as before. Nothing but this model is changed, and `detach` undoes it.
+
+    Args:
+        model: a transformers decoder model.
+        recipe: what `load_recipe` takes. Calls that bring no cache get a fresh one of this recipe.
+        **params: parameters of the recipe.
+
+    Returns:
+        A handle, which is also a context manager.
+
+    Raises:
+        CacheError: the model is attached already, or does not use transformers' attention interface.
+        RecipeError: the recipe is not valid, or does not fit the model.
+
+    Example:
+        Greedy generation with a compressed cache::
+
+            with kvpolicy.attach(model, recipe="logquant"):
+                model.generate(**inputs, max_new_tokens=100)
+    """
+    return Attached(model, load_recipe(recipe, **params) if recipe is not None else None)
+
+
+def is_attached(model: Any) -> bool:
+    """Whether a model (not a config) is attached now."""
+    return isinstance(model, nn.Module) and any(module in _attached for module in model.modules())
+
+
+class Attached:
+    """What `attach` returns: `detach` it, or use it in a `with` statement."""
+
+    def __init__(self, model: Any, recipe: Any) -> None:
+        owner, decoder = _parts(model)
+        if decoder in _attached:
+            raise CacheError(
+                f"a model can be attached once, and this {type(decoder).__name__} is attached already; "
+                "detach its handle first"
+            )
+        self.decoder, self.owner, self.recipe = decoder, owner, recipe
+        self.config = decoder.config.get_text_config(decoder=True)
+        self.original = self.config._attn_implementation
+        name = _register(self.original, type(decoder).__name__)
+        if not decoder._can_set_attn_implementation():
+            raise CacheError(
+                f"{type(decoder).__name__} does not use transformers' attention interface, so it can't be attached; "
+                "use the cache without attaching the model"
+            )
+        if recipe is not None:
+            make_cache(recipe, owner)  # what does not fit fails here
+        self.config._attn_implementation_internal = name
+        self._hooks = [
+            decoder.register_forward_pre_hook(self._before, with_kwargs=True),
+            decoder.register_forward_hook(self._after, with_kwargs=True, always_call=True),
+        ]
+        self._generate = self._supply() if recipe is not None else None
+        _attached[decoder] = self
+
+    def detach(self) -> None:
+        """Leave the model as it was. A second time does nothing."""
+        if _attached.get(self.decoder) is not self:
+            return
+        del _attached[self.decoder]
+        self.config._attn_implementation_internal = self.original
+        for hook in self._hooks:
+            hook.remove()
+        if self._generate is not None and self.owner.__dict__.get("generate") is self._generate:
+            del self.owner.__dict__["generate"]
+
+    def __enter__(self) -> Attached:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.detach()
+
+    def _supply(self) -> Callable[..., Any] | None:
+        """Make `generate` begin with a fresh cache; it would make one of transformers' own."""
+        if not hasattr(self.owner, "generate"):
+            return None
+        original = self.owner.generate
+
+        @functools.wraps(original)
+        def generate(*args: Any, **kwargs: Any) -> Any:
+            config = kwargs.get("generation_config") or self.owner.generation_config
+            wanted = kwargs.get("use_cache", getattr(config, "use_cache", None))
+            chosen = kwargs.get("cache_implementation", getattr(config, "cache_implementation", None))
+            if kwargs.get("past_key_values") is None and wanted is not False and chosen is None:
+                kwargs["past_key_values"] = make_cache(self.recipe, self.owner)
+            return original(*args, **kwargs)
+
+        self.owner.__dict__["generate"] = generate
+        return generate
+
+    def _before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        cache = kwargs.get("past_key_values")
+        if cache is None and self.recipe is not None and not any(isinstance(x, CompressedCache) for x in args):
+            wanted = kwargs.get("use_cache")
+            if (self.config.use_cache if wanted is None else wanted) and not module.training:
+                kwargs["past_key_values"] = cache = make_cache(self.recipe, self.owner)
+        if not isinstance(cache, CompressedCache):
+            return None
+        if module.training:
+            raise CacheError(
+                "an attached model must be in evaluation mode when it is given a compressed cache, which carries no "
+                "gradients; call model.eval()"
+            )
+        if kwargs.get("output_attentions", getattr(self.config, "output_attentions", False)):
+            raise CacheError(
+                "an attached model gives no attention weights (output_attentions=True) with a compressed cache; "
+                "detach it first"
+            )
+        _check_padding(cache, kwargs.get("attention_mask"))
+        _mark(cache, True)
+        _reading.set(cache)
+        return args, kwargs
+
+    def _after(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        cache = kwargs.get("past_key_values")
+        if isinstance(cache, CompressedCache):
+            _reading.set(None)
+            _mark(cache, False)
+
+
+def _parts(model: Any) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """The model that generates, and the decoder inside it that is given the cache."""
+    found = [m for m in model.modules() if isinstance(m, PreTrainedModel)] if isinstance(model, nn.Module) else []
+    if not found:
+        raise CacheError(f"attach needs a transformers model, found {type(model).__name__}")
+    owner = found[0]
+    if getattr(owner.config, "is_encoder_decoder", False):
+        raise CacheError(f"attach serves decoder models; {type(owner).__name__} is an encoder-decoder")
+    text = owner.config.get_text_config(decoder=True)
+    inner = [m for m in found if m.config is text]
+    return owner, (inner or found)[-1]
+
+
+def _mark(cache: CompressedCache, attached: bool) -> None:
+    for layer in cache.layers:
+        if isinstance(layer, TieredLayer):
+            layer.attached = attached
+            if not attached:
+                layer.tiers.commit()
+
+
+def _check_padding(cache: CompressedCache, mask: Any) -> None:
+    if isinstance(mask, Tensor) and mask.ndim == 2 and cache.evicts and not bool(mask.all()):
+        raise CacheError(
+            f"recipe {cache.recipe.name!r} drops tokens, which padded batches don't allow yet; give prompts of equal "
+            "length, or one at a time"
+        )
+
+
+def _register(original: str, model: str) -> str:
+    """The name under which the implementation `original` also reads compressed caches."""
+    if original not in SERVED:
+        raise CacheError(
+            f"attach serves the attention implementations {list(SERVED)}; {model} uses {original!r}. Load the model "
+            'with attn_implementation="sdpa"'
+        )
+    name = f"kvpolicy_{original}"
+    if name not in ALL_ATTENTION_FUNCTIONS.valid_keys():
+        AttentionInterface.register(name, functools.partial(_forward, original))
+        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[original])
+    return name
+
+
+def _forward(
+    original: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *args: Any,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    if not isinstance(key, View):
+        attention_mask = _of_dense(module, key, attention_mask)
+        found: tuple[Tensor, Tensor | None] = _function(original, module)(
+            module, query, key, value, attention_mask, *args, **kwargs
+        )
+        return found
+    assert isinstance(value, View)
+    with torch.no_grad():
+        out = attend(
+            key.tiers,
+            query,
+            (key.arriving, value.arriving),
+            attention_mask,
+            scaling=kwargs.get("scaling"),
+            softcap=kwargs.get("softcap"),
+            sinks=kwargs.get("s_aux"),
+        )
+    if key.tiers.scratch is not None:  # no other layer reads these keys and values
+        key.tiers.commit()
+    return out, None
+
+
+def _of_dense(module: nn.Module, key: Tensor, mask: Tensor | None) -> Tensor | None:
+    """The columns of a mask over all tokens seen that belong to a decoded layer from which tokens were dropped."""
+    cache = _reading.get()
+    if cache is None or mask is None or mask.shape[-1] == key.shape[2]:
+        return mask
+    layer = cache.layers[module.layer_idx]
+    if not isinstance(layer, TieredLayer) or not layer.tiers.densely:
+        return mask
+    return mask.index_select(-1, layer.tiers.visible().to(mask.device))
+
+
+def _function(original: str, module: nn.Module) -> Callable[..., Any]:
+    if original != "eager":
+        return ALL_ATTENTION_FUNCTIONS[original]  # type: ignore[no-any-return]
+    for cls in type(module).__mro__:
+        found = getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
+        if found is not None:
+            return found  # type: ignore[no-any-return]
+    raise CacheError(f"{type(module).__name__} must come with a function eager_attention_forward, found none")
