@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 __all__ = ["add_values", "attend", "key_scores"]
 
-BLOCK = 1024
-"""Tokens of a store read at a time on a CPU: their codes as float32 stay in its cache."""
+BLOCK = 1 << 14
+"""Tokens of all heads and rows read at a time by each thread of a CPU: their codes as float32 stay in its cache."""
 SCORES = 1 << 24
 """Scores computed at a time; more queries than fit take another turn over the stores."""
 Columns = int | Tensor
@@ -171,7 +171,9 @@ def add_values(store: Store, weights: Tensor, out: Tensor, columns: Columns) -> 
 
 
 def _block(like: Tensor) -> int:
-    return BLOCK if like.device.type == "cpu" else 1 << 40
+    if like.device.type != "cpu":
+        return 1 << 40
+    return max(64, BLOCK * torch.get_num_threads() // (like.shape[0] * like.shape[1]))
 
 
 def _dense_blocks(store: Store, like: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -204,23 +206,29 @@ def _pieces(first: int, last: int, size: int) -> Iterator[tuple[int, int, int]]:
         yield group, max(first, group * size), min(last, (group + 1) * size)
 
 
+def _by_group(parameter: Tensor) -> Tensor:
+    """A parameter per token and group as float32 `[groups, batch * kv_heads, tokens]`, its tokens neighbours."""
+    return parameter.flatten(0, 1).permute(2, 0, 1).contiguous().float()
+
+
 def _token_product(store: PackedStore, rows: Tensor, codes: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
     count = scale.shape[3]
     size = store.head_dim // count
+    scales, offsets = _by_group(scale), _by_group(offset)
+    flat = rows.flatten(0, 1)
     sums: list[Tensor | None] = [None] * count
-    for factor, first, last, plane in planes(codes, store.quantizer.nbits, store.head_dim):
-        x = plane.float().transpose(2, 3)
+    for factor, first, last, plane in planes(codes.flatten(0, 1), store.quantizer.nbits, store.head_dim):
+        x = plane.float().transpose(1, 2)
         for group, lo, hi in _pieces(first, last, size):
-            product = rows[..., lo:hi] @ x[:, :, lo - first : hi - first]
-            if factor != 1:
-                product.mul_(factor)
+            part, y = flat[..., lo:hi], x[:, lo - first : hi - first]
             before = sums[group]
-            sums[group] = product if before is None else before.add_(product)
-    result: Tensor = rows.unflatten(3, (count, size)).sum(4) @ offset.float().transpose(2, 3)
-    for group, part in enumerate(sums):
+            sums[group] = torch.bmm(part, y).mul_(factor) if before is None else before.baddbmm_(part, y, alpha=factor)
+    totals = flat.unflatten(2, (count, size)).sum(3)
+    result: Tensor = torch.bmm(totals, offsets.transpose(0, 1))
+    for part, by in zip(sums, scales, strict=True):
         assert part is not None
-        result.addcmul_(part, scale[:, :, None, :, group].float())
-    return result
+        result.addcmul_(part, by.unsqueeze(1))
+    return result.unflatten(0, rows.shape[:2])
 
 
 def _channel_product(store: PackedStore, rows: Tensor, codes: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
@@ -238,12 +246,15 @@ def _add_by_token(
 ) -> None:
     count = scale.shape[3]
     size = store.head_dim // count
-    scaled = [weights * scale[:, :, None, :, group].float() for group in range(count)]
-    for factor, first, last, plane in planes(codes, store.quantizer.nbits, store.head_dim):
+    scales, offsets = _by_group(scale), _by_group(offset)
+    flat, total = weights.flatten(0, 1), out.flatten(0, 1)
+    scaled = [flat * by.unsqueeze(1) for by in scales]
+    for factor, first, last, plane in planes(codes.flatten(0, 1), store.quantizer.nbits, store.head_dim):
         x = plane.float()
         for group, lo, hi in _pieces(first, last, size):
-            out[..., lo:hi].add_(scaled[group] @ x[..., lo - first : hi - first], alpha=factor)
-    out.unflatten(3, (count, size)).add_((weights @ offset.float()).unsqueeze(4))
+            total[..., lo:hi] += torch.bmm(scaled[group], x[..., lo - first : hi - first]).mul_(factor)
+    shares = torch.bmm(flat, offsets.permute(1, 2, 0))
+    total.unflatten(2, (count, size)).add_(shares.unsqueeze(3))
 
 
 def _add_by_channel(

@@ -11,10 +11,13 @@ from torch import Tensor
 __all__ = ["Pages"]
 
 SMALLEST, LARGEST = 64, 1024
+"""Tokens of a page with room for more."""
+FULL = 4096
+"""Tokens of a page that is filled at once."""
 
 
 class Pages:
-    """A tensor `[batch, kv_heads, tokens, width]` in pages of 64 to 1,024 tokens.
+    """A tensor `[batch, kv_heads, tokens, width]` in pages of 64 to 4,096 tokens.
 
     Growth allocates a page and copies nothing; tokens that leave from the front or the back free whole pages.
     """
@@ -41,7 +44,7 @@ class Pages:
         while done < n:
             free = self.capacity - self.start - self.length
             if free == 0:
-                size = min(LARGEST, max(SMALLEST, self.length, n - done))
+                size = max(min(LARGEST, max(SMALLEST, self.length // 4)), min(FULL, n - done))
                 # An inference tensor could not be written to once inference mode is left.
                 with torch.inference_mode(False):
                     self.pages.append(torch.empty((*x.shape[:2], size, x.shape[3]), dtype=x.dtype, device=x.device))

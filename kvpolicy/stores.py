@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kvpolicy.errors import CacheError, PluginError, RecipeError
 from kvpolicy.packing import dequantize, pack
-from kvpolicy.pages import Pages
+from kvpolicy.pages import FULL, Pages
 from kvpolicy.quantizer import AffineQuantizer, Quantizer, TensorQuantizer
 
 __all__ = ["ExactStore", "NamedStore", "PackedStore", "Store", "group_size_of", "make_store"]
@@ -313,7 +313,7 @@ class PackedStore(Store):
         token = 0
         for first, last in pairwise(cuts):
             size = int(self.sizes[first]) if last > first else 1
-            step = max(1, min(block, 1024) // size)
+            step = max(1, min(block, FULL) // size)
             for group in range(first, last, step):
                 n = min(step, last - group)
                 p = params.slice(group, group + n).unsqueeze(3)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvpolicy.pages import LARGEST, SMALLEST, Pages
+from kvpolicy.pages import FULL, LARGEST, SMALLEST, Pages
 
 
 def numbered(n: int, first: int = 0, width: int = 3, batch: int = 2) -> torch.Tensor:
@@ -36,7 +36,7 @@ def check(pages: Pages, expected: torch.Tensor) -> None:
 
 
 operation = st.one_of(
-    st.tuples(st.just("append"), st.sampled_from([1, 2, 63, 64, 65, 130, 1024, 1500])),
+    st.tuples(st.just("append"), st.sampled_from([1, 2, 63, 64, 65, 130, 1024, 1500, 5000])),
     st.tuples(st.just("front"), st.floats(0, 1)),
     st.tuples(st.just("back"), st.floats(0, 1)),
     st.tuples(st.just("some"), st.integers(0, 2**30)),
@@ -85,7 +85,7 @@ def test_growth_copies_no_page() -> None:
     pages = Pages()
     pages.append(numbered(100))
     addresses = []
-    for i in range(3000):
+    for i in range(5200):
         pages.append(numbered(1, i))
         now = [p.data_ptr() for p in pages.pages]
         assert now[: len(addresses)] == addresses
@@ -97,16 +97,16 @@ def test_growth_copies_no_page() -> None:
 
 def test_tokens_that_leave_at_either_end_free_whole_pages() -> None:
     pages = Pages()
-    pages.append(numbered(4096))
+    pages.append(numbered(4 * FULL))
     assert len(pages.pages) == 4
-    pages.drop(torch.arange(1023))
+    pages.drop(torch.arange(FULL - 1))
     assert len(pages.pages) == 4
     pages.drop(torch.arange(1))
     assert len(pages.pages) == 3
-    pages.drop(torch.arange(1500, 3072))
+    pages.drop(torch.arange(6000, 3 * FULL))
     assert len(pages.pages) == 2
-    assert content(pages)[0, 0, 0, 0] == 1024
-    pages.drop(torch.arange(1500))
+    assert content(pages)[0, 0, 0, 0] == FULL
+    pages.drop(torch.arange(6000))
     assert pages.pages == []
 
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pytest
+from compiler import need_compiler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from recipes import NAMED, named, recipes
@@ -280,14 +281,18 @@ def test_update_placement_is_that_of_quantized_cache(updates: list[int], residua
 
 def test_update_placement_equals_the_quantized_cache_of_transformers() -> None:
     import torch
+    import transformers
     from transformers import LlamaConfig, QuantizedCache
 
+    need_compiler()
+    # Until 5.18 or so an update of several tokens could leave more than the residual length.
+    new = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 20)
     config = LlamaConfig(num_hidden_layers=1, hidden_size=64, num_attention_heads=1, num_key_value_heads=1)
     theirs = QuantizedCache("quanto", config, nbits=4, q_group_size=32, residual_length=16)
     planner = Placement(load_recipe("hf-quantized", residual=16).tiers, "update")
     state = planner.start()
     torch.manual_seed(0)
-    for n in [10, 1, 1, 9, 4, 1, 1, 1, 30, 2, 13, 1, 15, 16]:
+    for n in [10, 1, 1, 9, 4, 1, 1, 1, 30, 2, 13, 1, 15, 16] if new else [10, *[1] * 50]:
         x = torch.randn(1, 1, n, 64)
         theirs.update(x, x, 0)
         state, _ = planner.advance(state, n)

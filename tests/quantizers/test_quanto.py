@@ -8,6 +8,7 @@ from typing import Any
 import optimum.quanto as quanto
 import pytest
 import torch
+from compiler import need_compiler
 from kvpolicy_quanto import Quanto
 from pydantic import ValidationError
 from torch import Tensor
@@ -23,6 +24,7 @@ def states(dtype: torch.dtype) -> Tensor:
 
 def library(x: Tensor, nbits: int, axis: int, group_size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Codes, scale and shift as the library's QuantizedCache layer obtains them, and what it decodes."""
+    need_compiler()
     qtype = {2: quanto.qint2, 4: quanto.qint4}[nbits]
     scale, shift = quanto.MaxOptimizer()(x, qtype, axis, group_size)
     tensor = quanto.quantize_weight(x, qtype, axis, scale, shift, group_size)
