@@ -225,10 +225,10 @@ def _token_product(store: PackedStore, rows: Tensor, codes: Tensor, scale: Tenso
             sums[group] = torch.bmm(part, y).mul_(factor) if before is None else before.baddbmm_(part, y, alpha=factor)
     totals = flat.unflatten(2, (count, size)).sum(3)
     result: Tensor = torch.bmm(totals, offsets.transpose(0, 1))
-    for part, by in zip(sums, scales, strict=True):
-        assert part is not None
-        result.addcmul_(part, by.unsqueeze(1))
-    return result.unflatten(0, rows.shape[:2])
+    for summed, by in zip(sums, scales, strict=True):
+        assert summed is not None
+        result.addcmul_(summed, by.unsqueeze(1))
+    return result.view(*rows.shape[:3], -1)
 
 
 def _channel_product(store: PackedStore, rows: Tensor, codes: Tensor, scale: Tensor, offset: Tensor) -> Tensor:

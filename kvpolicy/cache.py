@@ -252,7 +252,10 @@ def make_cache(recipe: Any, model_or_config: Any, **params: Any) -> CompressedCa
         dim = head_dim_of(text, i)
         placement = next((p for known, _, p in placements if known == tiers), None)
         if not any(known == tiers and dim == checked for known, checked, _ in placements):
-            _check_stores(tiers, loaded.placement, dim, i)
+            try:
+                _check_stores(tiers, loaded.placement, dim, i)
+            except RecipeError as error:
+                raise RecipeError(f"recipe {loaded.name}: {error}") from None
             placement = placement or Placement(tiers, loaded.placement)
             placements.append((tiers, dim, placement))
         assert placement is not None
