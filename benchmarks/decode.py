@@ -8,7 +8,11 @@ count; what is printed is the median over the runs of each run's mean.
 
 `store` is the part of an update that stores and descends alone: nothing is decoded for attention.
 
+With `--attend` a step is the update and the attention of one query over all tokens: transformers' own
+`sdpa_attention_forward` without a mask for the peers, the stores read directly for kvpolicy, as in an attached model.
+
     python benchmarks/decode.py --tokens 16384 --md table.md
+    python benchmarks/decode.py --attend --batch 4
 """
 
 from __future__ import annotations
@@ -29,8 +33,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, QuantizedCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from kvpolicy import make_cache
+from kvpolicy.attention import attention_forward
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 RESIDUAL = 128
@@ -75,8 +81,16 @@ def config() -> LlamaConfig:
     )
 
 
-def data(tokens: int, dtype: torch.dtype, seed: int) -> tuple[Tensor, Tensor]:
-    shape = (2, 1, KV_HEADS, tokens, HEAD_DIM)
+class Module:
+    """What the attention functions ask of a layer of the model."""
+
+    num_key_value_groups = HEADS // KV_HEADS
+    is_causal = True
+    layer_idx = 0
+
+
+def data(tokens: int, dtype: torch.dtype, seed: int, batch: int = 1) -> tuple[Tensor, Tensor]:
+    shape = (2, batch, KV_HEADS, tokens, HEAD_DIM)
     keys, values = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
     return keys, values
 
@@ -96,18 +110,24 @@ class Arm:
     """A cache being timed."""
 
     steps: int | None = None
+    attention = staticmethod(sdpa_attention_forward)
 
-    def __init__(self, name: str, make: Callable[[], Any], prompt: tuple[Tensor, Tensor]) -> None:
+    def __init__(self, name: str, make: Callable[[], Any], prompt: tuple[Tensor, Tensor], attend: bool = False) -> None:
         self.name, self.cache = name, make()
         self.layer = self.cache.layers[0]
+        shape = (prompt[0].shape[0], HEADS, 1, HEAD_DIM)
+        self.query = torch.randn(shape, generator=torch.Generator().manual_seed(2)).to(prompt[0]) if attend else None
         self.seconds: list[float] = []
+        self.batch = prompt[0].shape[0]
         self.cache.update(*prompt, 0)
 
     def step(self, keys: Tensor, values: Tensor) -> None:
         start = clock()
-        dense = self.cache.update(keys, values, 0)
+        found = self.cache.update(keys, values, 0)
+        if self.query is not None:
+            found = self.attention(Module, self.query, *found, None, scaling=HEAD_DIM**-0.5)
         self.seconds.append(clock() - start)
-        del dense  # freed outside the time
+        del found  # freed outside the time
 
     def mean(self) -> float:
         """Milliseconds per step of the run that ends here."""
@@ -116,13 +136,20 @@ class Arm:
 
     def bits(self) -> float:
         seen: int = self.layer.get_seq_length()
-        return 8 * held_bytes(vars(self.layer)) / (2 * seen * KV_HEADS * HEAD_DIM)
+        numbers = 2 * seen * KV_HEADS * HEAD_DIM * self.batch
+        return 8 * held_bytes(vars(self.layer)) / numbers
 
     def scratch(self) -> float:
         return 0.0
 
 
 class Ours(Arm):
+    attention = staticmethod(partial(attention_forward, "sdpa"))
+
+    def __init__(self, name: str, make: Callable[[], Any], prompt: tuple[Tensor, Tensor], attend: bool = False) -> None:
+        super().__init__(name, make, prompt, attend)
+        self.layer.attached = attend
+
     def bits(self) -> float:
         return float(self.cache.memory().bits_per_value)
 
@@ -157,12 +184,15 @@ class Slow(Arm):
         self.cache.update(keys[:, :, :n], values[:, :, :n], 0)
 
 
-def arms_of(recipes: Sequence[str], hqq: bool, prompt: tuple[Tensor, Tensor]) -> list[Arm]:
+def arms_of(options: argparse.Namespace, prompt: tuple[Tensor, Tensor]) -> list[Arm]:
     quantized = partial(QuantizedCache, config=config(), nbits=2, residual_length=RESIDUAL, q_group_size=64)
-    arms: list[Arm] = [Ours(f"kvpolicy {r}", partial(make_cache, r, config()), prompt) for r in recipes]
-    arms.append(Arm("DynamicCache", partial(DynamicCache, config=config()), prompt))
-    arms.append(Arm(REFERENCE, partial(quantized, "quanto"), prompt))
-    return [*arms, Slow("QuantizedCache HQQ", partial(quantized, "hqq"), prompt)] if hqq else arms
+    attend = options.attend
+    arms: list[Arm] = [Ours(f"kvpolicy {r}", partial(make_cache, r, config()), prompt, attend) for r in options.recipes]
+    arms.append(Arm("DynamicCache", partial(DynamicCache, config=config()), prompt, attend))
+    arms.append(Arm(REFERENCE, partial(quantized, "quanto"), prompt, attend))
+    if not options.no_hqq:
+        arms.append(Slow("QuantizedCache HQQ", partial(quantized, "hqq"), prompt, attend))
+    return arms
 
 
 def turns(arms: Sequence[Arm], steps: int, feed: tuple[Tensor, Tensor]) -> None:
@@ -178,9 +208,10 @@ def turns(arms: Sequence[Arm], steps: int, feed: tuple[Tensor, Tensor]) -> None:
 
 
 def measure(tokens: int, dtype: str, options: argparse.Namespace) -> list[Row]:
-    prompt, feed = data(tokens, DTYPES[dtype], 0), data(max(options.steps, RESIDUAL), DTYPES[dtype], 1)
+    prompt = data(tokens, DTYPES[dtype], 0, options.batch)
+    feed = data(max(options.steps, RESIDUAL), DTYPES[dtype], 1, options.batch)
     with torch.no_grad():
-        arms = arms_of(options.recipes, not options.no_hqq, prompt)
+        arms = arms_of(options, prompt)
         for arm in arms:
             arm.step(feed[0][:, :, :1], feed[1][:, :, :1])
             arm.seconds = []
@@ -223,9 +254,10 @@ def environment(options: argparse.Namespace) -> str:
     found = ", ".join(f"{name} {version(name)}" for name in packages)
     return (
         f"{found}, Python {platform.python_version()}; {threads}; per layer, {HEADS} query "
-        f"heads, {KV_HEADS} key-value heads, head_dim {HEAD_DIM}, batch 1; {options.runs} interleaved runs of "
-        f"{options.steps} steps (HQQ: {SLOW_STEPS} around a flush, the flush counted once in {RESIDUAL}); peers with "
-        f"nbits 2, q_group_size 64, residual_length {RESIDUAL}"
+        f"heads, {KV_HEADS} key-value heads, head_dim {HEAD_DIM}, batch {options.batch}; {options.runs} interleaved runs "
+        f"of {options.steps} steps (HQQ: {SLOW_STEPS} around a flush, the flush counted once in {RESIDUAL}); peers with "
+        f"nbits 2, q_group_size 64, residual_length {RESIDUAL}; a step is "
+        + ("update and attention" if options.attend else "an update")
     )
 
 
@@ -262,6 +294,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=200, help="decode steps of a run")
     parser.add_argument("--runs", type=int, default=3, help="interleaved runs, of which the median counts")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="1: counts processor time")
+    parser.add_argument("--attend", action="store_true", help="time update and attention together")
+    parser.add_argument("--batch", type=int, default=1, help="rows of the batch")
     parser.add_argument("--no-hqq", action="store_true", help="leave the slowest peer out")
     parser.add_argument("--json", type=Path, help="write all figures here")
     parser.add_argument("--md", type=Path, help="write the table here")
@@ -291,7 +325,8 @@ def main() -> None:
             print(table(row for row in rows if (row.tokens, row.dtype) == (tokens, dtype)), flush=True)
             write(rows, about, options)
             gc.collect()
-        measure_store(rows, dtype, options)
+        if not options.attend:
+            measure_store(rows, dtype, options)
         write(rows, about, options)
     print("\n".join(["", table(rows), *store_ratios(rows)]))
 

@@ -192,12 +192,12 @@ def _register(original: str, model: str) -> str:
         )
     name = f"kvpolicy_{original}"
     if name not in ALL_ATTENTION_FUNCTIONS.valid_keys():
-        AttentionInterface.register(name, functools.partial(_forward, original))
+        AttentionInterface.register(name, functools.partial(attention_forward, original))
         AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[original])
     return name
 
 
-def _forward(
+def attention_forward(
     original: str,
     module: nn.Module,
     query: Tensor,
@@ -207,6 +207,7 @@ def _forward(
     *args: Any,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
+    """The attention function of attached models: views are read from their stores, all else is for `original`."""
     if not isinstance(key, View):
         attention_mask = _of_dense(module, key, attention_mask)
         found: tuple[Tensor, Tensor | None] = _function(original, module)(

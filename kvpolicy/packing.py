@@ -44,7 +44,9 @@ def _planes(head_dim: int, bits: int) -> Iterator[tuple[int, int, int]]:
 def _plane(part: Tensor, shift: int, bits: int) -> Tensor:
     if bits == 8:
         return part
-    wide = part.numel() and part.shape[-1] % 8 == 0 and part.stride(-1) == 1 and not any(n % 8 for n in part.stride()[:-1])
+    wide = (
+        part.numel() and part.shape[-1] % 8 == 0 and part.stride(-1) == 1 and not any(n % 8 for n in part.stride()[:-1])
+    )
     if wide and part.storage_offset() % 8 == 0:  # eight bytes at a time: what crosses a byte is masked away
         mask = ((1 << bits) - 1) * 0x0101010101010101
         words = part.view(torch.int64)
