@@ -252,12 +252,12 @@ def environment(options: argparse.Namespace) -> str:
     packages = ("kvpolicy", "torch", "transformers", "optimum-quanto", "hqq")
     threads = f"{n} threads, wall time" if (n := torch.get_num_threads()) > 1 else "1 thread, processor time"
     found = ", ".join(f"{name} {version(name)}" for name in packages)
+    step = "update and attention" if options.attend else "an update"
     return (
-        f"{found}, Python {platform.python_version()}; {threads}; per layer, {HEADS} query "
-        f"heads, {KV_HEADS} key-value heads, head_dim {HEAD_DIM}, batch {options.batch}; {options.runs} interleaved runs "
-        f"of {options.steps} steps (HQQ: {SLOW_STEPS} around a flush, the flush counted once in {RESIDUAL}); peers with "
-        f"nbits 2, q_group_size 64, residual_length {RESIDUAL}; a step is "
-        + ("update and attention" if options.attend else "an update")
+        f"{found}, Python {platform.python_version()}; {threads}; per layer, {HEADS} query heads, {KV_HEADS} key-value "
+        f"heads, head_dim {HEAD_DIM}, batch {options.batch}; {options.runs} interleaved runs of {options.steps} steps "
+        f"(HQQ: {SLOW_STEPS} around a flush, the flush counted once in {RESIDUAL}); a step is {step}; peers with nbits "
+        f"2, q_group_size 64, residual_length {RESIDUAL}"
     )
 
 

@@ -21,7 +21,7 @@ def _library() -> Any:
     except ImportError as error:
         raise MissingDependencyError(
             'quantizer "hqq" needs the library hqq, which can\'t be imported here '
-            f'({error}); install it with: pip install "kvpolicy[hqq]"'
+            f"({error}); install it with: pip install hqq"
         ) from error
     return Library
 

@@ -21,7 +21,7 @@ def _library() -> Any:
     except ImportError as error:
         raise MissingDependencyError(
             'quantizer "quanto" needs the library optimum-quanto, which can\'t be imported here '
-            f'({error}); install it with: pip install "kvpolicy[quanto]"'
+            f"({error}); install it with: pip install optimum-quanto"
         ) from error
     return optimum.quanto
 
