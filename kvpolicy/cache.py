@@ -124,9 +124,9 @@ class CompressedCache(Cache):
     The cache carries no gradients.
     """
 
-    def __init__(self, recipe: Recipe, layers: list[Any], scratch: Scratch | None) -> None:
+    def __init__(self, recipe: Recipe, layers: list[Any], scratch: Scratch | None, model_type: str = "") -> None:
         super().__init__(layers=layers)
-        self.recipe = recipe
+        self.recipe, self.model_type = recipe, model_type
         self.scratch = scratch
         self._blank = [None if isinstance(layer, TieredLayer) else copy.deepcopy(layer) for layer in layers]
 
@@ -265,7 +265,7 @@ def make_cache(recipe: Any, model_or_config: Any, **params: Any) -> CompressedCa
         raise CacheError(uneven)
     for i in compressed:
         layers[i].uneven = uneven
-    return CompressedCache(loaded, layers, scratch)
+    return CompressedCache(loaded, layers, scratch, str(getattr(text, "model_type", "")))
 
 
 def _check_selectors(recipe: Recipe, layers: list[Any], compressed: list[int]) -> None:

@@ -21,8 +21,10 @@ def _budget(value: Any) -> Any:
                 f"a budget given as a float is a fraction of the tokens seen and must lie in (0, 1), found {value}; "
                 "write an integer for a number of tokens"
             )
-    elif not 1 <= value <= MOST:
-        raise ValueError(f"a budget in tokens must be at least 1 and at most {MOST}, found {value}")
+    elif value < 1:
+        raise ValueError(f"a budget in tokens must be at least 1, found {value}")
+    elif value > MOST:
+        raise ValueError(f"a budget in tokens must be at most {MOST}, found {value}")
     return value
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +12,11 @@ import torch
 from torch import Tensor
 
 from kvpolicy.errors import CacheError, KvpolicyError, RecipeError
+from kvpolicy.packing import packed_width
 from kvpolicy.placement import Growing, Placement, State
 from kvpolicy.recipe import load_yaml
+from kvpolicy.recipe_yaml import read_text
+from kvpolicy.stores import NamedStore, PackedStore, Store
 
 if TYPE_CHECKING:
     from kvpolicy.cache import CompressedCache
@@ -22,8 +25,8 @@ __all__ = ["load_cache", "save_cache"]
 
 FORMAT = "kvpolicy-cache"
 FORMAT_VERSION = 1
-OWN = ("DynamicLayer", "DynamicSlidingWindowLayer")
-"""Layers of transformers whose whole state is keys, values and a count."""
+OWN = ("DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer")
+"""Layers of transformers whose whole state is keys, values and a count, or nothing."""
 
 
 def save_cache(cache: CompressedCache, path: Path) -> None:
@@ -62,14 +65,26 @@ def save_cache(cache: CompressedCache, path: Path) -> None:
         "format": FORMAT,
         "format_version": str(FORMAT_VERSION),
         "recipe": cache.recipe.to_yaml(),
+        "model_type": cache.model_type,
         "layers": json.dumps(layers),
         "states": json.dumps([{"seen": s.seen, "through": s.through} for s in states]),
         "versions": json.dumps(_versions()),
     }
+    tensors = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    header["checksum"] = _checksum(header, tensors)
     try:
-        save_file({k: v.contiguous().clone() for k, v in tensors.items()}, path, metadata=header)
+        save_file(tensors, path, metadata=header)
     except (OSError, SafetensorError) as error:
         raise CacheError(f"the cache could not be written to {path}: {error}") from None
+
+
+def _checksum(header: dict[str, str], tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256(json.dumps({**header, "checksum": ""}, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        if tensor.numel():
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _versions() -> dict[str, str]:
@@ -88,7 +103,7 @@ def _own(layer: Any, number: int, tensors: dict[str, Tensor]) -> dict[str, Any]:
     kind = type(layer).__name__
     if kind not in OWN:
         raise CacheError(f"layer {number} is a {kind}, whose state can't be saved; only {', '.join(OWN)} can")
-    if layer.is_initialized:
+    if getattr(layer, "is_initialized", False):
         tensors[f"{number}.own.keys"], tensors[f"{number}.own.values"] = layer.keys, layer.values
     return {"type": kind, "seen": layer.get_seq_length()}
 
@@ -97,11 +112,14 @@ def load_cache(path: Path, model_or_config: Any) -> CompressedCache:
     """Read a cache; see `CompressedCache.load`."""
     from kvpolicy.cache import TieredLayer, make_cache
 
-    header, tensors = _read(path, getattr(model_or_config, "device", torch.device("cpu")))
+    header, tensors = _read(path)
     try:
+        if "extends" in read_text(header["recipe"], "its recipe").data:
+            raise CacheError(f"{path} is damaged: a saved recipe stands alone, found one that extends another")
         layers, states = json.loads(header["layers"]), json.loads(header["states"])
         recipe = load_yaml(header["recipe"])
         cache = make_cache(recipe, model_or_config)
+        _check_model(header, cache, tensors, model_or_config, path)
         found = ["tiers" if isinstance(x, TieredLayer) else type(x).__name__ for x in cache.layers]
         saved = [x["type"] for x in layers]
         if found != saved:
@@ -110,6 +128,9 @@ def load_cache(path: Path, model_or_config: Any) -> CompressedCache:
                 f"the model has {len(found)} {sorted(set(found))}"
             )
         made: dict[int, State] = {}
+        for name, tensor in tensors.items():
+            if not name.startswith("state.") and not name.endswith(".sizes"):
+                tensors[name] = tensor.to(_device(model_or_config, int(name.split(".")[0])))
         for number, (layer, entry) in enumerate(zip(cache.layers, layers, strict=True)):
             if isinstance(layer, TieredLayer):
                 _fill(layer, number, entry["state"], states, made, tensors, path)
@@ -121,11 +142,18 @@ def load_cache(path: Path, model_or_config: Any) -> CompressedCache:
         raise
     except (KeyError, ValueError, IndexError, TypeError, RuntimeError, AttributeError) as error:
         raise CacheError(f"{path} is damaged: {type(error).__name__}: {error}. Save the cache again") from None
-    _check_shapes(cache, model_or_config, path)
     return cache
 
 
-def _read(path: Path, device: Any) -> tuple[dict[str, str], dict[str, Tensor]]:
+def _device(model: Any, layer: int) -> torch.device:
+    """Where a layer of the model lives, if it is a model."""
+    try:
+        return next(model.get_decoder().layers[layer].parameters()).device  # type: ignore[no-any-return]
+    except (AttributeError, IndexError, StopIteration, TypeError):
+        return getattr(model, "device", torch.device("cpu"))
+
+
+def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
@@ -143,12 +171,13 @@ def _read(path: Path, device: Any) -> tuple[dict[str, str], dict[str, Tensor]]:
                     f"{path} has cache format {header.get('format_version')}, this version of kvpolicy reads "
                     f"{FORMAT_VERSION}; use the version that wrote it: {header.get('versions')}"
                 )
-            move: Callable[[str, Tensor], Tensor] = lambda name, t: (  # noqa: E731
-                t if name.startswith("state.") or name.endswith(".sizes") else t.to(device)
-            )
-            return header, {name: move(name, file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
+            # Copies: what safetensors gives is a view of the file, which may change or vanish.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise CacheError(f"{path} must be a cache written by CompressedCache.save; it can't be read: {error}") from None
+    if header.get("checksum") != _checksum(header, tensors):
+        raise CacheError(f"{path} is damaged: its contents don't match its checksum. Save the cache again")
+    return header, tensors
 
 
 def _fill(
@@ -184,6 +213,7 @@ def _fill(
             if parts:
                 try:
                     store.restore(parts)
+                    _check_parts(store, tiers.like[side])
                 except CacheError as error:
                     raise CacheError(f"{path} is damaged: layer {number}, {side}, store {s}: {error}") from None
             if store.length != expected:
@@ -192,8 +222,30 @@ def _fill(
                 )
 
 
+def _check_parts(store: Store, like: Tensor) -> None:
+    """What was restored must be keys or values of the kind of `like`."""
+    for name, part in store.parts.items():
+        dtype, width = like.dtype, like.shape[3]
+        if isinstance(store, PackedStore) and name == "codes":
+            dtype, width = torch.uint8, packed_width(width, store.quantizer.nbits)
+        elif isinstance(store, PackedStore) and name == "params":
+            dtype = torch.float32 if store.quantizer.scale_dtype == "float32" else dtype
+            width = 2 * (width if store.by_channel else width // store.group_size)
+        for page in part.pages:
+            fits = isinstance(store, NamedStore) or (page.dtype == dtype and page.shape[3] == width)
+            if page.shape[:2] != like.shape[:2] or not fits:
+                expected = (*like.shape[:2], page.shape[2], width)
+                raise CacheError(f"{name} must be {expected} in {dtype}, found {tuple(page.shape)} in {page.dtype}")
+
+
 def _check_state(state: State, placement: Placement, path: Path) -> None:
     """What the tiers hold must be what their stores hold; the last tier takes what is left."""
+    if not type(state.seen) is type(state.through) is int or not 0 <= state.through <= state.seen:
+        raise CacheError(f"{path} is damaged: tokens seen must be counted, found {state.seen!r} and {state.through!r}")
+    held: Any
+    for held in (*state.tiers, *(order.array for orders in state.stores.values() for order in orders)):
+        if held.ndim != 1 or len(np.unique(held)) != len(held) or (held < 0).any() or (held >= state.seen).any():
+            raise CacheError(f"{path} is damaged: positions must be different and below the {state.seen} tokens seen")
     for side, orders in state.stores.items():
         for s, order in enumerate(orders):
             covers = placement.tiers_of_store(side, s)
@@ -214,19 +266,32 @@ def _fill_own(layer: Any, keys: Tensor, values: Tensor, seen: int) -> None:
         layer.cumulative_length = seen
 
 
-def _check_shapes(cache: CompressedCache, model_or_config: Any, path: Path) -> None:
-    from kvpolicy.cache import TieredLayer
+def _check_model(
+    header: dict[str, str], cache: CompressedCache, tensors: dict[str, Tensor], model_or_config: Any, path: Path
+) -> None:
+    """What was saved must be of this kind of model, in its type, with heads of its shape."""
+    from kvpolicy.cache import TieredLayer, head_dim_of, layer_config
 
-    config = getattr(model_or_config, "config", model_or_config).get_text_config(decoder=True)
-    heads = getattr(config, "num_key_value_heads", None)
-    if getattr(config, "kv_lora_rank", None) or not isinstance(heads, int):
-        return
+    if header["model_type"] != cache.model_type:
+        raise CacheError(
+            f"{path} must be of a {cache.model_type} model, found a cache of {header['model_type']}; "
+            "load it with the model that made it"
+        )
+    text = getattr(model_or_config, "config", model_or_config).get_text_config(decoder=True)
+    dtype = getattr(model_or_config, "dtype", None)
     for number, layer in enumerate(cache.layers):
-        if isinstance(layer, TieredLayer):
-            found = layer.tiers.like["keys"].shape
-            dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-            if (found[1], found[3]) != (heads, dim):
-                raise CacheError(
-                    f"{path} must be of a model with {heads} KV heads of {dim} channels; "
-                    f"layer {number} holds {found[1]} of {found[3]}"
-                )
+        like = tensors.get(f"{number}.keys.like")
+        if not isinstance(layer, TieredLayer) or like is None:
+            continue
+        if isinstance(dtype, torch.dtype) and like.dtype != dtype:
+            raise CacheError(f"{path} holds {like.dtype}, the model computes in {dtype}; use model.to({like.dtype})")
+        dim, own = head_dim_of(text, number), layer_config(text, number)
+        if dim is None:
+            continue
+        heads = getattr(own, "num_key_value_heads", None)
+        known = [heads] if isinstance(heads, int) else [1, getattr(own, "num_attention_heads", None)]
+        if like.shape[3] != dim or like.shape[1] not in known:
+            raise CacheError(
+                f"{path} must be of a model with {known[-1]} KV heads of {dim} channels; "
+                f"layer {number} holds {like.shape[1]} of {like.shape[3]}"
+            )

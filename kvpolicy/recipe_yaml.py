@@ -12,13 +12,14 @@ from typing import Any, NoReturn, TypeAlias
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.events import CollectionEndEvent, CollectionStartEvent, NodeEvent
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from kvpolicy.errors import RecipeError
 
 __all__ = ["Document", "dump_yaml", "parse_scalar", "path_text", "read_file", "read_mapping", "read_text"]
 
-MAX_BYTES = 1 << 20
+MAX_BYTES = 1 << 17
 MAX_NODES = 20_000
 MAX_DEPTH = 40
 Path_: TypeAlias = tuple[str | int, ...]
@@ -105,6 +106,7 @@ def _compose(text: str, file: str) -> Node | None:
     try:
         yaml = YAML(typ="safe", pure=True)
         yaml.composer.warn_double_anchors = False
+        _check_size(yaml, text, file)
         node: Node | None = yaml.compose(io.StringIO(text))
         return node
     except MarkedYAMLError as error:
@@ -119,6 +121,18 @@ def _compose(text: str, file: str) -> Node | None:
         line = f":{text.count(chr(10), 0, position) + 1}" if isinstance(position, int) else ""
         reason = f"character {error.character!r} is not allowed" if hasattr(error, "character") else str(error)
         raise RecipeError(f"{file}{line}: not valid YAML: {reason}") from error
+
+
+def _check_size(yaml: YAML, text: str, file: str) -> None:
+    """Count before anything is built, which takes seconds where there is much."""
+    depth = count = 0
+    for event in yaml.parse(io.StringIO(text)):
+        count += isinstance(event, NodeEvent)
+        depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            raise RecipeError(f"{file}: {_TOO_DEEP}, found more")
+        if count > MAX_NODES:
+            raise RecipeError(f"{file}: a recipe has at most {MAX_NODES} values, found more")
 
 
 class _Reader:

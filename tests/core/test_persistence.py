@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from models import ids, llama, tiny
 from recipes import NAMED, named
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from kvpolicy import CompressedCache, Recipe, make_cache
 from kvpolicy.errors import CacheError
+from kvpolicy.persistence import _checksum
 from kvpolicy.recipe import bundled_names
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -144,9 +146,11 @@ def refused(file: Path, model: Any, match: str) -> None:
 
 
 def rewritten(file: Path, tensors: Any = lambda t: t, header: Any = lambda h: h) -> Path:
+    """A file that is changed on purpose, its checksum included."""
     with safe_open(file, "pt") as opened:
-        metadata = dict(opened.metadata())
-    save_file(tensors(load_file(file)), file, metadata=header(metadata))
+        metadata = header(dict(opened.metadata()))
+    held = tensors({name: tensor.clone() for name, tensor in load_file(file).items()})
+    save_file(held, file, metadata={**metadata, "checksum": _checksum(metadata, held)})
     return file
 
 
@@ -185,8 +189,72 @@ def test_a_later_format(saved: Path) -> None:
 def test_another_model(saved: Path) -> None:
     refused(saved, llama(64, 4, 2, torch.float32), "2 KV heads of 64 channels; layer 0 holds 2 of 32")
     refused(saved, llama(32, 4, 4, torch.float32), "4 KV heads of 32 channels; layer 0 holds 2 of 32")
-    refused(saved, tiny("gemma3_text"), "of a model with the same layers: it holds 2 layers")
-    refused(saved, tiny("mistral"), "of a model with the same layers")
+    refused(saved, tiny("gemma3_text"), "of a gemma3_text model, found a cache of llama")
+    refused(saved, tiny("qwen3"), "of a qwen3 model, found a cache of llama")
+    refused(saved, tiny("llama", torch.bfloat16), "holds torch.float32, the model computes in torch.bfloat16")
+    longer = copy.deepcopy(tiny("llama").config)
+    longer.num_hidden_layers = 3
+    refused(saved, longer, "of a model with the same layers: it holds 2 layers")
+
+
+def gpt2(heads: int) -> PreTrainedModel:
+    config = AutoConfig.for_model("gpt2", n_embd=64, n_layer=2, n_head=heads, vocab_size=97)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def test_heads_are_checked_where_the_config_names_them_otherwise(tmp_path: Path) -> None:
+    cache = filled(named("logquant"), gpt2(4))
+    cache.save(tmp_path / "cache")
+    assert CompressedCache.load(tmp_path / "cache", gpt2(4)).get_seq_length() == 155
+    refused(tmp_path / "cache", gpt2(2), "of a model with 2 KV heads of 32 channels; layer 0 holds 4 of 16")
+
+
+def test_the_file_may_change_or_vanish_once_it_is_read(saved: Path) -> None:
+    model = tiny("llama")
+    expected = logits(model, CompressedCache.load(saved, model))
+    loaded = CompressedCache.load(saved, model)
+    os.truncate(saved, 0)
+    assert torch.equal(logits(model, loaded), expected)
+
+
+def test_any_flipped_byte_is_found(saved: Path) -> None:
+    content = saved.read_bytes()
+    for at in range(8, len(content), len(content) // 40):
+        saved.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+        with pytest.raises(CacheError):
+            CompressedCache.load(saved, tiny("llama"))
+
+
+@pytest.mark.parametrize("kind", ["codes", "params", "exact", "like", "keys.0", "tier.0"])
+def test_tensors_of_another_kind_are_refused_when_they_are_read(saved: Path, kind: str) -> None:
+    content = saved.read_bytes()
+    changes = [lambda t: t.to(torch.float16), lambda t: torch.cat([t, t]), lambda t: t[..., :-1], lambda t: -t - 1]
+    for name in [n for n in names(saved) if n.endswith(kind)]:
+        for change in changes:
+            saved.write_bytes(content)
+            changed = change(load_file(saved)[name]).contiguous()
+            file = rewritten(saved, tensors=lambda t, name=name, changed=changed: {**t, name: changed})
+            try:
+                cache = CompressedCache.load(file, tiny("llama"))
+            except CacheError:
+                continue
+            assert logits(tiny("llama"), cache, 3).isfinite().all()
+
+
+@pytest.mark.parametrize("seen", ['"155"', "-1", "5000000000000", "1.5", "null", "3"])
+def test_a_count_that_can_not_be(saved: Path, seen: str) -> None:
+    def changed(header: dict[str, str]) -> dict[str, str]:
+        states = json.loads(header["states"])
+        return {**header, "states": json.dumps([{**states[0], "seen": json.loads(seen)}, *states[1:]])}
+
+    if seen == "5000000000000":  # only the tokens that are held can be checked
+        assert CompressedCache.load(rewritten(saved, header=changed), tiny("llama")).get_seq_length() == int(seen)
+    else:
+        refused(rewritten(saved, header=changed), tiny("llama"), "damaged")
+
+
+def test_a_saved_recipe_stands_alone(saved: Path) -> None:
+    refused(rewritten(saved, header=lambda h: {**h, "recipe": "extends: /etc/passwd"}), tiny("llama"), "stands alone")
 
 
 @pytest.mark.parametrize("entry", ["format", "layers", "states", "recipe"])

@@ -256,8 +256,8 @@ def test_binary_huge_missing_directory_and_special_files(tmp_path: Path) -> None
     zeros.write_bytes(b"\0" * 100)
     assert "not valid YAML" in error_of(zeros)
     huge = tmp_path / "huge.yaml"
-    huge.write_bytes(b"#" * (1 << 20) + b"#")
-    assert error_of(huge) == f"{huge}: a recipe has at most 1048576 bytes, found more"
+    huge.write_bytes(b"#" * (1 << 17) + b"#")
+    assert error_of(huge) == f"{huge}: a recipe has at most 131072 bytes, found more"
     missing = tmp_path / "missing.yaml"
     assert error_of(missing) == f"{missing}: no such file"
     assert "found a directory" in error_of(tmp_path)
