@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from kvpolicy.errors import RecipeError
@@ -11,8 +12,11 @@ from kvpolicy.recipe_spec import Recipe, Tier
 __all__ = ["MAX_TOKENS", "describe_store", "describe_tier", "plot_placement"]
 
 MAX_TOKENS = 4096
-_COLOURS = ["#08306b", "#2979b9", "#6baed6", "#9ecae1", "#c6dbef", "#deebf7"]
-_LOWEST, _DROPPED, _UNSEEN = "#fdae6b", "#e4e4e4", "#ffffff"
+_EXACT = ["#08306b", "#2979b9", "#6baed6", "#9ecae1", "#c6dbef", "#deebf7"]
+"""From the newest tier down."""
+_QUANTIZED = ["#fdae6b", "#e6701a", "#a63603", "#6b2203"]
+"""From the lowest tier up."""
+_DROPPED, _UNSEEN = "#e4e4e4", "#ffffff"
 
 
 def describe_store(store: Any) -> str:
@@ -38,8 +42,23 @@ def _describe_policy(policy: Any) -> str:
 
 
 def _colours(tiers: tuple[Tier, ...]) -> list[str]:
-    last = _DROPPED if tiers[-1].keys == "evict" else _COLOURS[0] if tiers[-1].keys == "full" else _LOWEST
-    return [*(_COLOURS[min(i, len(_COLOURS) - 1)] for i in range(len(tiers) - 1)), last]
+    """Exact tiers blue, dark to light; those of which keys or values are quantized orange; dropped tokens grey."""
+    exact = [i for i, tier in enumerate(tiers) if tier.keys == tier.values == "full"]
+    quantized = [i for i, tier in enumerate(tiers) if i not in exact and tier.keys != "evict"][::-1]
+    colours = [_DROPPED] * len(tiers)
+    for members, palette in ((exact, _EXACT), (quantized, _QUANTIZED)):
+        for rank, i in enumerate(members):
+            colours[i] = palette[min(rank, len(palette) - 1)]
+    return colours
+
+
+def _title(recipe: Recipe) -> str:
+    fed = "\n(tokens fed one per update)" if recipe.placement == "update" else ""
+    return fill(f"{recipe.name[:160]}: the tier that holds each position", 60) + fed
+
+
+def _label(number: int, tier: Tier) -> str:
+    return fill(f"{number}  {describe_tier(tier)}", 92, subsequent_indent="    ")
 
 
 def plot_placement(recipe: Recipe, tokens: int, path: str | Path) -> Path:
@@ -65,7 +84,9 @@ def plot_placement(recipe: Recipe, tokens: int, path: str | Path) -> Path:
         raise RecipeError(f"{target}: a picture must end in one of {', '.join(supported)}, found {target.suffix!r}")
     picture = history(recipe.tiers, tokens, recipe.placement)
     colours = _colours(recipe.tiers)
-    figure = Figure(figsize=(7.5, 5.6), layout="constrained")
+    title, labels = _title(recipe), [_label(i, tier) for i, tier in enumerate(recipe.tiers)]
+    lines = title.count("\n") + sum(label.count("\n") + 1 for label in labels)
+    figure = Figure(figsize=(7.5, 5.6 + 0.17 * max(0, lines - 3)), layout="constrained")
     axes = figure.add_subplot()
     cmap = ListedColormap([_UNSEEN, *colours])
     axes.imshow(
@@ -79,8 +100,7 @@ def plot_placement(recipe: Recipe, tokens: int, path: str | Path) -> Path:
     )
     axes.set_xlabel("position in the context")
     axes.set_ylabel("tokens seen")
-    axes.set_title(f"{recipe.name}: the tier that holds each position")
-    labels = [f"{i}  {describe_tier(tier)}" for i, tier in enumerate(recipe.tiers)]
+    axes.set_title(title, parse_math=False)
     handles = [
         Patch(facecolor=colour, edgecolor="0.4", linewidth=0.5, label=label)
         for colour, label in zip(colours, labels, strict=True)

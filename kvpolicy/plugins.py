@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint, PackageNotFoundError, distribution, entry_points
+from importlib.util import find_spec
 from itertools import pairwise
 from types import ModuleType
 from typing import Any, Generic, TypeVar, get_args
@@ -41,6 +43,15 @@ class PluginInfo(Generic[C]):
     @property
     def home(self) -> str:
         return f"{self.distribution} {self.version}".strip()
+
+    @property
+    def missing(self) -> str | None:
+        """The library that it requires and that is not installed, or None. Nothing is imported."""
+        wanted = getattr(self.cls, "requires", None)
+        if not wanted:
+            return None
+        library = _library_of_extra(self.distribution, wanted)
+        return None if _installed(library) else library
 
 
 @dataclass(frozen=True)
@@ -152,8 +163,32 @@ class Registry:
 
 def suggest(name: str, allowed: Iterable[str]) -> str:
     """` (did you mean 'x'?)`, or nothing."""
-    close = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.5)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+    known: dict[str, str] = {}
+    for word in allowed:
+        known.setdefault(word.lower(), word)
+    close = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
+    return f" (did you mean {known[close[0]]!r}?)" if close else ""
+
+
+def _library_of_extra(home: str, extra: str) -> str:
+    """The distribution that an extra brings; without such an extra its name is that of the library."""
+    try:
+        requirements = distribution(home).requires or []
+    except PackageNotFoundError:
+        requirements = []
+    pattern = re.compile(rf"([\w.-]+).*;.*extra == ['\"]{re.escape(extra)}['\"]")
+    return next((match[1] for match in map(pattern.match, requirements) if match), extra)
+
+
+def _installed(library: str) -> bool:
+    try:
+        distribution(library)
+    except (PackageNotFoundError, ValueError):
+        try:
+            return find_spec(library.partition(".")[0]) is not None
+        except (ImportError, ValueError):
+            return False
+    return True
 
 
 def _home(point: EntryPoint) -> tuple[str, str]:

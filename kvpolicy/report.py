@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -92,8 +93,7 @@ class Memory:
 
     def __str__(self) -> str:
         return (
-            f"{self.bytes:,} bytes, {self.bits_per_value:.2f} bits per value, "
-            f"{self.ratio:.2f}x smaller than the exact cache"
+            f"{self.bytes:,} bytes, {self.bits_per_value:.2f} bits per value, {_compared(self.ratio)} the exact cache"
         )
 
 
@@ -119,9 +119,17 @@ class Summary:
         table = Table(title=f"recipe {self.recipe}")
         for name in ("layer", "kept by", "tiers", "tokens"):
             table.add_column(name)
-        for x in self.layers:
-            table.add_row(str(x.layer), x.type, "\n".join(x.tiers), str(x.tokens))
+        for (kept, tiers, tokens), group in groupby(self.layers, lambda x: (x.type, x.tiers, x.tokens)):
+            numbers = [x.layer for x in group]
+            shown = str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}"
+            table.add_row(shown, kept, "\n".join(tiers), str(tokens))
         return _render(table)
+
+
+def _compared(ratio: float) -> str:
+    if f"{ratio:.2f}" == "1.00":
+        return "as large as"
+    return f"{ratio:.2f}x smaller than" if ratio > 1 else f"{1 / ratio:.2f}x as large as"
 
 
 def _render(table: Table) -> str:

@@ -42,10 +42,10 @@ def _type(schema: dict[str, Any]) -> str:
     return f"{words} >= {schema['minimum']}" if "minimum" in schema else words
 
 
-def _fields(properties: dict[str, Any]) -> str:
+def _fields(properties: dict[str, Any], required: dict[str, str]) -> str:
     return _table(
-        ("Key", "Type", "Meaning"),
-        ((f"`{key}`", _type(s), s.get("description", "")) for key, s in properties.items()),
+        ("Key", "Type", "Required", "Meaning"),
+        ((f"`{key}`", _type(s), required.get(key, "no"), s.get("description", "")) for key, s in properties.items()),
     )
 
 
@@ -53,14 +53,19 @@ def recipe_fields() -> str:
     """The keys of a recipe."""
     from kvpolicy.schema import recipe_schema
 
-    return _fields(recipe_schema()["properties"])
+    schema = recipe_schema()
+    one_of = [key for branch in schema["anyOf"] for key in branch["required"]]
+    words = "one of " + ", ".join(f"`{key}`" for key in one_of)
+    return _fields(schema["properties"], dict.fromkeys(one_of, words))
 
 
 def tier_fields() -> str:
     """The keys of a tier."""
     from kvpolicy.schema import recipe_schema
 
-    return _fields(recipe_schema()["$defs"]["tier"]["properties"])
+    both = "yes, unless `store` is given"
+    required = {"policy": "in all tiers but the last", "store": "yes, unless `keys` and `values` are given"}
+    return _fields(recipe_schema()["$defs"]["tier"]["properties"], {**required, "keys": both, "values": both})
 
 
 def _options(what: str) -> str:
@@ -124,21 +129,41 @@ def cli() -> str:
         context = type(root).context_class(command, info_name=f"kvpolicy {name}")
         shown = [p for p in command.params if p.name != "help"]
         rows = [_parameter(p, context) for p in shown]
-        arguments = [row[0].strip("`") for row in rows if not row[0].startswith("`-")]
-        options = ["[OPTIONS]"] if len(arguments) < len(rows) else []
-        usage = " ".join(["kvpolicy", name, *arguments, *options])
+        given = [_usage(p, context) for p in shown if p.required or p.param_type_name == "argument"]
+        options = ["[OPTIONS]"] if len(given) < len(shown) else []
+        usage = " ".join(["kvpolicy", name, *given, *options])
         doc = re.sub(r"\n[ \t]+", "\n", (command.help or "").strip())
-        table = f"\n\n{_table(('Argument or option', 'Default', 'Meaning'), rows)}" if rows else ""
+        table = f"\n\n{_table(('Argument or option', 'Value', 'Default', 'Meaning'), rows)}" if rows else ""
         parts.append(f"## {name}\n\n{doc}\n\n```text\n{usage}\n```{table}")
     return "\n\n".join(parts)
 
 
-def _parameter(parameter: Any, context: Any) -> tuple[str, str, str]:
-    names = ", ".join(parameter.opts) if parameter.param_type_name == "option" else parameter.metavar
-    names = names or parameter.name.upper()
+def _metavar(parameter: Any, context: Any) -> str:
+    if getattr(parameter, "is_flag", False):
+        return ""
+    if parameter.metavar or parameter.param_type_name == "argument":
+        return str(parameter.metavar or parameter.name.upper())
+    # typer's own option classes, or click's of earlier versions
+    named = getattr(parameter, "display_type", None) or parameter.make_metavar
+    return str(named(context)).split()[0].strip("<>").upper()
+
+
+def _usage(parameter: Any, context: Any) -> str:
+    return " ".join(
+        [*([] if parameter.param_type_name == "argument" else parameter.opts[:1]), _metavar(parameter, context)]
+    )
+
+
+def _parameter(parameter: Any, context: Any) -> tuple[str, str, str, str]:
+    metavar, value = _metavar(parameter, context), ""
+    names = metavar
+    if parameter.param_type_name == "option":
+        names = ", ".join(parameter.opts)
+        value = " or ".join(f"`{word}`" for word in metavar.split("|") if word)
     default = parameter.get_default(context)
-    empty = default is None or default is False or default in ([], (), "") or parameter.required
-    return f"`{names}`", "" if empty else f"`{default}`", getattr(parameter, "help", "") or ""
+    empty = default is None or default is False or default in ([], (), "")
+    shown = "required" if parameter.required else "" if empty else f"`{default}`"
+    return f"`{names}`", value, shown, getattr(parameter, "help", "") or ""
 
 
 GENERATED: dict[str, Callable[[], str]] = {

@@ -15,7 +15,7 @@ else:
     import tomli as tomllib
 
 from kvpolicy.errors import PluginError, RecipeError
-from kvpolicy.plugins import Registry, registry
+from kvpolicy.plugins import Registry, registry, suggest
 
 ROOT = Path(__file__).parents[2]
 POLICY = """
@@ -171,3 +171,37 @@ def test_only_a_recipe_that_uses_a_broken_plugin_fails_and_says_why(site: Site) 
         found.policy("crash")
     with pytest.raises(RecipeError, match=r"no policy of kind 'other'; installed: none; plugins that failed.*: crash"):
         found.policy("other")
+
+
+def test_a_suggestion_ignores_case() -> None:
+    assert suggest("LOGQUANT", ["kivi", "logquant"]) == " (did you mean 'logquant'?)"
+    assert suggest("zzz", ["kivi"]) == ""
+
+
+QUANTIZER = """
+from typing import ClassVar, Literal
+import kvpolicy
+
+class {name}(kvpolicy.AffineQuantizer):
+    kind: Literal["{kind}"] = "{kind}"
+    requires: ClassVar[str | None] = {requires!r}
+    def calibrate(self, groups):
+        raise NotImplementedError
+
+@kvpolicy.hookimpl
+def kvpolicy_quantizers():
+    return [{name}]
+"""
+
+
+def test_a_missing_library_is_named_without_importing_it(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    site.add("dist-a", "a", "kvp_a", QUANTIZER.format(name="A", kind="a", requires="nothing_of_that_name"))
+    site.add("dist-b", "b", "kvp_b", QUANTIZER.format(name="B", kind="b", requires="numpy"))
+    found = site.load()
+    assert found.quantizers["a"].missing == "nothing_of_that_name"
+    assert found.quantizers["b"].missing is None
+    assert registry().quantizers["int"].missing is None
+    assert registry().policies["recent"].missing is None
+    monkeypatch.setattr("kvpolicy.plugins._installed", lambda library: False)
+    assert registry().quantizers["quanto"].missing == "optimum-quanto"
+    assert registry().quantizers["hqq"].missing == "hqq"

@@ -161,6 +161,14 @@ def test_every_command_is_documented(reference: ModuleType) -> None:
                 assert parameter.help, f"kvpolicy {command.name}: {parameter.name} must have a help text"
 
 
+def test_the_command_line_says_what_is_required(reference: ModuleType) -> None:
+    text = rendered(reference, "reference/cli.md")
+    assert "kvpolicy generate --recipe RECIPE --prompt TEXT|- [OPTIONS]" in text
+    assert "| `--recipe` | `RECIPE` | required |" in text
+    assert "| `--overwrite` |  |  |" in text
+    assert "&lt;" not in text
+
+
 def test_every_recipe_key_and_option_is_documented(reference: ModuleType) -> None:
     from kvpolicy.schema import recipe_schema
 

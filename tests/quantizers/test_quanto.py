@@ -109,5 +109,5 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(MissingDependencyError, match=r'pip install "kvpolicy\[quanto\]"'):
+    with pytest.raises(MissingDependencyError, match=r"pip install optimum-quanto$"):
         Quanto(nbits=2).check(64)
