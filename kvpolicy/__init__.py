@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from kvpolicy.attention import attach as attach
     from kvpolicy.cache import CompressedCache as CompressedCache
     from kvpolicy.cache import make_cache as make_cache
-    from kvpolicy.compare import compare as compare
+    from kvpolicy.comparison import compare as compare
     from kvpolicy.hookspecs import hookimpl as hookimpl
     from kvpolicy.policy import Policy as Policy
     from kvpolicy.quantizer import Affine as Affine
@@ -50,7 +50,7 @@ _HOMES = {
     "Recipe": "recipe",
     "TensorQuantizer": "quantizer",
     "attach": "attention",
-    "compare": "compare",
+    "compare": "comparison",
     "hookimpl": "hookspecs",
     "load_recipe": "recipe",
     "make_cache": "cache",

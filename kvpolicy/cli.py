@@ -20,6 +20,8 @@ app = typer.Typer(
     name="kvpolicy",
     help="KV-cache compression as recipes. A RECIPE is a bundled name or a YAML file, with parameters after a colon: "
     "logquant:window=64,nbits=4.",
+    epilog="Exit status: 0 fine, 1 an arm of a comparison failed, 2 bad input, 130 interrupted.",
+    context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -42,12 +44,12 @@ def _options(
     pass
 
 
-def _print(table: Any) -> None:
+def _print(table: Any, err: bool = False) -> None:
     from rich.console import Console
 
-    console = Console()
+    console = Console(stderr=err)
     if not console.is_terminal:  # for grep: a row a line
-        console = Console(width=4096)
+        console = Console(stderr=err, width=4096)
     console.print(table)
 
 
@@ -92,17 +94,23 @@ def show(
     if loaded.params:
         typer.echo("# " + ", ".join(f"{name}={value}" for name, value in loaded.params.items()))
     typer.echo(loaded.to_yaml(resolved=True))
-    _print(_tiers_table(loaded, tokens))
+    fed = "a prompt of " if loaded.placement == "update" else ""
+    _print(_tiers_table(f"Tiers after {fed}{tokens} tokens", loaded, loaded.tiers, tokens), err=True)
+    for key, own in loaded.layers.items():
+        if own != "full":
+            _print(_tiers_table(f"Tiers of layers {key}", loaded, own, tokens), err=True)
+        else:
+            typer.echo(f"Layers {key}: full", err=True)
 
 
-def _tiers_table(recipe: Recipe, tokens: int) -> Any:
+def _tiers_table(title: str, recipe: Recipe, tiers: Any, tokens: int) -> Any:
     from rich.text import Text
 
     from kvpolicy.placement import simulate
     from kvpolicy.plots import describe_store
 
-    table = _table(f"Tiers after {tokens} tokens", "tier", "policy", "keys", "values", "tokens", "positions")
-    for i, (tier, held) in enumerate(zip(recipe.tiers, simulate(recipe.tiers, tokens, recipe.placement), strict=True)):
+    table = _table(title, "tier", "policy", "keys", "values", "tokens", "positions")
+    for i, (tier, held) in enumerate(zip(tiers, simulate(tiers, tokens, recipe.placement), strict=True)):
         options = "" if tier.policy is None else ", ".join(f"{k}={v}" for k, v in tier.policy if k != "kind")
         policy = "takes the rest" if tier.policy is None else f"{tier.policy.kind}({options})"
         keys, values = describe_store(tier.keys), describe_store(tier.values)
@@ -155,6 +163,8 @@ def plugins() -> None:
         for kind in sorted(known):
             info = known[kind]
             options = ", ".join(_option(name, field) for name, field in info.cls.model_fields.items() if name != "kind")
+            if info.missing:
+                options = f"needs {info.missing}, not installed; {options}"
             cells = (what, kind, info.distribution, info.version, info.file, options)
             table.add_row(*(Text(cell) for cell in cells))
     _print(table)
@@ -175,6 +185,9 @@ register(app)
 
 def main() -> None:
     """Run the command; an error that kvpolicy raises on purpose is one message and exit status 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     try:
         app()
     except KvpolicyError as error:

@@ -38,7 +38,7 @@ def compare(
 ) -> None:
     """Compare recipes on the same samples, each against the exact cache."""
     _quiet()
-    from kvpolicy.compare import compare as run
+    from kvpolicy.comparison import compare as run
 
     with warnings.catch_warnings():
         warnings.showwarning = _warn
@@ -55,8 +55,7 @@ def compare(
                 device=device,
             )
         except KeyboardInterrupt:
-            kept = "" if out is None else f"; finished rows are in {out / 'samples.jsonl'}"
-            typer.echo(f"interrupted{kept}", err=True)
+            typer.echo(f"interrupted{_kept(out)}", err=True)
             raise typer.Exit(130) from None
     _print(result)
     if out is not None:
@@ -79,13 +78,27 @@ def generate(
     from kvpolicy.generation import generate_text
 
     text = _read_stdin() if prompt == "-" else prompt
-    memory = generate_text(text, recipe, model, max_new_tokens, device, sys.stdout)
+    try:
+        memory = generate_text(text, recipe, model, max_new_tokens, device, sys.stdout)
+    except KeyboardInterrupt:
+        typer.echo("\ninterrupted", err=True)
+        raise typer.Exit(130) from None
     typer.echo(memory, err=True)
+
+
+def _kept(out: Path | None) -> str:
+    try:
+        rows = 0 if out is None else (out / "samples.jsonl").read_bytes().count(b"\n")
+    except OSError:
+        rows = 0
+    return f"; finished rows in {out}/samples.jsonl: {rows}" if rows else ""
 
 
 def _read_stdin() -> str:
     from kvpolicy.errors import CompareError
 
+    if sys.stdin is None:
+        raise CompareError("the prompt comes from stdin, which is closed; pipe a text into the command")
     try:
         return sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:
@@ -109,8 +122,8 @@ def _print(result: Any) -> None:
 
     console = Console()
     if not console.is_terminal:
-        console = Console(width=120)
+        console = Console(width=result.width)
     for table in result.tables():
         console.print(table)
         console.print()
-    console.print(Text(result.notes()))
+    console.print(Text(result.notes()), width=min(console.width, 120))

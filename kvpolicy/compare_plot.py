@@ -50,7 +50,8 @@ def plot_comparison(found: Comparison, path: Path) -> Path:
     figure = Figure(figsize=(11.5, 5.4), layout="constrained", dpi=144)
     canvas = FigureCanvasAgg(figure)
     settings = found.settings
-    figure.suptitle(f"{settings['task']}, n = {settings['n']} samples; bars: 95% confidence intervals of the mean")
+    bars = "bars: 95% confidence intervals of the mean (on the right, their upper half where they reach 0)"
+    figure.suptitle(f"{settings['task']}, n = {settings['n']} samples; {bars}", fontsize="medium")
     panels = [(axes, points) for axes, points in _panels(found, figure.subplots(1, 2)) if points]
     canvas.draw()
     # Placed after the layout is settled, since positions are found in pixels.
@@ -77,7 +78,7 @@ def _panels(found: Comparison, axes: Any) -> Iterator[tuple[Any, list[_Point]]]:
     points = _points(found, "kl", math.inf)
     if not points:
         kl.text(0.5, 0.5, "no answer is longer than a token", ha="center", transform=kl.transAxes)
-    _draw(kl, points)
+    _draw(kl, points, log=True)
     _scale_divergence(kl, points)
     kl.set_ylabel("KL divergence from the exact cache (nats per token)")
     yield kl, points
@@ -100,12 +101,13 @@ def _ends(value: Estimate, most: float) -> tuple[float, float]:
     return max(value.mean - half, 0.0), min(value.mean + half, most)
 
 
-def _draw(axes: Any, points: Sequence[_Point]) -> None:
+def _draw(axes: Any, points: Sequence[_Point], log: bool = False) -> None:
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     for p in points:
         colour = _ORANGE if p.evicts else _BLUE
-        bars = [[p.mean - p.low], [p.high - p.mean]]
+        # Down to 0 a bar would cross every decade of a logarithmic axis.
+        bars = [[p.mean - p.low if p.low or not log else 0.0], [p.high - p.mean]]
         axes.errorbar(p.bits, p.mean, bars, fmt="o", markersize=6, capsize=3, linewidth=1, color=colour)
     for colour, label in ((_BLUE, "keeps every token"), (_ORANGE, "drops tokens")):
         if any(p.evicts == (colour == _ORANGE) for p in points):
@@ -216,6 +218,7 @@ def _annotate(axes: Any, p: _Point, dx: float, dy: float, ha: str, va: str) -> A
         fontsize=8.5,
         color="0.15",
         annotation_clip=False,
+        bbox={"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.8},
         arrowprops={"arrowstyle": "-", "color": "0.6", "linewidth": 0.7, "shrinkA": 0, "shrinkB": 4} if far else None,
     )
 

@@ -100,7 +100,7 @@ class Comparison:
         elif arm in self.arms:
             found = {row["sample"]: _value(row, metric) for row in self.rows if row["arm"] == arm}
         else:
-            raise CompareError(f"arm must be one of {', '.join([*self.arms, EXACT])}, found {arm!r}")
+            raise CompareError(f"arm must be one of {', '.join(dict.fromkeys([*self.arms, EXACT]))}, found {arm!r}")
         return {sample: value for sample, value in found.items() if value is not None}
 
     def mean(self, arm: str, metric: str) -> Estimate | None:
@@ -151,12 +151,13 @@ class Comparison:
         lines = [
             f"n = {n} samples, the same for all arms. ± is the half-width of a 95% confidence interval over them; "
             "differences (Δ) to the exact cache are paired. ±0 says that all samples gave the same value, no more. "
-            "Do not rank arms by means whose intervals overlap.",
+            "Do not rank arms by means whose intervals overlap; the paired `difference` of two arms may still tell "
+            "them apart. Arms of different bits differ in cost, too.",
             "NLL, KL and top-1 (agreement with the exact cache) are per token of the answer after its first, which "
             "the prefill predicts without reading a stored token.",
         ]
         if single:
-            lines.append(f"{single} answers are a single token: the prefill gives it, so that no cache can change it.")
+            lines.append(f"answers of a single token: {single}; the prefill gives it, so that no cache can change it.")
         lines += [f"failed: {arm}: {cause}" for arm, cause in self.failures.items()]
         return "\n".join(lines)
 
@@ -201,11 +202,17 @@ class Comparison:
         n = self.diverged(arm)[1]
         return Text(arm if n == self.settings["n"] else f"{arm} ({n} of {self.settings['n']} samples)")
 
+    @property
+    def width(self) -> int:
+        """Columns that the tables need."""
+        console = Console(width=4096)
+        return max(120, *(console.measure(table).maximum for table in self.tables()))
+
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=120, color_system=None)
+        console = Console(file=io.StringIO(), width=self.width, color_system=None)
         for table in self.tables():
             console.print(table)
-        console.print(Text(self.notes()))
+        console.print(Text(self.notes()), width=120)
         file = console.file
         assert isinstance(file, io.StringIO)
         return file.getvalue().rstrip()
@@ -259,7 +266,7 @@ def _scaled(found: Estimate | None, factor: float, digits: int) -> str:
 
 def _table(title: str, columns: Sequence[str]) -> Any:
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("arm", no_wrap=True)
+    table.add_column("arm", overflow="fold", min_width=8)
     for column in columns:
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     return table

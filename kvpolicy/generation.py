@@ -36,7 +36,9 @@ def generate_text(
         RecipeError: the recipe is not valid, or does not fit the model.
     """
     if tokens < 1:
-        raise CompareError(f"max_new_tokens must be at least 1, found {tokens}")
+        raise CompareError(f"max_new_tokens (on the shell --max-new-tokens) must be at least 1, found {tokens}")
+    if any("\ud800" <= c <= "\udfff" for c in prompt):
+        raise CompareError("the prompt must be text, found bytes that are no UTF-8")
     if not prompt:
         raise CompareError("the prompt must not be empty; give a text, or - to read it from stdin")
     loaded = load_recipe(recipe)

@@ -63,7 +63,9 @@ class Recipe(BaseModel):
         ),
     )
     params: dict[str, str | int | float | bool] = Field(
-        default_factory=dict, description="Parameters with their values; `$name` stands for one anywhere below."
+        default_factory=dict,
+        description="Parameters with their values. `$name` stands for one, as the whole value of a key below "
+        "tiers, layers and placement.",
     )
     tiers: tuple[Tier, ...] = Field(description="Tiers from the newest tokens down.")
     layers: dict[str, Literal["full"] | tuple[Tier, ...]] = Field(

@@ -262,6 +262,8 @@ def from_jsonl(path: str | Path) -> list[Sample]:
     """
     file = Path(path)
     try:
+        if file.exists() and not file.is_file() and not file.is_dir():
+            raise ValueError("something that is no regular file")
         raw = file.read_bytes()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)

@@ -44,10 +44,43 @@ def test_recipes_lists_every_bundled_recipe() -> None:
 def test_show_prints_yaml_that_loads_and_a_table() -> None:
     result = run("show", "logquant:window=64,nbits=4", "--tokens", "1000")
     assert result.returncode == 0, result.stderr
-    document, table = result.stdout.split("\nTiers after 1000 tokens")
-    assert load_yaml(document).tiers == load_recipe("logquant", window=64, nbits=4).tiers
-    assert "recent(window=64, flush=64)" in table
-    assert "takes the rest" in table
+    assert load_yaml(result.stdout).tiers == load_recipe("logquant", window=64, nbits=4).tiers
+    assert "Tiers after 1000 tokens" in result.stderr
+    assert "recent(window=64, flush=64)" in result.stderr
+    assert "takes the rest" in result.stderr
+
+
+def test_show_says_how_tokens_came_and_what_other_layers_have(tmp_path: Path) -> None:
+    assert "Tiers after a prompt of 300 tokens" in run("show", "hf-quantized", "--tokens", "300").stderr
+    file = tmp_path / "layers.yaml"
+    file.write_text('extends: logquant\nlayers: {"0": full, "1-2": [{store: {kind: int, nbits: 8}}]}\n')
+    shown = run("show", str(file)).stderr
+    assert "Layers 0: full" in shown
+    assert "Tiers of layers 1-2" in shown
+    assert "int8" in shown or "nbits" in shown or "8" in shown
+
+
+@pytest.mark.parametrize(
+    "arguments", [("compare", "full", "-n", "1"), ("generate", "--recipe", "full", "--prompt", "ß")]
+)
+def test_a_terminal_that_knows_ascii_alone_is_served(arguments: tuple[str, ...]) -> None:
+    command = [sys.executable, "-m", "kvpolicy", *arguments]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_prompts_that_are_no_text_and_tasks_that_are_no_files() -> None:
+    generate = [sys.executable, "-m", "kvpolicy", "generate", "--recipe", "full", "--prompt"]
+    bad = subprocess.run([*generate, b"\xff\xfe"], capture_output=True, text=True, check=False)
+    assert (bad.returncode, "no UTF-8" in bad.stderr) == (2, True), bad.stderr
+    shell = f"{sys.executable} -m kvpolicy generate --recipe full --prompt - <&-"
+    closed = subprocess.run(["sh", "-c", shell], capture_output=True, text=True, check=False)
+    assert (closed.returncode, "stdin, which is closed" in closed.stderr) == (2, True), closed.stderr
+    device = run("compare", "full", "--task", "/dev/zero.jsonl" if not Path("/dev/zero").exists() else "/dev/zero")
+    assert device.returncode == 2
+    assert "Traceback" not in device.stderr
 
 
 def test_show_draws_a_picture(tmp_path: Path) -> None:

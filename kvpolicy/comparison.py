@@ -72,13 +72,14 @@ def compare(
     """
     if isinstance(n, bool) or not isinstance(n, int) or n < 1:
         raise CompareError(f"n, the number of samples, must be an integer of at least 1, found {n!r}")
+    _check_arguments(task, seed, tokens, out)
     recipes = _recipes(arms)
     samples = load_task(os.fspath(task), n, seed, tokens)
     directory = None if out is None else _check_directory(Path(out), overwrite)
     bundled = model is None
     model, tokenizer, shown = _model(model, tokenizer, device)
     items = encode(samples, tokenizer, model.config)
-    caches = {name: make_cache(recipe, model) for name, recipe in recipes.items()}
+    caches = {name: _cache(name, recipe, model) for name, recipe in recipes.items()}
     settings = {"task": os.fspath(task), "n": len(items), "seed": seed, "tokens": tokens, **_about(model, shown)}
     result = Comparison(recipes, [], settings)
     with _rows_file(directory) as file, one_thread(bundled):
@@ -90,6 +91,24 @@ def compare(
     if directory is not None:
         result.plot(directory / FILES[2])
     return result
+
+
+def _check_arguments(task: Any, seed: Any, tokens: Any, out: Any) -> None:
+    if not isinstance(task, str | os.PathLike):
+        raise CompareError(f"task must be a name or the path of a .jsonl file, found {task!r}")
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise CompareError(f"seed must be an integer of at least 0, found {seed!r}")
+    if tokens is not None and (isinstance(tokens, bool) or not isinstance(tokens, int)):
+        raise CompareError(f"tokens, the length of a sample, must be an integer, found {tokens!r}")
+    if out is not None and (not isinstance(out, str | os.PathLike) or not os.fspath(out)):
+        raise CompareError(f"out must be the path of a directory, found {out!r}")
+
+
+def _cache(name: str, recipe: Recipe, model: Any) -> Any:
+    try:
+        return make_cache(recipe, model)
+    except KvpolicyError as error:
+        raise type(error)(f"arm {name!r}: {error}") from None
 
 
 def _run(
@@ -164,8 +183,8 @@ def _recipes(arms: Any) -> dict[str, Recipe]:
         name = str(label) if label is not None else _label(source, recipe)
         if name in found:
             raise CompareError(
-                f"arms must have different names, found {name!r} twice; leave one out, or name them by a mapping: "
-                'compare({"a": recipe, "b": other})'
+                f"arms must have different names, found {name!r} twice; leave one out (from Python, a mapping "
+                "gives them names)"
             )
         if name == EXACT and not is_exact(recipe):
             raise CompareError(f"an arm must not be named {EXACT!r}, which stands for the exact cache; rename it")
