@@ -31,7 +31,7 @@ def compare(
     seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
     tokens: Annotated[int | None, typer.Option(help="Approximate length of a generated sample.")] = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Write samples.jsonl, summary.json and comparison.png here.")
+        str | None, typer.Option(metavar="DIR", help="Write samples.jsonl, summary.json and comparison.png here.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier comparison in --out.")] = False,
     device: Annotated[str | None, typer.Option(help="Such as cpu or cuda:1; default: CUDA if there is one.")] = None,
@@ -75,9 +75,12 @@ def generate(
 ) -> None:
     """Continue a prompt greedily: the text on stdout, what the cache takes on stderr."""
     _quiet()
+    from kvpolicy.errors import CompareError
     from kvpolicy.generation import generate_text
 
     text = _read_stdin() if prompt == "-" else prompt
+    if not text and prompt == "-":
+        raise CompareError("the prompt from stdin must not be empty; pipe a text into the command")
     try:
         memory = generate_text(text, recipe, model, max_new_tokens, device, sys.stdout)
     except KeyboardInterrupt:
@@ -86,9 +89,9 @@ def generate(
     typer.echo(memory, err=True)
 
 
-def _kept(out: Path | None) -> str:
+def _kept(out: str | None) -> str:
     try:
-        rows = 0 if out is None else (out / "samples.jsonl").read_bytes().count(b"\n")
+        rows = 0 if out is None else (Path(out) / "samples.jsonl").read_bytes().count(b"\n")
     except OSError:
         rows = 0
     return f"; finished rows in {out}/samples.jsonl: {rows}" if rows else ""

@@ -68,7 +68,7 @@ def encode(samples: Sequence[Sample], tokenizer: Any, config: Any) -> list[Encod
         if isinstance(limit, int) and length > limit:
             raise CompareError(
                 f"sample {number}: prompt and answer must fit the model's max_position_embeddings, {limit}, "
-                f"found {len(prompt)} + {len(answer)} tokens; ask for a shorter context (tokens) or another task"
+                f"found {len(prompt)} + {len(answer)} tokens; ask for shorter samples (--tokens) or another task"
             )
         found.append(Encoded(sample, prompt, answer))
     return found

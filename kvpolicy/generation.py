@@ -62,7 +62,7 @@ def generate_text(
             cache_implementation=None,
         )
     new = output.shape[1] - ids.shape[1]
-    return f"{loaded.name}: {ids.shape[1]:,} tokens of prompt, {new:,} new; cache {cache.memory()}"
+    return f"{loaded.name}: prompt of {ids.shape[1]:,} tokens, {new:,} new; cache {cache.memory()}"
 
 
 def _check_length(prompt: int, tokens: int, config: Any) -> None:

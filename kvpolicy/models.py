@@ -92,4 +92,7 @@ def _check_directory(directory: Path) -> None:
 
 def _first_line(error: BaseException) -> str:
     text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
+    first, _, rest = text.partition("\n")
+    if first.rstrip().endswith(":"):  # a list follows
+        first = f"{first} {' '.join(rest.split())[:200]}"
+    return f"{type(error).__name__}: {first}" if text else type(error).__name__

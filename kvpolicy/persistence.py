@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kvpolicy.errors import CacheError, KvpolicyError, RecipeError
 from kvpolicy.packing import packed_width
@@ -27,6 +27,8 @@ FORMAT = "kvpolicy-cache"
 FORMAT_VERSION = 1
 OWN = ("DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer")
 """Layers of transformers whose whole state is keys, values and a count, or nothing."""
+LONGEST = 2**31 - 1
+"""Positions are kept in 32 bits."""
 
 
 def save_cache(cache: CompressedCache, path: Path) -> None:
@@ -103,7 +105,9 @@ def _own(layer: Any, number: int, tensors: dict[str, Tensor]) -> dict[str, Any]:
     kind = type(layer).__name__
     if kind not in OWN:
         raise CacheError(f"layer {number} is a {kind}, whose state can't be saved; only {', '.join(OWN)} can")
-    if getattr(layer, "is_initialized", False):
+    if kind == "DummyLayer":
+        return {"type": kind, "seen": 0}
+    if layer.is_initialized:
         tensors[f"{number}.own.keys"], tensors[f"{number}.own.values"] = layer.keys, layer.values
     return {"type": kind, "seen": layer.get_seq_length()}
 
@@ -119,7 +123,11 @@ def load_cache(path: Path, model_or_config: Any) -> CompressedCache:
         layers, states = json.loads(header["layers"]), json.loads(header["states"])
         recipe = load_yaml(header["recipe"])
         cache = make_cache(recipe, model_or_config)
-        _check_model(header, cache, tensors, model_or_config, path)
+        if header["model_type"] != cache.model_type:
+            raise CacheError(
+                f"{path} must be of a {cache.model_type} model, found a cache of {header['model_type']}; "
+                "load it with the model that made it"
+            )
         found = ["tiers" if isinstance(x, TieredLayer) else type(x).__name__ for x in cache.layers]
         saved = [x["type"] for x in layers]
         if found != saved:
@@ -127,30 +135,44 @@ def load_cache(path: Path, model_or_config: Any) -> CompressedCache:
                 f"{path} must be of a model with the same layers: it holds {len(saved)} layers {sorted(set(saved))}, "
                 f"the model has {len(found)} {sorted(set(found))}"
             )
-        made: dict[int, State] = {}
+        _check_model(cache, tensors, model_or_config, path)
+        devices = _devices(model_or_config, len(layers))
         for name, tensor in tensors.items():
             if not name.startswith("state.") and not name.endswith(".sizes"):
-                tensors[name] = tensor.to(_device(model_or_config, int(name.split(".")[0])))
+                tensors[name] = tensor.to(devices[int(name.split(".")[0])])
+        made: dict[tuple[int, int], State] = {}
         for number, (layer, entry) in enumerate(zip(cache.layers, layers, strict=True)):
             if isinstance(layer, TieredLayer):
                 _fill(layer, number, entry["state"], states, made, tensors, path)
-            elif f"{number}.own.keys" in tensors:
-                _fill_own(layer, tensors[f"{number}.own.keys"], tensors[f"{number}.own.values"], entry["seen"])
+            else:
+                _fill_own(layer, _kinds(layer, number, tensors), entry["seen"], path)
     except KvpolicyError as error:
         if isinstance(error, RecipeError):
             raise CacheError(f"{path} holds a recipe that can't be used here: {error}") from None
+        raise
+    except torch.cuda.OutOfMemoryError:
         raise
     except (KeyError, ValueError, IndexError, TypeError, RuntimeError, AttributeError) as error:
         raise CacheError(f"{path} is damaged: {type(error).__name__}: {error}. Save the cache again") from None
     return cache
 
 
-def _device(model: Any, layer: int) -> torch.device:
-    """Where a layer of the model lives, if it is a model."""
-    try:
-        return next(model.get_decoder().layers[layer].parameters()).device  # type: ignore[no-any-return]
-    except (AttributeError, IndexError, StopIteration, TypeError):
-        return getattr(model, "device", torch.device("cpu"))
+def _devices(model: Any, count: int) -> list[torch.device]:
+    """Where each layer of a model computes; a config has no device."""
+    whole = getattr(model, "device", torch.device("cpu"))
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    modules = decoder.modules() if isinstance(decoder, nn.Module) else ()
+    blocks = next((m for m in modules if isinstance(m, nn.ModuleList) and len(m) >= count), [whole] * count)
+    return [_device(block, whole) if isinstance(block, nn.Module) else whole for block in blocks]
+
+
+def _device(block: nn.Module, whole: torch.device) -> torch.device:
+    for module in block.modules():  # accelerate keeps offloaded weights elsewhere than it computes
+        device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    weight = next(block.parameters(), None)
+    return whole if weight is None else weight.device
 
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -185,13 +207,14 @@ def _fill(
     number: int,
     group: int,
     states: list[dict[str, int]],
-    made: dict[int, State],
+    made: dict[tuple[int, int], State],
     tensors: dict[str, Tensor],
     path: Path,
 ) -> None:
     tiers = layer.tiers
-    if group not in made:
-        placement = tiers.placement
+    placement = tiers.placement
+    key = (id(placement), group)
+    if key not in made:
         held = tuple(tensors[f"state.{group}.tier.{i}"].numpy() for i in range(len(placement.policies) - 1))
         stores = {
             side: tuple(_growing(tensors[f"state.{group}.{side}.{s}"].numpy()) for s in range(len(first)))
@@ -199,10 +222,10 @@ def _fill(
         }
         if placement.alike:
             stores["values"] = stores["keys"]
-        made[group] = State(states[group]["seen"], held, stores, states[group]["through"])
-        _check_state(made[group], placement, path)
+        made[key] = State(states[group]["seen"], held, stores, states[group]["through"])
+        _check_state(made[key], placement, path)
     layer.lazy_initialization(tensors[f"{number}.keys.like"], tensors[f"{number}.values.like"])
-    tiers.state = made[group]
+    tiers.state = made[key]
     for side, held_stores in tiers.stores.items():
         for s, store in enumerate(held_stores):
             prefix = f"{number}.{side}.{s}."
@@ -224,6 +247,10 @@ def _fill(
 
 def _check_parts(store: Store, like: Tensor) -> None:
     """What was restored must be keys or values of the kind of `like`."""
+    if isinstance(store, PackedStore) and store.by_channel:
+        sizes, largest = store.sizes, store.group_size or store.length
+        if sizes.dtype != np.int64 or sizes.ndim != 1 or (sizes < 1).any() or (sizes > largest).any():
+            raise CacheError(f"a group must have 1 to {largest} tokens, found {sizes.ravel()[:8]}")
     for name, part in store.parts.items():
         dtype, width = like.dtype, like.shape[3]
         if isinstance(store, PackedStore) and name == "codes":
@@ -236,62 +263,99 @@ def _check_parts(store: Store, like: Tensor) -> None:
             if page.shape[:2] != like.shape[:2] or not fits:
                 expected = (*like.shape[:2], page.shape[2], width)
                 raise CacheError(f"{name} must be {expected} in {dtype}, found {tuple(page.shape)} in {page.dtype}")
+    if isinstance(store, NamedStore):
+        lengths = {name: part.length for name, part in store.parts.items()}
+        decoded = next((tuple(x.shape) for _, x in store.decoded(1, like.dtype)), None)
+        if set(lengths.values()) != {store.length} or decoded != (*like.shape[:2], 1, like.shape[3]):
+            raise CacheError(f"its tensors must decode to tokens like {tuple(like.shape)}, found {lengths}, {decoded}")
 
 
 def _check_state(state: State, placement: Placement, path: Path) -> None:
     """What the tiers hold must be what their stores hold; the last tier takes what is left."""
-    if not type(state.seen) is type(state.through) is int or not 0 <= state.through <= state.seen:
-        raise CacheError(f"{path} is damaged: tokens seen must be counted, found {state.seen!r} and {state.through!r}")
-    held: Any
-    for held in (*state.tiers, *(order.array for orders in state.stores.values() for order in orders)):
-        if held.ndim != 1 or len(np.unique(held)) != len(held) or (held < 0).any() or (held >= state.seen).any():
-            raise CacheError(f"{path} is damaged: positions must be different and below the {state.seen} tokens seen")
+    damaged, seen = f"{path} is damaged: ", state.seen
+    if not type(seen) is type(state.through) is int or not 0 <= state.through <= seen <= LONGEST:
+        raise CacheError(f"{damaged}tokens seen must be counted, found {seen!r} and {state.through!r}")
+    for tier in state.tiers:
+        if tier.dtype != np.int64 or tier.ndim != 1 or (np.diff(tier) <= 0).any():
+            raise CacheError(f"{damaged}the positions of a tier must be integers that ascend")
+    evicts = placement.specs["keys"][-1] == "evict"
+    held = {side: np.sort(np.concatenate([order.array for order in orders])) for side, orders in state.stores.items()}
+    for positions in held.values():
+        if positions.ndim != 1 or (np.diff(positions) == 0).any() or ((positions < 0) | (positions >= seen)).any():
+            raise CacheError(f"{damaged}positions must be different and below the {seen} tokens seen")
+        if not evicts and len(positions) != seen:
+            raise CacheError(f"{damaged}the stores must hold all {seen} tokens seen, found {len(positions)}")
+    if not np.array_equal(held["keys"], held["values"]):
+        raise CacheError(f"{damaged}keys and values must be of the same tokens")
     for side, orders in state.stores.items():
         for s, order in enumerate(orders):
             covers = placement.tiers_of_store(side, s)
             tiers = np.concatenate([np.empty(0, dtype=np.int64), *(state.tiers[covers.start : covers.stop])])
-            fits = np.isin(tiers, order.array).all() and (covers.stop > len(state.tiers) or len(tiers) == order.length)
-            if not fits and placement.store_spec(side, s) != "evict":
-                raise CacheError(f"{path} is damaged: the tiers and the {side} of store {s} must hold the same tokens")
+            takes_rest = covers.stop > len(state.tiers) and placement.store_spec(side, s) != "evict"
+            fits = np.isin(tiers, order.array).all() and (takes_rest or len(tiers) == order.length)
+            if len(np.unique(tiers)) != len(tiers) or not fits:
+                raise CacheError(f"{damaged}the tiers and the {side} of store {s} must hold the same tokens")
 
 
 def _growing(array: Any) -> Growing:
     return Growing(np.ascontiguousarray(array, dtype=np.int32), len(array))
 
 
-def _fill_own(layer: Any, keys: Tensor, values: Tensor, seen: int) -> None:
-    layer.lazy_initialization(keys, values)
-    layer.keys, layer.values = keys, values
+def _fill_own(layer: Any, kinds: list[Tensor], seen: Any, path: Path) -> None:
+    if type(seen) is not int or (seen < kinds[0].shape[2] if kinds else seen != 0):
+        raise CacheError(f"{path} is damaged: a {type(layer).__name__} must have seen what it holds, found {seen!r}")
+    if not kinds:
+        return
+    layer.lazy_initialization(*kinds)
+    layer.keys, layer.values = kinds
     if hasattr(layer, "cumulative_length"):
         layer.cumulative_length = seen
 
 
-def _check_model(
-    header: dict[str, str], cache: CompressedCache, tensors: dict[str, Tensor], model_or_config: Any, path: Path
-) -> None:
-    """What was saved must be of this kind of model, in its type, with heads of its shape."""
-    from kvpolicy.cache import TieredLayer, head_dim_of, layer_config
+def _kinds(layer: Any, number: int, tensors: dict[str, Tensor]) -> list[Tensor]:
+    """Keys and values that show what kind a layer holds, or nothing where it holds nothing."""
+    from kvpolicy.cache import TieredLayer
 
-    if header["model_type"] != cache.model_type:
-        raise CacheError(
-            f"{path} must be of a {cache.model_type} model, found a cache of {header['model_type']}; "
-            "load it with the model that made it"
-        )
+    tiered = isinstance(layer, TieredLayer)
+    names = [f"{number}.{side}.like" if tiered else f"{number}.own.{side}" for side in ("keys", "values")]
+    return [tensors[name] for name in names] if tiered or any(name in tensors for name in names) else []
+
+
+def _check_model(cache: CompressedCache, tensors: dict[str, Tensor], model_or_config: Any, path: Path) -> None:
+    """Keys and values must be of one batch, in the model's type, with heads of its shape."""
+    from kvpolicy.cache import TieredLayer
+
     text = getattr(model_or_config, "config", model_or_config).get_text_config(decoder=True)
     dtype = getattr(model_or_config, "dtype", None)
+    if torch.is_autocast_enabled(getattr(model_or_config, "device", torch.device("cpu")).type):
+        dtype = None  # keys and values have the type of autocast, or not, as each model does
+    batch: int | None = None
     for number, layer in enumerate(cache.layers):
-        like = tensors.get(f"{number}.keys.like")
-        if not isinstance(layer, TieredLayer) or like is None:
-            continue
-        if isinstance(dtype, torch.dtype) and like.dtype != dtype:
-            raise CacheError(f"{path} holds {like.dtype}, the model computes in {dtype}; use model.to({like.dtype})")
-        dim, own = head_dim_of(text, number), layer_config(text, number)
-        if dim is None:
-            continue
-        heads = getattr(own, "num_key_value_heads", None)
-        known = [heads] if isinstance(heads, int) else [1, getattr(own, "num_attention_heads", None)]
-        if like.shape[3] != dim or like.shape[1] not in known:
-            raise CacheError(
-                f"{path} must be of a model with {known[-1]} KV heads of {dim} channels; "
-                f"layer {number} holds {like.shape[1]} of {like.shape[3]}"
-            )
+        kinds = _kinds(layer, number, tensors)
+        for like in kinds:
+            batch = like.shape[0] if batch is None else batch
+            fits = like.ndim == 4 and like.shape[:3] == (batch, *kinds[0].shape[1:3]) and like.is_floating_point()
+            if not fits or 0 in (batch, like.shape[1], like.shape[3]):
+                found = [f"{tuple(x.shape)} in {x.dtype}" for x in kinds]
+                raise CacheError(f"{path} is damaged: layer {number} must hold heads in {batch} rows, found {found}")
+            if isinstance(dtype, torch.dtype) and like.dtype != dtype:
+                raise CacheError(
+                    f"{path} holds {like.dtype}, the model computes in {dtype}; use model.to({like.dtype})"
+                )
+        if isinstance(layer, TieredLayer):
+            _check_heads(kinds[0], text, number, path)
+
+
+def _check_heads(like: Tensor, text: Any, number: int, path: Path) -> None:
+    from kvpolicy.cache import head_dim_of, layer_config
+
+    dim, own = head_dim_of(text, number), layer_config(text, number)
+    if dim is None:
+        return
+    heads = getattr(own, "num_key_value_heads", None)
+    known = [heads] if isinstance(heads, int) else [1, getattr(own, "num_attention_heads", None)]
+    if like.shape[3] != dim or like.shape[1] not in known:
+        raise CacheError(
+            f"{path} must be of a model with {known[-1]} KV heads of {dim} channels; "
+            f"layer {number} holds {like.shape[1]} of {like.shape[3]}"
+        )

@@ -32,7 +32,16 @@ CONTEXT = 2048
 END = "<|endoftext|>"
 COPYING = 256
 """Length of the rows of repeated random segments."""
-LENGTHS = (64, 128, 256, 512, 1024, 2048)
+LENGTHS = (16, 32, 64, 128, 256, 512, 1024, 2048)
+SHORTEST = 64
+"""Length from which lines have header, requests and answers."""
+FIRST_BATCH, FIRST_RATE = 16_384, 1e-3
+FIRST_MIX = {"copying": 0.25, "lines": 0.75}
+"""Retrieval is trained first and alone: with code beside it, it takes far longer to appear."""
+FIRST_REACH = 512
+"""Context length of lines at which the other tasks join."""
+FIRST_SHARE = 0.4
+"""Share of the run after which they join in any case."""
 # Words with underscores, single digits, runs of punctuation, line breaks, indentation.
 PIECES = r" ?[\p{L}_]+|\p{N}| ?[^\s\p{L}\p{N}_]+|\n+|[^\S\n]+(?!\S)|\s+"
 
@@ -154,7 +163,7 @@ class Rows:
 
         With or without the header and the line breaks of `lines`.
         """
-        text = tasks.LINES_HEADER if self.integer(0, 1) else ""
+        text = tasks.LINES_HEADER if length >= SHORTEST and self.integer(0, 1) else ""
         width = self.integer(2, 3)
         head = self.tensor(self.ids(text)).long().expand(rows, -1)
         count = (length - head.shape[1]) // (2 * width)
@@ -227,7 +236,7 @@ class Rows:
                 return self.arithmetic(rows, length)
             if name == "copying":
                 return self.copying(rows, length)
-            return self.recall(rows, length) if self.integer(0, 1) else self.lines(rows, length)
+            return self.recall(rows, length) if length < SHORTEST or self.integer(0, 1) else self.lines(rows, length)
         return self.code(rows, corpus)
 
     def code(self, rows: int, corpus: torch.Tensor) -> Batch:
@@ -265,17 +274,23 @@ class Curriculum:
 def loss_of(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean loss over the targets, and accuracy over the graded ones."""
     hidden = model.model(input_ids=batch.rows[:, :-1], use_cache=False).last_hidden_state
-    targets = torch.tensor(batch.targets, device=hidden.device)
     first, last = batch.targets[0], batch.targets[-1]
-    # Indexing by a list is slow to differentiate; whole ranges are sliced instead.
-    ranged = len(batch.targets) == last + 1 - first
-    hidden = hidden[:, first - 1 : last] if ranged else hidden[:, targets - 1]
+    # Whole ranges are sliced; the gradient of indexing by a list is slow, of index_select it is not.
+    if len(batch.targets) == last + 1 - first:
+        hidden, expected = hidden[:, first - 1 : last], batch.rows[:, first : last + 1]
+    else:
+        targets = torch.tensor(batch.targets, device=hidden.device)
+        hidden, expected = hidden.index_select(1, targets - 1), batch.rows.index_select(1, targets)
     logits = model.lm_head(hidden).float()
-    expected = batch.rows[:, targets]
     loss = cross_entropy(logits.flatten(0, 1), expected.flatten())
-    graded = torch.isin(targets, torch.tensor(batch.graded, device=targets.device))
+    if not batch.graded:
+        return loss, loss.new_zeros(())
     with torch.no_grad():
-        right = logits[:, graded].argmax(-1) == expected[:, graded]
+        right = logits.argmax(-1) == expected
+        if batch.graded != batch.targets:
+            place = {target: column for column, target in enumerate(batch.targets)}
+            graded = torch.tensor([place[target] for target in batch.graded], device=hidden.device)
+            right = right.index_select(1, graded)
     return loss, right.float().mean()
 
 
@@ -340,9 +355,9 @@ def train(options: argparse.Namespace) -> None:
     )
     rows = Rows(tokenizer, device, options.seed)
     check_layout(rows)
-    lines, chains = Curriculum(64, 0.95), Curriculum(128, 0.9)
-    share = dict(zip(("code", "copying", "lines", "arithmetic"), options.mix, strict=True))
-    batch = options.batch
+    lines, chains = Curriculum(LENGTHS[0], 0.95), Curriculum(128, 0.9)
+    mix = dict(zip(("code", "copying", "lines", "arithmetic"), options.mix, strict=True))
+    first, joined = options.resume is None and mix["lines"] > 0, 0
     start, step, tokens, last = time.monotonic(), 0, 0, 0.0
     model.train()
     while True:
@@ -350,7 +365,12 @@ def train(options: argparse.Namespace) -> None:
         progress = max(step / options.steps, elapsed / options.minutes)
         if progress >= 1:
             break
-        rate = options.rate * min(1.0, (step + 1) / 100, max(0.01, 1.02 * (1 - progress)))
+        if first and (lines.reach >= FIRST_REACH or progress >= FIRST_SHARE):
+            first, joined = False, step
+            print(f"all tasks from step {step}, {60 * elapsed:.0f} s, {tokens:,} tokens", flush=True)
+        share, batch = (FIRST_MIX, FIRST_BATCH) if first else (mix, options.batch)
+        highest = min(FIRST_RATE, options.rate) if first else options.rate * max(0.01, 1.02 * (1 - progress))
+        rate = min(options.rate, highest) * min(1.0, (step - joined + 1) / 100)
         for group in optimizer.param_groups:
             group["lr"] = rate
         lengths = {"lines": lines.length(rows), "arithmetic": chains.length(rows)}
@@ -471,18 +491,18 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=100_000)
     parser.add_argument("--minutes", type=float, default=1e9, help="end by then at the latest")
-    parser.add_argument("--batch", type=int, default=98_304, help="tokens per step")
+    parser.add_argument("--batch", type=int, default=131_072, help="tokens per step with all tasks")
     parser.add_argument(
         "--mix",
         type=float,
         nargs=4,
-        default=(0.35, 0.15, 0.3, 0.2),
+        default=(0.5, 0.05, 0.25, 0.2),
         metavar=("CODE", "COPYING", "LINES", "ARITHMETIC"),
-        help="shares of the tokens of a step",
+        help="shares of the tokens of a step with all tasks",
     )
-    parser.add_argument("--rate", type=float, default=2e-3, help="highest learning rate")
+    parser.add_argument("--rate", type=float, default=1.5e-3, help="highest learning rate")
     parser.add_argument("--log-seconds", type=float, default=10)
     parser.add_argument("--samples", type=int, default=50, help="samples per task and length")
     options = parser.parse_args()
