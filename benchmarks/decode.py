@@ -295,6 +295,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--runs", type=int, default=3, help="interleaved runs, of which the median counts")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="1: counts processor time")
     parser.add_argument("--attend", action="store_true", help="time update and attention together")
+    parser.add_argument("--store", action="store_true", help="time storing and descending only")
     parser.add_argument("--batch", type=int, default=1, help="rows of the batch")
     parser.add_argument("--no-hqq", action="store_true", help="leave the slowest peer out")
     parser.add_argument("--json", type=Path, help="write all figures here")
@@ -321,6 +322,9 @@ def main() -> None:
     rows: list[Row] = []
     for dtype in options.dtype:
         for tokens in options.tokens:
+            if options.store:
+                rows += [Row(tokens, dtype, f"kvpolicy {r}", 0.0, [], 0.0) for r in options.recipes]
+                continue
             rows += measure(tokens, dtype, options)
             print(table(row for row in rows if (row.tokens, row.dtype) == (tokens, dtype)), flush=True)
             write(rows, about, options)
@@ -328,7 +332,7 @@ def main() -> None:
         if not options.attend:
             measure_store(rows, dtype, options)
         write(rows, about, options)
-    print("\n".join(["", table(rows), *store_ratios(rows)]))
+    print("\n".join([*([] if options.store else ["", table(rows)]), *store_ratios(rows)]))
 
 
 if __name__ == "__main__":

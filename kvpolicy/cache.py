@@ -190,7 +190,7 @@ class CompressedCache(Cache):
 
     @classmethod
     def load(cls, path: str | Path, model_or_config: Any) -> CompressedCache:
-        """Read what `save` wrote, for the same model (or one of the same shape), onto its device.
+        """Read what `save` wrote, for the model that made it, each layer onto the device of the model's layer.
 
         Raises:
             CacheError: the file is missing, damaged, foreign, or of another model.

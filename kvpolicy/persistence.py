@@ -250,7 +250,7 @@ def _check_parts(store: Store, like: Tensor) -> None:
     if isinstance(store, PackedStore) and store.by_channel:
         sizes, largest = store.sizes, store.group_size or store.length
         if sizes.dtype != np.int64 or sizes.ndim != 1 or (sizes < 1).any() or (sizes > largest).any():
-            raise CacheError(f"a group must have 1 to {largest} tokens, found {sizes.ravel()[:8]}")
+            raise CacheError(f"a group must have 1 to {largest} tokens, found {np.unique(sizes)[:8]}")
     for name, part in store.parts.items():
         dtype, width = like.dtype, like.shape[3]
         if isinstance(store, PackedStore) and name == "codes":
@@ -263,11 +263,6 @@ def _check_parts(store: Store, like: Tensor) -> None:
             if page.shape[:2] != like.shape[:2] or not fits:
                 expected = (*like.shape[:2], page.shape[2], width)
                 raise CacheError(f"{name} must be {expected} in {dtype}, found {tuple(page.shape)} in {page.dtype}")
-    if isinstance(store, NamedStore):
-        lengths = {name: part.length for name, part in store.parts.items()}
-        decoded = next((tuple(x.shape) for _, x in store.decoded(1, like.dtype)), None)
-        if set(lengths.values()) != {store.length} or decoded != (*like.shape[:2], 1, like.shape[3]):
-            raise CacheError(f"its tensors must decode to tokens like {tuple(like.shape)}, found {lengths}, {decoded}")
 
 
 def _check_state(state: State, placement: Placement, path: Path) -> None:
@@ -302,7 +297,7 @@ def _growing(array: Any) -> Growing:
 
 
 def _fill_own(layer: Any, kinds: list[Tensor], seen: Any, path: Path) -> None:
-    if type(seen) is not int or (seen < kinds[0].shape[2] if kinds else seen != 0):
+    if type(seen) is not int or not (kinds[0].shape[2] <= seen <= LONGEST if kinds else seen == 0):
         raise CacheError(f"{path} is damaged: a {type(layer).__name__} must have seen what it holds, found {seen!r}")
     if not kinds:
         return
@@ -327,8 +322,8 @@ def _check_model(cache: CompressedCache, tensors: dict[str, Tensor], model_or_co
 
     text = getattr(model_or_config, "config", model_or_config).get_text_config(decoder=True)
     dtype = getattr(model_or_config, "dtype", None)
-    if torch.is_autocast_enabled(getattr(model_or_config, "device", torch.device("cpu")).type):
-        dtype = None  # keys and values have the type of autocast, or not, as each model does
+    if any(map(torch.is_autocast_enabled, ("cpu", "cuda"))):
+        dtype = None  # which type keys and values have is then up to each model
     batch: int | None = None
     for number, layer in enumerate(cache.layers):
         kinds = _kinds(layer, number, tensors)
@@ -342,7 +337,7 @@ def _check_model(cache: CompressedCache, tensors: dict[str, Tensor], model_or_co
                 raise CacheError(
                     f"{path} holds {like.dtype}, the model computes in {dtype}; use model.to({like.dtype})"
                 )
-        if isinstance(layer, TieredLayer):
+        if isinstance(layer, TieredLayer):  # others may have heads of a shape that each config names its own way
             _check_heads(kinds[0], text, number, path)
 
 

@@ -1,7 +1,9 @@
 """Writes measured figures between the marks of README.md and docs/explanation/benchmarks.md.
 
 make demo && .venv/bin/python docs/_hooks/fill_measured.py demo out/demo/summary.json
-make bench ARGS="--md out/decode.md" && .venv/bin/python docs/_hooks/fill_measured.py decode out/decode.md
+make bench ARGS="--tokens 4096 16384 --md out/decode.md" &&
+    .venv/bin/python docs/_hooks/fill_measured.py decode out/decode.md
+(and so on for store and attend, each with the command that stands above its mark)
 """
 
 from __future__ import annotations
@@ -53,7 +55,7 @@ def decode(path: Path) -> str:
 
 def main(what: str, source: str) -> None:
     """Fill in one kind of figures wherever its marks stand."""
-    text = {"demo": demo, "decode": decode}[what](Path(source))
+    text = (demo if what == "demo" else decode)(Path(source))
     mark = re.compile(rf"(<!-- measured: {what} -->\n).*?(<!-- /measured: {what} -->)", re.DOTALL)
     for page in PAGES:
         old = page.read_text(encoding="utf-8")

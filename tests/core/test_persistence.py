@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import json
 import os
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from models import ids, llama, tiny
+from models import build, ids, llama, tiny
 from recipes import NAMED, named
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -73,6 +74,25 @@ def test_bundled_recipes_with_parameters_survive(name: str, tmp_path: Path) -> N
     assert isinstance(loaded.recipe, Recipe)
     assert loaded.recipe == cache.recipe
     assert torch.equal(logits(model, loaded, 5), logits(model, cache, 5))
+
+
+LAYERED = {"num_hidden_layers": 4, "head_dim": 32, "sliding_window": 24, "hidden_size_per_layer_input": 8}
+LAYERED |= {"layer_types": ["sliding_attention", "full_attention"] * 2, "vocab_size_per_layer_input": 97}
+LATER: dict[str, Any] = {
+    "gemma3n_text": {**LAYERED, "num_kv_shared_layers": 2, "laurel_rank": 8, "activation_sparsity_pattern": [0.0] * 4},
+    "gemma4_text": {**LAYERED, "num_kv_shared_layers": 0, "global_head_dim": 64},
+}
+
+
+@pytest.mark.parametrize("family", LATER)
+def test_round_trip_of_models_whose_layers_differ(family: str, tmp_path: Path) -> None:
+    """Layers that share a cache hold nothing; heads of different layers have different shapes."""
+    model = build(family, torch.float32, **LATER[family])
+    cache = filled("balanced", model, tokens=90, window=16)
+    cache.save(tmp_path / "cache")
+    loaded = CompressedCache.load(tmp_path / "cache", model)
+    assert [type(x) for x in loaded.layers] == [type(x) for x in cache.layers]
+    assert torch.equal(logits(model, loaded), logits(model, cache))
 
 
 @pytest.mark.parametrize("family", ["mistral", "gemma3_text", "gpt_oss", "deepseek_v3"])
@@ -197,6 +217,15 @@ def test_another_model(saved: Path) -> None:
     refused(saved, longer, "of a model with the same layers: it holds 2 layers")
 
 
+def test_under_autocast_the_type_is_up_to_the_model(tmp_path: Path) -> None:
+    model = tiny("llama")
+    with torch.autocast("cpu", torch.bfloat16):
+        cache = filled(named("kivi"), model)
+        cache.save(tmp_path / "cache")
+        assert torch.equal(logits(model, CompressedCache.load(tmp_path / "cache", model)), logits(model, cache))
+    refused(tmp_path / "cache", model, "holds torch.bfloat16, the model computes in torch.float32; use model.to")
+
+
 def gpt2(heads: int) -> PreTrainedModel:
     config = AutoConfig.for_model("gpt2", n_embd=64, n_layer=2, n_head=heads, vocab_size=97)
     return AutoModelForCausalLM.from_config(config).eval()
@@ -217,6 +246,31 @@ def test_the_file_may_change_or_vanish_once_it_is_read(saved: Path) -> None:
     assert torch.equal(logits(model, loaded), expected)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_each_layer_is_loaded_to_the_device_of_the_models_layer(family: str, tmp_path: Path) -> None:
+    """The meta device stands for a second one."""
+    model = gpt2(4) if family == "gpt2" else copy.deepcopy(tiny(family))
+    filled(named("kivi"), model).save(tmp_path / "cache")
+    (model.transformer.h if family == "gpt2" else model.model.layers)[1].to("meta")
+    first, second = CompressedCache.load(tmp_path / "cache", model).layers
+    for layer, device in ((first, "cpu"), (second, "meta")):
+        assert layer.device.type == device
+        assert {x.device.type for x in layer.tiers.like.values()} == {device}
+        pages = [p for s in layer.tiers.stores["keys"] for part in s.parts.values() for p in part.pages]
+        assert {page.device.type for page in pages} == {device}
+
+
+def test_layers_whose_weights_are_offloaded_are_loaded_where_they_compute(tmp_path: Path) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = copy.deepcopy(tiny("llama"))
+    cache = filled(named("kivi"), model)
+    cache.save(tmp_path / "cache")
+    expected = logits(model, cache)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert next(model.model.layers[0].parameters()).device.type == "meta"
+    assert torch.equal(logits(model, CompressedCache.load(tmp_path / "cache", model)), expected)
+
+
 def test_any_flipped_byte_is_found(saved: Path) -> None:
     content = saved.read_bytes()
     for at in range(8, len(content), len(content) // 40):
@@ -225,32 +279,54 @@ def test_any_flipped_byte_is_found(saved: Path) -> None:
             CompressedCache.load(saved, tiny("llama"))
 
 
-@pytest.mark.parametrize("kind", ["codes", "params", "exact", "like", "keys.0", "tier.0"])
-def test_tensors_of_another_kind_are_refused_when_they_are_read(saved: Path, kind: str) -> None:
-    content = saved.read_bytes()
+@pytest.mark.parametrize("kind", ["codes", "params", "exact", "like", "keys.0", "tier.0", "sizes"])
+def test_tensors_of_another_kind_are_refused_when_they_are_read(kind: str, tmp_path: Path) -> None:
+    model = tiny("gemma3_text")
+    filled(named("kivi"), model).save(tmp_path / "cache")
+    content = (tmp_path / "cache").read_bytes()
     changes = [lambda t: t.to(torch.float16), lambda t: torch.cat([t, t]), lambda t: t[..., :-1], lambda t: -t - 1]
-    for name in [n for n in names(saved) if n.endswith(kind)]:
+    for name in [n for n in names(tmp_path / "cache") if n.endswith(kind)]:
         for change in changes:
-            saved.write_bytes(content)
-            changed = change(load_file(saved)[name]).contiguous()
-            file = rewritten(saved, tensors=lambda t, name=name, changed=changed: {**t, name: changed})
+            (tmp_path / "cache").write_bytes(content)
+            changed = change(load_file(tmp_path / "cache")[name]).contiguous()
+            file = rewritten(tmp_path / "cache", tensors=lambda t, name=name, changed=changed: {**t, name: changed})
             try:
-                cache = CompressedCache.load(file, tiny("llama"))
+                cache = CompressedCache.load(file, model)
             except CacheError:
                 continue
-            assert logits(tiny("llama"), cache, 3).isfinite().all()
+            assert logits(model, cache, 40).isfinite().all()
 
 
-@pytest.mark.parametrize("seen", ['"155"', "-1", "5000000000000", "1.5", "null", "3"])
-def test_a_count_that_can_not_be(saved: Path, seen: str) -> None:
+def test_groups_and_tiers_that_can_not_be(saved: Path) -> None:
+    content = saved.read_bytes()
+    tensors = load_file(saved)
+    sizes, tier = tensors["0.keys.1.sizes"], tensors["state.0.tier.1"]
+    moved = sizes.clone()
+    moved[-1], moved[-2] = -1, sizes[-1] + sizes[-2] + 1
+    for name, changed in {"0.keys.1.sizes": moved, "state.0.tier.1": tier.flip(0)}.items():
+        saved.write_bytes(content)
+        changes = {name: changed.contiguous()}
+        refused(rewritten(saved, tensors=lambda t, changes=changes: {**t, **changes}), tiny("llama"), "damaged")
+
+
+def test_rows_must_be_of_one_batch(saved: Path) -> None:
+    def doubled(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {n: torch.cat([t, t]) if n.startswith("1.") and t.ndim == 4 else t for n, t in tensors.items()}
+
+    refused(rewritten(saved, tensors=doubled), tiny("llama"), "layer 1 must hold heads in 2 rows")
+
+
+IMPOSSIBLE = ["155", -1, 5_000_000_000_000, 1.5, None, 3, True]
+
+
+@pytest.mark.parametrize(("entry", "seen"), [("states", 200), *product(["states", "layers"], IMPOSSIBLE)])
+def test_a_count_that_can_not_be(entry: str, seen: Any, tmp_path: Path) -> None:
     def changed(header: dict[str, str]) -> dict[str, str]:
-        states = json.loads(header["states"])
-        return {**header, "states": json.dumps([{**states[0], "seen": json.loads(seen)}, *states[1:]])}
+        counted = json.loads(header[entry])
+        return {**header, entry: json.dumps([{**counted[0], "seen": seen}, *counted[1:]])}
 
-    if seen == "5000000000000":  # only the tokens that are held can be checked
-        assert CompressedCache.load(rewritten(saved, header=changed), tiny("llama")).get_seq_length() == int(seen)
-    else:
-        refused(rewritten(saved, header=changed), tiny("llama"), "damaged")
+    filled(named("kivi"), tiny("gemma3_text")).save(tmp_path / "cache")
+    refused(rewritten(tmp_path / "cache", header=changed), tiny("gemma3_text"), "damaged")
 
 
 def test_a_saved_recipe_stands_alone(saved: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ruamel.yaml import YAML
 
 from kvpolicy.errors import RecipeError
 from kvpolicy.recipe import load_recipe, load_yaml
@@ -246,6 +247,16 @@ def test_deep_nesting_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "deep.yaml"
     path.write_text("a: " + "[" * 20_000)
     assert "nests at most 40 levels" in error_of(path)
+
+
+@pytest.mark.parametrize("text", ["[" * 5_000, "a: [" + "x," * 60_000 + "]", "- x\n" * 30_000, "k: {a: 1}\n" * 12_000])
+def test_what_is_too_much_is_refused_before_anything_is_built(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def compose(*_: Any) -> None:
+        raise AssertionError("built")
+
+    monkeypatch.setattr(YAML, "compose", compose)
+    with pytest.raises(RecipeError, match=r"nests at most 40 levels|at most 20000 values, found more"):
+        load_yaml(text)
 
 
 def test_binary_huge_missing_directory_and_special_files(tmp_path: Path) -> None:
