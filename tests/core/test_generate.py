@@ -34,7 +34,7 @@ def test_text_goes_to_stdout_and_memory_to_stderr(loaded: tuple[Any, Any]) -> No
         model.generate(**tokenizer(sample.prompt, return_tensors="pt"), past_key_values=cache, max_new_tokens=new)
     assert f"{cache.memory().bytes:,} bytes" in done.stderr
     length = len(tokenizer(sample.prompt).input_ids)
-    assert f"kivi: {length} tokens of prompt, {new} new" in done.stderr
+    assert f"kivi: prompt of {length} tokens, {new} new" in done.stderr
 
 
 def test_the_prompt_may_come_from_stdin_and_text_keeps_its_white_space(loaded: tuple[Any, Any]) -> None:
