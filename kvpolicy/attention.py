@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ __all__ = ["Attached", "attach"]
 SERVED = ("sdpa", "eager")
 _reading: ContextVar[CompressedCache | None] = ContextVar("kvpolicy_reading", default=None)
 """The cache of the attached model that is running."""
-_attached: WeakKeyDictionary[nn.Module, Attached] = WeakKeyDictionary()
+_attached: WeakSet[nn.Module] = WeakSet()
 
 
 def attach(model: Any, recipe: Any = None, **params: Any) -> Attached:
@@ -87,16 +87,17 @@ class Attached:
             decoder.register_forward_hook(self._after, with_kwargs=True, always_call=True),
         ]
         self._generate = self._supply() if recipe is not None else None
-        _attached[decoder] = self
+        _attached.add(decoder)
 
     def detach(self) -> None:
         """Leave the model as it was. A second time does nothing."""
-        if _attached.get(self.decoder) is not self:
+        if not self._hooks:
             return
-        del _attached[self.decoder]
+        _attached.discard(self.decoder)
         self.config._attn_implementation_internal = self.original
         for hook in self._hooks:
             hook.remove()
+        self._hooks = []
         if self._generate is not None and self.owner.__dict__.get("generate") is self._generate:
             del self.owner.__dict__["generate"]
 
@@ -242,10 +243,11 @@ def _of_dense(module: nn.Module, key: Tensor, mask: Tensor | None) -> Tensor | N
 
 
 def _function(original: str, module: nn.Module) -> Callable[..., Any]:
+    found: Callable[..., Any] | None = None
     if original != "eager":
-        return ALL_ATTENTION_FUNCTIONS[original]  # type: ignore[no-any-return]
+        found = ALL_ATTENTION_FUNCTIONS[original]
     for cls in type(module).__mro__:
-        found = getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
-        if found is not None:
-            return found  # type: ignore[no-any-return]
-    raise CacheError(f"{type(module).__name__} must come with a function eager_attention_forward, found none")
+        found = found or getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
+    if found is None:
+        raise CacheError(f"{type(module).__name__} must come with a function eager_attention_forward, found none")
+    return found

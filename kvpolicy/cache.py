@@ -57,8 +57,8 @@ class TieredLayer(CacheLayerMixin):
         if not (torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)):
             return dense
         new = key_states.shape[2]
-        keys, values = (torch.cat([x[:, :, :-new], y], dim=2) for x, y in zip(dense, (key_states, value_states)))  # noqa: B905
-        return keys, values
+        keys, values = (x[:, :, :-new] for x in dense)
+        return torch.cat([keys, key_states], dim=2), torch.cat([values, value_states], dim=2)
 
     def get_seq_length(self, *args: Any) -> int:
         return self.tiers.seen

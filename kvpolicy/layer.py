@@ -182,15 +182,18 @@ class Tiers:
 
     def settle(self) -> None:
         """Let the pending tokens into the tiers."""
+        self._check_whole()
+        self.commit()
+        if self.waiting:
+            pending, self.pending = self.pending, {}
+            self._apply(pending, pending["keys"].shape[2], pending["keys"].shape[2])
+
+    def _check_whole(self) -> None:
         if self.broken:
             raise CacheError(
                 "a layer of the cache must be whole, and an update of this one was interrupted; reset() the cache, or "
                 "make a new one"
             )
-        self.commit()
-        if self.waiting:
-            pending, self.pending = self.pending, {}
-            self._apply(pending, pending["keys"].shape[2], pending["keys"].shape[2])
 
     def _apply(self, new: dict[str, Tensor], n: int, of: int) -> None:
         self.broken = True
@@ -252,9 +255,8 @@ class Tiers:
 
     def dense(self) -> tuple[Tensor, Tensor]:
         """All keys and values held, decoded, in token order; tensors of their own."""
+        self._check_whole()
         self.commit()
-        if self.broken:
-            self.settle()
         return self._dense(self.pending or self.like, None)
 
     def positions(self) -> Positions:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
+import weakref
 from typing import Any
 
 import pytest
@@ -176,6 +178,15 @@ def test_detaching_leaves_nothing_behind(family: str) -> None:
     with pytest.raises(ZeroDivisionError), attach(model):
         _ = 1 / 0
     assert state(model) == before
+
+
+def test_a_model_that_is_never_detached_can_be_freed() -> None:
+    model = copy.deepcopy(tiny("llama"))
+    alive = weakref.ref(model)
+    attach(model, recipe="balanced")
+    del model
+    gc.collect()
+    assert alive() is None
 
 
 def test_attaching_twice_is_refused_and_two_models_at_once_work() -> None:
