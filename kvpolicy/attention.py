@@ -26,6 +26,8 @@ __all__ = ["Attached", "attach"]
 SERVED = ("sdpa", "eager")
 _reading: ContextVar[CompressedCache | None] = ContextVar("kvpolicy_reading", default=None)
 """The cache of the attached model that is running."""
+watching: ContextVar[Callable[..., None] | None] = ContextVar("kvpolicy_watching", default=None)
+"""Called with module, query, key, value, mask, options and output of every attention that reads a `CompressedCache`."""
 _attached: WeakSet[nn.Module] = WeakSet()
 
 
@@ -214,6 +216,7 @@ def attention_forward(
         found: tuple[Tensor, Tensor | None] = _function(original, module)(
             module, query, key, value, attention_mask, *args, **kwargs
         )
+        _show(module, query, key, value, attention_mask, kwargs, found[0])
         return found
     assert isinstance(value, View)
     with torch.no_grad():
@@ -226,9 +229,16 @@ def attention_forward(
             softcap=kwargs.get("softcap"),
             sinks=kwargs.get("s_aux"),
         )
+    _show(module, query, key, value, attention_mask, kwargs, out)
     if key.tiers.scratch is not None:  # no other layer reads these keys and values
         key.tiers.commit()
     return out, None
+
+
+def _show(*seen: Any) -> None:
+    watch = watching.get()
+    if watch is not None and _reading.get() is not None:
+        watch(*seen)
 
 
 def _of_dense(module: nn.Module, key: Tensor, mask: Tensor | None) -> Tensor | None:

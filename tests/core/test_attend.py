@@ -12,7 +12,7 @@ from recipes import NAMED, named, recipes
 from torch import Tensor
 from transformers import LlamaConfig
 
-from kvpolicy import Recipe, attend, make_cache
+from kvpolicy import Recipe, attend, make_cache, products
 from kvpolicy.errors import CacheError
 from kvpolicy.layer import Tiers
 
@@ -129,7 +129,7 @@ def test_blocks_and_turns_make_no_difference(name: str, monkeypatch: pytest.Monk
     tiers = filled(named(name), 300)
     query, new = inputs(20)
     expected = attend.attend(tiers, query, new)
-    monkeypatch.setattr(attend, "BLOCK", 1)
+    monkeypatch.setattr(products, "BLOCK", 1)
     monkeypatch.setattr(attend, "SCORES", 320 * BATCH * KV_HEADS * GROUPS * 3)
     torch.testing.assert_close(attend.attend(tiers, query, new), expected)
 
