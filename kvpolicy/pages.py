@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Pages"]
+__all__ = ["Pages", "gather_tokens"]
 
 SMALLEST, LARGEST = 64, 1024
 """Tokens of a page with room for more."""
@@ -20,15 +20,17 @@ class Pages:
     """A tensor `[batch, kv_heads, tokens, width]` in pages of 64 to 4,096 tokens.
 
     Growth allocates a page and copies nothing; tokens that leave from the front or the back free whole pages.
+    With `whole` there is one page, copied as it grows, whose tokens may be taken and removed head by head.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, whole: bool = False) -> None:
+        self.whole = whole
         self.pages: list[Tensor] = []
         self.start = 0
         self.length = 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Pages:
-        copied = Pages()
+        copied = Pages(self.whole)
         # Outside inference mode, so that the copy can be continued anywhere.
         with torch.inference_mode(False):
             copied.pages = [page.clone() for page in self.pages]
@@ -43,6 +45,9 @@ class Pages:
         done, n = 0, x.shape[2]
         while done < n:
             free = self.capacity - self.start - self.length
+            if free == 0 and self.whole:
+                self._regrow(x, self.length + n - done)
+                continue
             if free == 0:
                 size = max(min(LARGEST, max(SMALLEST, self.length // 4)), min(FULL, n - done))
                 # An inference tensor could not be written to once inference mode is left.
@@ -55,6 +60,42 @@ class Pages:
             page[:, :, at : at + take] = x[:, :, done : done + take]
             done += take
             self.length += take
+
+    def _regrow(self, like: Tensor, tokens: int) -> None:
+        with torch.inference_mode(False):
+            shape = (*like.shape[:2], max(SMALLEST, tokens + tokens // 8), like.shape[3])
+            page = torch.empty(shape, dtype=like.dtype, device=like.device)
+        for offset, block in self.blocks():
+            page[:, :, offset : offset + block.shape[2]] = block
+        self.pages, self.start = [page], 0
+
+    def join(self) -> None:
+        """From now on one page."""
+        self.whole = True
+        if self.pages:
+            self._regrow(self.pages[0], self.length)
+
+    def all(self) -> Tensor:
+        """A view of all tokens of a `whole` tensor that is not empty."""
+        return self.pages[0][:, :, : self.length]
+
+    def gather(self, index: Tensor) -> Tensor:
+        """Of a `whole` tensor the tokens at `index`, `[batch or 1, kv_heads or 1, tokens]`, copied."""
+        return gather_tokens(self.pages[0], index)
+
+    def remove(self, index: Tensor) -> None:
+        """Of a `whole` tensor remove the tokens at `index` `[batch or 1, kv_heads or 1, tokens]`, ascending in each head.
+
+        The last tokens move into the places that become free.
+        """
+        kept = self.length - index.shape[2]
+        if kept:
+            page = self.pages[0]
+            moved = gather_tokens(page, _survivors(index, kept))
+            page.flatten(0, 2).index_copy_(0, _flat(index, page), moved.flatten(0, 2))
+        self._truncate(kept)
+        if self.pages and self.pages[0].shape[2] > 4 * max(kept, SMALLEST):
+            self._regrow(self.pages[0], kept)
 
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
         """Views of all tokens in order, with the index of the first of each."""
@@ -145,6 +186,28 @@ class Pages:
     def reserved(self) -> int:
         """Bytes of all pages."""
         return sum(page.numel() * page.element_size() for page in self.pages)
+
+
+def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
+    """Of `x`, `[batch, kv_heads, tokens, width]`, the tokens at `index`, `[batch or 1, kv_heads or 1, tokens]`."""
+    rows = _widest_view(x.contiguous())
+    found = rows.flatten(0, 2).index_select(0, _flat(index, x))
+    return found.view(*x.shape[:2], -1, rows.shape[3]).view(x.dtype)
+
+
+def _flat(index: Tensor, like: Tensor) -> Tensor:
+    """`index` among the tokens of all rows and heads."""
+    batch, heads, tokens = like.shape[:3]
+    first = torch.arange(batch * heads, device=index.device).view(batch, heads, 1) * tokens
+    return (first + index).flatten()
+
+
+def _survivors(index: Tensor, kept: int) -> Tensor:
+    """Which of the tokens from `kept` on are not in `index` and move to its first places; others fill up the rest."""
+    n = index.shape[2]
+    leaves = torch.zeros((*index.shape[:2], n + 1), dtype=torch.int8, device=index.device)
+    leaves.scatter_(2, torch.where(index >= kept, index - kept, n).long(), 1)
+    return leaves[:, :, :n].argsort(dim=2, stable=True) + kept
 
 
 def _widest_view(x: Tensor) -> Tensor:

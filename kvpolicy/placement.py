@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from kvpolicy.policy import NEVER, Policy
+from kvpolicy.policy import NEVER, Policy, RankPolicy
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -137,6 +137,10 @@ class Placement:
             for side, specs in self.specs.items()
         }
         self.alike = self.specs["keys"] == self.specs["values"]
+        ranks = [i for i, policy in enumerate(self.policies) if isinstance(policy, RankPolicy)]
+        self.ranked = min(ranks, default=len(self.policies) - 1)
+        """The first tier that selects by attention; the tiers above it are placed by position alone."""
+        self._rows: list[tuple[State, int, int, State]] = []
         self._memos: list[tuple[State, int, int, State, Plan]] = []
         self._start = self._empty()
         self._layout_memo: dict[str, tuple[State, list[int | Tensor], int]] = {}
@@ -177,17 +181,36 @@ class Placement:
         self._memos = [memo, *self._memos[:1]]
         return memo[3], memo[4]
 
-    def _advance(self, state: State, n: int, of: int) -> tuple[State, Plan]:
-        start, stop = state.seen, state.seen + n
+    def advance_row(self, state: State, n: int, of: int, rows: int) -> State:
+        """The tiers that are placed by position, one row of a batch alone after `n` more tokens; without stores.
+
+        `rows` is how many rows take turns, so that the layers that come after find their plans remembered.
+        """
+        for memo in self._rows:
+            if memo[0] is state and memo[1:3] == (n, of):
+                return memo[3]
         through = self._through(state, of) if self.mode == "update" else 0
+        tiers, _ = self._flows(state, n, through, self.ranked)
+        found = State(state.seen + n, tiers, {}, through)
+        self._rows = [(state, n, of, found), *self._rows[: 2 * rows]]
+        return found
+
+    def _flows(self, state: State, n: int, through: int, count: int | None = None) -> tuple[tuple[Ints, ...], list[_Flow]]:
+        start, stop = state.seen, state.seen + n
         new = np.arange(start, stop, dtype=np.int64)
         flow = _Flow(new, new + 1)
         flows = [flow]
         tiers: list[Ints] = []
-        for policy, held in zip(self.policies, state.tiers, strict=False):
+        for policy, held in zip(self.policies[:count], state.tiers, strict=False):
             stay, flow = self._descend(policy, held, flow, start, stop, through)
             tiers.append(stay)
             flows.append(flow)
+        return tuple(tiers), flows
+
+    def _advance(self, state: State, n: int, of: int) -> tuple[State, Plan]:
+        start, stop = state.seen, state.seen + n
+        through = self._through(state, of) if self.mode == "update" else 0
+        tiers, flows = self._flows(state, n, through)
         stores: dict[str, tuple[Growing, ...]] = {}
         plan = Plan()
         for side, first in self.first_tier.items():
@@ -195,7 +218,7 @@ class Placement:
                 stores[side], plan.sides[side] = stores["keys"], plan.sides["keys"]
                 break
             stores[side], plan.sides[side] = self._plan_side(side, [flows[i] for i in first], state, start)
-        return State(stop, tuple(tiers), stores, through), plan
+        return State(stop, tiers, stores, through), plan
 
     def _through(self, state: State, of: int) -> int:
         """By update: the first one goes down whole; later all goes down once the policy lets anything go."""

@@ -1,9 +1,10 @@
-"""The base class of token-selection policies."""
+"""The base classes of token-selection policies: by position, and by the attention that tokens receive."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import ClassVar, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +12,10 @@ from numpy.typing import NDArray
 from kvpolicy.component import Component
 from kvpolicy.errors import PluginError
 
-__all__ = ["NEVER", "Policy"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["NEVER", "Policy", "RankPolicy", "Scores"]
 
 NEVER = np.iinfo(np.int64).max
 """The event of a token that does not leave."""
@@ -101,4 +105,91 @@ class Policy(Component):
                 f"policy {self.kind!r}: keep must return a NumPy array of bool {positions.shape}, found {found[0]} "
                 f"{found[1]}"
             )
+        return stays
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Which attention the core sums up, per token, for a policy that ranks tokens by it.
+
+    Policies that ask for the same share one tensor. It holds two numbers for each token and KV head: the attention
+    that the token received, summed over the queries that are counted, and how many of these could see it.
+    """
+
+    queries: Literal["all", "probe", "last"] = "all"
+    """Queries that count: all, probes, or only the newest of the latest update, which replaces what was there."""
+    decode: Literal["all", "probe", "last"] = "all"
+    """The same for updates of a single token."""
+    heads: Literal["mean", "sum", "max"] = "mean"
+    """How the query heads of a KV head are put together, query by query."""
+    newest: float = 0.05
+    """Probes: this share of an update's queries, the newest ones (at least one), ..."""
+    random: float = 0.05
+    """... and this share, drawn at random from the others."""
+    period: int = 100
+    """Updates of fewer tokens, the first excepted, take their probes by position: the same shares of each such
+    stretch of the text."""
+    seed: int = 0
+    """Seed of the random probes."""
+
+
+class RankPolicy(Policy):
+    """Keeps the tokens of a tier that rank highest by the attention they received, the same number in every row.
+
+    It works on attached models only (`kvpolicy.attach`), where the core sees attention. Write `scores`, `budget` and,
+    where the sum alone does not rank tokens, `rank`.
+
+    Tokens are selected once per update, after its last token, not token by token; an update of more than 64 tokens
+    settles as a whole at once.
+
+    Example:
+        A policy that keeps the n tokens with the most attention so far::
+
+            class Heavy(RankPolicy):
+                kind: Literal["heavy"] = "heavy"
+                n: int = Field(64, ge=1, description="Tokens kept.")
+
+                def scores(self):
+                    return Scores(queries="all")
+
+                def budget_tokens(self, seen, prompt):
+                    return self.n
+    """
+
+    select: Literal["head", "layer", "shared"] = "head"
+    """Whether each KV head chooses its own tokens, the heads of a layer agree, or all layers with the same tiers do."""
+    every: int = 1
+    """Tokens are selected again each time that a multiple of so many has been seen; in between all stay."""
+
+    @abstractmethod
+    def scores(self) -> Scores:
+        """The attention to be summed up."""
+
+    @abstractmethod
+    def budget_tokens(self, seen: int, prompt: int) -> int:
+        """How many tokens stay.
+
+        Args:
+            seen: tokens seen, padding not counted.
+            prompt: tokens of the prompt: those seen before the first update of a single token.
+        """
+
+    def rank(self, attention: Tensor, queries: Tensor, ages: Tensor) -> Tensor:
+        """What tokens are ranked by, the highest staying; by default their attention.
+
+        Args:
+            attention: attention received, summed over the queries that `scores` counts: `[batch, heads, tokens]`.
+            queries: how many of those could see the token: `[batch, heads, tokens]`.
+            ages: tokens seen from this one on, itself included, whether counted or not: `[batch, heads, tokens]`.
+
+        Returns:
+            A float tensor `[batch, heads, tokens]`.
+        """
+        return attention
+
+    def keep(self, positions: Ints, seen: int) -> NDArray[np.bool_]:
+        """A stand-in by position where there is no attention, as in pictures of a placement: the newest stay."""
+        stays = np.ones(len(positions), dtype=np.bool_)
+        if seen % self.every == 0:
+            stays[: max(0, len(positions) - self.budget_tokens(seen, seen))] = False
         return stays

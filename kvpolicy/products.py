@@ -19,7 +19,8 @@ __all__ = ["Columns", "add_values", "key_scores"]
 BLOCK = 1 << 14
 """Tokens of all heads and rows read at a time by each thread of a CPU: their codes as float32 stay in its cache."""
 Columns = int | Tensor
-"""Where the tokens of a store stand among the columns: from an offset on, or an index for each."""
+"""Where the tokens of a store stand among the columns: from an offset on, or an index for each, `[tokens]` or
+`[batch, kv_heads or 1, tokens]`."""
 
 
 def key_scores(store: Store, rows: Tensor, out: Tensor, columns: Columns) -> None:
@@ -31,10 +32,11 @@ def key_scores(store: Store, rows: Tensor, out: Tensor, columns: Columns) -> Non
         out: float32 `[batch, kv_heads, rows, columns]`.
         columns: where its tokens stand in `out`.
     """
-    if isinstance(store, PackedStore):
+    if isinstance(store, PackedStore) and store.grouped:
+        mapped = rows if store.channels is None else rows * store.channels.float()
         for first, codes, scale, offset in store.affine_blocks(_block(rows)):
             product = _channel_product if codes.ndim == 5 else _token_product
-            _put(out, product(store, rows, codes, scale, offset), columns, first)
+            _put(out, product(store, mapped, codes, scale, offset), columns, first)
     for first, x in _dense_blocks(store, rows):
         _put(out, rows @ x.transpose(2, 3), columns, first)
 
@@ -48,11 +50,14 @@ def add_values(store: Store, weights: Tensor, out: Tensor, columns: Columns) -> 
         out: float32 `[batch, kv_heads, rows, head_dim]`.
         columns: where its tokens stand in `weights`.
     """
-    if isinstance(store, PackedStore):
+    if isinstance(store, PackedStore) and store.grouped:
+        result = out if store.channels is None else torch.zeros_like(out)
         for first, codes, scale, offset in store.affine_blocks(_block(weights)):
             tokens = codes.shape[2] * (codes.shape[3] if codes.ndim == 5 else 1)
             add = _add_by_channel if codes.ndim == 5 else _add_by_token
-            add(store, _get(weights, columns, first, tokens), codes, scale, offset, out)
+            add(store, _get(weights, columns, first, tokens), codes, scale, offset, result)
+        if store.channels is not None:
+            out.addcmul_(result, store.channels.float())
     for first, x in _dense_blocks(store, weights):
         out += _get(weights, columns, first, x.shape[2]) @ x
 
@@ -65,7 +70,7 @@ def _block(like: Tensor) -> int:
 
 def _dense_blocks(store: Store, like: Tensor) -> Iterator[tuple[int, Tensor]]:
     """What a store holds in no codes, in float32, with the index of each block's first token."""
-    if isinstance(store, PackedStore):
+    if isinstance(store, PackedStore) and store.grouped:
         blocks, before = store.parts["exact"].blocks(), store.parts["codes"].length
     else:
         blocks, before = store.decoded(_block(like), torch.float32), 0
@@ -77,6 +82,8 @@ def _put(out: Tensor, scores: Tensor, columns: Columns, first: int) -> None:
     n = scores.shape[3]
     if isinstance(columns, int):
         out[..., columns + first : columns + first + n] = scores
+    elif columns.ndim == 3:
+        out.scatter_(3, _lines(columns, first, n, out), scores)
     else:
         out.index_copy_(3, columns[first : first + n].to(out.device), scores)
 
@@ -84,7 +91,13 @@ def _put(out: Tensor, scores: Tensor, columns: Columns, first: int) -> None:
 def _get(weights: Tensor, columns: Columns, first: int, n: int) -> Tensor:
     if isinstance(columns, int):
         return weights[..., columns + first : columns + first + n]
+    if columns.ndim == 3:
+        return weights.gather(3, _lines(columns, first, n, weights))
     return weights.index_select(3, columns[first : first + n].to(weights.device))
+
+
+def _lines(columns: Tensor, first: int, n: int, like: Tensor) -> Tensor:
+    return columns[:, :, None, first : first + n].expand(*like.shape[:3], -1)
 
 
 def _pieces(first: int, last: int, size: int) -> Iterator[tuple[int, int, int]]:

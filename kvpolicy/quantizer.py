@@ -78,6 +78,13 @@ class AffineQuantizer(Quantizer):
     scale_dtype: Literal["model", "float32"] = Field(
         "model", description="Type in which scale and offset are kept: the model's, or float32."
     )
+    channel_separable: bool = Field(
+        False,
+        description=(
+            "With per: token, divide each channel by the square root of its largest magnitude before encoding "
+            "(ZipCache, arXiv 2405.14256, section 4.1), found on the first tokens that reach the store."
+        ),
+    )
 
     @abstractmethod
     def calibrate(self, groups: Tensor) -> Affine:

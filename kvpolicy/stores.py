@@ -1,31 +1,27 @@
-"""Where keys or values lie: exact, packed, or in a quantizer's own tensors.
+"""The store for each kind of storage; that of packed codes is here.
 
-All stores keep tokens in order of arrival; shapes are `[batch, kv_heads, tokens, head_dim]`.
+All stores keep tokens in order of arrival, until tokens differ by row or head; shapes are
+`[batch, kv_heads, tokens, head_dim]`.
 """
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from kvpolicy.errors import CacheError, PluginError, RecipeError
 from kvpolicy.packing import dequantize, pack
-from kvpolicy.pages import FULL, Pages
+from kvpolicy.pages import FULL, Pages, gather_tokens
 from kvpolicy.quantizer import AffineQuantizer, Quantizer, TensorQuantizer
+from kvpolicy.store import LARGE, ExactStore, Ints, NamedStore, Store
 
 __all__ = ["ExactStore", "NamedStore", "PackedStore", "Store", "group_size_of", "make_store"]
-
-Ints = NDArray[np.int64]
-BLOCK = 256
-"""Tokens decoded at a time where they must be scattered: small enough to stay in cache."""
 
 
 def group_size_of(quantizer: AffineQuantizer, head_dim: int) -> int:
@@ -39,6 +35,8 @@ def group_size_of(quantizer: AffineQuantizer, head_dim: int) -> int:
         if quantizer.per != "channel":
             raise RecipeError("group_size: arrival needs per: channel, found per: token; give a number or auto")
         return 0
+    if quantizer.per == "channel" and quantizer.channel_separable:
+        raise RecipeError("channel_separable needs per: token, found per: channel, where channels are apart anyway")
     if quantizer.per == "channel":
         return 32 if size == "auto" else head_dim if size == "head" else int(size)
     if size == "auto":
@@ -66,163 +64,12 @@ def make_store(spec: Quantizer | str, head_dim: int) -> Store | None:
     return ExactStore()
 
 
-class Store(ABC):
-    """Keys or values of the tiers that share a storage format, in order of arrival."""
-
-    parts: dict[str, Pages]
-
-    @property
-    @abstractmethod
-    def length(self) -> int:
-        """Tokens held."""
-
-    @abstractmethod
-    def append(self, x: Tensor) -> None:
-        """Encode and keep `x`; it is one arrival."""
-
-    @abstractmethod
-    def drop(self, index: Ints) -> None:
-        """Remove the tokens at `index` (ascending)."""
-
-    @abstractmethod
-    def decoded(self, block: int, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
-        """All tokens in order, decoded some `block` at a time, each with the index of its first token."""
-
-    @abstractmethod
-    def bytes(self) -> dict[str, int]:
-        """Bytes used, by what they hold: codes, scales, zeros, exact, indices."""
-
-    def take(self, index: Ints, dtype: torch.dtype) -> Tensor:
-        """The tokens at `index` (ascending), decoded."""
-        parts = []
-        for offset, x in self.decoded(LARGE, dtype):
-            lo, hi = np.searchsorted(index, [offset, offset + x.shape[2]])
-            if lo < hi:
-                parts.append(x.index_select(2, torch.from_numpy(index[lo:hi] - offset).to(x.device)))
-        return torch.cat(parts, dim=2)
-
-    def write(self, out: Tensor, start: int) -> None:
-        """Decode all tokens into `out[:, :, start:start + length]`."""
-        for offset, x in self.decoded(LARGE, out.dtype):
-            out[:, :, start + offset : start + offset + x.shape[2]] = x
-
-    def scatter(self, out: Tensor, index: Tensor) -> None:
-        """Decode token i into `out[:, :, index[i]]`."""
-        for offset, x in self.decoded(BLOCK, out.dtype):
-            out.index_copy_(2, index[offset : offset + x.shape[2]], x)
-
-    def spread(self, out: Tensor, index: Tensor) -> None:
-        """Like `scatter`, but may write anything into the places of `out` that `index` leaves out."""
-        self.scatter(out, index)
-
-    def select(self, rows: Tensor) -> None:
-        for part in self.parts.values():
-            part.select(rows)
-
-    def to(self, device: torch.device) -> None:
-        for part in self.parts.values():
-            part.to(device)
-
-    def reserved(self) -> int:
-        return sum(part.reserved() for part in self.parts.values())
-
-    def tensors(self) -> dict[str, Tensor]:
-        """All that is held, by name, for saving."""
-        return {name: p.slice(0, p.length).contiguous() for name, p in self.parts.items() if p.length}
-
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        """The inverse of `tensors`, into an empty store."""
-        for name, tensor in tensors.items():
-            if name not in self.parts or tensor.ndim != 4:
-                raise CacheError(f"a saved store must hold 4-D tensors named {list(self.parts)}, found {name}")
-            self.parts[name].append(tensor)
-
-
-LARGE = 1 << 40
-
-
-class ExactStore(Store):
-    """Keys or values as they came."""
-
-    def __init__(self) -> None:
-        self.parts = {"exact": Pages()}
-
-    @property
-    def length(self) -> int:
-        return self.parts["exact"].length
-
-    def append(self, x: Tensor) -> None:
-        self.parts["exact"].append(x)
-
-    def drop(self, index: Ints) -> None:
-        self.parts["exact"].drop(torch.from_numpy(index))
-
-    def decoded(self, block: int, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
-        return self.parts["exact"].blocks()
-
-    def take(self, index: Ints, dtype: torch.dtype) -> Tensor:
-        return self.parts["exact"].take(torch.from_numpy(index))
-
-    def bytes(self) -> dict[str, int]:
-        return {"exact": self.parts["exact"].used()}
-
-
-class NamedStore(Store):
-    """The tensors of a quantizer that is not affine, one entry per token."""
-
-    def __init__(self, quantizer: TensorQuantizer) -> None:
-        self.quantizer = quantizer
-        self.parts = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self._length = 0
-
-    @property
-    def length(self) -> int:
-        return self._length
-
-    def append(self, x: Tensor) -> None:
-        for name, tensor in self.quantizer.encode(x).items():
-            if tensor.shape[:3] != x.shape[:3]:
-                raise PluginError(
-                    f"quantizer {self.quantizer.kind!r} must give tensors [batch, kv_heads, tokens, ...] "
-                    f"{tuple(x.shape[:3])}, found {name} of {tuple(tensor.shape)}"
-                )
-            self.shapes[name] = tuple(tensor.shape[3:])
-            self.parts.setdefault(name, Pages()).append(tensor.reshape(*tensor.shape[:3], -1))
-        self._length += x.shape[2]
-
-    def drop(self, index: Ints) -> None:
-        for part in self.parts.values():
-            part.drop(torch.from_numpy(index))
-        self._length -= len(index)
-
-    def decoded(self, block: int, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
-        block = min(block, 1024)
-        for offset in range(0, self._length, block):
-            end = min(offset + block, self._length)
-            parts = {name: part.slice(offset, end) for name, part in self.parts.items()}
-            shaped = {name: part.reshape(*part.shape[:3], *self.shapes[name]) for name, part in parts.items()}
-            yield offset, self.quantizer.decode(shaped, dtype)
-
-    def bytes(self) -> dict[str, int]:
-        return {"codes": sum(part.used() for part in self.parts.values())}
-
-    def tensors(self) -> dict[str, Tensor]:
-        flat = super().tensors()
-        return {name: t.reshape(*t.shape[:3], *self.shapes[name]) for name, t in flat.items()}
-
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        for name, t in tensors.items():
-            self.shapes[name] = tuple(t.shape[3:])
-            self.parts.setdefault(name, Pages()).append(t.reshape(*t.shape[:3], -1))
-            self._length = t.shape[2]
-
-
 class PackedStore(Store):
     """Packed integer codes per token, with a scale and an offset per group.
 
     Per channel, a group is closed once `group_size` tokens have arrived; until then they wait exactly. The
-    tokens of a group stay neighbours, so a count per group says which token belongs to which.
+    tokens of a group stay neighbours, so a count per group says which token belongs to which; where tokens differ by
+    row or head they don't, and each has the number of its group.
     """
 
     def __init__(self, quantizer: AffineQuantizer, head_dim: int) -> None:
@@ -231,7 +78,21 @@ class PackedStore(Store):
         self.group_size = group_size_of(quantizer, head_dim)
         self.by_channel = quantizer.per == "channel"
         self.parts = {"codes": Pages(), "params": Pages(), "exact": Pages()}
+        if quantizer.channel_separable:
+            self.parts["channels"] = Pages()
         self.sizes = np.empty(0, dtype=np.int64)
+        self.lines: tuple[int, int] | None = None
+
+    @property
+    def grouped(self) -> bool:
+        """Whether groups of tokens are neighbours, so that `affine_blocks` can tell them apart."""
+        return not self.by_channel or self.lines is None
+
+    @property
+    def channels(self) -> Tensor | None:
+        """What each channel was divided by before encoding: `[batch, kv_heads, 1, head_dim]`."""
+        part = self.parts.get("channels")
+        return part.slice(0, 1) if part is not None and part.length else None
 
     @property
     def length(self) -> int:
@@ -239,6 +100,7 @@ class PackedStore(Store):
 
     def append(self, x: Tensor) -> None:
         if not self.by_channel:
+            x = self._separated(x)
             self._append_codes(x, x.reshape(-1, self.group_size))
             return
         size = self.group_size or x.shape[2]
@@ -250,12 +112,87 @@ class PackedStore(Store):
             x = torch.cat([waiting.slice(0, waiting.length), x], dim=2)
             self.parts["exact"] = Pages()
         whole = x.shape[2] // size * size
-        head, tail = x[:, :, :whole], x[:, :, whole:]
-        grouped = head.unflatten(2, (-1, size)).transpose(3, 4)
-        self._append_codes(head, grouped.reshape(-1, size))
-        self.sizes = np.concatenate([self.sizes, np.full(whole // size, size, dtype=np.int64)])
-        if tail.shape[2]:
-            self.parts["exact"].append(tail)
+        self._append_groups(x[:, :, :whole], size)
+        if whole < x.shape[2]:
+            self.parts["exact"].append(x[:, :, whole:])
+
+    def _append_groups(self, x: Tensor, size: int) -> None:
+        before, count = self.parts["params"].length, x.shape[2] // size
+        self._append_codes(x, x.unflatten(2, (-1, size)).transpose(3, 4).reshape(-1, size))
+        if self.lines is None:
+            self.sizes = np.concatenate([self.sizes, np.full(count, size, dtype=np.int64)])
+            return
+        numbers = torch.arange(before, before + count, dtype=torch.int32, device=x.device).repeat_interleave(size)
+        self.parts["groups"].append(numbers.view(1, 1, -1, 1).expand(*self.lines, -1, -1))
+
+    def _separated(self, x: Tensor) -> Tensor:
+        """`x` with each channel divided by the root of its largest magnitude among the first tokens that came."""
+        if not self.quantizer.channel_separable:
+            return x
+        if self.channels is None:
+            root = x.float().abs().amax(2, keepdim=True).sqrt()
+            usable = root.isfinite() & (root > 0)
+            self.parts["channels"].append(torch.where(usable, root, 1.0).to(x.dtype))
+        assert self.channels is not None
+        return (x.float() / self.channels.float()).to(x.dtype)
+
+    def ragged(self, lines: tuple[int, int]) -> None:
+        self.lines = lines
+        if self.by_channel:
+            self.parts["groups"] = Pages()
+            if len(self.sizes):
+                numbers = torch.from_numpy(np.repeat(np.arange(len(self.sizes), dtype=np.int32), self.sizes))
+                numbers = numbers.to(self.parts["codes"].pages[0].device)
+                self.parts["groups"].append(numbers.view(1, 1, -1, 1).expand(*lines, -1, -1))
+            self.sizes = np.empty(0, dtype=np.int64)
+        super().ragged(lines)
+
+    def gather(self, index: Tensor, dtype: torch.dtype) -> Tensor:
+        coded = self.parts["codes"].length
+        waiting = self.parts["exact"]
+        if not coded:
+            return waiting.gather(index)
+        at = index.clamp(max=coded - 1)
+        codes = self.parts["codes"].gather(at)
+        out = torch.empty((*codes.shape[:3], self.head_dim), dtype=dtype, device=codes.device)
+        self._decode(codes, *self._parameters(at), out)
+        if waiting.length:
+            out = torch.where((index >= coded).unsqueeze(3), waiting.gather((index - coded).clamp(min=0)), out)
+        return out
+
+    def _parameters(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and offset of the coded tokens at `index`."""
+        if self.by_channel:
+            index = self.parts["groups"].gather(index).squeeze(3)
+        params = self.parts["params"].gather(index)
+        half = params.shape[3] // 2
+        return params[..., :half], params[..., half:]
+
+    def remove(self, index: Tensor) -> None:
+        if not self.by_channel:
+            for name in ("codes", "params"):
+                self.parts[name].remove(index)
+            return
+        waiting = self.parts["exact"]
+        if waiting.length:  # rows and heads may lose different numbers of them, so they become a group of their own
+            x, self.parts["exact"] = waiting.all(), Pages(whole=True)
+            self._append_groups(x, x.shape[2])
+        for name in ("codes", "groups"):
+            self.parts[name].remove(index)
+        self._forget_groups()
+
+    def _forget_groups(self) -> None:
+        """Drop the parameters of groups that no token belongs to any more."""
+        params, groups = self.parts["params"], self.parts["groups"]
+        if not groups.length:
+            self.parts["params"] = Pages(whole=True)
+            return
+        used = torch.zeros(params.length, dtype=torch.bool, device=groups.pages[0].device)
+        used[groups.all().flatten().long()] = True
+        if not used.all():
+            renumbered = used.cumsum(0, dtype=torch.int32) - 1
+            groups.all().copy_(renumbered[groups.all().long()])
+            params.drop((~used).nonzero()[:, 0].cpu())
 
     def _append_codes(self, x: Tensor, groups: Tensor) -> None:
         batch, heads, n, dim = x.shape
@@ -321,13 +258,28 @@ class PackedStore(Store):
                 yield token, c, p[..., : self.head_dim], p[..., self.head_dim :]
                 token += n * size
 
+    def _blocks(self, block: int) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+        """`affine_blocks`; where groups are no neighbours with a scale and an offset for each token."""
+        if self.grouped:
+            yield from self.affine_blocks(block)
+            return
+        block = min(block, FULL)
+        for first in range(0, self.parts["codes"].length, block):
+            last = min(first + block, self.parts["codes"].length)
+            groups = self.parts["groups"].slice(first, last).squeeze(3)
+            params = gather_tokens(self.parts["params"].all(), groups)
+            half = params.shape[3] // 2
+            yield first, self.parts["codes"].slice(first, last), params[..., :half], params[..., half:]
+
     def _decode(self, codes: Tensor, scale: Tensor, offset: Tensor, out: Tensor) -> None:
         if codes.ndim == 5:
             out = out.unflatten(2, codes.shape[2:4])
         dequantize(codes, self.quantizer.nbits, self.head_dim, scale, offset, out)
+        if self.channels is not None:
+            out.mul_(self.channels)
 
     def decoded(self, block: int, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
-        for first, codes, scale, offset in self.affine_blocks(block):
+        for first, codes, scale, offset in self._blocks(block):
             n = math.prod(codes.shape[2:-1])
             out = torch.empty((*codes.shape[:2], n, self.head_dim), dtype=dtype, device=codes.device)
             self._decode(codes, scale, offset, out)
@@ -369,10 +321,10 @@ class PackedStore(Store):
         params = self.parts["params"].used() // 2
         return {
             "codes": self.parts["codes"].used(),
-            "scales": params,
+            "scales": params + (self.parts["channels"].used() if "channels" in self.parts else 0),
             "zeros": params,
             "exact": self.parts["exact"].used(),
-            "indices": self.sizes.nbytes,
+            "indices": self.sizes.nbytes + (self.parts["groups"].used() if "groups" in self.parts else 0),
         }
 
     def tensors(self) -> dict[str, Tensor]:

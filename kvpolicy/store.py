@@ -1,0 +1,211 @@
+"""Where keys or values lie: what all stores have in common, and those that keep them exactly or as a quantizer likes.
+
+All stores keep tokens in order of arrival; shapes are `[batch, kv_heads, tokens, head_dim]`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kvpolicy.errors import CacheError, PluginError
+from kvpolicy.pages import Pages
+from kvpolicy.quantizer import TensorQuantizer
+
+__all__ = ["LARGE", "ExactStore", "NamedStore", "Store"]
+
+Ints = NDArray[np.int64]
+BLOCK = 256
+"""Tokens decoded at a time where they must be scattered: small enough to stay in cache."""
+
+
+class Store(ABC):
+    """Keys or values of the tiers that share a storage format, in order of arrival."""
+
+    parts: dict[str, Pages]
+
+    @property
+    @abstractmethod
+    def length(self) -> int:
+        """Tokens held."""
+
+    @abstractmethod
+    def append(self, x: Tensor) -> None:
+        """Encode and keep `x`; it is one arrival."""
+
+    @abstractmethod
+    def drop(self, index: Ints) -> None:
+        """Remove the tokens at `index` (ascending)."""
+
+    @abstractmethod
+    def decoded(self, block: int, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+        """All tokens in order, decoded some `block` at a time, each with the index of its first token."""
+
+    @abstractmethod
+    def bytes(self) -> dict[str, int]:
+        """Bytes used, by what they hold: codes, scales, zeros, exact, indices."""
+
+    def take(self, index: Ints, dtype: torch.dtype) -> Tensor:
+        """The tokens at `index` (ascending), decoded."""
+        parts = []
+        for offset, x in self.decoded(LARGE, dtype):
+            lo, hi = np.searchsorted(index, [offset, offset + x.shape[2]])
+            if lo < hi:
+                parts.append(x.index_select(2, torch.from_numpy(index[lo:hi] - offset).to(x.device)))
+        return torch.cat(parts, dim=2)
+
+    def write(self, out: Tensor, start: int) -> None:
+        """Decode all tokens into `out[:, :, start:start + length]`."""
+        for offset, x in self.decoded(LARGE, out.dtype):
+            out[:, :, start + offset : start + offset + x.shape[2]] = x
+
+    def scatter(self, out: Tensor, index: Tensor) -> None:
+        """Decode token i into `out[:, :, index[i]]`."""
+        for offset, x in self.decoded(BLOCK, out.dtype):
+            out.index_copy_(2, index[offset : offset + x.shape[2]], x)
+
+    def spread(self, out: Tensor, index: Tensor) -> None:
+        """Like `scatter`, but may write anything into the places of `out` that `index` leaves out."""
+        self.scatter(out, index)
+
+    def ragged(self, lines: tuple[int, int]) -> None:
+        """From now on tokens differ by row or head, and are taken and removed by `gather` and `remove`.
+
+        Args:
+            lines: rows and heads of what these are given, `[batch, kv_heads or 1, tokens]`.
+        """
+        for part in self.parts.values():
+            part.join()
+
+    @abstractmethod
+    def gather(self, index: Tensor, dtype: torch.dtype) -> Tensor:
+        """The tokens at `index`, `[batch, kv_heads or 1, tokens]`, decoded."""
+
+    def remove(self, index: Tensor) -> None:
+        """Remove the tokens at `index`, ascending in each head; the last ones move into their places."""
+        for part in self.parts.values():
+            part.remove(index)
+
+    def select(self, rows: Tensor) -> None:
+        for part in self.parts.values():
+            part.select(rows)
+
+    def to(self, device: torch.device) -> None:
+        for part in self.parts.values():
+            part.to(device)
+
+    def reserved(self) -> int:
+        return sum(part.reserved() for part in self.parts.values())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that is held, by name, for saving."""
+        return {name: p.slice(0, p.length).contiguous() for name, p in self.parts.items() if p.length}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """The inverse of `tensors`, into an empty store."""
+        for name, tensor in tensors.items():
+            if name not in self.parts or tensor.ndim != 4:
+                raise CacheError(f"a saved store must hold 4-D tensors named {list(self.parts)}, found {name}")
+            self.parts[name].append(tensor)
+
+
+LARGE = 1 << 40
+
+
+class ExactStore(Store):
+    """Keys or values as they came."""
+
+    def __init__(self) -> None:
+        self.parts = {"exact": Pages()}
+
+    @property
+    def length(self) -> int:
+        return self.parts["exact"].length
+
+    def append(self, x: Tensor) -> None:
+        self.parts["exact"].append(x)
+
+    def drop(self, index: Ints) -> None:
+        self.parts["exact"].drop(torch.from_numpy(index))
+
+    def decoded(self, block: int, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+        return self.parts["exact"].blocks()
+
+    def take(self, index: Ints, dtype: torch.dtype) -> Tensor:
+        return self.parts["exact"].take(torch.from_numpy(index))
+
+    def gather(self, index: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.parts["exact"].gather(index)
+
+    def bytes(self) -> dict[str, int]:
+        return {"exact": self.parts["exact"].used()}
+
+
+class NamedStore(Store):
+    """The tensors of a quantizer that is not affine, one entry per token."""
+
+    def __init__(self, quantizer: TensorQuantizer) -> None:
+        self.quantizer = quantizer
+        self.parts = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._length = 0
+        self._whole = False
+
+    @property
+    def length(self) -> int:
+        return self._length
+
+    def append(self, x: Tensor) -> None:
+        for name, tensor in self.quantizer.encode(x).items():
+            if tensor.shape[:3] != x.shape[:3]:
+                raise PluginError(
+                    f"quantizer {self.quantizer.kind!r} must give tensors [batch, kv_heads, tokens, ...] "
+                    f"{tuple(x.shape[:3])}, found {name} of {tuple(tensor.shape)}"
+                )
+            self.shapes[name] = tuple(tensor.shape[3:])
+            self.parts.setdefault(name, Pages(self._whole)).append(tensor.reshape(*tensor.shape[:3], -1))
+        self._length += x.shape[2]
+
+    def ragged(self, lines: tuple[int, int]) -> None:
+        self._whole = True
+        super().ragged(lines)
+
+    def gather(self, index: Tensor, dtype: torch.dtype) -> Tensor:
+        return self._decode({name: part.gather(index) for name, part in self.parts.items()}, dtype)
+
+    def remove(self, index: Tensor) -> None:
+        super().remove(index)
+        self._length -= index.shape[2]
+
+    def drop(self, index: Ints) -> None:
+        for part in self.parts.values():
+            part.drop(torch.from_numpy(index))
+        self._length -= len(index)
+
+    def decoded(self, block: int, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+        block = min(block, 1024)
+        for offset in range(0, self._length, block):
+            end = min(offset + block, self._length)
+            yield offset, self._decode({name: part.slice(offset, end) for name, part in self.parts.items()}, dtype)
+
+    def _decode(self, parts: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
+        shaped = {name: part.reshape(*part.shape[:3], *self.shapes[name]) for name, part in parts.items()}
+        return self.quantizer.decode(shaped, dtype)
+
+    def bytes(self) -> dict[str, int]:
+        return {"codes": sum(part.used() for part in self.parts.values())}
+
+    def tensors(self) -> dict[str, Tensor]:
+        flat = super().tensors()
+        return {name: t.reshape(*t.shape[:3], *self.shapes[name]) for name, t in flat.items()}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        for name, t in tensors.items():
+            self.shapes[name] = tuple(t.shape[3:])
+            self.parts.setdefault(name, Pages(self._whole)).append(t.reshape(*t.shape[:3], -1))
+            self._length = t.shape[2]
