@@ -13,14 +13,18 @@ from torch import Tensor
 
 from kvpolicy.errors import CacheError
 from kvpolicy.products import add_values, key_scores
+from kvpolicy.ragged import Columns
 
 if TYPE_CHECKING:
     from kvpolicy.layer import Tiers
+    from kvpolicy.scores import Observer
 
-__all__ = ["attend"]
+__all__ = ["attend", "observe"]
 
 SCORES = 1 << 24
 """Scores computed at a time; more queries than fit take another turn over the stores."""
+OBSERVED = 1 << 19
+"""Scores of a prompt computed at a time for policies that ask for them."""
 
 
 def attend(
@@ -31,6 +35,7 @@ def attend(
     scaling: float | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    observer: Observer | None = None,
 ) -> Tensor:
     """Attention of queries over what a layer holds and the tokens that are just coming in.
 
@@ -43,6 +48,7 @@ def attend(
         scaling: factor of the products; by default 1 / sqrt(head_dim).
         softcap: scores become `softcap * tanh(scores / softcap)`.
         sinks: a score per head that takes part in the softmax and adds nothing: `[heads]`.
+        observer: is told of the attention weights.
 
     Returns:
         `[batch, queries, heads, head_dim of values]` in the type of `query`. Rows that may attend nothing are zero.
@@ -55,60 +61,115 @@ def attend(
     kv_heads = keys.shape[1]
     grouped = query.float().mul(dim**-0.5 if scaling is None else scaling).unflatten(1, (kv_heads, -1))
     groups = grouped.shape[2]
-    key_columns, value_columns, positions = tiers.placement.columns(tiers.state)
-    held, seen = len(positions), tiers.state.seen
+    columns = tiers.columns()
+    held = columns.width
     width = held + keys.shape[2]
-    mask = _gathered(mask, positions, seen, keys.shape[2], query.device)
+    mask = _checked(mask, tiers.settled + keys.shape[2], kv_heads)
     out = query.new_empty((batch, queries, heads, values.shape[3]))
     step = max(1, SCORES // (batch * heads * width))
     for first in range(0, queries, step):
         last = min(first + step, queries)
         rows = grouped[:, :, :, first:last].flatten(2, 3)
         scores = rows.new_empty((batch, kv_heads, rows.shape[2], width))
-        for store, columns in zip(tiers.stores["keys"], key_columns, strict=True):
+        for store, where in zip(tiers.stores["keys"], columns.keys, strict=True):
             if store is not None and store.length:
-                key_scores(store, rows, scores, columns)
+                key_scores(store, rows, scores, where)
         scores[..., held:] = rows @ keys.float().transpose(2, 3)
         shaped = scores.unflatten(2, (groups, last - first))
         if softcap is not None:
             scores.div_(softcap).tanh_().mul_(softcap)
-        _mask(shaped, mask, first, last, queries, keys.shape[2])
+        at = torch.arange(first, last)
+        _mask(shaped, mask, at, columns, queries, keys.shape[2])
+        visible = shaped > -torch.inf if observer is not None else None
         total = _exponentials(shaped, sinks)
         result = scores[..., held:] @ values.float()
-        for store, columns in zip(tiers.stores["values"], value_columns, strict=True):
+        for store, where in zip(tiers.stores["values"], columns.values, strict=True):
             if store is not None and store.length:
-                add_values(store, scores, result, columns)
+                add_values(store, scores, result, where)
         result = result.unflatten(2, (groups, last - first)).div_(total)
         out[:, first:last] = result.flatten(1, 2).transpose(1, 2)
+        if observer is not None:
+            observer.watch(at + keys.shape[2] - queries, shaped.div_(total), visible)
     return out
 
 
-def _gathered(mask: Tensor | None, positions: Tensor, seen: int, new: int, device: torch.device) -> Tensor | None:
-    """The mask's columns in the order of the scores'."""
+def observe(
+    query: Tensor,
+    keys: Tensor,
+    observer: Observer,
+    mask: Tensor | None = None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> None:
+    """Tell an observer what the queries of a first update attend to, a few at a time: `attend` without values.
+
+    Arguments as in `attend`; `keys` are all there are. Only queries that count for a policy are computed.
+    """
+    batch, heads, queries, dim = query.shape
+    kv_heads, tokens = keys.shape[1:3]
+    scale = dim**-0.5 if scaling is None else scaling
+    mask = _checked(mask, tokens, kv_heads)
+    nothing = Columns([], [], 0, False, lambda: torch.empty(0, dtype=torch.int64))
+    counted = torch.tensor(observer.queries, dtype=torch.int64)
+    transposed = keys.float().transpose(2, 3)
+    for at in counted.split(max(1, OBSERVED // (batch * heads * tokens))):
+        rows = query[:, :, at.to(query.device)].float().mul(scale).unflatten(1, (kv_heads, -1))
+        scores = (rows.flatten(2, 3) @ transposed).unflatten(2, (-1, len(at)))
+        if softcap is not None:
+            scores.div_(softcap).tanh_().mul_(softcap)
+        _mask(scores, mask, at, nothing, queries, tokens)
+        visible = scores > -torch.inf
+        total = _exponentials(scores, sinks)
+        observer.watch(at, scores.div_(total), visible)
+
+
+def _checked(mask: Tensor | None, seen: int, kv_heads: int) -> Tensor | None:
+    """A mask as `[batch or 1, kv_heads or 1, groups or 1, queries or 1, tokens seen]`."""
     if mask is None:
         return None
-    if mask.shape[-1] != seen + new:
+    if mask.shape[-1] != seen:
         raise CacheError(
-            f"the attention mask must have a column for each of the {seen + new} tokens seen, found {mask.shape[-1]}; "
+            f"the attention mask must have a column for each of the {seen} tokens seen, found {mask.shape[-1]}; "
             "give generate a mask of the whole text so far, or none"
         )
-    columns = torch.cat([positions, torch.arange(seen, seen + new)]).to(device)
-    return mask.index_select(-1, columns)
+    if mask.ndim == 2:
+        return mask[:, None, None, None].bool()
+    return mask.unsqueeze(2) if mask.shape[1] == 1 else mask.unflatten(1, (kv_heads, -1))
 
 
-def _mask(scores: Tensor, mask: Tensor | None, first: int, last: int, queries: int, new: int) -> None:
-    """Mask scores `[batch, kv_heads, groups, queries, columns]` of the queries `first` to `last`, in place."""
-    if mask is None or mask.ndim == 2:
-        if queries > 1:
-            query = torch.arange(first, last, device=scores.device)[:, None] + (new - queries)
-            later = torch.arange(new, device=scores.device) > query
-            scores[..., -new:].masked_fill_(later, -torch.inf)
-        if mask is None:
-            return
-        part = mask[:, None, None, None].bool()
-    else:
-        part = mask[:, :, first:last]
-        part = part.unsqueeze(2) if part.shape[1] == 1 else part.unflatten(1, scores.shape[1:3])
+def _gathered(mask: Tensor | None, columns: Columns, new: int) -> Tensor | None:
+    """The mask's columns in the order of the scores'."""
+    if not columns.width or (mask is None and not columns.gaps):
+        return mask
+    places = columns.positions()
+    if mask is None:
+        return (places >= 0)[:, :, None, None]
+    seen = mask.shape[-1] - new
+    places = places.to(mask.device)
+    if places.ndim == 1:
+        return torch.cat([mask.index_select(-1, places), mask[..., seen:]], dim=-1)
+    batch, kv_heads = (max(a, b) for a, b in zip(mask.shape[:2], places.shape[:2], strict=True))
+    wide = mask.expand(batch, kv_heads, *mask.shape[2:])
+    index = places[:, :, None, None].long().expand(batch, kv_heads, *mask.shape[2:4], -1)
+    absent = False if mask.dtype == torch.bool else -torch.inf
+    held = wide.gather(4, index.clamp(min=0)).masked_fill(index < 0, absent)
+    return torch.cat([held, wide[..., seen:]], dim=-1)
+
+
+def _mask(scores: Tensor, mask: Tensor | None, at: Tensor, columns: Columns, queries: int, new: int) -> None:
+    """Mask scores `[batch, kv_heads, groups, queries, columns]` of the queries `at`, in place."""
+    if queries > 1 and (mask is None or mask.shape[3] != queries):
+        query = at.to(scores.device)[:, None] + (new - queries)
+        later = torch.arange(new, device=scores.device) > query
+        scores[..., -new:].masked_fill_(later, -torch.inf)
+    if mask is not None and mask.shape[3] == queries and queries > 1:
+        mask = mask.index_select(3, at.to(mask.device))
+    part = _gathered(mask, columns, new)
+    if part is None:
+        return
+    if part.shape[-1] < scores.shape[-1]:
+        scores = scores[..., : part.shape[-1]]
     if part.dtype == torch.bool:
         scores.masked_fill_(~part, -torch.inf)
     else:

@@ -15,10 +15,10 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from kvpolicy.attend import attend
+from kvpolicy.attend import attend, observe
 from kvpolicy.cache import CompressedCache, TieredLayer, make_cache
 from kvpolicy.errors import CacheError
-from kvpolicy.layer import View
+from kvpolicy.layer import MAX_PENDING, View
 from kvpolicy.recipe import load_recipe
 
 __all__ = ["Attached", "attach"]
@@ -145,7 +145,9 @@ class Attached:
                 "an attached model gives no attention weights (output_attentions=True) with a compressed cache; "
                 "detach it first"
             )
-        _check_padding(cache, kwargs.get("attention_mask"))
+        cache.note_padding(kwargs.get("attention_mask"), _tokens(args, kwargs))
+        if cache.selects_together:
+            cache.settle()
         _mark(cache, True)
         _reading.set(cache)
         return args, kwargs
@@ -155,6 +157,8 @@ class Attached:
         if isinstance(cache, CompressedCache):
             _reading.set(None)
             _mark(cache, False)
+            if cache.selects_together and cache.pending > MAX_PENDING:
+                cache.settle()
 
 
 def _parts(model: Any) -> tuple[PreTrainedModel, PreTrainedModel]:
@@ -178,12 +182,12 @@ def _mark(cache: CompressedCache, attached: bool) -> None:
                 layer.tiers.commit()
 
 
-def _check_padding(cache: CompressedCache, mask: Any) -> None:
-    if isinstance(mask, Tensor) and mask.ndim == 2 and cache.evicts and not bool(mask.all()):
-        raise CacheError(
-            f"recipe {cache.recipe.name!r} drops tokens, which padded batches don't allow yet; give prompts of equal "
-            "length, or one at a time"
-        )
+def _tokens(args: Any, kwargs: dict[str, Any]) -> int:
+    """How many tokens a call brings."""
+    for given in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args):
+        if isinstance(given, Tensor):
+            return given.shape[1]
+    return 0
 
 
 def _register(original: str, model: str) -> str:
@@ -219,19 +223,21 @@ def attention_forward(
         _show(module, query, key, value, attention_mask, kwargs, found[0])
         return found
     assert isinstance(value, View)
+    tiers, new = key.tiers, (key.arriving, value.arriving)
+    options = {
+        name: kwargs.get(given) for name, given in (("scaling", "scaling"), ("softcap", "softcap"), ("sinks", "s_aux"))
+    }
     with torch.no_grad():
-        out = attend(
-            key.tiers,
-            query,
-            (key.arriving, value.arriving),
-            attention_mask,
-            scaling=kwargs.get("scaling"),
-            softcap=kwargs.get("softcap"),
-            sinks=kwargs.get("s_aux"),
-        )
+        observer = tiers.observe()
+        if tiers.settled:
+            out = attend(tiers, query, new, attention_mask, observer=observer, **options)
+        else:
+            out = _function(original, module)(module, query, *new, attention_mask, *args, **kwargs)[0]
+            if observer is not None:
+                observe(query, new[0], observer, attention_mask, **options)
     _show(module, query, key, value, attention_mask, kwargs, out)
-    if key.tiers.scratch is not None:  # no other layer reads these keys and values
-        key.tiers.commit()
+    if tiers.scratch is not None:  # no other layer reads these keys and values
+        tiers.commit()
     return out, None
 
 
@@ -244,12 +250,27 @@ def _show(*seen: Any) -> None:
 def _of_dense(module: nn.Module, key: Tensor, mask: Tensor | None) -> Tensor | None:
     """The columns of a mask over all tokens seen that belong to a decoded layer from which tokens were dropped."""
     cache = _reading.get()
-    if cache is None or mask is None or mask.shape[-1] == key.shape[2]:
+    if cache is None:
         return mask
     layer = cache.layers[module.layer_idx]
     if not isinstance(layer, TieredLayer) or not layer.tiers.densely:
         return mask
-    return mask.index_select(-1, layer.tiers.visible().to(mask.device))
+    places = layer.tiers.visible().to(key.device)
+    if places.ndim == 1:
+        return mask if mask is None or mask.shape[-1] == len(places) else mask.index_select(-1, places)
+    return visible_columns(mask, places, layer.tiers.seen - layer.tiers.settled)
+
+
+def visible_columns(mask: Tensor | None, places: Tensor, new: int) -> Tensor:
+    """A mask for keys whose positions are `places`, `[batch, 1, columns]`, -1 where there is none."""
+    empty = (places < 0).unsqueeze(2)
+    if mask is None:
+        later = torch.arange(new, device=places.device) > torch.arange(new, device=places.device)[:, None]
+        shown = torch.nn.functional.pad(~later, (places.shape[2] - new, 0), value=True)
+        return shown & ~empty
+    wide = mask.expand(len(places), -1, -1, -1)
+    found = wide.gather(3, places.clamp(min=0).unsqueeze(2).expand(*wide.shape[:3], -1))
+    return found.masked_fill(empty, False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min)
 
 
 def _function(original: str, module: nn.Module) -> Callable[..., Any]:

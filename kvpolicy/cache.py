@@ -6,13 +6,16 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
 from kvpolicy.errors import CacheError, MissingDependencyError, RecipeError
-from kvpolicy.layer import Positions, Scratch, Tiers
+from kvpolicy.layer import Positions, Scratch, Tiers, together
+from kvpolicy.padding import Padding
 from kvpolicy.placement import Placement
+from kvpolicy.policy import RankPolicy
 from kvpolicy.quantizer import Quantizer
 from kvpolicy.recipe import Recipe, load_recipe
 from kvpolicy.recipe_spec import parse_selector
@@ -43,11 +46,28 @@ class TieredLayer(CacheLayerMixin):
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
+    def _check_attached(self) -> None:
+        """Refuse what only an attached model can do, before any token is let in."""
+        if self.attached:
+            return
+        if self.tiers.placement.kinds:
+            kinds = [p.kind for p in self.tiers.placement.policies if isinstance(p, RankPolicy)]
+            raise CacheError(
+                f"policy {kinds[0]!r} selects tokens by the attention that they receive, which only an attached model "
+                "shows; use: with kvpolicy.attach(model): ..."
+            )
+        if self.tiers.ragged is not None:
+            raise CacheError(
+                "a cache that was filled by padded batches must go on with an attached model, found one that is not; "
+                "use: with kvpolicy.attach(model): ..."
+            )
+
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Add keys and values `[batch, kv_heads, tokens, head_dim]`; returns all of them, decoded, in token order.
 
         What it returns is overwritten by the next layer's update. Gradients reach the new tokens alone.
         """
+        self._check_attached()
         with torch.no_grad():
             if not self.is_initialized:
                 self.lazy_initialization(key_states, value_states)
@@ -66,6 +86,7 @@ class TieredLayer(CacheLayerMixin):
     def get_mask_sizes(self, query_length: int, *args: Any) -> tuple[int, int]:
         if self.attached:
             return self.tiers.seen + query_length, 0
+        self._check_attached()
         if self.uneven is not None:
             raise CacheError(self.uneven)
         held = self.tiers.held_after_settling()
@@ -128,12 +149,45 @@ class CompressedCache(Cache):
         super().__init__(layers=layers)
         self.recipe, self.model_type = recipe, model_type
         self.scratch = scratch
+        self.padding: Padding | None = None
+        """Which tokens are padding, once an attached model was given any."""
         self._blank = [None if isinstance(layer, TieredLayer) else copy.deepcopy(layer) for layer in layers]
 
     @property
     def evicts(self) -> bool:
         """Whether tokens are dropped in any layer."""
         return any(x.tiers.placement.specs["keys"][-1] == "evict" for x in self.layers if isinstance(x, TieredLayer))
+
+    @property
+    def selects_together(self) -> bool:
+        """Whether a policy selects the same tokens in several layers."""
+        return any(x.tiers.placement.shared for x in self.layers if isinstance(x, TieredLayer))
+
+    @property
+    def pending(self) -> int:
+        """Tokens of the latest update that no tier has yet."""
+        return max((x.tiers.waiting for x in self.layers if isinstance(x, TieredLayer)), default=0)
+
+    def note_padding(self, mask: Any, tokens: int) -> None:
+        """Take note of which of the `tokens` coming in are padding, from a 2-D attention mask over all tokens."""
+        seen = self.get_seq_length()
+        real: Any = None
+        if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] > seen:
+            real = mask[:, seen:] != 0
+        if self.padding is None and (real is None or bool(real.all())):
+            return
+        real = (
+            np.ones((self.padding.batch if self.padding else 1, tokens), np.bool_)
+            if real is None
+            else real.cpu().numpy()
+        )
+        if self.padding is None:
+            self.padding = Padding(len(real), seen)
+            for layer in self.layers:
+                if isinstance(layer, TieredLayer) and layer.readable:
+                    layer.tiers.padding = self.padding
+        self.padding.crop(seen)  # what an update that failed left behind
+        self.padding.append(real)
 
     def _tiers(self, layer: int) -> Tiers:
         n = len(self.layers)
@@ -163,9 +217,13 @@ class CompressedCache(Cache):
     @torch.no_grad()
     def settle(self) -> None:
         """Let the pending tokens into the tiers; `crop` of them is no exact rollback afterwards."""
-        for layer in self.layers:
+        groups: dict[int, list[Tiers]] = {}
+        for number, layer in enumerate(self.layers):
             if isinstance(layer, TieredLayer):
-                layer.tiers.settle()
+                placement = layer.tiers.placement
+                groups.setdefault(id(placement) if placement.shared else -1 - number, []).append(layer.tiers)
+        for group in groups.values():
+            together([tiers.settling() for tiers in group])
 
     def memory(self) -> Memory:
         """Bytes by layer, side and store, counted from the tensors held. Settles pending tokens first."""
@@ -208,6 +266,26 @@ class CompressedCache(Cache):
         removed = tokens_to_remove if tokens_to_remove <= 0 else min(tokens_to_remove - seen, 0)
         for layer in self.layers:
             layer.crop(removed)
+        if self.padding is not None:
+            self.padding.crop(seen + removed)
+
+    def _select(self, rows: Tensor) -> None:
+        if self.padding is not None:
+            self.padding.select(rows.cpu().numpy())
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._select(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        if self.padding is not None:
+            self._select(torch.arange(self.padding.batch).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        rows = torch.as_tensor(indices)
+        self._select(rows.nonzero()[:, 0] if rows.dtype == torch.bool else rows)
 
     def reset(self) -> None:
         """Forget everything, in every layer."""
@@ -216,6 +294,7 @@ class CompressedCache(Cache):
                 layer.reset()
             else:
                 self.layers[i] = copy.deepcopy(self._blank[i])
+        self.padding = None
         if self.scratch is not None:
             self.scratch.buffers = {}
 

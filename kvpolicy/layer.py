@@ -11,10 +11,15 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from kvpolicy.errors import CacheError
+from kvpolicy.padding import Padding
 from kvpolicy.placement import NEW, Placement, State, StorePlan
+from kvpolicy.policy import RankPolicy
+from kvpolicy.ragged import Columns, Ragged, Selection
+from kvpolicy.scores import Observer
 from kvpolicy.stores import Store, make_store
+from kvpolicy.table import EMPTY
 
-__all__ = ["PENDING", "Positions", "Scratch", "Tiers"]
+__all__ = ["MAX_PENDING", "PENDING", "Positions", "Scratch", "Tiers", "together"]
 
 Ints = NDArray[np.int64]
 SIDES = ("keys", "values")
@@ -28,9 +33,13 @@ class Positions(NamedTuple):
     """Where the tokens of a layer are."""
 
     positions: Ints
-    """Positions in the context of all tokens held, ascending: `[tokens]`."""
+    """Positions in the context of all tokens held, ascending: `[tokens]`.
+
+    Where rows or KV heads hold different tokens (padded batches, policies by attention): `[batch, kv_heads or 1,
+    tokens]`, positions of padding not held, and -1 first in rows that hold fewer tokens than others.
+    """
     tiers: NDArray[np.int16]
-    """The tier of each, counted from 0; `PENDING` (-1) for those not yet settled: `[tokens]`."""
+    """The tier of each, counted from 0; `PENDING` (-1) for those not yet settled. Of the shape of `positions`."""
 
 
 class Scratch:
@@ -95,6 +104,10 @@ class Tiers:
 
     def clear(self) -> None:
         self.state: State = self.placement.start()
+        self.ragged: Ragged | None = None
+        """Takes the place of `state` once tokens differ by row or head."""
+        self.padding: Padding | None = None
+        self.observer: Observer | None = None
         self.stores: dict[str, list[Store | None]] = {}
         self.pending: dict[str, Tensor] = {}
         self.like: dict[str, Tensor] = {}
@@ -108,11 +121,18 @@ class Tiers:
         return self.pending["keys"].shape[2] if self.pending else 0
 
     @property
+    def settled(self) -> int:
+        """Tokens that were let into the tiers, dropped ones included."""
+        return self.state.seen if self.ragged is None else self.ragged.seen
+
+    @property
     def seen(self) -> int:
-        return self.state.seen + self.waiting + (self.incoming["keys"].shape[2] if self.incoming else 0)
+        return self.settled + self.waiting + (self.incoming["keys"].shape[2] if self.incoming else 0)
 
     def held_after_settling(self) -> int:
-        """Tokens that the stores will hold once the pending ones are settled."""
+        """Tokens that the stores will hold once the pending ones are settled; where rows differ, those held now."""
+        if self.ragged is not None:
+            return self.waiting + sum(store.length for store in self.stores["keys"] if store is not None)
         state, _ = self.placement.advance(self.state, self.waiting) if self.waiting else (self.state, None)
         return sum(s.length for s in state.stores["keys"])
 
@@ -142,24 +162,55 @@ class Tiers:
         if not self.stores:
             self.start(keys, values)
         self.settle()
-        if self.state.seen == 0:
+        if self.settled == 0 and not self.placement.kinds:
             self.add(keys, values)
             return keys, values
         self.incoming = {"keys": keys.detach(), "values": values.detach()}
-        held = sum(s.length for s in self.state.stores["keys"])
+        held = sum(store.length for store in self.stores["keys"] if store is not None)
         return View(self, "keys", self.incoming["keys"], held), View(self, "values", self.incoming["values"], held)
 
     def densified(self) -> dict[str, Tensor]:
         """What the views of `look` stand for, for models that compute on it."""
+        if self.placement.kinds:
+            kinds = ", ".join(repr(p.kind) for p in self.placement.policies if isinstance(p, RankPolicy))
+            raise CacheError(
+                f"policy {kinds} must see attention, and this model computes on keys and values before its attention; "
+                "use a recipe that selects tokens by position"
+            )
         if not self.decoded:
             self.densely = True
             self.decoded = dict(zip(SIDES, self._dense(self.incoming, self.scratch), strict=True))
         return self.decoded
 
     def visible(self) -> Tensor:
-        """Positions of what the views of `look` show, in token order."""
+        """Positions of what the views of `look` show, in token order; `[batch, 1, tokens]` where rows differ."""
+        if self.ragged is not None:
+            found = self.ragged.places()[0]
+            new = torch.arange(self.settled, self.seen, device=found.device)
+            return torch.cat([found.long(), new.expand(*found.shape[:2], -1)], dim=2)
         held = np.sort(np.concatenate([s.array for s in self.state.stores["keys"]])).astype(np.int64)
         return torch.from_numpy(np.concatenate([held, np.arange(self.state.seen, self.seen, dtype=np.int64)]))
+
+    def columns(self) -> Columns:
+        """Where attention finds the tokens of each store."""
+        if self.ragged is not None:
+            return self.ragged.columns()
+        keys, values, positions = self.placement.columns(self.state)
+        return Columns(keys, values, len(positions), False, lambda: positions)
+
+    def observe(self) -> Observer | None:
+        """What is to be told of the attention of the tokens of `look`, if any policy asks for it."""
+        if not self.placement.kinds:
+            return None
+        if self.observer is None:
+            self._spread()
+            assert self.ragged is not None
+            tokens = self.incoming["keys"].shape[2]
+            batch, lines = self.like["keys"].shape[0], self.ragged.lines
+            observer = Observer(self.placement.kinds, tokens, self.settled, batch, self.padding, MAX_PENDING, lines)
+            self.ragged.aim(observer)
+            self.observer = observer
+        return self.observer
 
     def commit(self) -> None:
         """Let the tokens of `look` in; its views are no longer valid."""
@@ -175,18 +226,24 @@ class Tiers:
         self.settle()
         new = {"keys": keys.detach(), "values": values.detach()}
         n = keys.shape[2]
-        early = n - MAX_PENDING
-        if early > 0:
-            self._apply({side: x[:, :, :early] for side, x in new.items()}, early, n)
-        self.pending = {side: x[:, :, max(early, 0) :].clone() for side, x in new.items()}
+        early = max(n - MAX_PENDING, 0)
+        if self.placement.kinds:  # scores speak of an update as a whole, and layers that agree wait for each other
+            early = n if early and not self.placement.shared else 0
+        if early:
+            alone(self._apply({side: x[:, :, :early] for side, x in new.items()}, early, n))
+        self.pending = {side: x[:, :, early:].clone() for side, x in new.items()} if early < n else {}
 
     def settle(self) -> None:
         """Let the pending tokens into the tiers."""
+        alone(self.settling())
+
+    def settling(self) -> Selection:
+        """Like `settle`, for layers that select tokens together."""
         self._check_whole()
         self.commit()
         if self.waiting:
             pending, self.pending = self.pending, {}
-            self._apply(pending, pending["keys"].shape[2], pending["keys"].shape[2])
+            yield from self._apply(pending, pending["keys"].shape[2], pending["keys"].shape[2])
 
     def _check_whole(self) -> None:
         if self.broken:
@@ -195,10 +252,22 @@ class Tiers:
                 "make a new one"
             )
 
-    def _apply(self, new: dict[str, Tensor], n: int, of: int) -> None:
+    def _apply(self, new: dict[str, Tensor], n: int, of: int) -> Selection:
         self.broken = True
-        self._move(new, n, of)
+        stop = self.settled + n
+        if self.placement.kinds or (self.padding is not None and self.padding.before(stop)):
+            self._spread()
+        if self.ragged is None:
+            self._move(new, n, of)
+        else:
+            observer, self.observer = self.observer, None
+            yield from self.ragged.settle(new, of, self.padding, self.stores, observer)
         self.broken = False
+
+    def _spread(self) -> None:
+        """From now on each row, and each head where policies ask for that, has places of its own."""
+        if self.ragged is None:
+            self.ragged = Ragged(self.placement, self.state, self.stores, self.like)
 
     def _move(self, new: dict[str, Tensor], n: int, of: int) -> None:
         self.state, plan = self.placement.advance(self.state, n, of)
@@ -235,6 +304,9 @@ class Tiers:
 
     def _dense(self, new: dict[str, Tensor], scratch: Scratch | None) -> tuple[Tensor, Tensor]:
         out = {}
+        if self.ragged is not None:
+            parts = {side: [self.ragged.dense(side, self.stores[side], new[side]), new[side]] for side in SIDES}
+            return torch.cat(parts["keys"], dim=2), torch.cat(parts["values"], dim=2)
         for side in SIDES:
             layout, held = self.placement.layout(self.state, side)
             x = new[side]
@@ -254,7 +326,10 @@ class Tiers:
         return out["keys"], out["values"]
 
     def dense(self) -> tuple[Tensor, Tensor]:
-        """All keys and values held, decoded, in token order; tensors of their own."""
+        """All keys and values held, decoded, in token order; tensors of their own.
+
+        Where rows or heads hold different tokens, each in its own order, empty places first and zero.
+        """
         self._check_whole()
         self.commit()
         return self._dense(self.pending or self.like, None)
@@ -262,23 +337,37 @@ class Tiers:
     def positions(self) -> Positions:
         """Positions and tiers of all tokens held; the same for keys and values."""
         self.commit()
+        if self.ragged is not None:
+            places, tiers = self.ragged.places()
+            new = torch.arange(self.settled, self.seen, device=places.device).expand(*places.shape[:2], -1)
+            if self.padding is not None and self.padding.before(self.seen):
+                real = torch.from_numpy(self.padding.real[:, self.settled : self.seen]).to(new.device)
+                new = torch.where(real.unsqueeze(1), new, EMPTY)
+            found = torch.cat([places, new], dim=2).cpu().numpy().astype(np.int64)
+            waits = torch.full_like(new, PENDING).to(tiers.dtype)
+            where = torch.cat([tiers.masked_fill(places < 0, PENDING), waits], dim=2)
+            return Positions(found, where.cpu().numpy().astype(np.int16))
         held = np.sort(np.concatenate([s.array for s in self.state.stores["keys"]]))
         waiting = np.arange(self.state.seen, self.seen, dtype=np.int64)
-        tiers = np.concatenate(
-            [self.placement.tier_of(self.state, held), np.full(len(waiting), PENDING, dtype=np.int16)]
+        settled = self.placement.tier_of(self.state, held)
+        return Positions(
+            np.concatenate([held, waiting]), np.concatenate([settled, np.full(len(waiting), PENDING, dtype=np.int16)])
         )
-        return Positions(np.concatenate([held, waiting]), tiers)
 
     def crop(self, length: int) -> None:
         """Forget the positions from `length` on. Exact for pending tokens; past descents are kept."""
         self.commit()
-        if length > self.state.seen:
-            self.pending = {side: x[:, :, : length - self.state.seen].clone() for side, x in self.pending.items()}
-            if self.state.through > length:
+        if length > self.settled:
+            self.pending = {side: x[:, :, : length - self.settled].clone() for side, x in self.pending.items()}
+            if self.observer is not None:
+                self.observer.crop(length - self.settled)
+            if self.ragged is None and self.state.through > length:
                 self.state, _ = self.placement.crop(self.state, length)
             return
-        self.pending = {}
-        if length < self.state.seen:
+        self.pending, self.observer = {}, None
+        if self.ragged is not None:
+            self.ragged.crop(length, self.padding, self.stores)
+        elif length < self.state.seen:
             self.state, drops = self.placement.crop(self.state, length)
             for side, stores in self.stores.items():
                 for store, index in zip(stores, drops[side], strict=True):
@@ -292,6 +381,9 @@ class Tiers:
             for store in stores:
                 if store is not None:
                     store.select(rows)
+        for part in (self.ragged, self.observer):
+            if part is not None:
+                part.select(rows)
         for held in (self.pending, self.like):
             for side, x in held.items():
                 held[side] = x.index_select(0, rows.to(x.device))
@@ -302,6 +394,29 @@ class Tiers:
             for store in stores:
                 if store is not None:
                     store.to(device)
+        for part in (self.ragged, self.observer):
+            if part is not None:
+                part.to(device)
         for held in (self.pending, self.like):
             for side, x in held.items():
                 held[side] = x.to(device, non_blocking=True)
+
+
+def alone(selection: Selection) -> None:
+    """Let one layer select by itself."""
+    together([selection])
+
+
+def together(selections: list[Selection]) -> None:
+    """Let layers select together, by the mean of what each ranks its tokens by."""
+    ranks = [_asked(selection, None) for selection in selections]
+    while ranks and None not in ranks:
+        mean = torch.stack([rank.to(ranks[0].device) for rank in ranks]).mean(0)
+        ranks = [_asked(s, mean.to(rank.device)) for s, rank in zip(selections, ranks, strict=True)]
+
+
+def _asked(selection: Selection, answer: Any) -> Any:
+    try:
+        return selection.send(answer)
+    except StopIteration:
+        return None

@@ -84,9 +84,9 @@ class Pages:
         return gather_tokens(self.pages[0], index)
 
     def remove(self, index: Tensor) -> None:
-        """Of a `whole` tensor remove the tokens at `index` `[batch or 1, kv_heads or 1, tokens]`, ascending in each head.
+        """Of a `whole` tensor remove the tokens at `index`, `[batch or 1, kv_heads or 1, tokens]`.
 
-        The last tokens move into the places that become free.
+        The index ascends in each head. The last tokens move into the places that become free.
         """
         kept = self.length - index.shape[2]
         if kept:

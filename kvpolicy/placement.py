@@ -140,6 +140,12 @@ class Placement:
         ranks = [i for i, policy in enumerate(self.policies) if isinstance(policy, RankPolicy)]
         self.ranked = min(ranks, default=len(self.policies) - 1)
         """The first tier that selects by attention; the tiers above it are placed by position alone."""
+        policies = [policy for policy in self.policies if isinstance(policy, RankPolicy)]
+        self.by_head = any(policy.select == "head" for policy in policies)
+        self.shared = any(policy.select == "shared" for policy in policies)
+        self.kinds = list(dict.fromkeys(policy.scores() for policy in policies))
+        """The attention that the policies ask for."""
+        self.slots_memo: tuple[list[State], Any, Tensor] | None = None
         self._rows: list[tuple[State, int, int, State]] = []
         self._memos: list[tuple[State, int, int, State, Plan]] = []
         self._start = self._empty()
@@ -195,7 +201,9 @@ class Placement:
         self._rows = [(state, n, of, found), *self._rows[: 2 * rows]]
         return found
 
-    def _flows(self, state: State, n: int, through: int, count: int | None = None) -> tuple[tuple[Ints, ...], list[_Flow]]:
+    def _flows(
+        self, state: State, n: int, through: int, count: int | None = None
+    ) -> tuple[tuple[Ints, ...], list[_Flow]]:
         start, stop = state.seen, state.seen + n
         new = np.arange(start, stop, dtype=np.int64)
         flow = _Flow(new, new + 1)

@@ -1,0 +1,423 @@
+"""Tokens whose place differs by row or KV head: padded batches, and policies that rank tokens by attention.
+
+Tiers that select by position place each row as if it were alone. Tiers that select by attention come below them and
+choose by row and head. Stores stay rectangular: where a row or head has fewer tokens than another its places are empty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvpolicy.errors import PluginError
+from kvpolicy.padding import Padding
+from kvpolicy.pages import gather_tokens
+from kvpolicy.placement import Placement, State
+from kvpolicy.policy import RankPolicy
+from kvpolicy.store import Store
+from kvpolicy.table import EMPTY, Table, indices_of
+
+if TYPE_CHECKING:
+    from kvpolicy.scores import Observer
+
+__all__ = ["Columns", "Ragged", "Selection"]
+
+Stores = dict[str, list[Store | None]]
+Selection = Generator[Tensor, Tensor, None]
+"""Yields what a policy with `select: shared` ranks this layer's tokens by, and takes the mean over all layers."""
+NOWHERE = 127
+"""The tier of an empty place."""
+
+
+class Columns(NamedTuple):
+    """The order in which attention has the tokens of a layer side by side."""
+
+    keys: list[int | Tensor]
+    """For each store of keys where its tokens stand: an offset, or an index for each."""
+    values: list[int | Tensor]
+    width: int
+    gaps: bool
+    """Whether some columns hold no token."""
+    positions: Callable[[], Tensor]
+    """The position of each column, `EMPTY` where no token is: `[columns]` or `[batch, kv_heads or 1, columns]`."""
+
+
+class Work(NamedTuple):
+    """The tokens that may move in an update, side by side: those of some stores, then the new ones."""
+
+    live: list[int]
+    """The stores among them."""
+    bounds: list[int]
+    """Where each store begins, where the new tokens begin, and the end."""
+    positions: Tensor
+    target: Tensor
+    """The tier that each is to be in."""
+    scores: Tensor | None
+
+
+class Ragged:
+    """Tables of what the stores of a layer hold, and the descent of their tokens."""
+
+    def __init__(self, placement: Placement, state: State, stores: Stores, like: dict[str, Tensor]) -> None:
+        """Take over a layer whose tokens were in the same places in all rows and heads."""
+        self.placement, self.seen = placement, state.seen
+        self.rows = [state]
+        """The tiers that select by position, for each row, or once for all."""
+        batch, kv_heads = like["keys"].shape[:2]
+        self.lines = (batch, kv_heads if placement.by_head else 1)
+        self.prompt = 0
+        self.prompting = True
+        self.aligned = placement.first_tier["keys"] == placement.first_tier["values"]
+        device = like["keys"].device
+        self.tables: dict[str, list[Table | None]] = {}
+        for side in ("keys",) if self.aligned else ("keys", "values"):
+            self.tables[side] = [
+                None if store is None else Table(self.lines, device, self._scored(side, s))
+                for s, store in enumerate(stores[side])
+            ]
+            for s, table in enumerate(self.tables[side]):
+                held = torch.from_numpy(state.stores[side][s].array.astype(np.int64)).to(device)
+                if table is not None and len(held):
+                    tiers = placement.tier_of(state, held.cpu().numpy())
+                    places = held.expand(*self.lines, -1), torch.from_numpy(tiers).to(device).expand(*self.lines, -1)
+                    table.append(*places, None)
+        for held_by in stores.values():
+            for store in held_by:
+                if store is not None:
+                    store.ragged(self.lines)
+
+    @property
+    def last(self) -> int:
+        return len(self.placement.policies) - 1
+
+    def _scored(self, side: str, s: int) -> bool:
+        return side == "keys" and bool(self.placement.kinds) and self.movable(side, s)
+
+    def movable(self, side: str, s: int) -> bool:
+        """Whether tokens may leave a store: not if it is the last tier's alone."""
+        return self.placement.tiers_of_store(side, s).start < self.last
+
+    def sides(self, side: str) -> tuple[str, ...]:
+        """The sides that the tables of `side` speak of."""
+        return ("keys", "values") if self.aligned else (side,)
+
+    def live(self) -> list[Table]:
+        """The tables of keys whose tokens may still descend; they come before the others."""
+        return [t for s, t in enumerate(self.tables["keys"]) if t is not None and self.movable("keys", s)]
+
+    def settle(
+        self, new: dict[str, Tensor], of: int, padding: Padding | None, stores: Stores, seen: Observer | None
+    ) -> Selection:
+        """Let new tokens in, as the first of an update of `of` tokens."""
+        n, device = new["keys"].shape[2], new["keys"].device
+        before, start, stop = self.rows, self.seen, self.seen + new["keys"].shape[2]
+        self._advance_rows(n, of, padding)
+        self.prompting = self.prompting and (of > 1 or start == 0)
+        self.prompt = stop if self.prompting else self.prompt
+        by_slot = self._tiers_by_slot(stop, padding, device)
+        slots = torch.arange(start, stop, device=device).expand(*self.lines, -1)
+        if padding is not None and padding.before(stop):
+            real = torch.from_numpy(padding.real[:, start:stop]).to(device)
+            slots = torch.where(real.unsqueeze(1), slots, EMPTY)
+        fresh = self._add_scores(seen, n)
+        quiet = not self._flows(before) and not self._ranks_now(start, stop)
+        verdict: Tensor | None = None
+        for side in self.tables:
+            work = self._work(side, [] if quiet else self._stores_to_ask(side), slots, by_slot, verdict, fresh)
+            if side == "keys" and not quiet:
+                yield from self._rank(work, start, stop, padding)
+                if not self.aligned and self.placement.ranked < self.last:
+                    verdict = self._verdict(work, stop)
+            self._move(side, work, new, stores)
+        self.seen = stop
+
+    def _advance_rows(self, n: int, of: int, padding: Padding | None) -> None:
+        start = self.seen
+        if padding is None or not padding.before(start + n):
+            self.rows = [self.placement.advance_row(row, n, of, len(self.rows)) for row in self.rows]
+            return
+        if len(self.rows) == 1:
+            self.rows = self.rows * self.lines[0]
+        counts, whole = padding.count(start, start + n), padding.count(start, start + of)
+        self.rows = [
+            self.placement.advance_row(row, n, of, len(self.rows)) if n else row
+            for row, n, of in zip(self.rows, counts, whole, strict=True)
+        ]
+
+    def _flows(self, before: list[State]) -> bool:
+        """Whether any token left a tier that selects by position, or there is none."""
+        if not self.placement.ranked:
+            return True
+        old = before * len(self.rows) if len(before) < len(self.rows) else before
+        return any(
+            len(b.tiers[0]) != len(a.tiers[0]) + b.seen - a.seen
+            or any(len(x) != len(y) for x, y in zip(a.tiers[1:], b.tiers[1:], strict=False))
+            for a, b in zip(old, self.rows, strict=True)
+        )
+
+    def _ranks_now(self, start: int, stop: int) -> bool:
+        return any(_due(policy, start, stop) for policy in self.placement.policies if isinstance(policy, RankPolicy))
+
+    def _stores_to_ask(self, side: str) -> list[int]:
+        return [s for s, t in enumerate(self.tables[side]) if t is not None and t.length and self.movable(side, s)]
+
+    def _tiers_by_slot(self, stop: int, padding: Padding | None, device: torch.device) -> Tensor:
+        """The tier of each slot as far as it depends on position, `[batch or 1, slots]`; the same for all layers."""
+        memo = self.placement.slots_memo
+        if memo is not None and memo[1] == device and list(map(id, memo[0])) == list(map(id, self.rows)):
+            return memo[2]
+        found = np.full((len(self.rows), stop), self.placement.ranked, dtype=np.int8)
+        for r, row in enumerate(self.rows):
+            slots = padding.slots(r, stop) if padding is not None and len(self.rows) > 1 else None
+            for i, held in enumerate(row.tiers[: self.placement.ranked]):
+                found[r, held if slots is None else slots[held]] = i
+        result = torch.from_numpy(found).to(device)
+        self.placement.slots_memo = (self.rows, device, result)
+        return result
+
+    def _work(
+        self, side: str, live: list[int], slots: Tensor, by_slot: Tensor, verdict: Tensor | None, fresh: Tensor | None
+    ) -> Work:
+        tables = [t for s in live if (t := self.tables[side][s]) is not None]
+        positions = torch.cat([*(t.positions for t in tables), slots], dim=2)
+        tiers = torch.cat([*(t.tiers for t in tables), torch.zeros_like(slots, dtype=torch.int8)], dim=2)
+        place = positions.clamp(min=0)
+        expanded = by_slot[:, None].expand(self.lines[0], positions.shape[1], -1)
+        target = torch.where(tiers < self.placement.ranked, expanded.gather(2, place), tiers)
+        if verdict is not None:
+            target = torch.where(target >= self.placement.ranked, verdict.gather(2, place), target)
+        target = torch.where(positions < 0, NOWHERE, target)
+        bounds = np.cumsum([0, *(t.length for t in tables), slots.shape[2]]).tolist()
+        scores = None
+        if fresh is not None and side == "keys":
+            scores = torch.cat([*(t.scores for t in tables if t.scores is not None), fresh], dim=2)
+        return Work(live, bounds, positions, target, scores)
+
+    def _add_scores(self, seen: Observer | None, n: int) -> Tensor | None:
+        """Add what an update's queries attended to the scores of stored tokens; returns those of the new ones."""
+        kinds = len(self.placement.kinds)
+        if not kinds:
+            return None
+        fresh = torch.zeros((*self.lines, n, 2 * kinds), device=self.live()[0].device)
+        if seen is not None:
+            at = 0
+            for table in self.live():
+                if table.scores is not None:
+                    seen.add(table.scores, at, table.length)
+                at += table.length
+            seen.add(fresh, at, n)
+        return fresh
+
+    def _rank(self, work: Work, start: int, stop: int, padding: Padding | None) -> Selection:
+        for tier in range(self.placement.ranked, self.last):
+            policy = self.placement.policies[tier]
+            assert isinstance(policy, RankPolicy)
+            if not _due(policy, start, stop):
+                continue
+            candidates = work.target == tier
+            prompts = padding.count(0, self.prompt) if padding is not None else [self.prompt] * len(self.rows)
+            budgets = [policy.budget_tokens(row.seen, prompt) for row, prompt in zip(self.rows, prompts, strict=False)]
+            if int(candidates.sum(2).max()) <= min(budgets) and policy.select != "shared":
+                continue
+            rank = self._ranked(policy, work, stop, padding)
+            if policy.select == "shared":
+                rank = yield rank
+            rank = rank.expand_as(candidates).masked_fill(~candidates, -torch.inf)
+            work.target[candidates & ~_highest(rank, budgets)] = tier + 1
+
+    def _ranked(self, policy: RankPolicy, work: Work, stop: int, padding: Padding | None) -> Tensor:
+        assert work.scores is not None
+        kind = 2 * self.placement.kinds.index(policy.scores())
+        place = work.positions.clamp(min=0)
+        ages = stop - work.positions.long()
+        if padding is not None and padding.before(stop):
+            known = torch.from_numpy(padding.ages(stop).copy()).to(place.device)
+            ages = known[:, None].expand(-1, place.shape[1], -1).gather(2, place.long())
+        rank = policy.rank(work.scores[..., kind], work.scores[..., kind + 1], ages)
+        expected = work.scores.shape[:3]
+        if not isinstance(rank, Tensor) or rank.shape != expected or not rank.is_floating_point():
+            raise PluginError(
+                f"policy {policy.kind!r}: rank must return a float tensor {tuple(expected)}, found "
+                f"{getattr(rank, 'dtype', type(rank).__name__)} {tuple(getattr(rank, 'shape', ()))}"
+            )
+        rank = rank.float().nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        return rank if policy.select == "head" else rank.mean(1, keepdim=True)
+
+    def _verdict(self, work: Work, stop: int) -> Tensor:
+        """The tier of each slot, where the tables of values differ from those of keys."""
+        found = torch.full((*self.lines, stop + 1), self.last, dtype=torch.int8, device=work.target.device)
+        return found.scatter_(2, torch.where(work.positions < 0, stop, work.positions).long(), work.target)
+
+    def _move(self, side: str, work: Work, new: dict[str, Tensor], stores: Stores) -> None:
+        contiguous = {name: new[name].contiguous() for name in self.sides(side)}
+        arriving: list[tuple[int, Table, Tensor]] = []
+        for s, table in enumerate(self.tables[side]):
+            if table is None:
+                continue
+            covers = self.placement.tiers_of_store(side, s)
+            inside = (work.target >= covers.start) & (work.target < covers.stop)
+            if s in work.live:
+                first, end = work.bounds[work.live.index(s)], work.bounds[work.live.index(s) + 1]
+                table.tiers.copy_(work.target[..., first:end])
+                table.positions.masked_fill_(~inside[..., first:end], EMPTY)
+                inside[..., first:end] = False
+            index = indices_of(inside)
+            if index is not None:
+                arriving.append((s, table, index))
+        for s, table, index in arriving:
+            for name in self.sides(side):
+                store = stores[name][s]
+                assert store is not None
+                store.append(self._collect(name, work, index, contiguous[name], stores[name]))
+            self._enter(table, work, index)
+        for s, table in enumerate(self.tables[side]):
+            if table is not None and (s in work.live or table.gaps):
+                self._close(side, s, table, stores)
+
+    def _collect(self, name: str, work: Work, index: Tensor, new: Tensor, stores: list[Store | None]) -> Tensor:
+        """The tokens at `index`, decoded; zeros in empty places."""
+        out: Tensor | None = None
+        for number, (first, end) in enumerate(zip(work.bounds, work.bounds[1:], strict=False)):
+            within = (index >= first) & (index < end)
+            if end == first or not within.any():
+                continue
+            local = (index - first).clamp(0, end - first - 1)
+            if number < len(work.live):
+                store = stores[work.live[number]]
+                assert store is not None
+                x = store.gather(local, new.dtype)
+            else:
+                x = gather_tokens(new, local)
+            if out is None and bool(within.all()):
+                return x
+            out = torch.where(within.unsqueeze(3), x, torch.zeros_like(x) if out is None else out)
+        assert out is not None
+        return out
+
+    def _enter(self, table: Table, work: Work, index: Tensor) -> None:
+        place = index.clamp(min=0)
+        empty = index < 0
+        positions = work.positions.gather(2, place).masked_fill(empty, EMPTY)
+        tiers = work.target.gather(2, place).masked_fill(empty, NOWHERE)
+        scores = None
+        if "scores" in table.parts:
+            assert work.scores is not None
+            scores = gather_tokens(work.scores, place).masked_fill(empty.unsqueeze(3), 0.0)
+        table.append(positions, tiers, scores)
+        table.gaps = table.gaps or bool(empty.any())
+
+    def _close(self, side: str, s: int, table: Table, stores: Stores) -> None:
+        """Remove empty places that no row needs."""
+        index = table.surplus() if table.length else None
+        if index is None:
+            return
+        for name in self.sides(side):
+            store = stores[name][s]
+            assert store is not None
+            store.remove(index)
+        table.remove(index)
+
+    def columns(self) -> Columns:
+        """Where attention finds the tokens of each store."""
+        if self.aligned:
+            tables = self.tables["keys"]
+            ends = np.cumsum([0 if t is None else t.length for t in tables]).tolist()
+            offsets: list[int | Tensor] = [0, *ends[:-1]]
+            gaps = any(t is not None and t.gaps for t in tables)
+            return Columns(offsets, offsets, ends[-1], gaps, self._positions)
+        where: dict[str, list[int | Tensor]] = {
+            side: [0 if t is None else torch.where(t.positions < 0, self.seen, t.positions.long()) for t in tables]
+            for side, tables in self.tables.items()
+        }
+        return Columns(where["keys"], where["values"], self.seen + 1, True, self._present)
+
+    def _positions(self) -> Tensor:
+        return torch.cat([t.positions for t in self.tables["keys"] if t is not None], dim=2)
+
+    def _present(self) -> Tensor:
+        """The position of each column where columns are positions; `EMPTY` where no token is."""
+        positions = self._positions().long()
+        found = torch.full((*self.lines, self.seen + 1), EMPTY, dtype=torch.int64, device=positions.device)
+        found.scatter_(2, torch.where(positions < 0, self.seen, positions), positions)
+        found[..., self.seen] = EMPTY
+        return found
+
+    def aim(self, observer: Observer) -> None:
+        """Tell an observer which columns of attention are those of the stores whose tokens may yet descend."""
+        live = self.live()
+        observer.live, observer.held = sum(t.length for t in live), self.columns().width
+        if not self.aligned:
+            places = torch.cat([t.positions for t in live], dim=2).long()
+            new = torch.arange(observer.held, observer.held + observer.tokens, device=places.device)
+            places = torch.where(places < 0, self.seen, places)
+            observer.index = torch.cat([places, new.expand(*self.lines, -1)], dim=2)
+
+    def crop(self, length: int, padding: Padding | None, stores: Stores) -> None:
+        """Forget the slots from `length` on."""
+        real = [length] * len(self.rows) if padding is None or len(self.rows) == 1 else padding.count(0, length)
+        self.rows = [
+            State(min(row.seen, n), tuple(t[t < n] for t in row.tiers), {}, min(row.through, n))
+            for row, n in zip(self.rows, real, strict=True)
+        ]
+        self.seen, self.prompt = length, min(self.prompt, length)
+        for side, tables in self.tables.items():
+            for s, table in enumerate(tables):
+                if table is not None and table.length:
+                    table.positions.masked_fill_(table.positions >= length, EMPTY)
+                    self._close(side, s, table, stores)
+
+    def select(self, rows: Tensor) -> None:
+        """Keep the batch rows `rows`; the stores' are not touched."""
+        self.lines = (len(rows), self.lines[1])
+        if len(self.rows) > 1:
+            self.rows = [self.rows[r] for r in rows.tolist()]
+        for table in self._all():
+            table.select(rows)
+
+    def to(self, device: torch.device) -> None:
+        for table in self._all():
+            table.to(device)
+
+    def _all(self) -> list[Table]:
+        return [table for tables in self.tables.values() for table in tables if table is not None]
+
+    def bytes(self) -> dict[str, int]:
+        """Bytes of the tables: indices and scores."""
+        found = [table.bytes() for table in self._all()]
+        return {kind: sum(x[kind] for x in found) for kind in ("indices", "scores")}
+
+    def places(self) -> tuple[Tensor, Tensor]:
+        """Position and tier of all places, each row and head in order of position, empty places first."""
+        tables, positions = [t for t in self.tables["keys"] if t is not None], self._positions()
+        order = positions.argsort(dim=2, stable=True)
+        tiers = torch.cat([t.tiers for t in tables], dim=2)
+        return positions.gather(2, order), tiers.gather(2, order)
+
+    def dense(self, side: str, stores: list[Store | None], like: Tensor) -> Tensor:
+        """All tokens of a side, decoded, each row and head in order of position, empty places first and zero."""
+        tables = self.tables[side if side in self.tables else "keys"]
+        held = [(t, store) for t, store in zip(tables, stores, strict=True) if t is not None and store is not None]
+        parts = [x for t, store in held if t.length for _, x in store.decoded(1 << 40, like.dtype)]
+        if not parts:
+            return like[:, :, :0]
+        positions = torch.cat([t.positions for t, _ in held], dim=2)
+        order = positions.argsort(dim=2, stable=True)
+        empty = positions.gather(2, order) < 0
+        return gather_tokens(torch.cat(parts, dim=2), order).masked_fill(empty.unsqueeze(3), 0.0)
+
+
+def _due(policy: RankPolicy, start: int, stop: int) -> bool:
+    return stop // policy.every > start // policy.every
+
+
+def _highest(rank: Tensor, budgets: Sequence[int]) -> Tensor:
+    """True at the `budgets[row]` highest of each head of a row."""
+    most = max(0, min(max(budgets), rank.shape[2]))
+    best = rank.topk(most, dim=2).indices
+    allowed = torch.tensor(budgets, device=rank.device).view(-1, 1, 1)
+    within = (torch.arange(most, device=rank.device) < allowed).expand_as(best)
+    return torch.zeros_like(rank, dtype=torch.bool).scatter_(2, best, within)

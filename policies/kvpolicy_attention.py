@@ -1,0 +1,90 @@
+"""Policy `attention`: the tokens that received the most attention."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+
+from kvpolicy.component import MOST, Budget, budget_tokens
+from kvpolicy.hookspecs import hookimpl
+from kvpolicy.policy import Policy, RankPolicy, Scores
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Attention(RankPolicy):
+    """Keeps the tokens with the highest attention score.
+
+    Source: accumulated scores of all queries, H2O (arXiv 2306.14048, section 4, algorithm 1); divided by the number
+    of queries that could see the token, MAS of RoCo (arXiv 2402.06262, section 3) and ZipCache (arXiv 2405.14256,
+    section 4.2), whose probe queries (section 4.3) are the newest 5% and 5% at random. Deviations: tokens are selected
+    after the last token of an update, not within it; a token that was let go never comes back; attention is that over
+    the tokens held, as they are stored.
+    """
+
+    kind: Literal["attention"] = "attention"
+    budget: Budget = Field(
+        0.1, description="Tokens that stay at most: a number, or a fraction of the tokens that `of` names."
+    )
+    of: Literal["seen", "prompt"] = Field(
+        "seen", description="What a fraction is taken of: the tokens seen, or those of the prompt."
+    )
+    score: Literal["accumulated", "normalised", "last"] = Field(
+        "accumulated",
+        description=(
+            "accumulated: attention summed over queries; normalised: that, divided by the number of queries that "
+            "`count` names; last: the newest query's attention alone."
+        ),
+    )
+    queries: Literal["all", "probe"] = Field(
+        "all", description="Queries whose attention is summed: all, or probes (the newest ones and some at random)."
+    )
+    newest: Share = Field(0.05, description="Share of an update's queries that are probes, from the newest on.")
+    random: Share = Field(0.05, description="Share of its queries that are probes, drawn at random.")
+    seed: int = Field(0, ge=0, le=MOST, description="Seed of the random probes.")
+    count: Literal["seen", "causal"] = Field(
+        "seen",
+        description=(
+            "Queries that a normalised score is divided by: those summed that could see the token, or all tokens from "
+            "it on, whether summed or not."
+        ),
+    )
+    decode: Literal["same", "last"] = Field(
+        "same",
+        description="Scores while decoding: as for the prompt, or those of the newest query alone, undivided.",
+    )
+    heads: Literal["mean", "sum", "max"] = Field(
+        "mean", description="How the query heads of a KV head are put together, query by query."
+    )
+    select: Literal["head", "layer", "shared"] = Field(
+        "head",
+        description="Each KV head selects its own tokens, all heads of a layer the same, or all layers the same.",
+    )
+    every: int = Field(
+        1, ge=1, le=MOST, description="Tokens are selected anew each time a multiple of this many has been seen."
+    )
+
+    def scores(self) -> Scores:
+        queries: Literal["all", "probe", "last"] = "last" if self.score == "last" else self.queries
+        decode = queries if self.decode == "same" else "last"
+        if queries != "probe":
+            return Scores(queries, decode, self.heads)
+        period = self.every if self.every > 1 else 100
+        return Scores(queries, decode, self.heads, self.newest, self.random, period, self.seed)
+
+    def budget_tokens(self, seen: int, prompt: int) -> int:
+        return budget_tokens(self.budget, seen if self.of == "seen" else prompt)
+
+    def rank(self, attention: Tensor, queries: Tensor, ages: Tensor) -> Tensor:
+        if self.score != "normalised":
+            return attention
+        return attention / (ages if self.count == "causal" else queries.clamp(min=1.0))
+
+
+@hookimpl
+def kvpolicy_policies() -> list[type[Policy]]:
+    return [Attention]
