@@ -70,7 +70,8 @@ def attend(
     for first in range(0, queries, step):
         last = min(first + step, queries)
         rows = grouped[:, :, :, first:last].flatten(2, 3)
-        scores = rows.new_empty((batch, kv_heads, rows.shape[2], width))
+        shape = (batch, kv_heads, rows.shape[2], width)
+        scores = rows.new_zeros(shape) if columns.gaps else rows.new_empty(shape)
         for store, where in zip(tiers.stores["keys"], columns.keys, strict=True):
             if store is not None and store.length:
                 key_scores(store, rows, scores, where)

@@ -254,9 +254,7 @@ class Tiers:
 
     def _apply(self, new: dict[str, Tensor], n: int, of: int) -> Selection:
         self.broken = True
-        stop = self.settled + n
-        if self.placement.kinds or (self.padding is not None and self.padding.before(stop)):
-            self._spread()
+        self._spread()
         if self.ragged is None:
             self._move(new, n, of)
         else:
@@ -265,8 +263,9 @@ class Tiers:
         self.broken = False
 
     def _spread(self) -> None:
-        """From now on each row, and each head where policies ask for that, has places of its own."""
-        if self.ragged is None:
+        """Where that is needed, each row, and each head that policies look at, has places of its own from now on."""
+        padded = self.padding is not None and self.padding.before(self.padding.length)
+        if self.ragged is None and (padded or self.placement.kinds):
             self.ragged = Ragged(self.placement, self.state, self.stores, self.like)
 
     def _move(self, new: dict[str, Tensor], n: int, of: int) -> None:
@@ -337,6 +336,8 @@ class Tiers:
     def positions(self) -> Positions:
         """Positions and tiers of all tokens held; the same for keys and values."""
         self.commit()
+        if self.stores:
+            self._spread()
         if self.ragged is not None:
             places, tiers = self.ragged.places()
             new = torch.arange(self.settled, self.seen, device=places.device).expand(*places.shape[:2], -1)

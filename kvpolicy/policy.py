@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from kvpolicy.component import Component
+from pydantic import Field
+
+from kvpolicy.component import MOST, Component
 from kvpolicy.errors import PluginError
 
 if TYPE_CHECKING:
@@ -156,10 +158,19 @@ class RankPolicy(Policy):
                     return self.n
     """
 
-    select: Literal["head", "layer", "shared"] = "head"
-    """Whether each KV head chooses its own tokens, the heads of a layer agree, or all layers with the same tiers do."""
-    every: int = 1
-    """Tokens are selected again each time that a multiple of so many has been seen; in between all stay."""
+    select: Literal["head", "layer", "shared"] = Field(
+        "head",
+        description=(
+            "Each KV head selects its own tokens, all heads of a layer the same, or all heads of all layers with the "
+            "same tiers."
+        ),
+    )
+    every: int = Field(
+        1,
+        ge=1,
+        le=MOST,
+        description="Tokens are selected anew each time a multiple of this many has been seen; in between all stay.",
+    )
 
     @abstractmethod
     def scores(self) -> Scores:

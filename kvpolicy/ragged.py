@@ -18,7 +18,7 @@ from kvpolicy.padding import Padding
 from kvpolicy.pages import gather_tokens
 from kvpolicy.placement import Placement, State
 from kvpolicy.policy import RankPolicy
-from kvpolicy.store import Store
+from kvpolicy.store import LARGE, Store
 from kvpolicy.table import EMPTY, Table, indices_of
 
 if TYPE_CHECKING:
@@ -391,23 +391,29 @@ class Ragged:
         return {kind: sum(x[kind] for x in found) for kind in ("indices", "scores")}
 
     def places(self) -> tuple[Tensor, Tensor]:
-        """Position and tier of all places, each row and head in order of position, empty places first."""
-        tables, positions = [t for t in self.tables["keys"] if t is not None], self._positions()
-        order = positions.argsort(dim=2, stable=True)
-        tiers = torch.cat([t.tiers for t in tables], dim=2)
-        return positions.gather(2, order), tiers.gather(2, order)
+        """Position and tier of all tokens, each row and head in order of position, empty places first."""
+        tables = [t for t in self.tables["keys"] if t is not None]
+        order, positions = _in_order(tables)
+        return positions, torch.cat([t.tiers for t in tables], dim=2).gather(2, order)
 
     def dense(self, side: str, stores: list[Store | None], like: Tensor) -> Tensor:
-        """All tokens of a side, decoded, each row and head in order of position, empty places first and zero."""
+        """All tokens of a side, decoded, in the order of `places`; zeros in empty places."""
         tables = self.tables[side if side in self.tables else "keys"]
         held = [(t, store) for t, store in zip(tables, stores, strict=True) if t is not None and store is not None]
-        parts = [x for t, store in held if t.length for _, x in store.decoded(1 << 40, like.dtype)]
+        parts = [x for t, store in held if t.length for _, x in store.decoded(LARGE, like.dtype)]
         if not parts:
             return like[:, :, :0]
-        positions = torch.cat([t.positions for t, _ in held], dim=2)
-        order = positions.argsort(dim=2, stable=True)
-        empty = positions.gather(2, order) < 0
-        return gather_tokens(torch.cat(parts, dim=2), order).masked_fill(empty.unsqueeze(3), 0.0)
+        order, positions = _in_order([t for t, _ in held])
+        return gather_tokens(torch.cat(parts, dim=2), order).masked_fill((positions < 0).unsqueeze(3), 0.0)
+
+
+def _in_order(tables: list[Table]) -> tuple[Tensor, Tensor]:
+    """The tokens of all tables by position, and the positions; of empty places only as many as some row needs."""
+    positions = torch.cat([t.positions for t in tables], dim=2)
+    order = positions.argsort(dim=2, stable=True)
+    found = positions.gather(2, order)
+    surplus = int((found < 0).sum(2).min()) if found.numel() else 0
+    return order[:, :, surplus:], found[:, :, surplus:]
 
 
 def _due(policy: RankPolicy, start: int, stop: int) -> bool:

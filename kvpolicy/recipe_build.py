@@ -16,7 +16,7 @@ from kvpolicy.errors import RecipeError
 from kvpolicy.plugins import PluginInfo, Registry, registry, suggest
 from kvpolicy.policy import Policy
 from kvpolicy.quantizer import Quantizer
-from kvpolicy.recipe_spec import SPEC_VERSION, Recipe, Tier, find_overlap, find_problem
+from kvpolicy.recipe_spec import SPEC_VERSION, Recipe, Tier, find_clash, find_overlap, find_problem
 from kvpolicy.recipe_yaml import Document, Path_, read_file
 
 __all__ = ["BUNDLED", "TIER_KEYS", "TOP_KEYS", "build", "bundled", "bundled_names"]
@@ -191,6 +191,9 @@ class _Builder:
             self.fail(("placement",), f"placement must be token or update, found {_found(placement)}")
         tiers = self._tiers(data["tiers"], ("tiers",))
         layers = self._layers(data.get("layers"))
+        clash = find_clash(placement, [tiers, *(own for own in layers.values() if own != "full")])
+        if clash:
+            self.fail(("placement",), clash)
         recipe = Recipe(
             name=data["name"],
             summary=data.get("summary", ""),

@@ -10,11 +10,21 @@ from pydantic import BaseModel, ConfigDict, Field, InstanceOf, PrivateAttr, Seri
 
 from kvpolicy.component import Component
 from kvpolicy.errors import RecipeError
-from kvpolicy.policy import Policy
+from kvpolicy.policy import Policy, RankPolicy
 from kvpolicy.quantizer import Quantizer
 from kvpolicy.recipe_yaml import Path_, dump_yaml, path_text
 
-__all__ = ["FULL_TIERS", "SPEC_VERSION", "Recipe", "Store", "Tier", "find_overlap", "find_problem", "parse_selector"]
+__all__ = [
+    "FULL_TIERS",
+    "SPEC_VERSION",
+    "Recipe",
+    "Store",
+    "Tier",
+    "find_clash",
+    "find_overlap",
+    "find_problem",
+    "parse_selector",
+]
 
 SPEC_VERSION = 1
 Store = Literal["full", "evict"] | SerializeAsAny[InstanceOf[Quantizer]]
@@ -83,7 +93,7 @@ class Recipe(BaseModel):
             problem = find_problem(tiers)
             if problem:
                 raise RecipeError(f"recipe {self.name}: {path_text((*path, *problem[0]))}: {problem[1]}")
-        overlap = find_overlap(list(self.layers))
+        overlap = find_overlap(list(self.layers)) or find_clash(self.placement, [tiers for _, tiers in lists])
         if overlap:
             raise RecipeError(f"recipe {self.name}: {overlap}")
         return self
@@ -174,6 +184,9 @@ def find_problem(tiers: Sequence[Tier]) -> tuple[Path_, str] | None:
             )
         if not last and tier.policy is None:
             return (i,), "every tier but the last must have a policy, found none; without one nothing descends"
+        clash = None if last or not i else _misplaced(tiers[i - 1].policy, tier.policy)
+        if clash:
+            return (i, "policy"), clash
         for side in ("keys", "values"):
             if getattr(tier, side) == "evict" and (not last or tier.keys != tier.values):
                 return (i, side), (
@@ -187,6 +200,33 @@ def find_problem(tiers: Sequence[Tier]) -> tuple[Path_, str] | None:
                 )
     if len(tiers) == 1 and tiers[0].keys == "evict":
         return (0,), "the only tier must not evict: nothing would be kept"
+    return None
+
+
+def find_clash(placement: str, lists: Sequence[Sequence[Tier]]) -> str | None:
+    """Why a way of placement doesn't go with tiers, if it doesn't."""
+    ranks = [tier.policy.kind for tiers in lists for tier in tiers if isinstance(tier.policy, RankPolicy)]
+    if placement == "update" and ranks:
+        return f"placement: update goes with policies by position only, found policy {ranks[0]!r}; remove placement"
+    return None
+
+
+def _misplaced(above: Policy | None, below: Policy | None) -> str | None:
+    """Why a policy can't stand below another, if it can't."""
+    if not isinstance(above, RankPolicy):
+        return None
+    if not isinstance(below, RankPolicy):
+        kind = below.kind if below is not None else None
+        return (
+            f"below a policy by attention ({above.kind!r}) another such or the last tier must stand, found {kind!r}; "
+            "put policies by position above it"
+        )
+    order = ("shared", "layer", "head")
+    if order.index(below.select) < order.index(above.select):
+        return (
+            f"below a tier with select: {above.select} a tier must select as finely, found select: {below.select}; "
+            f"use select: {above.select} in both"
+        )
     return None
 
 

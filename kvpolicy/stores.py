@@ -147,6 +147,11 @@ class PackedStore(Store):
             self.sizes = np.empty(0, dtype=np.int64)
         super().ragged(lines)
 
+    def select(self, rows: Tensor) -> None:
+        super().select(rows)
+        if self.lines is not None:
+            self.lines = (len(rows), self.lines[1])
+
     def gather(self, index: Tensor, dtype: torch.dtype) -> Tensor:
         coded = self.parts["codes"].length
         waiting = self.parts["exact"]

@@ -60,13 +60,6 @@ class Attention(RankPolicy):
     heads: Literal["mean", "sum", "max"] = Field(
         "mean", description="How the query heads of a KV head are put together, query by query."
     )
-    select: Literal["head", "layer", "shared"] = Field(
-        "head",
-        description="Each KV head selects its own tokens, all heads of a layer the same, or all layers the same.",
-    )
-    every: int = Field(
-        1, ge=1, le=MOST, description="Tokens are selected anew each time a multiple of this many has been seen."
-    )
 
     def scores(self) -> Scores:
         queries: Literal["all", "probe", "last"] = "last" if self.score == "last" else self.queries

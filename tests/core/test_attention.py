@@ -18,6 +18,7 @@ import kvpolicy
 from kvpolicy import attach, load_recipe, make_cache
 from kvpolicy.cache import TieredLayer
 from kvpolicy.errors import CacheError
+from kvpolicy.policy import RankPolicy
 from kvpolicy.recipe import bundled_names
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -27,6 +28,12 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 def _no_grad() -> Any:
     with torch.no_grad():
         yield
+
+
+BY_POSITION = [
+    name for name in bundled_names() if not any(isinstance(t.policy, RankPolicy) for t in load_recipe(name).tiers)
+]
+"""The recipes that an unattached model can use, too."""
 
 
 def cache_for(name: str, model: PreTrainedModel) -> Any:
@@ -53,7 +60,7 @@ def check(model: PreTrainedModel, name: str, tokens: torch.Tensor, prompt: int, 
     assert found.isfinite().all()
 
 
-@pytest.mark.parametrize("name", bundled_names())
+@pytest.mark.parametrize("name", BY_POSITION)
 def test_every_recipe_over_300_steps(name: str) -> None:
     check(tiny("llama"), name, ids(380, batch=2), 60, 1e-5)
 
@@ -66,22 +73,9 @@ def test_every_family(family: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", bundled_names())
+@pytest.mark.parametrize("name", BY_POSITION)
 def test_every_recipe_in_half_precision(name: str, dtype: torch.dtype) -> None:
     check(tiny("llama", dtype), name, ids(150), 70, 16 * torch.finfo(dtype).eps)
-
-
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt_oss", "deepseek_v3"])
-@pytest.mark.parametrize("name", ["logquant", "kivi", "balanced"])
-def test_left_padded_batches(family: str, name: str) -> None:
-    tokens, mask = ids(130, batch=3), torch.ones(3, 130, dtype=torch.long)
-    mask[0, :13] = mask[2, :40] = 0
-    model = tiny(family)
-    expected = logits(model, cache_for(name, model), tokens, 70, attention_mask=mask)
-    with attach(model):
-        found = logits(model, cache_for(name, model), tokens, 70, attention_mask=mask)
-    real = mask.bool()
-    torch.testing.assert_close(found[real], expected[real], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (4, 1)], ids=["MHA", "GQA", "MQA"])
@@ -288,7 +282,7 @@ def test_what_can_not_be_served_is_refused_by_name() -> None:
         assert handle.recipe is None
 
 
-def test_training_attention_weights_and_padded_eviction_are_refused() -> None:
+def test_training_and_attention_weights_are_refused() -> None:
     model = copy.deepcopy(tiny("llama"))
     with attach(model):
         cache = make_cache("logquant", model)
@@ -298,7 +292,67 @@ def test_training_attention_weights_and_padded_eviction_are_refused() -> None:
         model.eval()
         with pytest.raises(CacheError, match="output_attentions"):
             model(ids(1), past_key_values=cache, output_attentions=True)
-        mask = torch.ones(2, 80, dtype=torch.long)
-        mask[0, :9] = 0
-        with pytest.raises(CacheError, match="padded"):
-            model(ids(80, batch=2), past_key_values=make_cache("streaming-llm", model), attention_mask=mask)
+
+
+@pytest.mark.parametrize("name", ["h2o", "zipcache"])
+def test_policies_by_attention_are_refused_unattached_before_any_token(name: str) -> None:
+    model = tiny("llama")
+    cache = make_cache(name, model)
+    with pytest.raises(CacheError, match=r"policy 'attention' selects tokens by the attention.*kvpolicy.attach"):
+        model.generate(ids(100), past_key_values=cache, max_new_tokens=5)
+    with pytest.raises(CacheError, match="policy 'attention'"):
+        cache.update(torch.zeros(1, 2, 3, 32), torch.zeros(1, 2, 3, 32), 0)
+    assert cache.get_seq_length() == 0
+    with attach(model):
+        model.generate(ids(100), past_key_values=cache, max_new_tokens=5)
+    assert cache.get_seq_length() == 104
+
+
+def test_policies_by_attention_are_refused_where_models_compute_on_keys() -> None:
+    model = tiny("deepseek_v3")
+    with attach(model), pytest.raises(CacheError, match="'attention' must see attention, and this model computes on"):
+        model(ids(100), past_key_values=make_cache("h2o", model))
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in ("deepseek_v3", "mistral")])
+@pytest.mark.parametrize("name", ["h2o", "zipcache", "mikv"])
+def test_policies_by_attention_on_every_family(family: str, name: str) -> None:
+    model = tiny(family)
+    with attach(model):
+        cache = make_cache(name, model)
+        found = model.generate(ids(130, batch=2), past_key_values=cache, max_new_tokens=90, do_sample=False)
+    assert found.shape == (2, 220)
+    layer = next(i for i, x in enumerate(cache.layers) if isinstance(x, TieredLayer))
+    assert cache.positions(layer).positions.shape[:2] == (2, 2)
+    assert cache.memory().ratio > 1.05
+
+
+@pytest.mark.parametrize("name", ["h2o", "zipcache"])
+def test_beams_and_assisted_decoding_with_policies_by_attention(name: str) -> None:
+    model = tiny("llama")
+    tokens = ids(12).repeat(1, 20)
+    with attach(model):
+        greedy = model.generate(tokens, past_key_values=make_cache(name, model), max_new_tokens=40, do_sample=False)
+        for options in ({"num_beams": 3}, {"prompt_lookup_num_tokens": 5}):
+            cache = make_cache(name, model)
+            found = model.generate(tokens, past_key_values=cache, max_new_tokens=40, do_sample=False, **options)
+            assert found.shape == greedy.shape
+            assert cache.get_seq_length() == 279
+
+
+@pytest.mark.parametrize("select", ["head", "layer", "shared"])
+def test_what_selects_together(select: str) -> None:
+    model = tiny("llama")
+    tiers = [
+        {"policy": {"kind": "recent", "window": 8}, "store": "full"},
+        {"policy": {"kind": "attention", "budget": 20, "select": select}, "store": "full"},
+        {"store": "evict"},
+    ]
+    cache = make_cache({"tiers": tiers}, model)
+    with attach(model):
+        model.generate(ids(130, batch=2), past_key_values=cache, max_new_tokens=40, do_sample=False)
+    cache.settle()
+    one, other = (cache.positions(layer).positions for layer in (0, 1))
+    assert one.shape == other.shape == (2, 2 if select == "head" else 1, 28)
+    assert (one == other).all() == (select == "shared")
+    assert select != "head" or not (one[:, 0] == one[:, 1]).all()
