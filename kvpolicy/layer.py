@@ -136,6 +136,13 @@ class Tiers:
         state, _ = self.placement.advance(self.state, self.waiting) if self.waiting else (self.state, None)
         return sum(s.length for s in state.stores["keys"])
 
+    def expected_length(self, side: str, store: int) -> int:
+        """Tokens that a store must hold."""
+        if self.ragged is not None:
+            table = self.ragged.tables[side if side in self.ragged.tables else "keys"][store]
+            return 0 if table is None else table.length
+        return self.state.stores[side][store].length
+
     def start(self, keys: Tensor, values: Tensor) -> None:
         """Make the stores for tensors of this kind: an empty slice of each is kept for type and device."""
         self.like = {"keys": keys[:, :, :0].detach().clone(), "values": values[:, :, :0].detach().clone()}

@@ -63,7 +63,7 @@ class Pages:
 
     def _regrow(self, like: Tensor, tokens: int) -> None:
         with torch.inference_mode(False):
-            shape = (*like.shape[:2], max(SMALLEST, tokens + tokens // 8), like.shape[3])
+            shape = (*like.shape[:2], tokens + max(tokens // 8, 8), like.shape[3])
             page = torch.empty(shape, dtype=like.dtype, device=like.device)
         for offset, block in self.blocks():
             page[:, :, offset : offset + block.shape[2]] = block

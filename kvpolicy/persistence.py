@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from kvpolicy.errors import CacheError, KvpolicyError, RecipeError
+from kvpolicy.layer import Tiers
 from kvpolicy.packing import packed_width
+from kvpolicy.persistence_ragged import fill_ragged, load_padding, save_padding, save_ragged
 from kvpolicy.placement import Growing, Placement, State
 from kvpolicy.recipe import load_yaml
 from kvpolicy.recipe_yaml import read_text
@@ -42,19 +44,21 @@ def save_cache(cache: CompressedCache, path: Path) -> None:
         raise CacheError("a cache must hold tokens to be saved, found an empty one; run the model with it first")
     tensors: dict[str, Tensor] = {}
     states: list[State] = []
+    groups: list[list[State]] = []
     layers: list[dict[str, Any]] = []
+    save_padding(cache.padding, tensors)
     for number, layer in enumerate(cache.layers):
         if isinstance(layer, TieredLayer):
             tiers = layer.tiers
+            if tiers.ragged is not None:
+                layers.append(save_ragged(tiers.ragged, number, groups, tensors))
+                _add_stores(tiers, number, tensors)
+                continue
             group = next((i for i, state in enumerate(states) if state is tiers.state), len(states))
             if group == len(states):
                 states.append(tiers.state)
             layers.append({"type": "tiers", "state": group})
-            for side, like in tiers.like.items():
-                tensors[f"{number}.{side}.like"] = like
-                for s, store in enumerate(tiers.stores[side]):
-                    for name, tensor in (store.tensors() if store is not None else {}).items():
-                        tensors[f"{number}.{side}.{s}.{name}"] = tensor
+            _add_stores(tiers, number, tensors)
             continue
         layers.append(_own(layer, number, tensors))
     for group, state in enumerate(states):
@@ -78,6 +82,14 @@ def save_cache(cache: CompressedCache, path: Path) -> None:
         save_file(tensors, path, metadata=header)
     except (OSError, SafetensorError) as error:
         raise CacheError(f"the cache could not be written to {path}: {error}") from None
+
+
+def _add_stores(tiers: Tiers, number: int, tensors: dict[str, Tensor]) -> None:
+    for side, like in tiers.like.items():
+        tensors[f"{number}.{side}.like"] = like
+        for s, store in enumerate(tiers.stores[side]):
+            for name, tensor in (store.tensors() if store is not None else {}).items():
+                tensors[f"{number}.{side}.{s}.{name}"] = tensor
 
 
 def _checksum(header: dict[str, str], tensors: dict[str, Tensor]) -> str:
@@ -129,7 +141,7 @@ def load_cache(path: Path, model_or_config: Any) -> CompressedCache:
                 "load it with the model that made it"
             )
         found = ["tiers" if isinstance(x, TieredLayer) else type(x).__name__ for x in cache.layers]
-        saved = [x["type"] for x in layers]
+        saved = ["tiers" if x["type"] == "ragged" else x["type"] for x in layers]
         if found != saved:
             raise CacheError(
                 f"{path} must be of a model with the same layers: it holds {len(saved)} layers {sorted(set(saved))}, "
@@ -140,10 +152,16 @@ def load_cache(path: Path, model_or_config: Any) -> CompressedCache:
         for name, tensor in tensors.items():
             if not name.startswith("state.") and not name.endswith(".sizes"):
                 tensors[name] = tensor.to(devices[int(name.split(".")[0])])
-        made: dict[tuple[int, int], State] = {}
+        made: dict[Any, Any] = {}
+        cache.padding = load_padding(tensors, path)
         for number, (layer, entry) in enumerate(zip(cache.layers, layers, strict=True)):
             if isinstance(layer, TieredLayer):
-                _fill(layer, number, entry["state"], states, made, tensors, path)
+                layer.lazy_initialization(tensors[f"{number}.keys.like"], tensors[f"{number}.values.like"])
+                if entry["type"] == "ragged":
+                    fill_ragged(layer.tiers, number, entry, made, cache.padding, tensors, path)
+                else:
+                    _fill(layer, entry["state"], states, made, tensors, path)
+                _fill_stores(layer.tiers, number, tensors, path)
             else:
                 _fill_own(layer, _kinds(layer, number, tensors), entry["seen"], path)
     except KvpolicyError as error:
@@ -204,10 +222,9 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 
 def _fill(
     layer: Any,
-    number: int,
     group: int,
     states: list[dict[str, int]],
-    made: dict[tuple[int, int], State],
+    made: dict[Any, Any],
     tensors: dict[str, Tensor],
     path: Path,
 ) -> None:
@@ -224,15 +241,17 @@ def _fill(
             stores["values"] = stores["keys"]
         made[key] = State(states[group]["seen"], held, stores, states[group]["through"])
         _check_state(made[key], placement, path)
-    layer.lazy_initialization(tensors[f"{number}.keys.like"], tensors[f"{number}.values.like"])
     tiers.state = made[key]
+
+
+def _fill_stores(tiers: Tiers, number: int, tensors: dict[str, Tensor], path: Path) -> None:
     for side, held_stores in tiers.stores.items():
         for s, store in enumerate(held_stores):
             prefix = f"{number}.{side}.{s}."
             parts = {name[len(prefix) :]: t for name, t in tensors.items() if name.startswith(prefix)}
-            expected = tiers.state.stores[side][s].length
             if store is None:
                 continue
+            expected = tiers.expected_length(side, s)
             if parts:
                 try:
                     store.restore(parts)
@@ -247,7 +266,11 @@ def _fill(
 
 def _check_parts(store: Store, like: Tensor) -> None:
     """What was restored must be keys or values of the kind of `like`."""
-    if isinstance(store, PackedStore) and store.by_channel:
+    if isinstance(store, PackedStore) and store.by_channel and store.lines is not None:
+        groups, count = store.parts["groups"], store.parts["params"].length
+        if groups.length and not (int(groups.all().min()) >= 0 and int(groups.all().max()) < count):
+            raise CacheError(f"tokens must belong to one of {count} groups, found others")
+    elif isinstance(store, PackedStore) and store.by_channel:
         sizes, largest = store.sizes, store.group_size or store.length
         if sizes.dtype != np.int64 or sizes.ndim != 1 or (sizes < 1).any() or (sizes > largest).any():
             raise CacheError(f"a group must have 1 to {largest} tokens, found {np.unique(sizes)[:8]}")
@@ -258,9 +281,12 @@ def _check_parts(store: Store, like: Tensor) -> None:
         elif isinstance(store, PackedStore) and name == "params":
             dtype = torch.float32 if store.quantizer.scale_dtype == "float32" else dtype
             width = 2 * (width if store.by_channel else width // store.group_size)
+        elif isinstance(store, PackedStore) and name == "groups":
+            dtype, width = torch.int32, 1
         for page in part.pages:
             fits = isinstance(store, NamedStore) or (page.dtype == dtype and page.shape[3] == width)
-            if page.shape[:2] != like.shape[:2] or not fits:
+            lines = store.lines if isinstance(store, PackedStore) and name == "groups" else tuple(like.shape[:2])
+            if tuple(page.shape[:2]) != lines or not fits:
                 expected = (*like.shape[:2], page.shape[2], width)
                 raise CacheError(f"{name} must be {expected} in {dtype}, found {tuple(page.shape)} in {page.dtype}")
 

@@ -157,6 +157,7 @@ class Placement:
     def bytes(self) -> int:
         """Bytes of the orders that are remembered for decoding."""
         layouts = [at for _, where, _ in self._layout_memo.values() for at in where]
+        layouts += [self.slots_memo[2]] if self.slots_memo is not None else []
         return sum(at.nbytes for at in layouts if not isinstance(at, int))
 
     def start(self) -> State:

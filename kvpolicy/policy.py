@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-
 from pydantic import Field
 
 from kvpolicy.component import MOST, Component

@@ -12,10 +12,11 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from kvpolicy.cache import CompressedCache
+    from kvpolicy.layer import Tiers
 
 __all__ = ["LayerSummary", "Memory", "StoreMemory", "Summary", "measure", "summarize"]
 
-KINDS = ("codes", "scales", "zeros", "exact", "indices")
+KINDS = ("codes", "scales", "zeros", "exact", "indices", "scores")
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,15 @@ class StoreMemory:
     zeros: int = 0
     exact: int = 0
     indices: int = 0
+    scores: int = 0
+    """The attention that tokens received, where policies ask for it."""
     reserved: int = 0
-    """Bytes of all pages, free ones included."""
+    """Bytes of all pages, free ones included; not those of `indices`."""
 
     @property
     def bytes(self) -> int:
         """Bytes used."""
-        return self.codes + self.scales + self.zeros + self.exact + self.indices
+        return self.codes + self.scales + self.zeros + self.exact + self.indices + self.scores
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ class Memory:
         return 8 * self.bytes / self.values if self.values else 0.0
 
     def total(self, kind: str) -> int:
-        """Bytes of one kind (codes, scales, zeros, exact, indices) over all layers."""
+        """Bytes of one kind (codes, scales, zeros, exact, indices, scores) over all layers."""
         return sum(int(getattr(s, kind)) for s in self.stores) + (self.shared_indices if kind == "indices" else 0)
 
     def table(self) -> str:
@@ -163,20 +166,32 @@ def measure(cache: CompressedCache) -> Memory:
             values += size
             for s, store in enumerate(tiers.stores[side]):
                 if store is not None:
-                    covers = tuple(tiers.placement.tiers_of_store(side, s))
-                    stores.append(
-                        StoreMemory(number, side, covers, store.length, **store.bytes(), reserved=store.reserved())
-                    )
-        if id(tiers.state) not in counted:
-            counted.add(id(tiers.state))
-            shared += sum(t.nbytes for t in tiers.state.tiers)
-            orders = {id(s): s for held in tiers.state.stores.values() for s in held}
-            shared += sum(s.array.nbytes for s in orders.values())
+                    stores.append(_store_memory(tiers, number, side, s))
+        for state in [tiers.state] if tiers.ragged is None else tiers.ragged.rows:
+            if id(state) not in counted:
+                counted.add(id(state))
+                orders = {id(s): s for held in state.stores.values() for s in held}
+                shared += sum(t.nbytes for t in state.tiers) + sum(s.array.nbytes for s in orders.values())
+    if cache.padding is not None:
+        shared += cache.padding.real.size
     scratch = cache.scratch.bytes if cache.scratch is not None else 0
     scratch += sum(
         {id(x.tiers.placement): x.tiers.placement.bytes for x in cache.layers if isinstance(x, TieredLayer)}.values()
     )
     return Memory(tuple(stores), exact, values, scratch, shared)
+
+
+def _store_memory(tiers: Tiers, number: int, side: str, s: int) -> StoreMemory:
+    store = tiers.stores[side][s]
+    assert store is not None
+    covers, used = tuple(tiers.placement.tiers_of_store(side, s)), store.bytes()
+    table = tiers.ragged.tables[side][s] if tiers.ragged is not None and side in tiers.ragged.tables else None
+    reserved = store.reserved()
+    if tiers.ragged is not None:
+        own = table.bytes() if table is not None else {}
+        used = {kind: used.get(kind, 0) + own.get(kind, 0) for kind in KINDS}
+        reserved += (table.reserved() if table is not None else 0) - used["indices"]
+    return StoreMemory(number, side, covers, store.length, **used, reserved=reserved)
 
 
 def _words(tier: Any) -> str:

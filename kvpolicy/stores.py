@@ -79,7 +79,7 @@ class PackedStore(Store):
         self.by_channel = quantizer.per == "channel"
         self.parts = {"codes": Pages(), "params": Pages(), "exact": Pages()}
         if quantizer.channel_separable:
-            self.parts["channels"] = Pages()
+            self.parts["channels"] = Pages(whole=True)
         self.sizes = np.empty(0, dtype=np.int64)
         self.lines: tuple[int, int] | None = None
 
@@ -110,7 +110,7 @@ class PackedStore(Store):
             return
         if waiting.length:
             x = torch.cat([waiting.slice(0, waiting.length), x], dim=2)
-            self.parts["exact"] = Pages()
+            self.parts["exact"] = Pages(waiting.whole)
         whole = x.shape[2] // size * size
         self._append_groups(x[:, :, :whole], size)
         if whole < x.shape[2]:
@@ -334,16 +334,20 @@ class PackedStore(Store):
 
     def tensors(self) -> dict[str, Tensor]:
         held: dict[str, Tensor] = super().tensors()
-        if self.by_channel:
+        if self.by_channel and self.lines is None:
             held["sizes"] = torch.from_numpy(self.sizes.copy())
         return held
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         rest: dict[str, Any] = dict(tensors)
-        if self.by_channel:
+        if self.by_channel and self.lines is None:
             self.sizes = rest.pop("sizes").numpy().copy()
         super().restore(rest)
         coded, groups = self.parts["codes"].length, self.parts["params"].length
         expected = len(self.sizes) if self.by_channel else coded
+        if self.by_channel and self.lines is not None:
+            if self.parts["groups"].length != coded:
+                raise CacheError(f"a saved store must hold the group of every token, found {coded} codes")
+            return
         if groups != expected or (self.by_channel and self.sizes.sum() != coded):
             raise CacheError(f"a saved store must hold the parameters of every group, found {groups} for {coded} codes")

@@ -13,7 +13,7 @@ import torch
 from models import exact, ids, llama, tiny
 from recipes import NAMED, named
 
-from kvpolicy import CompressedCache, make_cache
+from kvpolicy import CompressedCache, attach, make_cache
 from kvpolicy.cache import TieredLayer
 from kvpolicy.placement import Placement, simulate
 
@@ -85,6 +85,26 @@ def test_bytes_are_those_of_the_tensors_held(name: str, dtype: torch.dtype) -> N
     assert memory.values == memory.exact_bytes // dtype.itemsize
     assert memory.ratio == memory.exact_bytes / memory.bytes
     assert memory.bits_per_value == 8 * memory.bytes / memory.values
+
+
+@pytest.mark.parametrize("name", ["h2o", "zipcache", "mikv", "logquant", "kivi", "streaming-llm"])
+def test_bytes_of_tables_and_scores_are_those_of_the_tensors_held(name: str) -> None:
+    model = tiny("llama")
+    mask = torch.ones(2, 300, dtype=torch.long)
+    mask[1, :90] = 0
+    with attach(model):
+        cache = make_cache(name, model, **({"group_size": 16} if name == "kivi" else {}))
+        model(ids(300, 2), past_key_values=cache, attention_mask=mask)
+        for t in range(40):
+            model(ids(1, 2, seed=t), past_key_values=cache)
+    memory = cache.memory()
+    held = storages(reachable(cache.layers))
+    layouts = storages(t for x in cache.layers for t in reachable(x.tiers.placement))
+    tensors = sum(n for at, n in held.items() if at not in layouts)
+    assert tensors == sum(s.reserved + s.indices for s in memory.stores)
+    assert sum(layouts.values()) == memory.scratch
+    assert (memory.total("scores") > 0) == (name in ("h2o", "zipcache", "mikv"))
+    assert memory.bytes <= memory.reserved <= 1.6 * memory.bytes
 
 
 @pytest.mark.parametrize("name", NAMED)
