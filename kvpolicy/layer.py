@@ -14,7 +14,7 @@ from kvpolicy.errors import CacheError
 from kvpolicy.placement import NEW, Placement, State, StorePlan
 from kvpolicy.stores import Store, make_store
 
-__all__ = ["PENDING", "Positions", "Scratch", "Tiers"]
+__all__ = ["DROPPED", "EXACT", "PENDING", "QUANTIZED", "Positions", "Scratch", "Tiers"]
 
 Ints = NDArray[np.int64]
 SIDES = ("keys", "values")
@@ -22,6 +22,8 @@ MAX_PENDING = 64
 """Tokens of the last update that wait outside the tiers at most, so that `crop` of them is exact."""
 PENDING = -1
 """The tier that `positions` gives for pending tokens."""
+EXACT, QUANTIZED, DROPPED = 0, 1, 2
+"""What `Tiers.exactness` says of a token."""
 
 
 class Positions(NamedTuple):
@@ -268,6 +270,20 @@ class Tiers:
             [self.placement.tier_of(self.state, held), np.full(len(waiting), PENDING, dtype=np.int16)]
         )
         return Positions(np.concatenate([held, waiting]), tiers)
+
+    def exactness(self) -> NDArray[np.int8]:
+        """How each position seen is kept: `[1, 1, seen]`, to be broadcast over `[batch, kv_heads, seen]`.
+
+        `EXACT`: key and value are in full stores, pending, or just coming in. `QUANTIZED`: one of them is in another
+        store. `DROPPED`: neither is held. It goes by tier: what waits for its group in a per-channel store counts as
+        quantized although it is still as it came.
+        """
+        tiers = zip(self.placement.specs["keys"], self.placement.specs["values"], strict=True)
+        kept = [EXACT if k == v == "full" else DROPPED if k == "evict" else QUANTIZED for k, v in tiers]
+        found = np.full((1, 1, self.seen), EXACT, dtype=np.int8)
+        settled = np.arange(self.state.seen, dtype=np.int64)
+        found[..., : len(settled)] = np.asarray(kept, dtype=np.int8)[self.placement.tier_of(self.state, settled)]
+        return found
 
     def crop(self, length: int) -> None:
         """Forget the positions from `length` on. Exact for pending tokens; past descents are kept."""
