@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from kvpolicy.attention_distance import NEAREST, SINKS, Distances
 from kvpolicy.compare_plot import check_ending, write_picture
 from kvpolicy.errors import CompareError
@@ -48,13 +50,16 @@ def plot_attention(found: Comparison, path: Path) -> Path:
     _fit(axes, distances)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
+    # A layer that hardly looks at most distances would squeeze all else.
+    positive = distances.mean()[distances.mean() > 0]
+    axes.set_ylim(bottom=positive.min() / 100 if len(positive) else None)
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
     axes.set_xlabel(f"distance from the query, tokens (without the first {SINKS} tokens of the text)")
     axes.set_ylabel("mean attention per token")
     axes.grid(color="0.92")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize="small", loc="lower left")
+    axes.legend(fontsize="small", loc="lower left", edgecolor="none", framealpha=0.85)
     return write_picture(figure, path)
 
 
@@ -77,8 +82,8 @@ def _fit(axes: Any, distances: Distances) -> None:
             rf"$\alpha$ = {fit.exponent:.2f}, R² = {fit.r2:.2f}"
         )
         axes.plot(x, fit(x), "--", color=_ORANGE, linewidth=2, label=label)
-        slope = distances.mean()[distances.distances >= NEAREST][0] * (x[0] / x)
-        axes.plot(x, slope, ":", color="0.35", linewidth=1.4, label=r"$\alpha$ = 1, the density of log-spaced tokens")
+        level = fit.factor * np.exp((1 - fit.exponent) * np.log(x).mean())
+        axes.plot(x, level / x, ":", color="0.35", linewidth=1.4, label=r"$\alpha$ = 1, the density of log-spaced tokens")
     shares = distances.shares()
     left_out = (
         f"not drawn: first {SINKS} tokens, {100 * shares['first_tokens']:.0f}% of attention; "
