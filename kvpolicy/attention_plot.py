@@ -83,7 +83,9 @@ def _fit(axes: Any, distances: Distances) -> None:
         )
         axes.plot(x, fit(x), "--", color=_ORANGE, linewidth=2, label=label)
         level = fit.factor * np.exp((1 - fit.exponent) * np.log(x).mean())
-        axes.plot(x, level / x, ":", color="0.35", linewidth=1.4, label=r"$\alpha$ = 1, the density of log-spaced tokens")
+        axes.plot(
+            x, level / x, ":", color="0.35", linewidth=1.4, label=r"$\alpha$ = 1, the density of log-spaced tokens"
+        )
     shares = distances.shares()
     left_out = (
         f"not drawn: first {SINKS} tokens, {100 * shares['first_tokens']:.0f}% of attention; "

@@ -236,11 +236,13 @@ class Comparison:
         if not self.settings.get("attached"):
             return "attention is watched in attached models only; this one ran unattached."
         if not self.distances.layers:
-            return "attention could not be watched: the model computes on keys and values itself, or no answer is long."
+            return "attention could not be watched: no answer is longer than a token."
         text = (
             "L1 and L2 errors are those of attention outputs, relative to exact attention of the same queries, means "
             "over the compressed layers; beside them the shares of exact attention by how its tokens are kept."
         )
+        if any(self.mean(arm, "kl") and not self.mean(arm, "l1") for arm in self.arms):
+            text += " -: this model computes on keys and values itself, so what it attends can't be watched."
         return f"{text}\n{self.distances.sentence()}"
 
     def _name(self, arm: str) -> Text:

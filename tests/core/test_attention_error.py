@@ -23,7 +23,12 @@ from kvpolicy.layer import DROPPED, EXACT, QUANTIZED, Tiers
 from kvpolicy.placement import simulate
 
 PROMPT, STEPS = 90, 30
-SMALL = {"logquant": {"window": 12}, "logquant-evict": {"window": 12}, "kivi-evict": {"residual": 24}, "kivi": {"residual": 32, "group_size": 16}}
+SMALL = {
+    "logquant": {"window": 12},
+    "logquant-evict": {"window": 12},
+    "kivi-evict": {"residual": 24},
+    "kivi": {"residual": 32, "group_size": 16},
+}
 
 
 @pytest.fixture(autouse=True)
@@ -234,7 +239,9 @@ def test_tokens_may_be_kept_differently_by_row_and_head(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(Tiers, "exactness", exactness)
     found = watched(tiny("llama"), "full", batch=2).layers
-    for exactly, quantized, dropped in zip(*(found[f"{x}_mass"] for x in ("exact", "quantized", "dropped")), strict=True):
+    for exactly, quantized, dropped in zip(
+        *(found[f"{x}_mass"] for x in ("exact", "quantized", "dropped")), strict=True
+    ):
         assert 0 < exactly < 0.9  # only the step's own token
         assert exactly + quantized + dropped == pytest.approx(1)
         assert dropped == pytest.approx((1 - exactly) / 4, rel=0.3)
