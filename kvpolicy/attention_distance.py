@@ -170,8 +170,10 @@ class Distances:
         return found + _verdict(fit)
 
     def _reached(self) -> NDArray[np.bool_]:
-        means = [profile.mean() for profile in self.layers.values()]
-        return np.isfinite(means).all(axis=0) if means else np.zeros(len(_EDGES), dtype=np.bool_)
+        reached: NDArray[np.bool_] = np.full(len(_EDGES), bool(self.layers))
+        for profile in self.layers.values():
+            reached &= np.isfinite(profile.mean())
+        return reached
 
 
 def _verdict(fit: PowerLaw) -> str:

@@ -162,7 +162,7 @@ class Watcher:
         """The model computes on what the cache returns: what it attends isn't what was stored."""
         self._unwatched.add(owner)
         for known in (self._shadows, self._arriving, self._sums):
-            known.pop(owner, None)  # type: ignore[attr-defined]
+            known.pop(owner, None)
         self.distances.layers.pop(owner, None)
 
     def _measure(self, call: _Call, kept: Tensor) -> None:

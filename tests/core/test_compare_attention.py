@@ -155,7 +155,7 @@ def test_a_model_that_can_not_be_attached_runs_unattached_and_says_why(loaded: t
     ]}}  # fmt: skip
     with (
         pytest.warns(UserWarning, match="runs unattached"),
-        pytest.raises(CacheError, match="arm 'uneven': .*attach"),
+        pytest.raises(CacheError, match=r"arm 'uneven': .*attach"),
     ):
         short((falcon, loaded[1]), [uneven])
     assert short(loaded, [uneven]).rows[0]["l1_layers"][1] < 2e-6
