@@ -169,16 +169,16 @@ class Watcher:
         keys, values = (shadow.tokens for shadow in self._shadows[call.owner])
         exact, weights = exact_attention(call.query, keys, values, call.mask, call.options)
         off = call.output.float() - exact
-        errors = torch.stack([off.abs().sum(), off.square().sum(), exact.abs().sum(), exact.square().sum()]).double()
-        by_token = weights.sum(2, dtype=torch.float64)
+        errors = _sum([off.abs(), off.square(), exact.abs(), exact.square()])
+        by_token = weights.sum(2)
         kept = nn.functional.pad(kept, (0, keys.shape[2] - kept.shape[-1]), value=EXACT).to(by_token.device)
-        mass = torch.stack([(by_token * (kept == code)).sum() for code in (EXACT, QUANTIZED, DROPPED)])
+        mass = _sum([by_token * (kept == code) for code in (EXACT, QUANTIZED, DROPPED)])
         sums = self._sums.setdefault(call.layer, _Sums(torch.zeros_like(errors), torch.zeros_like(mass)))
         sums.errors += errors
         sums.mass += mass
         queries = call.query.shape[2]
-        mean = weights.unflatten(2, (-1, queries)).double().mean((0, 1, 2))
-        self.distances.profile(call.layer).add(mean.cpu().numpy())
+        mean = weights.unflatten(2, (-1, queries)).mean((0, 1, 2))
+        self.distances.profile(call.layer).add(mean.cpu().double().numpy())
 
     def result(self) -> AttentionErrors:
         """What was found in the runs measured."""
@@ -217,6 +217,11 @@ def exact_attention(
     shaped.div_(_exponentials(shaped, options.get("s_aux")))
     output = (scores @ values.float()).unflatten(2, (grouped.shape[2], queries))
     return output.flatten(1, 2).transpose(1, 2), scores
+
+
+def _sum(parts: list[Tensor]) -> Tensor:
+    """The sum of each, in float64 on the CPU: not every device has that type."""
+    return torch.stack([x.sum() for x in parts]).cpu().double()
 
 
 def _of_layer(sums: _Sums) -> dict[str, float]:
