@@ -6,6 +6,7 @@ it watches. "Exact" is what attention over these gives for the queries of the sa
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -54,6 +55,10 @@ class _Call(NamedTuple):
     mask: Tensor | None
     options: dict[str, Any]
     output: Tensor
+    seen: int
+    """Tokens that the queries may attend, their own included."""
+    kept: Tensor
+    """`Tiers.exactness` of those before."""
 
 
 class _Shadow:
@@ -81,18 +86,20 @@ class _Shadow:
 class Watcher:
     """Watches the attention of an attached model while it runs with one cache, from its first token on.
 
-    While the model runs, it only notes what goes by; what is computed from that is computed between the runs, so that
-    their time can be measured without it.
+    While the model runs, it only notes what goes by. What is computed from that is computed in the end, by `result`:
+    neither within the time of a run nor between two, where it would turn the model out of the processor's caches.
     """
 
     cache: CompressedCache
     distances: Distances = field(default_factory=Distances)
+    seconds: float = 0.0
+    """Spent on notes, within runs of the model."""
     _shadows: dict[int, tuple[_Shadow, _Shadow]] = field(default_factory=dict)
     _sums: dict[int, _Sums] = field(default_factory=dict)
     _arriving: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _calls: list[_Call] = field(default_factory=list)
+    _kept: dict[int, Tensor] = field(default_factory=dict)
     _unwatched: set[int] = field(default_factory=set)
-    _measuring: bool = False
 
     def __post_init__(self) -> None:
         compressed = [(i, x) for i, x in enumerate(self.cache.layers) if isinstance(x, TieredLayer)]
@@ -106,24 +113,33 @@ class Watcher:
         Args:
             measure: whether its queries count. What they read is kept in any case.
         """
-        self._measuring = measure
         self.cache.settle()
-        kept = {i: tiers.exactness() for i, tiers in self._tiers.items()} if measure else {}
+        self._kept = self._exactness() if measure else {}
         try:
             yield self._watch
             for i, new in self._arriving.items():
                 shadows = self._shadows.setdefault(i, (_Shadow(), _Shadow()))
                 for shadow, x in zip(shadows, new, strict=True):
                     shadow.append(x)
-            for call in self._calls:
-                if call.owner not in self._unwatched:
-                    self._measure(call, torch.as_tensor(kept[call.owner]))
         finally:
-            self._arriving, self._calls = {}, []
+            self._arriving, self._kept = {}, {}
+
+    def _exactness(self) -> dict[int, Tensor]:
+        """How each layer keeps its tokens now; layers that keep them alike share a tensor."""
+        found: dict[int, Tensor] = {}
+        for i, tiers in self._tiers.items():
+            kept = torch.as_tensor(tiers.exactness())
+            found[i] = next((other for other in found.values() if torch.equal(other, kept)), kept)
+        return found
 
     @contextmanager
     def _watch(self) -> Iterator[None]:
-        token = watching.set(self._note)
+        def note(*seen: Any) -> None:
+            start = time.perf_counter()
+            self._note(*seen)
+            self.seconds += time.perf_counter() - start
+
+        token = watching.set(note)
         try:
             yield
         finally:
@@ -155,23 +171,24 @@ class Watcher:
             # Copied, because what a cache decodes is overwritten by its next layer; at first nothing is decoded.
             new = key[:, :, known:], value[:, :, known:]
             self._arriving[owner] = (new[0].clone(), new[1].clone()) if known else new
-        if self._measuring:
-            self._calls.append(_Call(layer, owner, query, mask, options, output))
+        if owner in self._kept:
+            seen = (self._shadows[owner][0].length if owner in self._shadows else 0) + self._arriving[owner][0].shape[2]
+            self._calls.append(_Call(layer, owner, query, mask, options, output, seen, self._kept[owner]))
 
     def _forget(self, owner: int) -> None:
         """The model computes on what the cache returns: what it attends isn't what was stored."""
         self._unwatched.add(owner)
-        for known in (self._shadows, self._arriving, self._sums):
-            known.pop(owner, None)
-        self.distances.layers.pop(owner, None)
+        self._shadows.pop(owner, None)
+        self._arriving.pop(owner, None)
+        self._calls = [call for call in self._calls if call.owner != owner]
 
-    def _measure(self, call: _Call, kept: Tensor) -> None:
-        keys, values = (shadow.tokens for shadow in self._shadows[call.owner])
+    def _measure(self, call: _Call) -> None:
+        keys, values = (shadow.tokens[:, :, : call.seen] for shadow in self._shadows[call.owner])
         exact, weights = exact_attention(call.query, keys, values, call.mask, call.options)
         off = call.output.float() - exact
         errors = _sum([off.abs(), off.square(), exact.abs(), exact.square()])
         by_token = weights.sum(2)
-        kept = nn.functional.pad(kept, (0, keys.shape[2] - kept.shape[-1]), value=EXACT).to(by_token.device)
+        kept = nn.functional.pad(call.kept, (0, call.seen - call.kept.shape[-1]), value=EXACT).to(by_token.device)
         mass = _sum([by_token * (kept == code) for code in (EXACT, QUANTIZED, DROPPED)])
         sums = self._sums.setdefault(call.layer, _Sums(torch.zeros_like(errors), torch.zeros_like(mass)))
         sums.errors += errors
@@ -181,7 +198,10 @@ class Watcher:
         self.distances.profile(call.layer).add(mean.cpu().double().numpy())
 
     def result(self) -> AttentionErrors:
-        """What was found in the runs measured."""
+        """What was found in the runs measured; nothing of them is kept any longer."""
+        for call in self._calls:
+            self._measure(call)
+        self._calls, self._shadows = [], {}
         found = {layer: _of_layer(sums) for layer, sums in self._sums.items()}
         count = max([len(self.cache.layers), *(layer + 1 for layer in found)])
         layers = {name: [found[i][name] if i in found else None for i in range(count)] for name in FIELDS}

@@ -158,12 +158,15 @@ class Runner:
         ids = torch.tensor([tokens], device=self.device)
         with nullcontext(nullcontext) if watcher is None else watcher.update(measure) as watch:
             self._synchronize()
+            noted = 0.0 if watcher is None else watcher.seconds
             start = time.perf_counter()
             with watch():
                 logits = self.model(ids, past_key_values=cache, use_cache=True, **self.options).logits[0, -1]
             cache.settle()
             self._synchronize()
             seconds = time.perf_counter() - start
+        if watcher is not None:
+            seconds -= watcher.seconds - noted
         return logits, seconds
 
     def _greedy(self, best: list[int], item: Encoded, cache: CompressedCache) -> list[int]:

@@ -216,16 +216,18 @@ def test_a_step_that_fails_leaves_no_watcher_behind(loaded: tuple[Any, Any], mon
     assert watching.get() is None
 
 
-def test_times_leave_out_the_watching(loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    measure, slept = Watcher._measure, []
+@pytest.mark.parametrize("what", ["_note", "_measure", "_exactness"])
+def test_times_leave_out_the_watching(loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    before, slept = getattr(Watcher, what), []
 
-    def slow(self: Any, *given: Any) -> None:
+    def slow(self: Any, *given: Any) -> Any:
         time.sleep(0.05)
         slept.append(0.05)
-        measure(self, *given)
+        return before(self, *given)
 
-    monkeypatch.setattr(Watcher, "_measure", slow)
+    monkeypatch.setattr(Watcher, what, slow)
     row = short(loaded, ["logquant:window=8"]).rows[0]
+    assert sum(slept) > 0.5
     assert row["decode_seconds"] < sum(slept) / 4
 
 
