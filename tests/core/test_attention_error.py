@@ -37,13 +37,15 @@ def _no_grad() -> Any:
         yield
 
 
-def watched(model: PreTrainedModel, recipe: Any, batch: int = 1, **params: Any) -> AttentionErrors:
-    """What a watcher finds over 30 steps after a prompt of 90."""
+def watched(
+    model: PreTrainedModel, recipe: Any, batch: int = 1, prompt: bool = False, **params: Any
+) -> AttentionErrors:
+    """What a watcher finds over 30 steps after a prompt of 90, which may count, too."""
     cache, tokens = make_cache(recipe, model, **params), ids(PROMPT + STEPS, batch=batch)
     watcher = Watcher(cache)
     with attach(model):
         for first, last in [(0, PROMPT), *((i, i + 1) for i in range(PROMPT, PROMPT + STEPS))]:
-            with watcher.update(measure=first > 0) as watch, watch():
+            with watcher.update(measure=prompt or first > 0) as watch, watch():
                 model(tokens[:, first:last], past_key_values=cache)
     return watcher.result()
 
@@ -154,6 +156,14 @@ def test_what_is_kept_exactly_makes_no_error(family: str, recipe: str, params: d
     assert (found["exact_mass"], found["quantized_mass"], found["dropped_mass"]) == (1, 0, 0)
 
 
+def test_several_queries_at_once_are_causal() -> None:
+    found = watched(tiny("llama"), "logquant", batch=2, prompt=True, window=120)
+    assert found.means["l1"] is not None
+    assert found.means["l1"] < 2e-6
+    assert found.means["exact_mass"] == 1
+    assert all(profile.queries == PROMPT + STEPS for profile in found.distances.layers.values())
+
+
 @pytest.mark.parametrize("recipe", ["logquant", "kivi"])
 def test_errors_of_quantization_are_those_of_decoded_tokens(recipe: str) -> None:
     """Of the first layer, whose queries, keys and values don't depend on the cache."""
@@ -212,8 +222,9 @@ def test_layers_that_are_not_compressed_are_left_out() -> None:
     assert found.means["l1"] == pytest.approx((found.layers["l1"][1] + found.layers["l1"][3]) / 2)  # type: ignore[operator]
 
 
-def test_models_that_compute_on_keys_and_values_can_not_be_watched() -> None:
-    found = watched(tiny("deepseek_v3"), "logquant", window=12)
+@pytest.mark.parametrize("prompt", [False, True])
+def test_models_that_compute_on_keys_and_values_can_not_be_watched(prompt: bool) -> None:
+    found = watched(tiny("deepseek_v3"), "logquant", prompt=prompt, window=12)
     assert found.layers["l1"] == [None, None]
     assert set(found.means.values()) == {None}
     assert not found.distances.layers
