@@ -13,16 +13,18 @@ from torch import Tensor
 
 from kvpolicy.errors import CacheError
 from kvpolicy.products import add_values, key_scores
-from kvpolicy.ragged import Columns
+from kvpolicy.table import Columns
 
 if TYPE_CHECKING:
     from kvpolicy.layer import Tiers
     from kvpolicy.scores import Observer
 
-__all__ = ["attend", "observe"]
+__all__ = ["ALL", "as_mask", "attend", "exponentials", "mask_scores", "observe"]
 
 SCORES = 1 << 24
 """Scores computed at a time; more queries than fit take another turn over the stores."""
+ALL = Columns([], [], 0, False, lambda: torch.empty(0, dtype=torch.int64))
+"""Columns where all tokens are new ones, in order."""
 OBSERVED = 1 << 19
 """Scores of a prompt computed at a time for policies that ask for them."""
 
@@ -64,7 +66,7 @@ def attend(
     columns = tiers.columns()
     held = columns.width
     width = held + keys.shape[2]
-    mask = _checked(mask, tiers.settled + keys.shape[2], kv_heads)
+    mask = as_mask(mask, tiers.settled + keys.shape[2], kv_heads)
     out = query.new_empty((batch, queries, heads, values.shape[3]))
     step = max(1, SCORES // (batch * heads * width))
     for first in range(0, queries, step):
@@ -80,9 +82,9 @@ def attend(
         if softcap is not None:
             scores.div_(softcap).tanh_().mul_(softcap)
         at = torch.arange(first, last)
-        _mask(shaped, mask, at, columns, queries, keys.shape[2])
+        mask_scores(shaped, mask, at, columns, queries, keys.shape[2])
         visible = shaped > -torch.inf if observer is not None else None
-        total = _exponentials(shaped, sinks)
+        total = exponentials(shaped, sinks)
         result = scores[..., held:] @ values.float()
         for store, where in zip(tiers.stores["values"], columns.values, strict=True):
             if store is not None and store.length:
@@ -110,8 +112,7 @@ def observe(
     batch, heads, queries, dim = query.shape
     kv_heads, tokens = keys.shape[1:3]
     scale = dim**-0.5 if scaling is None else scaling
-    mask = _checked(mask, tokens, kv_heads)
-    nothing = Columns([], [], 0, False, lambda: torch.empty(0, dtype=torch.int64))
+    mask = as_mask(mask, tokens, kv_heads)
     counted = torch.tensor(observer.queries, dtype=torch.int64)
     transposed = keys.float().transpose(2, 3)
     for at in counted.split(max(1, OBSERVED // (batch * heads * tokens))):
@@ -119,13 +120,13 @@ def observe(
         scores = (rows.flatten(2, 3) @ transposed).unflatten(2, (-1, len(at)))
         if softcap is not None:
             scores.div_(softcap).tanh_().mul_(softcap)
-        _mask(scores, mask, at, nothing, queries, tokens)
+        mask_scores(scores, mask, at, ALL, queries, tokens)
         visible = scores > -torch.inf
-        total = _exponentials(scores, sinks)
+        total = exponentials(scores, sinks)
         observer.watch(at, scores.div_(total), visible)
 
 
-def _checked(mask: Tensor | None, seen: int, kv_heads: int) -> Tensor | None:
+def as_mask(mask: Tensor | None, seen: int, kv_heads: int) -> Tensor | None:
     """A mask as `[batch or 1, kv_heads or 1, groups or 1, queries or 1, tokens seen]`."""
     if mask is None:
         return None
@@ -158,7 +159,7 @@ def _gathered(mask: Tensor | None, columns: Columns, new: int) -> Tensor | None:
     return torch.cat([held, wide[..., seen:]], dim=-1)
 
 
-def _mask(scores: Tensor, mask: Tensor | None, at: Tensor, columns: Columns, queries: int, new: int) -> None:
+def mask_scores(scores: Tensor, mask: Tensor | None, at: Tensor, columns: Columns, queries: int, new: int) -> None:
     """Mask scores `[batch, kv_heads, groups, queries, columns]` of the queries `at`, in place."""
     if queries > 1 and (mask is None or mask.shape[3] != queries):
         query = at.to(scores.device)[:, None] + (new - queries)
@@ -177,7 +178,7 @@ def _mask(scores: Tensor, mask: Tensor | None, at: Tensor, columns: Columns, que
         scores.add_(part)
 
 
-def _exponentials(scores: Tensor, sinks: Tensor | None) -> Tensor:
+def exponentials(scores: Tensor, sinks: Tensor | None) -> Tensor:
     """Replace scores by their exponentials; returns what divides them: `[batch, kv_heads, groups, queries, 1]`."""
     largest = scores.amax(-1, keepdim=True)
     if sinks is not None:

@@ -18,8 +18,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from kvpolicy.attend import attend, observe
 from kvpolicy.cache import CompressedCache, TieredLayer, make_cache
 from kvpolicy.errors import CacheError
-from kvpolicy.layer import MAX_PENDING, View
+from kvpolicy.layer import MAX_PENDING
 from kvpolicy.recipe import load_recipe
+from kvpolicy.views import View
 
 __all__ = ["Attached", "attach"]
 

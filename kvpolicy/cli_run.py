@@ -31,13 +31,20 @@ def compare(
     seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
     tokens: Annotated[int | None, typer.Option(help="Approximate length of a generated sample.")] = None,
     out: Annotated[
-        str | None, typer.Option(metavar="DIR", help="Write samples.jsonl, summary.json and comparison.png here.")
+        str | None, typer.Option(metavar="DIR", help="Write samples.jsonl, summary.json and pictures here.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier comparison in --out.")] = False,
     device: Annotated[str | None, typer.Option(help="Such as cpu or cuda:1; default: CUDA if there is one.")] = None,
+    unattached: Annotated[
+        bool, typer.Option("--unattached", help="Decode the stores for the model's own attention at each step.")
+    ] = False,
+    no_errors: Annotated[
+        bool, typer.Option("--no-errors", help="Don't watch attention, which keeps an exact copy of the cache.")
+    ] = False,
 ) -> None:
     """Compare recipes on the same samples, each against the exact cache."""
     _quiet()
+    from kvpolicy.comparison import FILES
     from kvpolicy.comparison import compare as run
 
     with warnings.catch_warnings():
@@ -53,13 +60,16 @@ def compare(
                 out=out,
                 overwrite=overwrite,
                 device=device,
+                attach=not unattached,
+                errors=not no_errors,
             )
         except KeyboardInterrupt:
             typer.echo(f"interrupted{_kept(out)}", err=True)
             raise typer.Exit(130) from None
     _print(result)
     if out is not None:
-        typer.echo(f"wrote samples.jsonl, summary.json and comparison.png into {out}", err=True)
+        *most, last = [name for name in FILES if (Path(out) / name).exists()]
+        typer.echo(f"wrote {', '.join(most)} and {last} into {out}", err=True)
     if result.failures:
         raise typer.Exit(1)
 
@@ -72,6 +82,9 @@ def generate(
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 128,
     device: Annotated[str | None, typer.Option(help="Such as cpu or cuda:1; default: CUDA if there is one.")] = None,
+    unattached: Annotated[
+        bool, typer.Option("--unattached", help="Decode the stores for the model's own attention at each step.")
+    ] = False,
 ) -> None:
     """Continue a prompt greedily: the text on stdout, what the cache takes on stderr."""
     _quiet()
@@ -81,11 +94,13 @@ def generate(
     text = _read_stdin() if prompt == "-" else prompt
     if not text and prompt == "-":
         raise CompareError("the prompt from stdin must not be empty; pipe a text into the command")
-    try:
-        memory = generate_text(text, recipe, model, max_new_tokens, device, sys.stdout)
-    except KeyboardInterrupt:
-        typer.echo("\ninterrupted", err=True)
-        raise typer.Exit(130) from None
+    with warnings.catch_warnings():
+        warnings.showwarning = _warn
+        try:
+            memory = generate_text(text, recipe, model, max_new_tokens, device, sys.stdout, attach=not unattached)
+        except KeyboardInterrupt:
+            typer.echo("\ninterrupted", err=True)
+            raise typer.Exit(130) from None
     typer.echo(memory, err=True)
 
 

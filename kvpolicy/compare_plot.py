@@ -12,7 +12,7 @@ from kvpolicy.errors import CompareError
 if TYPE_CHECKING:
     from kvpolicy.compare_result import Comparison, Estimate
 
-__all__ = ["plot_comparison"]
+__all__ = ["check_ending", "plot_comparison", "write_picture"]
 
 _BLUE, _ORANGE, _GREY = "#0b5394", "#c55a11", "0.45"
 _TICKS = (0.25, 0.5, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32)
@@ -42,9 +42,7 @@ def plot_comparison(found: Comparison, path: Path) -> Path:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    supported = sorted(FigureCanvasAgg.get_supported_filetypes())
-    if path.suffix.lstrip(".").lower() not in supported:
-        raise CompareError(f"{path}: a picture must end in one of {', '.join(supported)}, found {path.suffix!r}")
+    check_ending(path)
     if not found.rows:
         raise CompareError("a picture needs at least one row, found none; run an arm on a sample first")
     figure = Figure(figsize=(11.5, 5.4), layout="constrained", dpi=144)
@@ -58,6 +56,20 @@ def plot_comparison(found: Comparison, path: Path) -> Path:
     figure.set_layout_engine("none")
     for axes, points in panels:
         _label(axes, points, canvas.get_renderer())
+    return write_picture(figure, path)
+
+
+def check_ending(path: Path) -> None:
+    """Refuse a path whose ending is no format of pictures."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    supported = sorted(FigureCanvasAgg.get_supported_filetypes())
+    if path.suffix.lstrip(".").lower() not in supported:
+        raise CompareError(f"{path}: a picture must end in one of {', '.join(supported)}, found {path.suffix!r}")
+
+
+def write_picture(figure: Any, path: Path) -> Path:
+    """Write a figure."""
     try:
         figure.savefig(path)
     except OSError as error:

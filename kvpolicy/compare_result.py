@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from kvpolicy.attention_distance import Distances
 from kvpolicy.errors import CompareError
 
 if TYPE_CHECKING:
@@ -33,6 +34,11 @@ METRICS = (
     "exact_bytes",
     "prefill_seconds",
     "step_seconds",
+    "l1",
+    "l2",
+    "exact_mass",
+    "quantized_mass",
+    "dropped_mass",
 )
 """What `Comparison.mean` and `Comparison.difference` know."""
 EXACT = "exact"
@@ -85,12 +91,18 @@ class Comparison:
     rows: list[dict[str, Any]]
     """One record per arm and sample, as in samples.jsonl."""
     settings: dict[str, Any]
-    """Task, seed, model, number of samples and versions."""
+    """Task, seed, model, number of samples, whether the model was attached, and versions."""
     failures: dict[str, str] = field(default_factory=dict)
     """Arms that failed midway, and why; their rows until then are kept."""
+    distances: Distances = field(default_factory=Distances)
+    """Attention by distance of the exact cache, over all samples; empty where attention was not watched."""
 
     def values(self, arm: str, metric: str) -> dict[int, float]:
-        """A metric by sample. Samples whose answer is one token have no nll, kl, top1 and step_seconds."""
+        """A metric by sample.
+
+        Samples whose answer is one token have no nll, kl, top1 and step_seconds, and say nothing of attention (l1, l2
+        and the masses); nor do those whose attention could not be watched.
+        """
         if metric not in METRICS:
             raise CompareError(f"metric must be one of {', '.join(METRICS)}, found {metric!r}")
         if arm == EXACT and EXACT not in self.arms:
@@ -132,7 +144,8 @@ class Comparison:
                 "failure": self.failures.get(name),
             }
         exact = {metric: _plain(self.mean(EXACT, metric)) for metric in ("score", "nll")} if self.rows else {}
-        return {**self.settings, "exact": exact, "arms": arms}
+        attention = self.distances.to_dict() if self.distances.layers else None
+        return {**self.settings, "exact": exact, "attention": attention, "arms": arms}
 
     def plot(self, path: str | os.PathLike[str]) -> Path:
         """Draw quality against effective bits, one point per arm."""
@@ -140,9 +153,19 @@ class Comparison:
 
         return plot_comparison(self, Path(path))
 
+    def plot_attention(self, path: str | os.PathLike[str]) -> Path:
+        """Draw the exact cache's mean attention per token against distance from the query, with its power law.
+
+        Both axes are logarithmic; thin lines are layers. `Distances.fit` says what is fitted.
+        """
+        from kvpolicy.attention_plot import plot_attention
+
+        return plot_attention(self, Path(path))
+
     def tables(self) -> list[Any]:
-        """Two rich tables: quality and cost."""
-        return [self._quality(), self._cost()]
+        """Rich tables: quality, cost, and attention unless that was not asked for."""
+        attention = [self._attention()] if self.settings.get("errors") else []
+        return [self._quality(), self._cost(), *attention]
 
     def notes(self) -> str:
         """How the tables are to be read."""
@@ -156,6 +179,8 @@ class Comparison:
             "NLL, KL and top-1 (agreement with the exact cache) are per token of the answer after its first, which "
             "the prefill predicts without reading a stored token.",
         ]
+        if self.settings.get("errors"):
+            lines.append(self._attention_note())
         if single:
             lines.append(f"answers of a single token: {single}; the prefill gives it, so that no cache can change it.")
         lines += [f"failed: {arm}: {cause}" for arm, cause in self.failures.items()]
@@ -197,6 +222,28 @@ class Comparison:
                 _scaled(found["step_seconds"], 1e3, 2),
             )
         return table
+
+    def _attention(self) -> Any:
+        columns = ("L1 error", "L2 error", "attention on\nexact tokens", "on quantized\ntokens", "on dropped\ntokens")
+        table = _table(f"{self.settings['task']}: attention", columns)
+        for arm in self.arms:
+            errors = [_cell(self.mean(arm, metric)) for metric in ("l1", "l2")]
+            masses = [_percent(self.mean(arm, f"{kept}_mass")) for kept in ("exact", "quantized", "dropped")]
+            table.add_row(self._name(arm), *errors, *masses)
+        return table
+
+    def _attention_note(self) -> str:
+        if not self.settings.get("attached"):
+            return "attention is watched in attached models only; this one ran unattached."
+        if not self.distances.layers:
+            return "attention could not be watched: no answer is longer than a token."
+        text = (
+            "L1 and L2 errors are those of attention outputs, relative to exact attention of the same queries, means "
+            "over the compressed layers; beside them the shares of exact attention by how its tokens are kept."
+        )
+        if any(self.mean(arm, "kl") and not self.mean(arm, "l1") for arm in self.arms):
+            text += " -: this model computes on keys and values itself, so what it attends can't be watched."
+        return f"{text}\n{self.distances.sentence()}"
 
     def _name(self, arm: str) -> Text:
         n = self.diverged(arm)[1]
@@ -258,6 +305,13 @@ def _cell(found: Estimate | None, sign: bool = False) -> str:
     if found is None:
         return "-"
     return ("+" if sign and found.mean > 0 else "") + str(found)
+
+
+def _percent(found: Estimate | None) -> str:
+    if found is None:
+        return "-"
+    half = "" if found.half_width is None else f" ±{100 * found.half_width:.1f}"
+    return f"{100 * found.mean:.1f}{half}%"
 
 
 def _scaled(found: Estimate | None, factor: float, digits: int) -> str:

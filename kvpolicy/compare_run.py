@@ -7,13 +7,14 @@ import inspect
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from kvpolicy.attention_error import FIELDS, AttentionErrors, Watcher
 from kvpolicy.errors import CompareError
 from kvpolicy.tasks import Sample, score
 
@@ -48,6 +49,8 @@ class Run:
     bits: float
     prefill_seconds: float
     decode_seconds: float
+    attention: AttentionErrors | None = None
+    """Of the teacher-forced steps; None where it was not watched."""
 
 
 def encode(samples: Sequence[Sample], tokenizer: Any, config: Any) -> list[Encoded]:
@@ -84,10 +87,17 @@ def _tokens(sample: Sample, tokenizer: Any) -> tuple[list[int], list[int]]:
 
 
 class Runner:
-    """Runs samples through a model with the caches that it is given."""
+    """Runs samples through a model with the caches that it is given.
 
-    def __init__(self, model: Any, tokenizer: Any) -> None:
-        self.model, self.tokenizer = model, tokenizer
+    Args:
+        model: a causal language model of transformers.
+        tokenizer: its tokenizer.
+        errors: whether the attention of teacher-forced steps is compared with exact attention; the model must be
+            attached.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, errors: bool = False) -> None:
+        self.model, self.tokenizer, self.errors = model, tokenizer, errors
         self.device = torch.device(model.device)
         self.ends = _ends(model, tokenizer)
         last_only = "logits_to_keep" in inspect.signature(model.forward).parameters
@@ -112,11 +122,12 @@ class Runner:
 
     def run(self, cache: CompressedCache, item: Encoded) -> Run:
         """Prefill once; then the answer token by token, and greedy decoding where it leaves the answer."""
-        logits, prefill = self._step(item.prompt, cache)
+        watcher = Watcher(cache) if self.errors else None
+        logits, prefill = self._step(item.prompt, cache, watcher)
         peak = cache.memory().bytes
         rows, times, fresh = [logits], [], copy.deepcopy(cache)
         for token in item.answer[:-1]:
-            logits, seconds = self._step([token], cache)
+            logits, seconds = self._step([token], cache, watcher, measure=True)
             rows.append(logits)
             times.append(seconds)
             peak = max(peak, cache.memory().bytes)
@@ -137,17 +148,26 @@ class Runner:
             memory.bits_per_value,
             prefill,
             sum(times),
+            None if watcher is None else watcher.result(),
         )
 
-    def _step(self, tokens: list[int], cache: CompressedCache) -> tuple[Tensor, float]:
+    def _step(
+        self, tokens: list[int], cache: CompressedCache, watcher: Watcher | None = None, measure: bool = False
+    ) -> tuple[Tensor, float]:
         """Logits after `tokens`, and the seconds that this took; descents that it causes are counted here."""
         ids = torch.tensor([tokens], device=self.device)
-        self._synchronize()
-        start = time.perf_counter()
-        logits = self.model(ids, past_key_values=cache, use_cache=True, **self.options).logits[0, -1]
-        cache.settle()
-        self._synchronize()
-        return logits, time.perf_counter() - start
+        with nullcontext(nullcontext) if watcher is None else watcher.update(measure) as watch:
+            self._synchronize()
+            noted = 0.0 if watcher is None else watcher.seconds
+            start = time.perf_counter()
+            with watch():
+                logits = self.model(ids, past_key_values=cache, use_cache=True, **self.options).logits[0, -1]
+            cache.settle()
+            self._synchronize()
+            seconds = time.perf_counter() - start
+        if watcher is not None:
+            seconds -= watcher.seconds - noted
+        return logits, seconds
 
     def _greedy(self, best: list[int], item: Encoded, cache: CompressedCache) -> list[int]:
         """Tokens of greedy decoding. While they are the answer's, the teacher-forced steps were the same steps."""
@@ -190,7 +210,8 @@ def row(number: int, arm: str, item: Encoded, run: Run, exact: Run) -> dict[str,
     """The record of an arm on a sample, with what the exact cache did beside it.
 
     `nll`, `kl` and `top1` are over the answer's tokens after the first, whose prediction is the prefill's and reads
-    no stored token: `nll_first`. They are None if the answer is one token.
+    no stored token: `nll_first`. They are None if the answer is one token. So is what is said of attention, and also
+    where it was not watched; its lists have an entry per layer of the model, None where a layer is not compressed.
     """
     nll, exact_nll = _nll(run, item), _nll(exact, item)
     read = len(nll) - 1
@@ -221,9 +242,16 @@ def row(number: int, arm: str, item: Encoded, run: Run, exact: Run) -> dict[str,
         "prefill_seconds": run.prefill_seconds,
         "decode_seconds": run.decode_seconds,
         "decode_steps": read,
+        **_attention(run.attention),
         "answer": item.sample.answer,
         "generated": run.text,
     }
+
+
+def _attention(found: AttentionErrors | None) -> dict[str, Any]:
+    if found is None:
+        return {name: None for field in FIELDS for name in (field, f"{field}_layers")}
+    return {**found.means, **{f"{field}_layers": values for field, values in found.layers.items()}}
 
 
 def _nll(run: Run, item: Encoded) -> list[float]:

@@ -15,13 +15,13 @@ from kvpolicy.cache import make_cache
 from kvpolicy.compare_result import EXACT, Comparison, Estimate, is_exact
 from kvpolicy.compare_run import Encoded, Run, Runner, encode, row
 from kvpolicy.errors import CompareError, KvpolicyError
-from kvpolicy.models import load_model, one_thread
+from kvpolicy.models import attached, load_model, one_thread
 from kvpolicy.recipe import Recipe, load_recipe
 from kvpolicy.tasks import load_task
 
 __all__ = ["Comparison", "Estimate", "compare"]
 
-FILES = ("samples.jsonl", "summary.json", "comparison.png")
+FILES = ("samples.jsonl", "summary.json", "comparison.png", "attention.png")
 
 
 def compare(
@@ -37,6 +37,8 @@ def compare(
     overwrite: bool = False,
     device: str | None = None,
     progress: bool = True,
+    attach: bool = True,
+    errors: bool = True,
 ) -> Comparison:
     """Run recipes on the same samples in the same order, each against the exact cache.
 
@@ -45,6 +47,11 @@ def compare(
     from the arm's (`kl`, in nats) and how often their most likely tokens agree (`top1`), over the answer's tokens
     after the first: the first is predicted by the prefill, which reads no stored token (`nll_first`). `score` rates
     greedy decoding. The exact cache runs once per sample, whether or not it is an arm.
+
+    Of an attached model also the attention over the same tokens: relative errors of its outputs (`l1`, `l2`) against
+    exact attention of the same queries over all keys and values that the layer was given in this run, and the shares
+    of exact attention on tokens that the arm keeps exactly, quantized, or dropped (`exact_mass`, `quantized_mass`,
+    `dropped_mass`), as means over the compressed layers; None where a model computes on keys and values itself.
 
     Args:
         arms: recipes, each as `load_recipe` takes it; a mapping gives them names of its own.
@@ -55,11 +62,15 @@ def compare(
         n: samples; fewer if the file has fewer rows.
         seed: seed of the samples.
         tokens: approximate length of a generated sample, by default the task's own.
-        out: directory for samples.jsonl (one row per arm and sample, appended as they are made), summary.json and
-            comparison.png.
+        out: directory for samples.jsonl (one row per arm and sample, appended as they are made), summary.json,
+            comparison.png, and attention.png where attention was watched.
         overwrite: replace what an earlier comparison left in `out`.
         device: where a model given by its path is loaded, such as `cpu`; by default CUDA where there is one.
         progress: show a progress bar on stderr.
+        attach: let the model read the compressed stores directly, as `kvpolicy.attach` does, and detach it in the end.
+            A model that can't be attached runs unattached, with a warning; one that is attached already stays so.
+        errors: watch the attention of an attached model. That keeps an exact copy of keys and values beside the cache
+            of the arm that runs, which is not counted in its bytes, nor is the work in its times.
 
     Returns:
         The rows, means with confidence intervals, paired differences; printable.
@@ -79,17 +90,20 @@ def compare(
     bundled = model is None
     model, tokenizer, shown = _model(model, tokenizer, device)
     items = encode(samples, tokenizer, model.config)
-    caches = {name: _cache(name, recipe, model) for name, recipe in recipes.items()}
     settings = {"task": os.fspath(task), "n": len(items), "seed": seed, "tokens": tokens, **_about(model, shown)}
-    result = Comparison(recipes, [], settings)
-    with _rows_file(directory) as file, one_thread(bundled):
-        try:
-            _run(Runner(model, tokenizer), caches, items, result, file, progress)
-        finally:
-            if directory is not None and result.rows:
-                result.write_summary(directory / FILES[1])
+    with attached(model, attach) as reads:
+        caches = {name: _cache(name, recipe, model) for name, recipe in recipes.items()}
+        result = Comparison(recipes, [], {**settings, "attached": reads, "errors": errors})
+        with _rows_file(directory) as file, one_thread(bundled):
+            try:
+                _run(Runner(model, tokenizer, errors and reads), caches, items, result, file, progress)
+            finally:
+                if directory is not None and result.rows:
+                    result.write_summary(directory / FILES[1])
     if directory is not None:
         result.plot(directory / FILES[2])
+        if result.distances.layers:
+            result.plot_attention(directory / FILES[3])
     return result
 
 
@@ -122,6 +136,8 @@ def _run(
             reference = _guard(
                 f"the exact cache, sample {number}", lambda item=item: runner.run(copy.deepcopy(exact), item)
             )
+            if reference.attention is not None:
+                result.distances.merge(reference.attention.distances)
             advance("", 1)
             for name, cache in caches.items():
                 if name in result.failures:

@@ -9,14 +9,20 @@ import torch
 
 from kvpolicy.cache import make_cache
 from kvpolicy.errors import CompareError
-from kvpolicy.models import load_model, one_thread
+from kvpolicy.models import attached, load_model, one_thread
 from kvpolicy.recipe import load_recipe
 
 __all__ = ["generate_text"]
 
 
 def generate_text(
-    prompt: str, recipe: Any, model: str | os.PathLike[str] | None, tokens: int, device: str | None, out: TextIO
+    prompt: str,
+    recipe: Any,
+    model: str | os.PathLike[str] | None,
+    tokens: int,
+    device: str | None,
+    out: TextIO,
+    attach: bool = True,
 ) -> str:
     """Write the continuation of a prompt to `out` as it is made.
 
@@ -27,6 +33,8 @@ def generate_text(
         tokens: tokens to generate at most.
         device: where the model goes.
         out: where the text goes.
+        attach: let the model read the compressed stores directly; one that can't be attached runs unattached, with a
+            warning.
 
     Returns:
         What the cache held in the end, on one line.
@@ -43,16 +51,15 @@ def generate_text(
         raise CompareError("the prompt must not be empty; give a text, or - to read it from stdin")
     loaded = load_recipe(recipe)
     network, tokenizer = load_model(model, device)
-    cache = make_cache(loaded, network)
     ids = tokenizer(prompt, return_tensors="pt", verbose=False).input_ids.to(network.device)
     _check_length(ids.shape[1], tokens, network.config)
-    streamer = _Streamer(tokenizer, out)
-    with torch.inference_mode(), one_thread(model is None):
+    with attached(network, attach), torch.inference_mode(), one_thread(model is None):
+        cache = make_cache(loaded, network)
         output = network.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             past_key_values=cache,
-            streamer=streamer,
+            streamer=_Streamer(tokenizer, out),
             max_new_tokens=tokens,
             do_sample=False,
             num_beams=1,

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from kvpolicy.errors import CacheError
 from kvpolicy.padding import Padding
 from kvpolicy.placement import NEW, Placement, State, StorePlan
 from kvpolicy.policy import RankPolicy
-from kvpolicy.ragged import Columns, Ragged, Selection
+from kvpolicy.ragged import Ragged
+from kvpolicy.ranking import Selection, alone
 from kvpolicy.scores import Observer
 from kvpolicy.stores import Store, make_store
-from kvpolicy.table import EMPTY
+from kvpolicy.table import EMPTY, Columns
+from kvpolicy.views import Scratch, View
 
-__all__ = ["MAX_PENDING", "PENDING", "Positions", "Scratch", "Tiers", "together"]
+__all__ = ["DROPPED", "EXACT", "MAX_PENDING", "PENDING", "QUANTIZED", "Positions", "Tiers"]
 
 Ints = NDArray[np.int64]
 SIDES = ("keys", "values")
@@ -27,6 +28,8 @@ MAX_PENDING = 64
 """Tokens of the last update that wait outside the tiers at most, so that `crop` of them is exact."""
 PENDING = -1
 """The tier that `positions` gives for pending tokens."""
+EXACT, QUANTIZED, DROPPED = 0, 1, 2
+"""What `Tiers.exactness` says of a token."""
 
 
 class Positions(NamedTuple):
@@ -40,59 +43,6 @@ class Positions(NamedTuple):
     """
     tiers: NDArray[np.int16]
     """The tier of each, counted from 0; `PENDING` (-1) for those not yet settled. Of the shape of `positions`."""
-
-
-class Scratch:
-    """Dense buffers into which one layer after the other is decoded. Not part of the cache's content."""
-
-    def __init__(self) -> None:
-        self.buffers: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
-
-    def get(self, side: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        """A contiguous tensor of `shape`, overwritten by the next layer."""
-        key, size = (side, like.device, like.dtype), int(np.prod(shape))
-        buffer = self.buffers.get(key)
-        if buffer is None or not size <= buffer.numel() <= 4 * max(size, 1 << 16):
-            with torch.inference_mode(False):
-                buffer = torch.empty(size + size // 8, dtype=like.dtype, device=like.device)
-            self.buffers[key] = buffer
-        return buffer[:size].view(shape)
-
-    @property
-    def bytes(self) -> int:
-        return sum(b.numel() * b.element_size() for b in self.buffers.values())
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Scratch:
-        return Scratch()
-
-
-class View(Tensor):
-    """Keys or values of a layer with the tokens just coming in, not decoded.
-
-    Attention reads the stores behind it. Whatever else computes on it gets the dense tensor.
-    """
-
-    tiers: Tiers
-    side: str
-    arriving: Tensor
-
-    @staticmethod
-    def __new__(cls, tiers: Tiers, side: str, new: Tensor, held: int) -> View:
-        shape = (*new.shape[:2], held + new.shape[2], new.shape[3])
-        view: View = Tensor._make_wrapper_subclass(cls, shape, dtype=new.dtype, device=new.device)
-        view.tiers, view.side, view.arriving = tiers, side, new
-        return view
-
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        args, kwargs = tree_map_only(View, View.dense, (args, kwargs or {}))
-        return func(*args, **kwargs)
-
-    def dense(self) -> Tensor:
-        """The decoded tensor `[batch, kv_heads, tokens, head_dim]`, in token order."""
-        return self.tiers.densified()[self.side]
 
 
 class Tiers:
@@ -362,6 +312,23 @@ class Tiers:
             np.concatenate([held, waiting]), np.concatenate([settled, np.full(len(waiting), PENDING, dtype=np.int16)])
         )
 
+    def exactness(self) -> NDArray[np.int8]:
+        """How each position seen is kept, `[batch or 1, kv_heads or 1, seen]`.
+
+        `EXACT`: key and value are in full stores, pending, or just coming in. `QUANTIZED`: one of them is in another
+        store. `DROPPED`: neither is held. It goes by tier: what waits for its group in a per-channel store counts as
+        quantized although it is still as it came.
+        """
+        tiers = zip(self.placement.specs["keys"], self.placement.specs["values"], strict=True)
+        kept = [EXACT if k == v == "full" else DROPPED if k == "evict" else QUANTIZED for k, v in tiers]
+        if self.ragged is not None:
+            held = self.ragged.by_position(kept, DROPPED).cpu().numpy()
+        else:
+            tier = self.placement.tier_of(self.state, np.arange(self.settled, dtype=np.int64))
+            held = np.asarray(kept, dtype=np.int8)[tier][None, None]
+        new = self.seen - self.settled
+        return np.pad(held, ((0, 0), (0, 0), (0, new)), constant_values=EXACT)
+
     def crop(self, length: int) -> None:
         """Forget the positions from `length` on. Exact for pending tokens; past descents are kept."""
         self.commit()
@@ -408,23 +375,3 @@ class Tiers:
         for held in (self.pending, self.like):
             for side, x in held.items():
                 held[side] = x.to(device, non_blocking=True)
-
-
-def alone(selection: Selection) -> None:
-    """Let one layer select by itself."""
-    together([selection])
-
-
-def together(selections: list[Selection]) -> None:
-    """Let layers select together, by the mean of what each ranks its tokens by."""
-    ranks = [_asked(selection, None) for selection in selections]
-    while ranks and None not in ranks:
-        mean = torch.stack([rank.to(ranks[0].device) for rank in ranks]).mean(0)
-        ranks = [_asked(s, mean.to(rank.device)) for s, rank in zip(selections, ranks, strict=True)]
-
-
-def _asked(selection: Selection, answer: Any) -> Any:
-    try:
-        return selection.send(answer)
-    except StopIteration:
-        return None

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from kvpolicy.errors import CompareError
+from kvpolicy.errors import CacheError, CompareError
 
-__all__ = ["BUNDLED", "load_model", "one_thread"]
+__all__ = ["BUNDLED", "attached", "load_model", "one_thread"]
 
 BUNDLED = Path(__file__).parent / "model"
 """The directory of the bundled model."""
@@ -71,6 +72,38 @@ def one_thread(wanted: bool) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def attached(model: Any, wanted: bool) -> Iterator[bool]:
+    """Attach a model, and leave it as it was; says whether it is attached.
+
+    One that is attached already is used as it is. One that can't be attached is used unattached, with a warning.
+
+    Raises:
+        CompareError: the model must not be attached, and is.
+    """
+    from kvpolicy.attention import attach, is_attached
+
+    if is_attached(model):
+        if not wanted:
+            raise CompareError(
+                f"attach=False needs a model that is not attached, and this {type(model).__name__} is; "
+                "detach its handle first"
+            )
+        yield True
+        return
+    handle = None
+    if wanted:
+        try:
+            handle = attach(model)
+        except CacheError as error:
+            warnings.warn(f"the model runs unattached: {error}", stacklevel=4)
+    try:
+        yield handle is not None
+    finally:
+        if handle is not None:
+            handle.detach()
 
 
 def _check_directory(directory: Path) -> None:

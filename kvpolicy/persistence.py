@@ -368,7 +368,7 @@ def _check_model(cache: CompressedCache, tensors: dict[str, Tensor], model_or_co
 
 
 def _check_heads(like: Tensor, text: Any, number: int, path: Path) -> None:
-    from kvpolicy.cache import head_dim_of, layer_config
+    from kvpolicy.fitting import head_dim_of, layer_config
 
     dim, own = head_dim_of(text, number), layer_config(text, number)
     if dim is None:

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from kvpolicy.growing import Growing
 from kvpolicy.policy import NEVER, Policy, RankPolicy
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Arrival", "Placement", "Plan", "State", "StorePlan", "history", "simulate"]
+__all__ = ["Arrival", "Growing", "Placement", "Plan", "State", "StorePlan", "history", "simulate"]
 
 Ints = NDArray[np.int64]
 Sides = Literal["keys", "values"]
@@ -33,39 +34,6 @@ class _Tier(Protocol):
     def keys(self) -> Any: ...
     @property
     def values(self) -> Any: ...
-
-
-class Growing:
-    """An immutable array of positions whose appended successor shares its buffer: O(1) per token."""
-
-    def __init__(self, buffer: Any = None, length: int = 0, fill: list[int] | None = None) -> None:
-        self.buffer = np.empty(64, dtype=np.int32) if buffer is None else buffer
-        self.length = length
-        self.fill = [length] if fill is None else fill
-
-    @property
-    def array(self) -> NDArray[np.int32]:
-        """The positions; not to be written to."""
-        return self.buffer[: self.length]
-
-    def append(self, items: Ints) -> Growing:
-        if not len(items):
-            return self
-        stop = self.length + len(items)
-        if self.fill[0] != self.length or stop > len(self.buffer):
-            buffer = np.empty(max(64, stop + stop // 8), dtype=np.int32)
-            buffer[: self.length] = self.array
-            grown = Growing(buffer, self.length)
-        else:
-            grown = self
-        grown.buffer[self.length : stop] = items
-        grown.fill[0] = stop
-        return Growing(grown.buffer, stop, grown.fill)
-
-    def keep(self, mask: NDArray[np.bool_]) -> Growing:
-        """The positions where `mask` is True, in a buffer of their own."""
-        kept = self.array[mask]
-        return Growing(kept, len(kept))
 
 
 @dataclass(frozen=True)

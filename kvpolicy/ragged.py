@@ -6,44 +6,28 @@ choose by row and head. Stores stay rectangular: where a row or head has fewer t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kvpolicy.errors import PluginError
 from kvpolicy.padding import Padding
 from kvpolicy.pages import gather_tokens
 from kvpolicy.placement import Placement, State
 from kvpolicy.policy import RankPolicy
+from kvpolicy.ranking import Selection, due, highest, ranked
 from kvpolicy.store import LARGE, Store
-from kvpolicy.table import EMPTY, Table, indices_of
+from kvpolicy.table import EMPTY, Columns, Table, indices_of
 
 if TYPE_CHECKING:
     from kvpolicy.scores import Observer
 
-__all__ = ["Columns", "Ragged", "Selection"]
+__all__ = ["Ragged"]
 
 Stores = dict[str, list[Store | None]]
-Selection = Generator[Tensor, Tensor, None]
-"""Yields what a policy with `select: shared` ranks this layer's tokens by, and takes the mean over all layers."""
 NOWHERE = 127
 """The tier of an empty place."""
-
-
-class Columns(NamedTuple):
-    """The order in which attention has the tokens of a layer side by side."""
-
-    keys: list[int | Tensor]
-    """For each store of keys where its tokens stand: an offset, or an index for each."""
-    values: list[int | Tensor]
-    width: int
-    gaps: bool
-    """Whether some columns hold no token."""
-    positions: Callable[[], Tensor]
-    """The position of each column, `EMPTY` where no token is: `[columns]` or `[batch, kv_heads or 1, columns]`."""
 
 
 class Work(NamedTuple):
@@ -159,8 +143,16 @@ class Ragged:
             for a, b in zip(old, self.rows, strict=True)
         )
 
+    def by_position(self, codes: list[int], absent: int) -> Tensor:
+        """The code of the tier of each position, `[batch, kv_heads or 1, seen]`, int8."""
+        positions, tiers = self.places()
+        known = torch.tensor([*codes, absent], dtype=torch.int8, device=positions.device)
+        found = torch.full((*self.lines, self.seen + 1), absent, dtype=torch.int8, device=positions.device)
+        at = torch.where(positions < 0, self.seen, positions).long()
+        return found.scatter_(2, at, known[tiers.long().clamp(max=len(codes))])[..., : self.seen]
+
     def _ranks_now(self, start: int, stop: int) -> bool:
-        return any(_due(policy, start, stop) for policy in self.placement.policies if isinstance(policy, RankPolicy))
+        return any(due(policy, start, stop) for policy in self.placement.policies if isinstance(policy, RankPolicy))
 
     def _stores_to_ask(self, side: str) -> list[int]:
         return [s for s, t in enumerate(self.tables[side]) if t is not None and t.length and self.movable(side, s)]
@@ -216,36 +208,28 @@ class Ragged:
         for tier in range(self.placement.ranked, self.last):
             policy = self.placement.policies[tier]
             assert isinstance(policy, RankPolicy)
-            if not _due(policy, start, stop):
+            if not due(policy, start, stop):
                 continue
             candidates = work.target == tier
             prompts = padding.count(0, self.prompt) if padding is not None else [self.prompt] * len(self.rows)
             budgets = [policy.budget_tokens(row.seen, prompt) for row, prompt in zip(self.rows, prompts, strict=False)]
             if int(candidates.sum(2).max()) <= min(budgets) and policy.select != "shared":
                 continue
-            rank = self._ranked(policy, work, stop, padding)
+            assert work.scores is not None
+            kind = 2 * self.placement.kinds.index(policy.scores())
+            ages = self._ages(work.positions, stop, padding)
+            rank = ranked(policy, work.scores[..., kind], work.scores[..., kind + 1], ages)
             if policy.select == "shared":
                 rank = yield rank
             rank = rank.expand_as(candidates).masked_fill(~candidates, -torch.inf)
-            work.target[candidates & ~_highest(rank, budgets)] = tier + 1
+            work.target[candidates & ~highest(rank, budgets)] = tier + 1
 
-    def _ranked(self, policy: RankPolicy, work: Work, stop: int, padding: Padding | None) -> Tensor:
-        assert work.scores is not None
-        kind = 2 * self.placement.kinds.index(policy.scores())
-        place = work.positions.clamp(min=0)
-        ages = stop - work.positions.long()
-        if padding is not None and padding.before(stop):
-            known = torch.from_numpy(padding.ages(stop).copy()).to(place.device)
-            ages = known[:, None].expand(-1, place.shape[1], -1).gather(2, place.long())
-        rank = policy.rank(work.scores[..., kind], work.scores[..., kind + 1], ages)
-        expected = work.scores.shape[:3]
-        if not isinstance(rank, Tensor) or rank.shape != expected or not rank.is_floating_point():
-            raise PluginError(
-                f"policy {policy.kind!r}: rank must return a float tensor {tuple(expected)}, found "
-                f"{getattr(rank, 'dtype', type(rank).__name__)} {tuple(getattr(rank, 'shape', ()))}"
-            )
-        rank = rank.float().nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
-        return rank if policy.select == "head" else rank.mean(1, keepdim=True)
+    def _ages(self, positions: Tensor, stop: int, padding: Padding | None) -> Tensor:
+        """How many real tokens were seen from each on, itself included."""
+        if padding is None or not padding.before(stop):
+            return stop - positions
+        known = torch.from_numpy(padding.ages(stop).copy()).to(positions.device)
+        return known[:, None].expand(-1, positions.shape[1], -1).gather(2, positions.clamp(min=0))
 
     def _verdict(self, work: Work, stop: int) -> Tensor:
         """The tier of each slot, where the tables of values differ from those of keys."""
@@ -414,16 +398,3 @@ def _in_order(tables: list[Table]) -> tuple[Tensor, Tensor]:
     found = positions.gather(2, order)
     surplus = int((found < 0).sum(2).min()) if found.numel() else 0
     return order[:, :, surplus:], found[:, :, surplus:]
-
-
-def _due(policy: RankPolicy, start: int, stop: int) -> bool:
-    return stop // policy.every > start // policy.every
-
-
-def _highest(rank: Tensor, budgets: Sequence[int]) -> Tensor:
-    """True at the `budgets[row]` highest of each head of a row."""
-    most = max(0, min(max(budgets), rank.shape[2]))
-    best = rank.topk(most, dim=2).indices
-    allowed = torch.tensor(budgets, device=rank.device).view(-1, 1, 1)
-    within = (torch.arange(most, device=rank.device) < allowed).expand_as(best)
-    return torch.zeros_like(rank, dtype=torch.bool).scatter_(2, best, within)

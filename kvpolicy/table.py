@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from kvpolicy.pages import Pages
 
-__all__ = ["EMPTY", "Table", "indices_of"]
+__all__ = ["EMPTY", "Columns", "Table", "indices_of"]
 
 EMPTY = -1
 """The position of a place that holds no token: rows shorter than others have such."""
+
+
+class Columns(NamedTuple):
+    """The order in which attention has the tokens of a layer side by side."""
+
+    keys: list[int | Tensor]
+    """For each store of keys where its tokens stand: an offset, or an index for each."""
+    values: list[int | Tensor]
+    width: int
+    gaps: bool
+    """Whether some columns hold no token."""
+    positions: Callable[[], Tensor]
+    """The position of each column, `EMPTY` where no token is: `[columns]` or `[batch, kv_heads or 1, columns]`."""
 
 
 class Table:

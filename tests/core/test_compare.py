@@ -23,7 +23,9 @@ ARMS = ["full", "logquant:window=8", "kivi-evict:residual=24"]
 FIELDS = {
     "sample", "arm", "task", "prompt_tokens", "answer_tokens", "score", "exact_score", "nll", "exact_nll", "nll_first",
     "nll_steps", "kl", "kl_steps", "top1", "first_divergence", "bits", "peak_bytes", "final_bytes", "exact_bytes",
-    "prefill_seconds", "decode_seconds", "decode_steps", "answer", "generated",
+    "prefill_seconds", "decode_seconds", "decode_steps", "answer", "generated", "l1", "l2", "exact_mass",
+    "quantized_mass", "dropped_mass", "l1_layers", "l2_layers", "exact_mass_layers", "quantized_mass_layers",
+    "dropped_mass_layers",
 }  # fmt: skip
 
 
@@ -143,7 +145,7 @@ def load_recipe_text(text: str) -> Any:
 def test_printed_tables_state_n_and_every_arm(result: Comparison) -> None:
     text = str(result)
     assert "n = 3 samples" in text
-    assert all(text.count(arm) == 2 for arm in ARMS[1:])
+    assert all(text.count(arm) == 3 for arm in ARMS[1:])
     assert "without reading a stored token" in " ".join(text.split())
 
 

@@ -77,3 +77,33 @@ def test_errors_are_one_line_and_status_2(
 def test_a_prompt_that_is_not_text_is_refused() -> None:
     done = run("--recipe", "full", "--prompt", "-", stdin=b"\xff\xfe")
     assert "must be UTF-8 text" in str(done.exception)
+
+
+@pytest.mark.parametrize(("flags", "expected"), [([], True), (["--unattached"], False)], ids=["attached", "unattached"])
+def test_the_model_is_attached_unless_told_otherwise(
+    flags: list[str], expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import LlamaForCausalLM
+
+    from kvpolicy.attention import is_attached
+
+    generate, seen = LlamaForCausalLM.generate, []
+
+    def spy(self: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append(is_attached(self))
+        return generate(self, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaForCausalLM, "generate", spy)
+    done = run("--recipe", "logquant:window=8", "--prompt", "import os\n" * 20, "--max-new-tokens", "4", *flags)
+    assert done.exit_code == 0, done.output
+    assert seen == [expected]
+
+
+def test_a_model_that_can_not_be_attached_generates_unattached(monkeypatch: pytest.MonkeyPatch) -> None:
+    import kvpolicy.attention
+
+    monkeypatch.setattr(kvpolicy.attention, "SERVED", ())
+    done = run("--recipe", "logquant:window=8", "--prompt", "import os\n" * 20, "--max-new-tokens", "4")
+    assert done.exit_code == 0, done.output
+    assert done.stderr.startswith("warning: the model runs unattached: attach serves the attention implementations")
+    assert "logquant: prompt of" in done.stderr
