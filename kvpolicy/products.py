@@ -16,8 +16,8 @@ from kvpolicy.stores import PackedStore, Store
 
 __all__ = ["Columns", "add_values", "key_scores"]
 
-BLOCK = 1 << 14
-"""Tokens of all heads and rows read at a time by each thread of a CPU: their codes as float32 stay in its cache."""
+BLOCK = 1 << 15
+"""Tokens of all heads and rows that a CPU reads at a time: few enough for its caches, many enough to hide the calls."""
 Columns = int | Tensor
 """Where the tokens of a store stand among the columns: from an offset on, or an index for each."""
 
@@ -34,7 +34,13 @@ def key_scores(store: Store, rows: Tensor, out: Tensor, columns: Columns) -> Non
     if isinstance(store, PackedStore):
         for first, codes, scale, offset in store.affine_blocks(_block(rows)):
             product = _channel_product if codes.ndim == 5 else _token_product
-            _put(out, product(store, rows, codes, scale, offset), columns, first)
+            n = codes.shape[2] * (codes.shape[3] if codes.ndim == 5 else 1)
+            if isinstance(columns, int):
+                product(store, rows, codes, scale, offset, out[..., columns + first : columns + first + n])
+                continue
+            scores = out.new_empty((*out.shape[:3], n))
+            product(store, rows, codes, scale, offset, scores)
+            _put(out, scores, columns, first)
     for first, x in _dense_blocks(store, rows):
         _put(out, rows @ x.transpose(2, 3), columns, first)
 
@@ -60,7 +66,7 @@ def add_values(store: Store, weights: Tensor, out: Tensor, columns: Columns) -> 
 def _block(like: Tensor) -> int:
     if like.device.type != "cpu":
         return 1 << 40
-    return max(64, BLOCK * torch.get_num_threads() // (like.shape[0] * like.shape[1]))
+    return max(64, BLOCK // (like.shape[0] * like.shape[1]))
 
 
 def _dense_blocks(store: Store, like: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -98,34 +104,57 @@ def _by_group(parameter: Tensor) -> Tensor:
     return parameter.flatten(0, 1).permute(2, 0, 1).contiguous().float()
 
 
-def _token_product(store: PackedStore, rows: Tensor, codes: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+def _floats(store: PackedStore, codes: Tensor) -> Iterator[tuple[float, int, int, Tensor]]:
+    """The planes of codes as float32, each in the place of the one before."""
+    buffer = None
+    for factor, first, last, plane in planes(codes, store.quantizer.nbits, store.head_dim, shifted=False):
+        if buffer is None or buffer.shape != plane.shape:
+            buffer = torch.empty(plane.shape, dtype=torch.float32, device=plane.device)
+        yield factor, first, last, buffer.copy_(plane)
+
+
+def _token_product(store: PackedStore, rows: Tensor, codes: Tensor, scale: Tensor, offset: Tensor, out: Tensor) -> None:
     count = scale.shape[3]
     size = store.head_dim // count
     scales, offsets = _by_group(scale), _by_group(offset)
     flat = rows.flatten(0, 1)
     sums: list[Tensor | None] = [None] * count
-    for factor, first, last, plane in planes(codes.flatten(0, 1), store.quantizer.nbits, store.head_dim):
-        x = plane.float().transpose(1, 2)
+    for factor, first, last, x in _floats(store, codes.flatten(0, 1)):
+        part = flat[..., first:last] * factor
         for group, lo, hi in _pieces(first, last, size):
-            part, y = flat[..., lo:hi], x[:, lo - first : hi - first]
+            q, y = part[..., lo - first : hi - first], x[..., lo - first : hi - first].transpose(1, 2)
             before = sums[group]
-            sums[group] = torch.bmm(part, y).mul_(factor) if before is None else before.baddbmm_(part, y, alpha=factor)
+            sums[group] = torch.bmm(q, y) if before is None else before.baddbmm_(q, y)
     totals = flat.unflatten(2, (count, size)).sum(3)
-    result: Tensor = torch.bmm(totals, offsets.transpose(0, 1))
+    result = out.flatten(0, 1)
+    torch.bmm(totals, offsets.transpose(0, 1), out=result)
     for summed, by in zip(sums, scales, strict=True):
         assert summed is not None
         result.addcmul_(summed, by.unsqueeze(1))
-    return result.view(*rows.shape[:3], -1)
 
 
-def _channel_product(store: PackedStore, rows: Tensor, codes: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
-    size = codes.shape[3]
-    result = (rows @ offset[:, :, :, 0].float().transpose(2, 3)).repeat_interleave(size, dim=3)
-    for factor, first, last, plane in planes(codes, store.quantizer.nbits, store.head_dim):
-        x = plane.float().mul_(scale[..., first:last].float()).flatten(2, 3)
-        product = rows[..., first:last] @ x.transpose(2, 3)
-        result.add_(product, alpha=factor)
-    return result
+def _channel_product(
+    store: PackedStore, rows: Tensor, codes: Tensor, scale: Tensor, offset: Tensor, out: Tensor
+) -> None:
+    groups, size = codes.shape[2:4]
+    shifts = rows @ offset[:, :, :, 0].float().transpose(2, 3)
+    if rows.shape[2] >= size:
+        result = shifts.repeat_interleave(size, dim=3)
+        for factor, first, last, x in _floats(store, codes):
+            y = x.mul_(scale[..., first:last].float()).flatten(2, 3)
+            result.add_(rows[..., first:last] @ y.transpose(2, 3), alpha=factor)
+        out.copy_(result)
+        return
+    # Fewer rows than tokens of a group: they take its scales, each group apart.
+    product = None
+    for factor, first, last, x in _floats(store, codes.flatten(0, 2)):
+        part = rows[..., first:last].unsqueeze(2) * factor
+        scaled = (part * scale[..., first:last].float()).flatten(0, 2)
+        y = x.transpose(1, 2)
+        product = torch.bmm(scaled, y) if product is None else product.baddbmm_(scaled, y)
+    assert product is not None
+    by_group = product.view(*rows.shape[:2], groups, rows.shape[2], size).transpose(2, 3)
+    torch.add(by_group, shifts.unsqueeze(4), out=out.unflatten(3, (groups, size)))
 
 
 def _add_by_token(
@@ -136,10 +165,9 @@ def _add_by_token(
     scales, offsets = _by_group(scale), _by_group(offset)
     flat, total = weights.flatten(0, 1), out.flatten(0, 1)
     scaled = [flat * by.unsqueeze(1) for by in scales]
-    for factor, first, last, plane in planes(codes.flatten(0, 1), store.quantizer.nbits, store.head_dim):
-        x = plane.float()
+    for factor, first, last, x in _floats(store, codes.flatten(0, 1)):
         for group, lo, hi in _pieces(first, last, size):
-            total[..., lo:hi] += torch.bmm(scaled[group], x[..., lo - first : hi - first]).mul_(factor)
+            total[..., lo:hi].add_(torch.bmm(scaled[group], x[..., lo - first : hi - first]), alpha=factor)
     shares = torch.bmm(flat, offsets.permute(1, 2, 0))
     total.unflatten(2, (count, size)).add_(shares.unsqueeze(3))
 
@@ -148,7 +176,7 @@ def _add_by_channel(
     store: PackedStore, weights: Tensor, codes: Tensor, scale: Tensor, offset: Tensor, out: Tensor
 ) -> None:
     groups, size = codes.shape[2:4]
-    for factor, first, last, plane in planes(codes, store.quantizer.nbits, store.head_dim):
-        x = plane.float().mul_(scale[..., first:last].float()).flatten(2, 3)
-        out[..., first:last].add_(weights @ x, alpha=factor)
+    for factor, first, last, x in _floats(store, codes):
+        y = x.mul_(scale[..., first:last].float()).flatten(2, 3)
+        out[..., first:last].add_(weights @ y, alpha=factor)
     out += weights.unflatten(3, (groups, size)).sum(4) @ offset[:, :, :, 0].float()
