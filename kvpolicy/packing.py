@@ -16,7 +16,7 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["dequantize", "pack", "packed_width", "planes", "unpack"]
+__all__ = ["dequantize", "pack", "packed_width", "plane_width", "planes", "unpack"]
 
 PARTS = {1: ((1, 0),), 2: ((2, 0),), 3: ((2, 0), (1, 2)), 4: ((4, 0),), 8: ((8, 0),)}
 """Of each part of a code: its bits, and the bits of the code below it."""
@@ -32,6 +32,11 @@ def _width(head_dim: int, bits: int) -> int:
 def packed_width(head_dim: int, nbits: int) -> int:
     """Bytes of the packed codes of `head_dim` channels."""
     return sum(_width(head_dim, bits) for bits, _ in PARTS[nbits])
+
+
+def plane_width(head_dim: int, nbits: int) -> int:
+    """Channels of the widest plane."""
+    return max(_width(head_dim, bits) for bits, _ in PARTS[nbits])
 
 
 def _planes(head_dim: int, bits: int) -> Iterator[tuple[int, int, int]]:

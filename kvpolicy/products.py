@@ -11,13 +11,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kvpolicy.packing import planes
+from kvpolicy.packing import plane_width, planes
 from kvpolicy.stores import PackedStore, Store
 
 __all__ = ["Columns", "add_values", "key_scores"]
 
-BLOCK = 1 << 15
-"""Tokens of all heads and rows that a CPU reads at a time: few enough for its caches, many enough to hide the calls."""
+BLOCK = 1 << 20
+"""Numbers of a plane, for all heads and rows, that a CPU reads at a time: more need memory, fewer make more calls."""
 Columns = int | Tensor
 """Where the tokens of a store stand among the columns: from an offset on, or an index for each."""
 
@@ -32,7 +32,7 @@ def key_scores(store: Store, rows: Tensor, out: Tensor, columns: Columns) -> Non
         columns: where its tokens stand in `out`.
     """
     if isinstance(store, PackedStore):
-        for first, codes, scale, offset in store.affine_blocks(_block(rows)):
+        for first, codes, scale, offset in store.affine_blocks(_block(store, rows)):
             product = _channel_product if codes.ndim == 5 else _token_product
             n = codes.shape[2] * (codes.shape[3] if codes.ndim == 5 else 1)
             if isinstance(columns, int):
@@ -55,18 +55,20 @@ def add_values(store: Store, weights: Tensor, out: Tensor, columns: Columns) -> 
         columns: where its tokens stand in `weights`.
     """
     if isinstance(store, PackedStore):
-        for first, codes, scale, offset in store.affine_blocks(_block(weights)):
+        for first, codes, scale, offset in store.affine_blocks(_block(store, out)):
             tokens = codes.shape[2] * (codes.shape[3] if codes.ndim == 5 else 1)
             add = _add_by_channel if codes.ndim == 5 else _add_by_token
             add(store, _get(weights, columns, first, tokens), codes, scale, offset, out)
-    for first, x in _dense_blocks(store, weights):
+    for first, x in _dense_blocks(store, out):
         out += _get(weights, columns, first, x.shape[2]) @ x
 
 
-def _block(like: Tensor) -> int:
+def _block(store: Store, like: Tensor) -> int:
+    """Tokens to read at a time; `like` has the batch, the heads and the channels of the store."""
     if like.device.type != "cpu":
         return 1 << 40
-    return max(64, BLOCK // (like.shape[0] * like.shape[1]))
+    width = plane_width(store.head_dim, store.quantizer.nbits) if isinstance(store, PackedStore) else like.shape[3]
+    return max(64, BLOCK // (width * like.shape[0] * like.shape[1]))
 
 
 def _dense_blocks(store: Store, like: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -74,7 +76,7 @@ def _dense_blocks(store: Store, like: Tensor) -> Iterator[tuple[int, Tensor]]:
     if isinstance(store, PackedStore):
         blocks, before = store.parts["exact"].blocks(), store.parts["codes"].length
     else:
-        blocks, before = store.decoded(_block(like), torch.float32), 0
+        blocks, before = store.decoded(_block(store, like), torch.float32), 0
     for first, x in blocks:
         yield before + first, x.float()
 
@@ -110,7 +112,9 @@ def _floats(store: PackedStore, codes: Tensor) -> Iterator[tuple[float, int, int
     for factor, first, last, plane in planes(codes, store.quantizer.nbits, store.head_dim, shifted=False):
         if buffer is None or buffer.shape != plane.shape:
             buffer = torch.empty(plane.shape, dtype=torch.float32, device=plane.device)
-        yield factor, first, last, buffer.copy_(plane)
+        buffer.copy_(plane)
+        del plane  # before the next one is made
+        yield factor, first, last, buffer
 
 
 def _token_product(store: PackedStore, rows: Tensor, codes: Tensor, scale: Tensor, offset: Tensor, out: Tensor) -> None:
@@ -164,10 +168,12 @@ def _add_by_token(
     size = store.head_dim // count
     scales, offsets = _by_group(scale), _by_group(offset)
     flat, total = weights.flatten(0, 1), out.flatten(0, 1)
-    scaled = [flat * by.unsqueeze(1) for by in scales]
+    scaled, of = flat, -1
     for factor, first, last, x in _floats(store, codes.flatten(0, 1)):
         for group, lo, hi in _pieces(first, last, size):
-            total[..., lo:hi].add_(torch.bmm(scaled[group], x[..., lo - first : hi - first]), alpha=factor)
+            if group != of:
+                scaled, of = flat * scales[group].unsqueeze(1), group
+            total[..., lo:hi].add_(torch.bmm(scaled, x[..., lo - first : hi - first]), alpha=factor)
     shares = torch.bmm(flat, offsets.permute(1, 2, 0))
     total.unflatten(2, (count, size)).add_(shares.unsqueeze(3))
 
