@@ -16,7 +16,7 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["dequantize", "pack", "packed_width", "planes", "unpack"]
+__all__ = ["dequantize", "pack", "packed_width", "plane_width", "planes", "unpack"]
 
 PARTS = {1: ((1, 0),), 2: ((2, 0),), 3: ((2, 0), (1, 2)), 4: ((4, 0),), 8: ((8, 0),)}
 """Of each part of a code: its bits, and the bits of the code below it."""
@@ -34,6 +34,11 @@ def packed_width(head_dim: int, nbits: int) -> int:
     return sum(_width(head_dim, bits) for bits, _ in PARTS[nbits])
 
 
+def plane_width(head_dim: int, nbits: int) -> int:
+    """Channels of the widest plane."""
+    return max(_width(head_dim, bits) for bits, _ in PARTS[nbits])
+
+
 def _planes(head_dim: int, bits: int) -> Iterator[tuple[int, int, int]]:
     """Shift, first and last + 1 channel of each plane of a part."""
     width = _width(head_dim, bits)
@@ -41,19 +46,28 @@ def _planes(head_dim: int, bits: int) -> Iterator[tuple[int, int, int]]:
         yield plane * bits, first, min(first + width, head_dim)
 
 
-def _plane(part: Tensor, shift: int, bits: int) -> Tensor:
+def _plane(part: Tensor, shift: int, bits: int, shifted: bool = True) -> Tensor:
     if bits == 8:
         return part
     wide = (
         part.numel() and part.shape[-1] % 8 == 0 and part.stride(-1) == 1 and not any(n % 8 for n in part.stride()[:-1])
     )
     if wide and part.storage_offset() % 8 == 0:  # eight bytes at a time: what crosses a byte is masked away
-        mask = ((1 << bits) - 1) * 0x0101010101010101
         words = part.view(torch.int64)
+        if not shifted:
+            return (words & _signed(((1 << bits) - 1 << shift) * 0x0101010101010101)).view(torch.uint8)
+        mask = ((1 << bits) - 1) * 0x0101010101010101
         return ((words >> shift if shift else words) & mask).view(torch.uint8)
+    if not shifted:
+        return part & ((1 << bits) - 1 << shift)
     if shift + bits == 8:
         return part >> shift
     return (part >> shift if shift else part) & ((1 << bits) - 1)
+
+
+def _signed(word: int) -> int:
+    """The int64 with the bits of an unsigned one."""
+    return word - (1 << 64) if word >> 63 else word
 
 
 def pack(codes: Tensor, nbits: int) -> Tensor:
@@ -74,14 +88,21 @@ def unpack(packed: Tensor, nbits: int, head_dim: int) -> Tensor:
     codes = packed.new_empty((*packed.shape[:-1], head_dim))
     for factor, first, last, plane in planes(packed, nbits, head_dim):
         if factor > 1:
-            codes[..., first:last] += plane * factor
+            codes[..., first:last] += plane * int(factor)
         else:
             codes[..., first:last] = plane
     return codes
 
 
-def planes(packed: Tensor, nbits: int, head_dim: int) -> Iterator[tuple[int, int, int, Tensor]]:
+def planes(packed: Tensor, nbits: int, head_dim: int, shifted: bool = True) -> Iterator[tuple[float, int, int, Tensor]]:
     """The contiguous runs of channels in packed codes: a code is the sum of its planes, each times its factor.
+
+    Args:
+        packed: packed codes, uint8 `[..., packed_width(head_dim, nbits)]`.
+        nbits: bits per code.
+        head_dim: channels.
+        shifted: whether the bits of a plane are moved to the lowest. Left where they are they cost a pass less, and
+            factors may be fractions: powers of two all the same.
 
     Yields:
         Factor, first and last + 1 channel, and the plane: uint8 `[..., last - first]`.
@@ -90,7 +111,8 @@ def planes(packed: Tensor, nbits: int, head_dim: int) -> Iterator[tuple[int, int
     for bits, low in PARTS[nbits]:
         part = packed[..., start : start + _width(head_dim, bits)]
         for shift, first, last in _planes(head_dim, bits):
-            yield 1 << low, first, last, _plane(part[..., : last - first], shift, bits)
+            factor = 2.0 ** (low if shifted else low - shift)
+            yield factor, first, last, _plane(part[..., : last - first], shift, bits, shifted)
         start += part.shape[-1]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from kvpolicy.component import MOST, Component
 
@@ -85,6 +85,15 @@ class AffineQuantizer(Quantizer):
             "(ZipCache, arXiv 2405.14256, section 4.1), found on the first tokens that reach the store."
         ),
     )
+
+    @model_validator(mode="after")
+    def _check_channels(self) -> AffineQuantizer:
+        if self.channel_separable and self.per == "channel":
+            raise ValueError(
+                "channel_separable must go with per: token, found per: channel, where channels are apart anyway; "
+                "remove it"
+            )
+        return self
 
     @abstractmethod
     def calibrate(self, groups: Tensor) -> Affine:

@@ -35,8 +35,6 @@ def group_size_of(quantizer: AffineQuantizer, head_dim: int) -> int:
         if quantizer.per != "channel":
             raise RecipeError("group_size: arrival needs per: channel, found per: token; give a number or auto")
         return 0
-    if quantizer.per == "channel" and quantizer.channel_separable:
-        raise RecipeError("channel_separable needs per: token, found per: channel, where channels are apart anyway")
     if quantizer.per == "channel":
         return 32 if size == "auto" else head_dim if size == "head" else int(size)
     if size == "auto":

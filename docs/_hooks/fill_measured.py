@@ -1,7 +1,7 @@
 """Writes measured figures between the marks of README.md and docs/explanation/benchmarks.md.
 
 make demo && .venv/bin/python docs/_hooks/fill_measured.py demo out/demo/summary.json
-make bench ARGS="--tokens 4096 16384 --md out/decode.md" &&
+make bench ARGS="--update --tokens 4096 16384 --batch 1 --nbits 2 --md out/decode.md" &&
     .venv/bin/python docs/_hooks/fill_measured.py decode out/decode.md
 (and so on for store and attend, each with the command that stands above its mark)
 """

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 from kvpolicy.contracts.samples import Block, TwoTier, name_of, policies
 from kvpolicy.placement import Placement, State, history
-from kvpolicy.policy import NEVER, Policy
+from kvpolicy.policy import NEVER, Policy, RankPolicy
 
 Ints = NDArray[np.int64]
 POLICIES = policies()
@@ -109,3 +110,29 @@ def test_tokens_only_descend(policy: Policy) -> None:
     for step in range(1, len(picture)):
         before, after = picture[step - 1, :step], picture[step, :step]
         assert (after >= before).all(), f"a token that left must not come back, found one at step {step}"
+
+
+RANKS = [policy for policy in POLICIES if isinstance(policy, RankPolicy)]
+
+
+@pytest.mark.parametrize("policy", RANKS, ids=[name_of(policy) for policy in RANKS])
+def test_tokens_are_ranked_each_for_itself(policy: RankPolicy) -> None:
+    generator = torch.Generator().manual_seed(0)
+    attention = torch.rand(2, 3, 50, generator=generator) * 20
+    queries = torch.randint(0, 30, (2, 3, 50), generator=generator).float()
+    ages = torch.arange(50, 0, -1).expand(2, 3, -1)
+    rank = policy.rank(attention.clone(), queries.clone(), ages)
+    assert isinstance(rank, torch.Tensor), f"rank must return a tensor, found {type(rank).__name__}"
+    assert rank.is_floating_point(), f"rank must return floats, found {rank.dtype}"
+    assert rank.shape == attention.shape, f"rank must return {tuple(attention.shape)}, found {tuple(rank.shape)}"
+    order = torch.randperm(50, generator=generator)
+    moved = policy.rank(attention[..., order], queries[..., order], ages[..., order])
+    torch.testing.assert_close(moved, rank[..., order], msg="rank must not depend on the order of the tokens")
+
+
+@pytest.mark.parametrize("policy", RANKS, ids=[name_of(policy) for policy in RANKS])
+def test_a_budget_is_a_number_of_tokens_that_never_falls(policy: RankPolicy) -> None:
+    budgets = [policy.budget_tokens(seen, min(seen, 100)) for seen in range(1, TOKENS)]
+    assert all(isinstance(budget, int) and budget >= 0 for budget in budgets), "a budget must be an integer, 0 or more"
+    assert budgets == sorted(budgets), "a budget must not fall as more tokens are seen: tokens that left do not return"
+    assert hash(policy.scores()) == hash(policy.scores()), "scores must be the same each time"

@@ -12,14 +12,13 @@ import pytest
 import torch
 import transformers
 from models import FAMILIES, bundled, exact, ids, llama, tiny
+from recipes import BY_POSITION
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, StaticCache
 
 import kvpolicy
 from kvpolicy import attach, load_recipe, make_cache
 from kvpolicy.cache import TieredLayer
 from kvpolicy.errors import CacheError
-from kvpolicy.policy import RankPolicy
-from kvpolicy.recipe import bundled_names
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -28,12 +27,6 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 def _no_grad() -> Any:
     with torch.no_grad():
         yield
-
-
-BY_POSITION = [
-    name for name in bundled_names() if not any(isinstance(t.policy, RankPolicy) for t in load_recipe(name).tiers)
-]
-"""The recipes that an unattached model can use, too."""
 
 
 def cache_for(name: str, model: PreTrainedModel) -> Any:

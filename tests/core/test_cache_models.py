@@ -10,11 +10,11 @@ import pytest
 import torch
 import transformers
 from models import FAMILIES, bundled, exact, ids, llama, tiny
+from recipes import BY_POSITION
 from transformers import PreTrainedModel
 
 from kvpolicy import load_recipe, make_cache
 from kvpolicy.cache import TieredLayer
-from kvpolicy.recipe import bundled_names
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -226,7 +226,7 @@ def test_heads_of_every_shape(head_dim: int, heads: int, kv_heads: int, dtype: t
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", bundled_names())
+@pytest.mark.parametrize("name", BY_POSITION)
 def test_every_bundled_recipe_decodes(name: str, family: str) -> None:
     model = tiny(family)
     cache = compressed(name, model)
@@ -243,7 +243,7 @@ def test_every_bundled_recipe_decodes(name: str, family: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-@pytest.mark.parametrize("name", bundled_names())
+@pytest.mark.parametrize("name", BY_POSITION)
 def test_every_bundled_recipe_decodes_in_half_precision(name: str, dtype: torch.dtype) -> None:
     for family in ("llama", "deepseek_v3"):
         model = tiny(family, dtype)
@@ -251,7 +251,7 @@ def test_every_bundled_recipe_decodes_in_half_precision(name: str, dtype: torch.
         assert torch.stack(list(logits)).isfinite().all()
 
 
-@pytest.mark.parametrize("name", [n for n in bundled_names() if n != "hf-quantized"])
+@pytest.mark.parametrize("name", [n for n in BY_POSITION if n != "hf-quantized"])
 @pytest.mark.parametrize("family", ["llama", "deepseek_v3"])
 def test_other_uses_of_every_recipe(name: str, family: str) -> None:
     for use in (sampling, beams, prompt_lookup, repeat_and_select, copied):

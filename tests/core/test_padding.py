@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from layers import Layer, random_tokens
 from models import FAMILIES, ids, tiny
+from recipes import BY_POSITION
 from torch import Tensor
 
 from kvpolicy import Recipe, attach, load_recipe, make_cache
 from kvpolicy.errors import CacheError
 from kvpolicy.placement import simulate
-from kvpolicy.policy import RankPolicy
 from kvpolicy.recipe import bundled_names
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -48,7 +48,6 @@ def tolerance(recipe: Recipe) -> float:
 
 
 BY_TOKEN = [n for n in bundled_names() if all(getattr(store, "per", "token") == "token" for store in stores(small(n)))]
-BY_POSITION = [n for n in bundled_names() if not any(isinstance(t.policy, RankPolicy) for t in small(n).tiers)]
 
 
 def padded(side: str) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvpolicy import packing
-from kvpolicy.packing import dequantize, pack, packed_width, unpack
+from kvpolicy.packing import dequantize, pack, packed_width, planes, unpack
 
 BITS = [1, 2, 3, 4, 8]
 
@@ -43,6 +43,19 @@ def test_round_trip(nbits: int, head_dim: int, shape: list[int], seed: int) -> N
     assert packed.shape == (*shape, packed_width(head_dim, nbits))
     assert packed_width(head_dim, nbits) * 8 < head_dim * nbits + (16 if nbits == 3 else 8)
     assert torch.equal(unpack(packed, nbits, head_dim), codes)
+
+
+@pytest.mark.parametrize("shifted", [True, False])
+@pytest.mark.parametrize("head_dim", [5, 64, 128])
+@pytest.mark.parametrize("nbits", BITS)
+def test_codes_are_the_sum_of_their_planes(nbits: int, head_dim: int, shifted: bool) -> None:
+    codes = random_codes(3, 7, head_dim, nbits=nbits)
+    packed, found = pack(codes, nbits), torch.zeros(3, 7, head_dim)
+    before = packed.clone()
+    for factor, first, last, plane in planes(packed, nbits, head_dim, shifted):
+        found[..., first:last] += plane * factor
+    assert torch.equal(found, codes.float())
+    assert torch.equal(packed, before)
 
 
 def test_two_bits_are_four_planes() -> None:

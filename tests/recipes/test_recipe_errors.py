@@ -44,7 +44,7 @@ BAD = {
     ),
     "unknown policy": (
         policy("{kind: recnt}"),
-        ":2: tiers[0].policy.kind: no policy of kind 'recnt' (did you mean 'recent'?); installed: log, recent, sink",
+        ":2: tiers[0].policy.kind: no policy of kind 'recnt' (did you mean 'recent'?); installed: attention, log, recent",
     ),
     "unknown quantizer": (
         store("{kind: itn}"),
@@ -58,7 +58,7 @@ BAD = {
     ),
     "no kind": (
         policy("{window: 3}"),
-        ":2: tiers[0].policy: a policy must say its kind, found nothing; installed: log",
+        ":2: tiers[0].policy: a policy must say its kind, found nothing; installed: attention",
     ),
     "kind is a number": (policy("{kind: 3}"), ":2: tiers[0].policy.kind: a policy must say its kind, found 3"),
     "unknown option": (

@@ -7,8 +7,15 @@ from typing import Any
 from hypothesis import strategies as st
 
 from kvpolicy import Recipe, load_recipe
+from kvpolicy.policy import RankPolicy
+from kvpolicy.recipe import bundled_names
 
-__all__ = ["NAMED", "named", "one_lossy_store", "recipes"]
+__all__ = ["BY_POSITION", "NAMED", "named", "one_lossy_store", "recipes"]
+
+BY_POSITION = [
+    name for name in bundled_names() if not any(isinstance(t.policy, RankPolicy) for t in load_recipe(name).tiers)
+]
+"""The bundled recipes that a model can use without being attached, too."""
 
 
 def recent(window: float, flush: int = 1) -> dict[str, Any]:
