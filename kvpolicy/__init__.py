@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from kvpolicy.comparison import compare as compare
     from kvpolicy.hookspecs import hookimpl as hookimpl
     from kvpolicy.policy import Policy as Policy
+    from kvpolicy.policy import RankPolicy as RankPolicy
+    from kvpolicy.policy import Scores as Scores
     from kvpolicy.quantizer import Affine as Affine
     from kvpolicy.quantizer import AffineQuantizer as AffineQuantizer
     from kvpolicy.quantizer import Quantizer as Quantizer
@@ -29,7 +31,9 @@ __all__ = [
     "CompressedCache",
     "Policy",
     "Quantizer",
+    "RankPolicy",
     "Recipe",
+    "Scores",
     "TensorQuantizer",
     "__version__",
     "attach",
@@ -47,7 +51,9 @@ _HOMES = {
     "CompressedCache": "cache",
     "Policy": "policy",
     "Quantizer": "quantizer",
+    "RankPolicy": "policy",
     "Recipe": "recipe",
+    "Scores": "policy",
     "TensorQuantizer": "quantizer",
     "attach": "attention",
     "compare": "comparison",

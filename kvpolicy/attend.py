@@ -6,6 +6,7 @@ by side as columns, in float32; each store then adds its share of the output.
 
 from __future__ import annotations
 
+from itertools import product
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,8 +26,10 @@ SCORES = 1 << 24
 """Scores computed at a time; more queries than fit take another turn over the stores."""
 ALL = Columns([], [], 0, False, lambda: torch.empty(0, dtype=torch.int64))
 """Columns where all tokens are new ones, in order."""
-OBSERVED = 1 << 19
-"""Scores of a prompt computed at a time for policies that ask for them."""
+OBSERVED = 1 << 20
+"""Scores of a prompt computed at a time on a CPU for policies that ask for them, ..."""
+KEYS = 4096
+"""... and keys of a head converted at a time."""
 
 
 def attend(
@@ -92,7 +95,7 @@ def attend(
         result = result.unflatten(2, (groups, last - first)).div_(total)
         out[:, first:last] = result.flatten(1, 2).transpose(1, 2)
         if observer is not None:
-            observer.watch(at + keys.shape[2] - queries, shaped.div_(total), visible)
+            observer.watch(at + keys.shape[2] - queries, shaped.div_(total), visible, slice(0, kv_heads), kv_heads)
     return out
 
 
@@ -111,19 +114,26 @@ def observe(
     """
     batch, heads, queries, dim = query.shape
     kv_heads, tokens = keys.shape[1:3]
+    groups = heads // kv_heads
     scale = dim**-0.5 if scaling is None else scaling
     mask = as_mask(mask, tokens, kv_heads)
-    counted = torch.tensor(observer.queries, dtype=torch.int64)
-    transposed = keys.float().transpose(2, 3)
-    for at in counted.split(max(1, OBSERVED // (batch * heads * tokens))):
-        rows = query[:, :, at.to(query.device)].float().mul(scale).unflatten(1, (kv_heads, -1))
-        scores = (rows.flatten(2, 3) @ transposed).unflatten(2, (-1, len(at)))
+    most = OBSERVED if query.device.type == "cpu" else SCORES
+    counted = torch.tensor(observer.queries, dtype=torch.int64).split(max(1, most // (batch * groups * tokens)))
+    for head, at in product(range(kv_heads), counted):
+        stop = tokens if mask is not None else int(at[-1]) + 1 + tokens - queries
+        rows = query[:, head * groups : (head + 1) * groups, at.to(query.device)].float().mul(scale).flatten(1, 2)
+        scores = rows.new_empty((batch, 1, groups, len(at), stop))
+        for first in range(0, stop, KEYS):
+            part = keys[:, head, first : min(first + KEYS, stop)].float().transpose(1, 2)
+            scores[..., first : first + KEYS] = (rows @ part).view(batch, 1, groups, len(at), -1)
         if softcap is not None:
             scores.div_(softcap).tanh_().mul_(softcap)
-        mask_scores(scores, mask, at, ALL, queries, tokens)
+        own = slice(head, head + 1)
+        shown = mask if mask is None or mask.shape[1] == 1 else mask[:, own]
+        mask_scores(scores, shown, at, ALL, queries, stop)
         visible = scores > -torch.inf
-        total = exponentials(scores, sinks)
-        observer.watch(at, scores.div_(total), visible)
+        total = exponentials(scores, None if sinks is None else sinks[head * groups : (head + 1) * groups])
+        observer.watch(at + tokens - queries, scores.div_(total), visible, own, kv_heads)
 
 
 def as_mask(mask: Tensor | None, seen: int, kv_heads: int) -> Tensor | None:

@@ -102,13 +102,15 @@ class Observer:
         """The queries that count for some kind."""
         return torch.stack([c.any(0) for c in self.counted]).any(0).nonzero()[:, 0].tolist()
 
-    def watch(self, at: Tensor, weights: Tensor, visible: Tensor | None) -> None:
+    def watch(self, at: Tensor, weights: Tensor, visible: Tensor | None, heads: slice, of: int) -> None:
         """Take in what some queries attended to.
 
         Args:
             at: which queries of the update these are, ascending.
-            weights: `[batch, kv_heads, groups, queries, columns]`.
+            weights: `[batch, kv_heads, groups, queries, columns]` of some KV heads.
             visible: which columns a query could see, broadcastable to `weights`; None: all.
+            heads: which KV heads these are.
+            of: how many there are.
         """
         wanted = [counted[:, at] for counted in self.counted]
         if not any(bool(w.any()) for w in wanted):
@@ -121,23 +123,22 @@ class Observer:
             reduced = columns.mean(2) if kind.heads == "mean" else columns.sum(2) if kind.heads == "sum" else None
             reduced = columns.amax(2) if reduced is None else reduced
             share = counts.to(weights.device)[:, None, :, None]
-            self._keep(k, at, reduced, sees, share)
+            seen = torch.ones_like(reduced) if sees is None else sees.to(reduced.dtype)
+            for total, x in zip(self._totals(k, weights), (reduced, seen), strict=True):
+                part = x * share
+                part = part.sum(1, keepdim=True).div_(of) if self.heads == 1 else part
+                place = total[:, slice(0, 1) if self.heads == 1 else heads, :, : part.shape[3]]
+                if self.apart:
+                    place.index_add_(2, at.to(x.device), part)
+                else:
+                    place.add_(part.sum(2, keepdim=True))
 
-    def _keep(self, k: int, at: Tensor, reduced: Tensor, sees: Tensor | None, share: Tensor) -> None:
-        seen = torch.ones_like(reduced) if sees is None else sees.to(reduced.dtype)
-        parts = [x * share for x in (reduced, seen)]
-        if self.heads == 1:
-            parts = [x.mean(1, keepdim=True) for x in parts]
-        before = self.found[k]
-        if not self.apart:
-            parts = [x.sum(2, keepdim=True) for x in parts]
-            at = at[:1] * 0
-        if before is None:
-            shape = (*parts[0].shape[:2], self.tokens if self.apart else 1, parts[0].shape[3])
-            before = parts[0].new_zeros(shape), parts[0].new_zeros(shape)
-            self.found[k] = before
-        for total, x in zip(before, parts, strict=True):
-            total.index_add_(2, at.to(x.device), x)
+    def _totals(self, k: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        found = self.found[k]
+        if found is None:
+            shape = (self.batch, self.heads, self.tokens if self.apart else 1, self.live + self.tokens)
+            self.found[k] = found = like.new_zeros(shape), like.new_zeros(shape)
+        return found
 
     def _picked(self, x: Tensor) -> Tensor:
         """Of all columns those whose scores are kept, and the new tokens'."""

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
+import torch
 from pydantic import Field
+from torch import Tensor
 
 from kvpolicy.component import MOST, Budget, budget_tokens
 from kvpolicy.hookspecs import hookimpl
 from kvpolicy.policy import Policy, RankPolicy, Scores
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -75,7 +74,10 @@ class Attention(RankPolicy):
     def rank(self, attention: Tensor, queries: Tensor, ages: Tensor) -> Tensor:
         if self.score != "normalised":
             return attention
-        return attention / (ages if self.count == "causal" else queries.clamp(min=1.0))
+        divided = attention / (ages if self.count == "causal" else queries.clamp(min=1.0))
+        if self.decode == "same":
+            return divided
+        return torch.where(queries.amax(-1, keepdim=True) > 1, divided, attention)  # one query: that of a decode step
 
 
 @hookimpl

@@ -128,8 +128,6 @@ def test_zipcache_goes_on_as_the_formulas_restricted_to_descent(
         if seen % 100:
             continue
         saliency = sums[:, :seen] / counts[:seen].clamp(min=1)
-        if name == "zipcache-code":
-            saliency = sums[:, :seen] / torch.arange(seen, 0, -1)
         for h, held in enumerate(layer.held()[0]):
             allowed = high[h] | set(range(seen - 100, seen))
             best = top(dict(enumerate(saliency[h].tolist())), int(0.6 * seen))

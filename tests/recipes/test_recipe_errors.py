@@ -44,7 +44,7 @@ BAD = {
     ),
     "unknown policy": (
         policy("{kind: recnt}"),
-        ":2: tiers[0].policy.kind: no policy of kind 'recnt' (did you mean 'recent'?); installed: attention, log, recent",
+        ":2: tiers[0].policy.kind: no policy of kind 'recnt' (did you mean 'recent'?); installed: attention",
     ),
     "unknown quantizer": (
         store("{kind: itn}"),

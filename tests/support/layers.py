@@ -52,7 +52,7 @@ class Layer:
             self.cache.note_padding(whole, n)
             shown = whole > 0 if self.cache.padding is None else torch.from_numpy(self.cache.padding.real)
             causal = torch.arange(seen + n) <= torch.arange(seen, seen + n)[:, None]
-            mask = shown[:, None, None] & causal
+            mask = (shown[:, None, None] & causal).to(keys.device)
         found = self.cache.update(keys, values, 0)
         out: Tensor = attention_forward("sdpa", self, query, *found, mask, scaling=HEAD_DIM**-0.5)[0]
         return out

@@ -1,0 +1,86 @@
+"""The same on a GPU, where there is one: caches, attached models, padded batches, policies by attention."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from layers import Layer, random_tokens
+from models import ids, tiny
+from recipes import BY_POSITION
+
+from kvpolicy import CompressedCache, attach, make_cache
+from kvpolicy.recipe import bundled_names
+
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.filterwarnings("ignore"),
+]
+DEVICE = "cuda"
+
+
+@pytest.fixture(autouse=True)
+def _no_grad() -> Any:
+    with torch.no_grad():
+        yield
+
+
+def options(name: str) -> dict[str, Any]:
+    return {"group_size": 16} if name in ("kivi", "kivi-sink") else {}
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["even", "padded"])
+@pytest.mark.parametrize("name", [name for name in bundled_names() if name != "full"])
+def test_a_layer_attends_and_holds_what_it_does_on_a_cpu(name: str, padded: bool) -> None:
+    query, keys, values = random_tokens(330, 3, batch=2)
+    real = torch.ones(2, 330, dtype=torch.bool)
+    real[1, :77] = not padded
+    here, there = Layer(name, **options(name)), Layer(name, **options(name))
+    for first, last in [(0, 150), (150, 250), *((i, i + 1) for i in range(250, 330))]:
+        now = slice(first, last)
+        parts = [x[:, :, now] for x in (query, keys, values)]
+        expected = here(*parts, real[:, now] if padded else None)
+        found = there(*(x.to(DEVICE) for x in parts), real[:, now] if padded else None)
+        torch.testing.assert_close(found.cpu(), expected, rtol=2e-2, atol=2e-2)
+    assert there.held() == here.held()
+    a, b = there.cache.memory(), here.cache.memory()
+    assert (a.bytes, a.values) == (b.bytes, b.values)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", BY_POSITION)
+def test_attached_and_unattached_agree(name: str, dtype: torch.dtype) -> None:
+    model = tiny("llama", dtype).to(DEVICE)
+    tokens = ids(200, batch=2).to(DEVICE)
+    logits = []
+    for attached in (False, True):
+        cache = make_cache(name, model, **options(name))
+        handle = attach(model) if attached else None
+        steps = [(0, 150), *((i, i + 1) for i in range(150, 200))]
+        found = [model(tokens[:, a:b], past_key_values=cache).logits[:, -1] for a, b in steps]
+        logits.append(torch.stack(found).float())
+        if handle is not None:
+            handle.detach()
+    limit = 1e-4 if dtype == torch.float32 else 32 * torch.finfo(dtype).eps
+    assert (logits[0] - logits[1]).abs().max() <= limit * logits[0].abs().max()
+    model.to("cpu")
+
+
+@pytest.mark.parametrize("name", ["logquant", "h2o", "zipcache", "streaming-llm"])
+def test_padded_generation_saving_and_beams(name: str, tmp_path: Path) -> None:
+    model = tiny("llama").to(DEVICE)
+    tokens, mask = ids(150, batch=2).to(DEVICE), torch.ones(2, 150, dtype=torch.long, device=DEVICE)
+    mask[1, :60] = 0
+    with attach(model):
+        cache = make_cache(name, model)
+        found = model.generate(tokens, attention_mask=mask, past_key_values=cache, max_new_tokens=40, do_sample=False)
+        cache.save(tmp_path / "cache")
+        loaded = CompressedCache.load(tmp_path / "cache", model)
+        step = found[:, -1:]
+        a, b = (model(step, past_key_values=c).logits for c in (loaded, cache))
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+        beams = make_cache(name, model)
+        model.generate(tokens, attention_mask=mask, past_key_values=beams, max_new_tokens=20, num_beams=3)
+    model.to("cpu")
