@@ -28,6 +28,7 @@ def check_selectors(recipe: Recipe, layers: list[Any], compressed: list[int]) ->
 
 
 def config_of(model_or_config: Any) -> Any:
+    """The config of a model, or the one given; a `CacheError` if no cache can serve it."""
     config = getattr(model_or_config, "config", model_or_config)
     if not hasattr(config, "get_text_config"):
         raise CacheError(

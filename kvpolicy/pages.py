@@ -8,16 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Pages", "gather_tokens"]
+__all__ = ["FULL", "Pages", "at_once", "gather_tokens"]
 
 SMALLEST, LARGEST = 64, 1024
 """Tokens of a page with room for more."""
 FULL = 4096
 """Tokens of a page that is filled at once."""
+FEWER = 16
+"""How many times as large both are on other devices than a CPU, where each page costs a launch of every kernel."""
 
 
 class Pages:
-    """A tensor `[batch, kv_heads, tokens, width]` in pages of 64 to 4,096 tokens.
+    """A tensor `[batch, kv_heads, tokens, width]` in pages of 64 to 4,096 tokens (on a CPU).
 
     Growth allocates a page and copies nothing; tokens that leave from the front or the back free whole pages.
     With `whole` there is one page, copied as it grows, whose tokens may be taken and removed head by head.
@@ -49,7 +51,8 @@ class Pages:
                 self._regrow(x, self.length + n - done)
                 continue
             if free == 0:
-                size = max(min(LARGEST, max(SMALLEST, self.length // 4)), min(FULL, n - done))
+                most = at_once(x)
+                size = max(min(most * LARGEST // FULL, max(SMALLEST, self.length // 4)), min(most, n - done))
                 # An inference tensor could not be written to once inference mode is left.
                 with torch.inference_mode(False):
                     self.pages.append(torch.empty((*x.shape[:2], size, x.shape[3]), dtype=x.dtype, device=x.device))
@@ -186,6 +189,11 @@ class Pages:
     def reserved(self) -> int:
         """Bytes of all pages."""
         return sum(page.numel() * page.element_size() for page in self.pages)
+
+
+def at_once(like: Tensor) -> int:
+    """Tokens of the largest page on a device."""
+    return FULL if like.device.type == "cpu" else FULL * FEWER
 
 
 def gather_tokens(x: Tensor, index: Tensor) -> Tensor:

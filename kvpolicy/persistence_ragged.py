@@ -22,11 +22,13 @@ PADDING = "state.padding"
 
 
 def save_padding(padding: Padding | None, tensors: dict[str, Tensor]) -> None:
+    """Add what is known of padding, if anything, to `tensors`."""
     if padding is not None:
         tensors[PADDING] = torch.from_numpy(padding.real.astype(np.uint8))
 
 
 def load_padding(tensors: dict[str, Tensor], path: Path) -> Padding | None:
+    """What `save_padding` added."""
     if PADDING not in tensors:
         return None
     real = tensors[PADDING].numpy()

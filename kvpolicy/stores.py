@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kvpolicy.errors import CacheError, PluginError, RecipeError
 from kvpolicy.packing import dequantize, pack
-from kvpolicy.pages import FULL, Pages, gather_tokens
+from kvpolicy.pages import FULL, Pages, at_once, gather_tokens
 from kvpolicy.quantizer import AffineQuantizer, Quantizer, TensorQuantizer
 from kvpolicy.store import LARGE, ExactStore, Ints, NamedStore, Store
 
@@ -249,11 +249,12 @@ class PackedStore(Store):
                     part = p[:, :, lo : lo + block]
                     yield offset + lo, c[:, :, lo : lo + block], part[..., :half], part[..., half:]
             return
+        most = at_once(codes.pages[0]) if codes.length else FULL
         cuts = [0, *(np.flatnonzero(np.diff(self.sizes)) + 1).tolist(), len(self.sizes)]
         token = 0
         for first, last in pairwise(cuts):
             size = int(self.sizes[first]) if last > first else 1
-            step = max(1, min(block, FULL) // size)
+            step = max(1, min(block, most) // size)
             for group in range(first, last, step):
                 n = min(step, last - group)
                 p = params.slice(group, group + n).unsqueeze(3)
@@ -266,9 +267,10 @@ class PackedStore(Store):
         if self.grouped:
             yield from self.affine_blocks(block)
             return
-        block = min(block, FULL)
-        for first in range(0, self.parts["codes"].length, block):
-            last = min(first + block, self.parts["codes"].length)
+        coded = self.parts["codes"].length
+        block = min(block, at_once(self.parts["codes"].all())) if coded else 1
+        for first in range(0, coded, block):
+            last = min(first + block, coded)
             groups = self.parts["groups"].slice(first, last).squeeze(3)
             params = gather_tokens(self.parts["params"].all(), groups)
             half = params.shape[3] // 2

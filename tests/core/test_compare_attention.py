@@ -218,17 +218,22 @@ def test_a_step_that_fails_leaves_no_watcher_behind(loaded: tuple[Any, Any], mon
 
 @pytest.mark.parametrize("what", ["_note", "_measure", "_exactness"])
 def test_times_leave_out_the_watching(loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, what: str) -> None:
-    before, slept = getattr(Watcher, what), []
+    before, clock, slow = getattr(Watcher, what), [0.0], []
 
-    def slow(self: Any, *given: Any) -> Any:
-        time.sleep(0.05)
-        slept.append(0.05)
+    def now() -> float:
+        clock[0] += 1e-6
+        return clock[0]
+
+    def late(self: Any, *given: Any) -> Any:
+        clock[0] += 50.0
+        slow.append(50.0)
         return before(self, *given)
 
-    monkeypatch.setattr(Watcher, what, slow)
+    monkeypatch.setattr(time, "perf_counter", now)
+    monkeypatch.setattr(Watcher, what, late)
     row = short(loaded, ["logquant:window=8"]).rows[0]
-    assert sum(slept) > 0.5
-    assert row["decode_seconds"] < sum(slept) / 4
+    assert sum(slow) > 500
+    assert 0 < row["decode_seconds"] < 0.1
 
 
 def test_greedy_decoding_is_not_watched(loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
