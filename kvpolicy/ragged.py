@@ -333,6 +333,8 @@ class Ragged:
     def aim(self, observer: Observer) -> None:
         """Tell an observer which columns of attention are those of the stores whose tokens may yet descend."""
         live = self.live()
+        if not self.seen:  # a first update attends its own tokens alone
+            return
         observer.live, observer.held = sum(t.length for t in live), self.columns().width
         if not self.aligned:
             places = torch.cat([t.positions for t in live], dim=2).long()

@@ -31,25 +31,21 @@ def options(name: str) -> dict[str, Any]:
     return {"group_size": 16} if name in ("kivi", "kivi-sink") else {}
 
 
-def stores(name: str) -> list[bool]:
-    """Which stores of a recipe are quantizers."""
-    return [not isinstance(store, str) for tier in load_recipe(name).tiers for store in (tier.keys, tier.values)]
-
-
 @pytest.mark.parametrize("padded", [False, True], ids=["even", "padded"])
 @pytest.mark.parametrize("name", [name for name in bundled_names() if name != "full"])
 def test_a_layer_attends_and_holds_what_it_does_on_a_cpu(name: str, padded: bool) -> None:
     query, keys, values = random_tokens(330, 3, batch=2)
     real = torch.ones(2, 330, dtype=torch.bool)
     real[1, :77] = not padded
-    here, there = Layer(name, **options(name)), Layer(name, **options(name))
+    # In 8 bits, since rounding may put a code on the other side of a boundary.
+    given = {k: 8 for k in ("nbits", "high", "low") if k in load_recipe(name).params}
+    here, there = (Layer(name, **options(name), **given) for _ in range(2))
     for first, last in [(0, 150), (150, 250), *((i, i + 1) for i in range(250, 330))]:
         now = slice(first, last)
         parts = [x[:, :, now] for x in (query, keys, values)]
         expected = here(*parts, real[:, now] if padded else None)
         found = there(*(x.to(DEVICE) for x in parts), real[:, now] if padded else None)
-        # Rounding may put a code on the other side of a boundary.
-        assert ((found.cpu() - expected).abs() > 2e-2).float().mean() <= (0.2 if any(stores(name)) else 0.0)
+        torch.testing.assert_close(found.cpu(), expected, rtol=2e-2, atol=2e-2)
     assert there.held() == here.held()
     a, b = there.cache.memory(), here.cache.memory()
     assert (a.bytes, a.values) == (b.bytes, b.values)
