@@ -46,8 +46,12 @@ class TieredLayer(CacheLayerMixin):
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
-    def _check_attached(self) -> None:
-        """Refuse what only an attached model can do, before any token is let in."""
+    def check_attached(self) -> None:
+        """Refuse what only an attached model can do, before any token is let in.
+
+        Raises:
+            CacheError: a policy must see attention, or rows are padded differently.
+        """
         if self.attached:
             return
         if self.tiers.placement.kinds:
@@ -67,7 +71,7 @@ class TieredLayer(CacheLayerMixin):
 
         What it returns is overwritten by the next layer's update. Gradients reach the new tokens alone.
         """
-        self._check_attached()
+        self.check_attached()
         with torch.no_grad():
             if not self.is_initialized:
                 self.lazy_initialization(key_states, value_states)
@@ -86,7 +90,7 @@ class TieredLayer(CacheLayerMixin):
     def get_mask_sizes(self, query_length: int, *args: Any) -> tuple[int, int]:
         if self.attached:
             return self.tiers.seen + query_length, 0
-        self._check_attached()
+        self.check_attached()
         if self.uneven is not None:
             raise CacheError(self.uneven)
         held = self.tiers.held_after_settling()

@@ -107,14 +107,16 @@ def _tiers_table(title: str, recipe: Recipe, tiers: Any, tokens: int) -> Any:
     from rich.text import Text
 
     from kvpolicy.placement import simulate
-    from kvpolicy.plots import describe_store
+    from kvpolicy.plots import describe_policy, describe_store
+    from kvpolicy.policy import RankPolicy
 
     table = _table(title, "tier", "policy", "keys", "values", "tokens", "positions")
+    chosen = False
     for i, (tier, held) in enumerate(zip(tiers, simulate(tiers, tokens, recipe.placement), strict=True)):
-        options = "" if tier.policy is None else ", ".join(f"{k}={v}" for k, v in tier.policy if k != "kind")
-        policy = "takes the rest" if tier.policy is None else f"{tier.policy.kind}({options})"
+        policy = "takes the rest" if tier.policy is None else describe_policy(tier.policy)
+        chosen = chosen or isinstance(tier.policy, RankPolicy)
         keys, values = describe_store(tier.keys), describe_store(tier.values)
-        span = f"{held[0]} to {held[-1]}" if len(held) else "none"
+        span = "none" if not len(held) else "by attention" if chosen else f"{held[0]} to {held[-1]}"
         table.add_row(*(Text(cell) for cell in (str(i), policy, keys, values, str(len(held)), span)))
     return table
 

@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from kvpolicy.cache import make_cache
+from kvpolicy.cache import TieredLayer, make_cache
 from kvpolicy.compare_result import EXACT, Comparison, Estimate, is_exact
 from kvpolicy.compare_run import Encoded, Run, Runner, encode, row
 from kvpolicy.errors import CompareError, KvpolicyError
@@ -92,7 +92,7 @@ def compare(
     items = encode(samples, tokenizer, model.config)
     settings = {"task": os.fspath(task), "n": len(items), "seed": seed, "tokens": tokens, **_about(model, shown)}
     with attached(model, attach) as reads:
-        caches = {name: _cache(name, recipe, model) for name, recipe in recipes.items()}
+        caches = {name: _cache(name, recipe, model, reads) for name, recipe in recipes.items()}
         result = Comparison(recipes, [], {**settings, "attached": reads, "errors": errors})
         with _rows_file(directory) as file, one_thread(bundled):
             try:
@@ -118,9 +118,13 @@ def _check_arguments(task: Any, seed: Any, tokens: Any, out: Any) -> None:
         raise CompareError(f"out must be the path of a directory, found {out!r}")
 
 
-def _cache(name: str, recipe: Recipe, model: Any) -> Any:
+def _cache(name: str, recipe: Recipe, model: Any, attached: bool) -> Any:
     try:
-        return make_cache(recipe, model)
+        cache = make_cache(recipe, model)
+        for layer in cache.layers:
+            if isinstance(layer, TieredLayer) and not attached:
+                layer.check_attached()
+        return cache
     except KvpolicyError as error:
         raise type(error)(f"arm {name!r}: {error}") from None
 

@@ -7,9 +7,10 @@ from textwrap import fill
 from typing import Any
 
 from kvpolicy.errors import RecipeError
+from kvpolicy.policy import RankPolicy
 from kvpolicy.recipe_spec import Recipe, Tier
 
-__all__ = ["MAX_TOKENS", "describe_store", "describe_tier", "plot_placement"]
+__all__ = ["MAX_TOKENS", "describe_policy", "describe_store", "describe_tier", "plot_placement"]
 
 MAX_TOKENS = 4096
 _EXACT = ["#08306b", "#2979b9", "#6baed6", "#9ecae1", "#c6dbef", "#deebf7"]
@@ -30,15 +31,17 @@ def describe_store(store: Any) -> str:
 
 def describe_tier(tier: Tier) -> str:
     """A tier on one line."""
-    policy = "" if tier.policy is None else f"{_describe_policy(tier.policy)}: "
+    policy = "" if tier.policy is None else f"{describe_policy(tier.policy)}: "
     if tier.keys == tier.values:
         return policy + describe_store(tier.keys)
     return f"{policy}keys {describe_store(tier.keys)}, values {describe_store(tier.values)}"
 
 
-def _describe_policy(policy: Any) -> str:
-    options = ", ".join(f"{name}={value}" for name, value in policy if name != "kind")
-    return f"{policy.kind}({options})"
+def describe_policy(policy: Any) -> str:
+    """Kind and options; where there are many of these the budget and those that differ from their defaults."""
+    default = {name: field.default for name, field in type(policy).model_fields.items() if name != "kind"}
+    shown = [(n, v) for n, v in policy if n in default and (len(default) <= 4 or n == "budget" or v != default[n])]
+    return f"{policy.kind}({', '.join(f'{name}={value}' for name, value in shown)})"
 
 
 def _colours(tiers: tuple[Tier, ...]) -> list[str]:
@@ -54,6 +57,8 @@ def _colours(tiers: tuple[Tier, ...]) -> list[str]:
 
 def _title(recipe: Recipe) -> str:
     fed = "\n(tokens fed one per update)" if recipe.placement == "update" else ""
+    if any(isinstance(tier.policy, RankPolicy) for tier in recipe.tiers):
+        fed = "\n(the newest tokens stand in for those chosen by attention)"
     return fill(f"{recipe.name[:160]}: the tier that holds each position", 60) + fed
 
 
