@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 OUT ?= out/demo
-ARMS := full logquant partial-logquant kivi logquant-evict kivi-evict
+ARMS := full logquant partial-logquant kivi zipcache h2o logquant-evict kivi-evict
 
 .PHONY: help demo test lint docs bench clean
 

@@ -28,13 +28,23 @@ def _mean(found: dict[str, Any] | None, digits: int, sign: bool = False) -> str:
 def demo(path: Path) -> str:
     """The table of a comparison's summary.json."""
     summary = json.loads(path.read_text(encoding="utf-8"))
-    head = ("Recipe", "Bits per value", "Smaller than exact", "Score", "Δ NLL (nats per token)", "KL (nats)", "Top-1")
+    head = (
+        "Recipe",
+        "Bits per value",
+        "Smaller than exact",
+        "Score",
+        "Δ NLL (nats per token)",
+        "KL (nats)",
+        "Top-1",
+        "L1 error",
+    )
     rows = []
     for name, arm in summary["arms"].items():
         top1 = "-" if arm["top1"] is None else f"{100 * arm['top1']['mean']:.1f} %"
         smaller = arm["exact_bytes"]["mean"] / arm["final_bytes"]["mean"]
         row = [f"`{name}`", f"{arm['bits']['mean']:.2f}", f"{smaller:.2f}x", _mean(arm["score"], 3)]
         row += [_mean(arm["nll_minus_exact"], 4, sign=True), _mean(arm["kl"], 4), top1]
+        row.append("-" if arm.get("l1") is None else f"{arm['l1']['mean']:.3f}")
         rows.append(row)
     lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
     lines += ["| " + " | ".join(row) + " |" for row in rows]

@@ -138,6 +138,8 @@ BAD = [
     ("show", "full", "--tokens", "9999", "--plot", "x.png"),
     ("show", "full", "--tokens", "-1"),
     ("nonsense",),
+    ("compare", "h2o", "--unattached"),
+    ("generate", "--recipe", "zipcache", "--prompt", "import os", "--unattached"),
 ]
 
 
@@ -161,3 +163,12 @@ def test_an_error_has_no_traceback(tmp_path: Path) -> None:
     assert result.stdout == ""
     (line,) = result.stderr.splitlines()
     assert line.startswith("error: no recipe 'logqant' (did you mean 'logquant'?)")
+
+
+def test_what_attention_chooses_is_not_shown_as_known(tmp_path: Path) -> None:
+    result = run("show", "h2o", "--tokens", "300", "--plot", str(tmp_path / "h2o.png"), cwd=tmp_path)
+    assert result.returncode == 0
+    rows = [line for line in result.stderr.splitlines() if line.startswith(("0 ", "1 "))]
+    assert rows[0].rstrip().endswith("270 to 299")
+    assert rows[1].rstrip().endswith("by attention")
+    assert (tmp_path / "h2o.png").stat().st_size > 1000
