@@ -26,9 +26,9 @@ SCORES = 1 << 24
 """Scores computed at a time; more queries than fit take another turn over the stores."""
 ALL = Columns([], [], 0, False, lambda: torch.empty(0, dtype=torch.int64))
 """Columns where all tokens are new ones, in order."""
-OBSERVED = 1 << 20
+OBSERVED = 1 << 19
 """Scores of a prompt computed at a time on a CPU for policies that ask for them, ..."""
-KEYS = 4096
+KEYS = 2048
 """... and keys of a head converted at a time."""
 
 
@@ -119,7 +119,7 @@ def observe(
     mask = as_mask(mask, tokens, kv_heads)
     most = OBSERVED if query.device.type == "cpu" else SCORES
     counted = torch.tensor(observer.queries, dtype=torch.int64).split(max(1, most // (batch * groups * tokens)))
-    for head, at in product(range(kv_heads), counted):
+    for head, at in product(range(kv_heads), counted if observer.queries else ()):
         stop = tokens if mask is not None else int(at[-1]) + 1 + tokens - queries
         rows = query[:, head * groups : (head + 1) * groups, at.to(query.device)].float().mul(scale).flatten(1, 2)
         scores = rows.new_empty((batch, 1, groups, len(at), stop))
@@ -152,8 +152,10 @@ def as_mask(mask: Tensor | None, seen: int, kv_heads: int) -> Tensor | None:
 
 def _gathered(mask: Tensor | None, columns: Columns, new: int) -> Tensor | None:
     """The mask's columns in the order of the scores'."""
-    if not columns.width or (mask is None and not columns.gaps):
-        return mask
+    if not columns.width:
+        return mask if mask is None else mask[..., mask.shape[-1] - new :]
+    if mask is None and not columns.gaps:
+        return None
     places = columns.positions()
     if mask is None:
         return (places >= 0)[:, :, None, None]
@@ -186,6 +188,8 @@ def mask_scores(scores: Tensor, mask: Tensor | None, at: Tensor, columns: Column
         scores.masked_fill_(~part, -torch.inf)
     else:
         scores.add_(part)
+        # What models write for minus infinity would else count as seen.
+        scores.masked_fill_(part <= torch.finfo(part.dtype).min / 2, -torch.inf)
 
 
 def exponentials(scores: Tensor, sinks: Tensor | None) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -18,7 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from kvpolicy.attend import attend, observe
 from kvpolicy.cache import CompressedCache, TieredLayer, make_cache
 from kvpolicy.errors import CacheError
-from kvpolicy.layer import MAX_PENDING
+from kvpolicy.layer import MAX_APART
 from kvpolicy.recipe import load_recipe
 from kvpolicy.views import View
 
@@ -129,13 +130,14 @@ class Attached:
         return generate
 
     def _before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        args, kwargs = _named(module, args, kwargs)
         cache = kwargs.get("past_key_values")
-        if cache is None and self.recipe is not None and not any(isinstance(x, CompressedCache) for x in args):
+        if cache is None and self.recipe is not None:
             wanted = kwargs.get("use_cache")
             if (self.config.use_cache if wanted is None else wanted) and not module.training:
                 kwargs["past_key_values"] = cache = make_cache(self.recipe, self.owner)
         if not isinstance(cache, CompressedCache):
-            return None
+            return args, kwargs
         if module.training:
             raise CacheError(
                 "an attached model must be in evaluation mode when it is given a compressed cache, which carries no "
@@ -154,11 +156,11 @@ class Attached:
         return args, kwargs
 
     def _after(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        cache = kwargs.get("past_key_values")
+        cache = _named(module, args, kwargs)[1].get("past_key_values")
         if isinstance(cache, CompressedCache):
             _reading.set(None)
             _mark(cache, False)
-            if cache.selects_together and cache.pending > MAX_PENDING:
+            if cache.selects_together and cache.pending > MAX_APART:
                 cache.settle()
 
 
@@ -181,6 +183,14 @@ def _mark(cache: CompressedCache, attached: bool) -> None:
             layer.attached = attached
             if not attached:
                 layer.tiers.commit()
+
+
+def _named(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The arguments of a call, all but the first by name."""
+    if len(args) < 2:
+        return args, kwargs
+    names = list(inspect.signature(module.forward).parameters)
+    return args[:1], {**dict(zip(names[1:], args[1:], strict=False)), **kwargs}
 
 
 def _tokens(args: Any, kwargs: dict[str, Any]) -> int:
@@ -228,14 +238,14 @@ def attention_forward(
     options = {
         name: kwargs.get(given) for name, given in (("scaling", "scaling"), ("softcap", "softcap"), ("sinks", "s_aux"))
     }
+    observer = tiers.observe()
+    if not tiers.settled:
+        out = _function(original, module)(module, query, *new, attention_mask, *args, **kwargs)[0]
     with torch.no_grad():
-        observer = tiers.observe()
         if tiers.settled:
             out = attend(tiers, query, new, attention_mask, observer=observer, **options)
-        else:
-            out = _function(original, module)(module, query, *new, attention_mask, *args, **kwargs)[0]
-            if observer is not None:
-                observe(query, new[0], observer, attention_mask, **options)
+        elif observer is not None:
+            observe(query, new[0], observer, attention_mask, **options)
     _show(module, query, key, value, attention_mask, kwargs, out)
     if tiers.scratch is not None:  # no other layer reads these keys and values
         tiers.commit()

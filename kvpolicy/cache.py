@@ -178,6 +178,11 @@ class CompressedCache(Cache):
         real: Any = None
         if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] > seen:
             real = mask[:, seen:] != 0
+            if self.padding is None and self.evicts and not bool(mask[:, :seen].all()):
+                raise CacheError(
+                    f"recipe {self.recipe.name!r} drops tokens, and this cache took padding for tokens while its model "
+                    "was not attached; attach the model before a padded batch's first tokens"
+                )
         if self.padding is None and (real is None or bool(real.all())):
             return
         real = (

@@ -20,12 +20,14 @@ from kvpolicy.stores import Store, make_store
 from kvpolicy.table import EMPTY, Columns
 from kvpolicy.views import Scratch, View
 
-__all__ = ["DROPPED", "EXACT", "MAX_PENDING", "PENDING", "QUANTIZED", "Positions", "Tiers"]
+__all__ = ["DROPPED", "EXACT", "MAX_APART", "PENDING", "QUANTIZED", "Positions", "Tiers"]
 
 Ints = NDArray[np.int64]
 SIDES = ("keys", "values")
 MAX_PENDING = 64
 """Tokens of the last update that wait outside the tiers at most, so that `crop` of them is exact."""
+MAX_APART = 24
+"""The same where policies ask for scores: what each of these tokens' queries attended is kept apart."""
 PENDING = -1
 """The tier that `positions` gives for pending tokens."""
 EXACT, QUANTIZED, DROPPED = 0, 1, 2
@@ -108,6 +110,7 @@ class Tiers:
         """Add tokens; returns all keys and values held before, decoded, and the new ones, in token order."""
         if not self.stores:
             self.start(keys, values)
+        self._check_rows(keys)
         self.settle()
         new = {"keys": keys, "values": values}
         dense = (keys, values) if self.state.seen == 0 else self._dense(new, self.scratch)
@@ -118,17 +121,21 @@ class Tiers:
         """Add tokens, once `commit` is called; returns views of all, for attention to read until then."""
         if not self.stores:
             self.start(keys, values)
+        self._check_rows(keys)
         self.settle()
         if self.settled == 0 and not self.placement.kinds:
             self.add(keys, values)
             return keys, values
         self.incoming = {"keys": keys.detach(), "values": values.detach()}
-        held = sum(store.length for store in self.stores["keys"] if store is not None)
-        return View(self, "keys", self.incoming["keys"], held), View(self, "values", self.incoming["values"], held)
+        held = sum(s.length for s in self.state.stores["keys"]) if self.ragged is None else self.ragged.width
+        first = self.settled == 0  # gradients reach the tokens of a first update
+        shown = {"keys": keys, "values": values} if first else self.incoming
+        return View(self, "keys", shown["keys"], held), View(self, "values", shown["values"], held)
 
     def densified(self) -> dict[str, Tensor]:
         """What the views of `look` stand for, for models that compute on it."""
         if self.placement.kinds:
+            self.incoming = {}
             kinds = ", ".join(repr(p.kind) for p in self.placement.policies if isinstance(p, RankPolicy))
             raise CacheError(
                 f"policy {kinds} must see attention, and this model computes on keys and values before its attention; "
@@ -164,7 +171,7 @@ class Tiers:
             assert self.ragged is not None
             tokens = self.incoming["keys"].shape[2]
             batch, lines = self.like["keys"].shape[0], self.ragged.lines
-            observer = Observer(self.placement.kinds, tokens, self.settled, batch, self.padding, MAX_PENDING, lines)
+            observer = Observer(self.placement.kinds, tokens, self.settled, batch, self.padding, MAX_APART, lines)
             self.ragged.aim(observer)
             self.observer = observer
         return self.observer
@@ -185,7 +192,7 @@ class Tiers:
         n = keys.shape[2]
         early = max(n - MAX_PENDING, 0)
         if self.placement.kinds:  # scores speak of an update as a whole, and layers that agree wait for each other
-            early = n if early and not self.placement.shared else 0
+            early = n if n > MAX_APART and not self.placement.shared else 0
         if early:
             alone(self._apply({side: x[:, :, :early] for side, x in new.items()}, early, n))
         self.pending = {side: x[:, :, early:].clone() for side, x in new.items()} if early < n else {}
@@ -201,6 +208,14 @@ class Tiers:
         if self.waiting:
             pending, self.pending = self.pending, {}
             yield from self._apply(pending, pending["keys"].shape[2], pending["keys"].shape[2])
+
+    def _check_rows(self, keys: Tensor) -> None:
+        rows = self.like["keys"].shape[0]
+        if keys.shape[0] != rows:
+            raise CacheError(
+                f"an update must have the rows of the cache, {rows}, found {keys.shape[0]}; use batch_select_indices "
+                "or batch_repeat_interleave, or another cache"
+            )
 
     def _check_whole(self) -> None:
         if self.broken:
@@ -336,7 +351,9 @@ class Tiers:
             self.pending = {side: x[:, :, : length - self.settled].clone() for side, x in self.pending.items()}
             if self.observer is not None:
                 self.observer.crop(length - self.settled)
-            if self.ragged is None and self.state.through > length:
+            if self.ragged is not None:
+                self.ragged.limit(length, self.padding)
+            elif self.state.through > length:
                 self.state, _ = self.placement.crop(self.state, length)
             return
         self.pending, self.observer = {}, None

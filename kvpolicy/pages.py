@@ -143,7 +143,7 @@ class Pages:
         if first == self.length - n:
             self._truncate(first)
             return
-        if last + 1 - n <= self.length - 1 - last:
+        if last + 1 - n <= self.length - 1 - last and not self.whole:  # which begins with its page
             self._close_from_front(index, last)
             return
         keep = torch.ones(self.length, dtype=torch.bool)

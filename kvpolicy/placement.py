@@ -170,6 +170,16 @@ class Placement:
         self._rows = [(state, n, of, found), *self._rows[: 2 * rows]]
         return found
 
+    def crop_row(self, state: State, length: int, rows: int) -> State:
+        """The tiers that are placed by position, cut to positions below `length`; remembered as in `advance_row`."""
+        for memo in self._rows:
+            if memo[0] is state and memo[1:3] == (-1, length):
+                return memo[3]
+        tiers = tuple(tier[tier < length] for tier in state.tiers)
+        found = State(min(state.seen, length), tiers, {}, min(state.through, length))
+        self._rows = [(state, -1, length, found), *self._rows[: 2 * rows]]
+        return found
+
     def _flows(
         self, state: State, n: int, through: int, count: int | None = None
     ) -> tuple[tuple[Ints, ...], list[_Flow]]:

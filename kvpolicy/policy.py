@@ -109,6 +109,9 @@ class Policy(Component):
         return stays
 
 
+Queries = Literal["all", "probe", "last", "last probe"]
+
+
 @dataclass(frozen=True)
 class Scores:
     """Which attention the core sums up, per token, for a policy that ranks tokens by it.
@@ -117,9 +120,9 @@ class Scores:
     that the token received, summed over the queries that are counted, and how many of these could see it.
     """
 
-    queries: Literal["all", "probe", "last"] = "all"
-    """Queries that count: all, probes, or only the newest of the latest update, which replaces what was there."""
-    decode: Literal["all", "probe", "last"] = "all"
+    queries: Queries = "all"
+    """Queries that count: all, probes, or only the newest query or probe, which replaces what was there."""
+    decode: Queries = "all"
     """The same for updates of a single token."""
     heads: Literal["mean", "sum", "max"] = "mean"
     """How the query heads of a KV head are put together, query by query."""

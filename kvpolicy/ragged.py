@@ -18,6 +18,7 @@ from kvpolicy.placement import Placement, State
 from kvpolicy.policy import RankPolicy
 from kvpolicy.ranking import Selection, due, highest, ranked
 from kvpolicy.store import LARGE, Store
+from kvpolicy.stores import PackedStore
 from kvpolicy.table import EMPTY, Columns, Table, indices_of
 
 if TYPE_CHECKING:
@@ -108,12 +109,13 @@ class Ragged:
             real = torch.from_numpy(padding.real[:, start:stop]).to(device)
             slots = torch.where(real.unsqueeze(1), slots, EMPTY)
         fresh = self._add_scores(seen, n)
-        quiet = not self._flows(before) and not self._ranks_now(start, stop)
+        turns = [(a.seen, b.seen) for a, b in zip(self._each(before), self.rows, strict=True)]
+        quiet = not self._flows(before) and not self._ranks_now(turns)
         verdict: Tensor | None = None
         for side in self.tables:
             work = self._work(side, [] if quiet else self._stores_to_ask(side), slots, by_slot, verdict, fresh)
             if side == "keys" and not quiet:
-                yield from self._rank(work, start, stop, padding)
+                yield from self._rank(work, turns, stop, padding)
                 if not self.aligned and self.placement.ranked < self.last:
                     verdict = self._verdict(work, stop)
             self._move(side, work, new, stores)
@@ -136,12 +138,15 @@ class Ragged:
         """Whether any token left a tier that selects by position, or there is none."""
         if not self.placement.ranked:
             return True
-        old = before * len(self.rows) if len(before) < len(self.rows) else before
         return any(
             len(b.tiers[0]) != len(a.tiers[0]) + b.seen - a.seen
             or any(len(x) != len(y) for x, y in zip(a.tiers[1:], b.tiers[1:], strict=False))
-            for a, b in zip(old, self.rows, strict=True)
+            for a, b in zip(self._each(before), self.rows, strict=True)
         )
+
+    def _each(self, rows: list[State]) -> list[State]:
+        """One for each of the present rows."""
+        return rows * len(self.rows) if len(rows) < len(self.rows) else rows
 
     def by_position(self, codes: list[int], absent: int) -> Tensor:
         """The code of the tier of each position, `[batch, kv_heads or 1, seen]`, int8."""
@@ -151,8 +156,9 @@ class Ragged:
         at = torch.where(positions < 0, self.seen, positions).long()
         return found.scatter_(2, at, known[tiers.long().clamp(max=len(codes))])[..., : self.seen]
 
-    def _ranks_now(self, start: int, stop: int) -> bool:
-        return any(due(policy, start, stop) for policy in self.placement.policies if isinstance(policy, RankPolicy))
+    def _ranks_now(self, turns: list[tuple[int, int]]) -> bool:
+        policies = [policy for policy in self.placement.policies if isinstance(policy, RankPolicy)]
+        return any(due(policy, *turn) for policy in policies for turn in turns)
 
     def _stores_to_ask(self, side: str) -> list[int]:
         return [s for s, t in enumerate(self.tables[side]) if t is not None and t.length and self.movable(side, s)]
@@ -204,13 +210,14 @@ class Ragged:
             seen.add(fresh, at, n)
         return fresh
 
-    def _rank(self, work: Work, start: int, stop: int, padding: Padding | None) -> Selection:
+    def _rank(self, work: Work, turns: list[tuple[int, int]], stop: int, padding: Padding | None) -> Selection:
         for tier in range(self.placement.ranked, self.last):
             policy = self.placement.policies[tier]
             assert isinstance(policy, RankPolicy)
-            if not due(policy, start, stop):
+            now = [due(policy, *turn) for turn in turns]
+            if not any(now):
                 continue
-            candidates = work.target == tier
+            candidates = (work.target == tier) & torch.tensor(now, device=work.target.device).view(-1, 1, 1)
             prompts = padding.count(0, self.prompt) if padding is not None else [self.prompt] * len(self.rows)
             budgets = [policy.budget_tokens(row.seen, prompt) for row, prompt in zip(self.rows, prompts, strict=False)]
             if int(candidates.sum(2).max()) <= min(budgets) and policy.select != "shared":
@@ -256,7 +263,8 @@ class Ragged:
             for name in self.sides(side):
                 store = stores[name][s]
                 assert store is not None
-                store.append(self._collect(name, work, index, contiguous[name], stores[name]))
+                x = self._collect(name, work, index, contiguous[name], stores[name])
+                store.append(x, _empty(store, table, index))
             self._enter(table, work, index)
         for s, table in enumerate(self.tables[side]):
             if table is not None and (s in work.live or table.gaps):
@@ -302,7 +310,7 @@ class Ragged:
         for name in self.sides(side):
             store = stores[name][s]
             assert store is not None
-            store.remove(index)
+            store.remove(index, _empty(store, table))
         table.remove(index)
 
     def columns(self) -> Columns:
@@ -345,16 +353,29 @@ class Ragged:
     def crop(self, length: int, padding: Padding | None, stores: Stores) -> None:
         """Forget the slots from `length` on."""
         real = [length] * len(self.rows) if padding is None or len(self.rows) == 1 else padding.count(0, length)
-        self.rows = [
-            State(min(row.seen, n), tuple(t[t < n] for t in row.tiers), {}, min(row.through, n))
-            for row, n in zip(self.rows, real, strict=True)
-        ]
+        self.rows = [self.placement.crop_row(row, n, len(real)) for row, n in zip(self.rows, real, strict=True)]
+        self.prompting = self.prompting or length <= self.prompt
         self.seen, self.prompt = length, min(self.prompt, length)
         for side, tables in self.tables.items():
             for s, table in enumerate(tables):
                 if table is not None and table.length:
                     table.positions.masked_fill_(table.positions >= length, EMPTY)
                     self._close(side, s, table, stores)
+
+    def limit(self, length: int, padding: Padding | None) -> None:
+        """Pending tokens from `length` on were forgotten, which an update may have promised to the last tier."""
+        real = [length] * len(self.rows) if padding is None or len(self.rows) == 1 else padding.count(0, length)
+        for r, (row, n) in enumerate(zip(self.rows, real, strict=True)):
+            if row.through > n:
+                self.rows[r] = self.placement.crop_row(row, n, len(real))
+
+    @property
+    def width(self) -> int:
+        """Tokens of `places`."""
+        tables = [t for t in self.tables["keys"] if t is not None]
+        if not any(t.gaps for t in tables):
+            return sum(t.length for t in tables)
+        return _in_order(tables)[0].shape[2]
 
     def select(self, rows: Tensor) -> None:
         """Keep the batch rows `rows`; the stores' are not touched."""
@@ -391,6 +412,15 @@ class Ragged:
             return like[:, :, :0]
         order, positions = _in_order([t for t, _ in held])
         return gather_tokens(torch.cat(parts, dim=2), order).masked_fill((positions < 0).unsqueeze(3), 0.0)
+
+
+def _empty(store: Store, table: Table, index: Tensor | None = None) -> Tensor | None:
+    """Of a store per channel the empty ones among the tokens that wait for their group, and those coming in."""
+    if not isinstance(store, PackedStore) or not store.by_channel:
+        return None
+    parts = [table.positions[..., store.parts["codes"].length :] < 0]
+    found = torch.cat(parts if index is None else [*parts, index < 0], dim=2)
+    return found if found.any() else None
 
 
 def _in_order(tables: list[Table]) -> tuple[Tensor, Tensor]:

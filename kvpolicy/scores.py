@@ -22,7 +22,7 @@ def counted_queries(kind: Scores, mode: str, real: Bools, seen: Sequence[int], s
 
     Args:
         kind: what is asked for.
-        mode: `all`, `probe` or `last`: `kind.queries`, or `kind.decode` for a single token.
+        mode: `kind.queries`, or `kind.decode` for a single token.
         real: which of the update's tokens are no padding, `[rows, queries]`.
         seen: real tokens of each row before the update.
         short: whether each query is looked at for itself, since the last of them may yet be taken back.
@@ -32,10 +32,10 @@ def counted_queries(kind: Scores, mode: str, real: Bools, seen: Sequence[int], s
         return counted
     for row, before in enumerate(seen):
         at = np.flatnonzero(real[row])
-        if mode == "probe":
+        if "probe" in mode:
             counted[row, at] = _probes(kind, len(at), before)
-        elif not short:
-            counted[row, at[:-1]] = False
+        if "last" in mode and not short:
+            counted[row, np.flatnonzero(counted[row])[:-1]] = False
     return counted
 
 
@@ -90,7 +90,7 @@ class Observer:
             real, before = padding.real[:, seen : seen + tokens], padding.count(0, seen)
         modes = [kind.decode if tokens == 1 and seen else kind.queries for kind in kinds]
         self.kinds = list(kinds)
-        self.replaces = [mode == "last" for mode in modes]
+        self.replaces = ["last" in mode for mode in modes]
         self.counted = [
             torch.from_numpy(counted_queries(kind, mode, real, before, self.apart))
             for kind, mode in zip(kinds, modes, strict=True)
@@ -117,27 +117,33 @@ class Observer:
             return
         columns = self._picked(weights)
         sees = None if visible is None else self._picked(visible.expand_as(weights)[:, :, :1]).squeeze(2)
-        for k, (kind, counts) in enumerate(zip(self.kinds, wanted, strict=True)):
-            if not counts.any():
+        own = slice(0, 1) if self.heads == 1 else heads
+        partly = weights.shape[1] < of
+        for k, (kind, count) in enumerate(zip(self.kinds, wanted, strict=True)):
+            if not count.any():
                 continue
             reduced = columns.mean(2) if kind.heads == "mean" else columns.sum(2) if kind.heads == "sum" else None
             reduced = columns.amax(2) if reduced is None else reduced
-            share = counts.to(weights.device)[:, None, :, None]
-            seen = torch.ones_like(reduced) if sees is None else sees.to(reduced.dtype)
-            for total, x in zip(self._totals(k, weights), (reduced, seen), strict=True):
-                part = x * share
-                part = part.sum(1, keepdim=True).div_(of) if self.heads == 1 else part
-                place = total[:, slice(0, 1) if self.heads == 1 else heads, :, : part.shape[3]]
-                if self.apart:
-                    place.index_add_(2, at.to(x.device), part)
-                else:
-                    place.add_(part.sum(2, keepdim=True))
+            share = count.to(weights.device)[:, None, :, None]
+            seen = share.bool().expand(*reduced.shape) if sees is None else sees & share.bool()
+            part = reduced * share
+            if self.heads == 1:
+                part, seen = part.sum(1, keepdim=True).div_(of), seen[:, :1]
+            sums, counts = (x[:, own, :, : part.shape[3]] for x in self._totals(k, weights))
+            if self.apart:
+                sums.index_add_(2, at.to(part.device), part)
+                counts[:, :, at.to(part.device)] |= seen
+            else:
+                sums.add_(part.sum(2, keepdim=True))
+                counts.add_(seen.sum(2, keepdim=True) / (of if self.heads == 1 and partly else 1))
 
     def _totals(self, k: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Attention summed, and the queries that saw a token: query by query where these are looked at apart."""
         found = self.found[k]
         if found is None:
             shape = (self.batch, self.heads, self.tokens if self.apart else 1, self.live + self.tokens)
-            self.found[k] = found = like.new_zeros(shape), like.new_zeros(shape)
+            counts = like.new_zeros(shape, dtype=torch.bool if self.apart else torch.float32)
+            self.found[k] = found = like.new_zeros(shape), counts
         return found
 
     def _picked(self, x: Tensor) -> Tensor:
@@ -156,8 +162,9 @@ class Observer:
                 continue
             values, counts = (x[..., at : at + n] for x in found)
             if self.replaces[k]:
-                scores[..., 2 * k] = self._last(values, self.counted[k])
-                scores[..., 2 * k + 1] = self._last(counts, self.counted[k])
+                known = self.counted[k].any(1).view(-1, 1, 1).to(scores.device)
+                for at_kind, x in ((2 * k, values), (2 * k + 1, counts)):
+                    scores[..., at_kind] = torch.where(known, self._last(x, self.counted[k]), scores[..., at_kind])
             else:
                 scores[..., 2 * k] += values.sum(2)
                 scores[..., 2 * k + 1] += counts.sum(2)

@@ -35,8 +35,14 @@ class Store(ABC):
         """Tokens held."""
 
     @abstractmethod
-    def append(self, x: Tensor) -> None:
-        """Encode and keep `x`; it is one arrival."""
+    def append(self, x: Tensor, empty: Tensor | None = None) -> None:
+        """Encode and keep `x`; it is one arrival.
+
+        Args:
+            x: the tokens.
+            empty: of a store per channel, which of the tokens that wait for their group, and then of `x`, are none:
+                `[batch, kv_heads or 1, tokens]`.
+        """
 
     @abstractmethod
     def drop(self, index: Ints) -> None:
@@ -86,8 +92,11 @@ class Store(ABC):
     def gather(self, index: Tensor, dtype: torch.dtype) -> Tensor:
         """The tokens at `index`, `[batch, kv_heads or 1, tokens]`, decoded."""
 
-    def remove(self, index: Tensor) -> None:
-        """Remove the tokens at `index`, ascending in each head; the last ones move into their places."""
+    def remove(self, index: Tensor, empty: Tensor | None = None) -> None:
+        """Remove the tokens at `index`, ascending in each head; the last ones move into their places.
+
+        `empty` as in `append`.
+        """
         for part in self.parts.values():
             part.remove(index)
 
@@ -127,7 +136,7 @@ class ExactStore(Store):
     def length(self) -> int:
         return self.parts["exact"].length
 
-    def append(self, x: Tensor) -> None:
+    def append(self, x: Tensor, empty: Tensor | None = None) -> None:
         self.parts["exact"].append(x)
 
     def drop(self, index: Ints) -> None:
@@ -160,7 +169,7 @@ class NamedStore(Store):
     def length(self) -> int:
         return self._length
 
-    def append(self, x: Tensor) -> None:
+    def append(self, x: Tensor, empty: Tensor | None = None) -> None:
         for name, tensor in self.quantizer.encode(x).items():
             if tensor.shape[:3] != x.shape[:3]:
                 raise PluginError(
@@ -178,7 +187,7 @@ class NamedStore(Store):
     def gather(self, index: Tensor, dtype: torch.dtype) -> Tensor:
         return self._decode({name: part.gather(index) for name, part in self.parts.items()}, dtype)
 
-    def remove(self, index: Tensor) -> None:
+    def remove(self, index: Tensor, empty: Tensor | None = None) -> None:
         super().remove(index)
         self._length -= index.shape[2]
 

@@ -96,7 +96,7 @@ class PackedStore(Store):
     def length(self) -> int:
         return self.parts["codes"].length + self.parts["exact"].length
 
-    def append(self, x: Tensor) -> None:
+    def append(self, x: Tensor, empty: Tensor | None = None) -> None:
         if not self.by_channel:
             x = self._separated(x)
             self._append_codes(x, x.reshape(-1, self.group_size))
@@ -109,6 +109,7 @@ class PackedStore(Store):
         if waiting.length:
             x = torch.cat([waiting.slice(0, waiting.length), x], dim=2)
             self.parts["exact"] = Pages(waiting.whole)
+        x = x if empty is None else _filled(x, empty)
         whole = x.shape[2] // size * size
         self._append_groups(x[:, :, :whole], size)
         if whole < x.shape[2]:
@@ -171,7 +172,7 @@ class PackedStore(Store):
         half = params.shape[3] // 2
         return params[..., :half], params[..., half:]
 
-    def remove(self, index: Tensor) -> None:
+    def remove(self, index: Tensor, empty: Tensor | None = None) -> None:
         if not self.by_channel:
             for name in ("codes", "params"):
                 self.parts[name].remove(index)
@@ -179,7 +180,7 @@ class PackedStore(Store):
         waiting = self.parts["exact"]
         if waiting.length:  # rows and heads may lose different numbers of them, so they become a group of their own
             x, self.parts["exact"] = waiting.all(), Pages(whole=True)
-            self._append_groups(x, x.shape[2])
+            self._append_groups(x if empty is None else _filled(x, empty), x.shape[2])
         for name in ("codes", "groups"):
             self.parts[name].remove(index)
         self._forget_groups()
@@ -351,3 +352,12 @@ class PackedStore(Store):
             return
         if groups != expected or (self.by_channel and self.sizes.sum() != coded):
             raise CacheError(f"a saved store must hold the parameters of every group, found {groups} for {coded} codes")
+
+
+def _filled(x: Tensor, empty: Tensor) -> Tensor:
+    """`x` with the nearest token before, or else after, in place of empty ones: these widen no group's range."""
+    places = torch.arange(x.shape[2], device=x.device)
+    before = torch.where(empty, -1, places).cummax(2).values
+    after = torch.where(empty, x.shape[2], places).flip(2).cummin(2).values.flip(2)
+    nearest = torch.where(before >= 0, before, after)
+    return gather_tokens(x, nearest.clamp(max=x.shape[2] - 1))

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from kvpolicy.component import MOST, Budget, budget_tokens
 from kvpolicy.hookspecs import hookimpl
-from kvpolicy.policy import Policy, RankPolicy, Scores
+from kvpolicy.policy import Policy, Queries, RankPolicy, Scores
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -40,7 +40,8 @@ class Attention(RankPolicy):
         ),
     )
     queries: Literal["all", "probe"] = Field(
-        "all", description="Queries whose attention is summed: all, or probes (the newest ones and some at random)."
+        "all",
+        description="Queries that count: all, or probes (the newest ones and some at random) alone.",
     )
     newest: Share = Field(0.05, description="Share of an update's queries that are probes, from the newest on.")
     random: Share = Field(0.05, description="Share of its queries that are probes, drawn at random.")
@@ -60,10 +61,26 @@ class Attention(RankPolicy):
         "mean", description="How the query heads of a KV head are put together, query by query."
     )
 
+    @model_validator(mode="after")
+    def _check_use(self) -> Attention:
+        """Options that would do nothing are refused."""
+        idle: dict[str, str] = {}
+        if self.queries != "probe":
+            idle |= dict.fromkeys(("newest", "random", "seed"), "queries: probe")
+        if self.score != "normalised":
+            idle["count"] = "score: normalised"
+        for name, needed in idle.items():
+            if getattr(self, name) != type(self).model_fields[name].default:
+                found = f"{name}: {getattr(self, name)}"
+                raise ValueError(f"option {name!r} must go with {needed}, found {found} without; remove it")
+        return self
+
     def scores(self) -> Scores:
-        queries: Literal["all", "probe", "last"] = "last" if self.score == "last" else self.queries
-        decode = queries if self.decode == "same" else "last"
-        if queries != "probe":
+        queries: Queries = self.queries
+        if self.score == "last":
+            queries = "last" if queries == "all" else "last probe"
+        decode: Queries = queries if self.decode == "same" else "last"
+        if self.queries != "probe":
             return Scores(queries, decode, self.heads)
         period = self.every if self.every > 1 else 100
         return Scores(queries, decode, self.heads, self.newest, self.random, period, self.seed)

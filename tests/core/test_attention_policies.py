@@ -158,11 +158,13 @@ def test_every_score_of_a_prompt_and_a_chunk(queries: str, heads: str, score: st
     kind = layer.tiers.placement.kinds[0]
     full = weights(query, keys, 0)
     reduced = {"mean": full.mean(1), "sum": full.sum(1), "max": full.amax(1)}[heads]
+    chosen = torch.cat([probes(kind, b - a, a) for a, b in [(0, 90), (90, 120), (120, 149), (149, 150)]])
+    probed = chosen.nonzero()[:, 0].tolist()
     if score == "last":
-        expected = torch.stack([reduced[:, -1], torch.ones(2, 150, dtype=torch.float64)], dim=2)
+        newest = 149 if queries == "all" else max(probed)
+        seen = (torch.arange(150) <= newest).double().expand(2, -1)
+        expected = torch.stack([reduced[:, newest], seen], dim=2)
     else:
-        modes = [(0, 90), (90, 120), (120, 149), (149, 150)]
-        chosen = torch.cat([probes(kind, b - a, a) for a, b in modes])
         assert chosen.all() == (queries == "all")
         causal = (torch.arange(150) <= torch.arange(150)[:, None])[chosen].sum(0).double()
         expected = torch.stack([reduced[:, chosen].sum(1), causal.expand(2, -1)], dim=2)
