@@ -143,7 +143,7 @@ class RankPolicy(Policy):
     It works on attached models only (`kvpolicy.attach`), where the core sees attention. Write `scores`, `budget` and,
     where the sum alone does not rank tokens, `rank`.
 
-    Tokens are selected once per update, after its last token, not token by token; an update of more than 64 tokens
+    Tokens are selected once per update, after its last token, not token by token; an update of more than 24 tokens
     settles as a whole at once.
 
     Example:
