@@ -124,7 +124,7 @@ class Arm:
 def packed_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: None, scaling: float) -> Tensor:
     """SDPA with the query heads of a key-value head as queries of one head, so that no key is repeated."""
     packed = query.view(query.shape[0], KV_HEADS, -1, query.shape[3])
-    return torch.nn.functional.scaled_dot_product_attention(packed, key, value, scale=scaling).view(query.shape)
+    return torch.nn.functional.scaled_dot_product_attention(packed, key, value, scale=scaling).reshape(query.shape)
 
 
 class Packed(Arm):

@@ -18,6 +18,8 @@ __all__ = ["Columns", "add_values", "key_scores"]
 
 BLOCK = 1 << 20
 """Numbers of a plane, for all heads and rows, that a CPU reads at a time: more need memory, fewer make more calls."""
+ELSEWHERE = 1 << 21
+"""The same on other devices, where each call costs a launch."""
 Columns = int | Tensor
 """Where the tokens of a store stand among the columns: from an offset on, or an index for each, `[tokens]` or
 `[batch, kv_heads or 1, tokens]`."""
@@ -70,10 +72,9 @@ def add_values(store: Store, weights: Tensor, out: Tensor, columns: Columns) -> 
 
 def _block(store: Store, like: Tensor) -> int:
     """Tokens to read at a time; `like` has the batch, the heads and the channels of the store."""
-    if like.device.type != "cpu":
-        return 1 << 40
+    most = BLOCK if like.device.type == "cpu" else ELSEWHERE
     width = plane_width(store.head_dim, store.quantizer.nbits) if isinstance(store, PackedStore) else like.shape[3]
-    return max(64, BLOCK // (width * like.shape[0] * like.shape[1]))
+    return max(64, most // (width * like.shape[0] * like.shape[1]))
 
 
 def _dense_blocks(store: Store, like: Tensor) -> Iterator[tuple[int, Tensor]]:
