@@ -18,7 +18,7 @@ __all__ = ["Columns", "add_values", "key_scores"]
 
 BLOCK = 1 << 20
 """Numbers of a plane, for all heads and rows, that a CPU reads at a time: more need memory, fewer make more calls."""
-ELSEWHERE = 1 << 21
+ELSEWHERE = 3 << 19
 """The same on other devices, where each call costs a launch."""
 Columns = int | Tensor
 """Where the tokens of a store stand among the columns: from an offset on, or an index for each, `[tokens]` or

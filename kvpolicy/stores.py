@@ -130,8 +130,10 @@ class PackedStore(Store):
             return x
         if self.channels is None:
             root = x.float().abs().amax(2, keepdim=True).sqrt()
-            usable = root.isfinite() & (root > 0)
-            self.parts["channels"].append(torch.where(usable, root, 1.0).to(x.dtype))
+            root = torch.where(root.isfinite(), root, 0.0)
+            # A channel that happens to be near zero in a few first tokens must not blow later ones up.
+            root = root.clamp(min=0.25 * root.mean(3, keepdim=True))
+            self.parts["channels"].append(torch.where(root > 0, root, 1.0).to(x.dtype))
         assert self.channels is not None
         return (x.float() / self.channels.float()).to(x.dtype)
 
