@@ -82,7 +82,7 @@ class AffineQuantizer(Quantizer):
         False,
         description=(
             "With per: token, divide each channel by the square root of its largest magnitude before encoding "
-            "(ZipCache, arXiv 2405.14256, section 4.1), found on the first tokens that reach the store; small channels by a "
+            "(ZipCache, arXiv 2405.14256, section 4.1), found on the first tokens that reach a store; small channels by a "
             "quarter of the mean."
         ),
     )
