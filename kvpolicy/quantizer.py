@@ -82,8 +82,8 @@ class AffineQuantizer(Quantizer):
         False,
         description=(
             "With per: token, divide each channel by the square root of its largest magnitude before encoding "
-            "(ZipCache, arXiv 2405.14256, section 4.1), found on the first tokens that reach a store; small channels by a "
-            "quarter of the mean."
+            "(ZipCache, arXiv 2405.14256, section 4.1), found on the first tokens that reach a store; small channels "
+            "by a quarter of the mean."
         ),
     )
 
