@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import itertools
 import sys
@@ -224,3 +225,26 @@ def test_scores_of_a_long_prompt_take_a_few_megabytes() -> None:
         observer = layer.tiers.observe()
         assert len(observer.queries) == 2 * int(0.05 * tokens)
         assert peak(lambda: observe(query, keys, observer), "cpu") < 8e6
+
+
+def test_policies_that_ask_for_the_same_share_their_scores() -> None:
+    same = {"kind": "attention", "score": "normalised"}
+    tiers = [{"policy": {**same, "budget": n}, "store": "full"} for n in (5, 10)]
+    other = {"policy": {**same, "budget": 20, "heads": "max"}, "store": "full"}
+    for more, kinds in (([], 1), ([other], 2)):
+        layer = Layer(load_recipe({"tiers": [*tiers, *more, {"store": "evict"}]}))
+        with torch.no_grad():
+            layer(*random_tokens(80, 6))
+        assert len(layer.tiers.placement.kinds) == kinds
+        assert layer.tiers.ragged.live()[0].scores.shape[3] == 2 * kinds
+
+
+def test_gradient_checkpointing_while_training_is_refused() -> None:
+    model = copy.deepcopy(tiny("llama"))
+    model.gradient_checkpointing_enable()
+    cache = make_cache("logquant", model)
+    with attach(model):
+        with pytest.raises(CacheError, match=r"model.eval\(\)"):
+            model.train()(ids(80), past_key_values=cache)
+        model.eval()(ids(80), past_key_values=cache)
+    assert cache.get_seq_length() == 80
