@@ -7,24 +7,23 @@ lets go, and when, depends only on what arrived in it, and when.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvpolicy.growing import Growing
+from kvpolicy.plan import NEW, Arrival, Plan, StorePlan
 from kvpolicy.policy import NEVER, Policy, RankPolicy
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Arrival", "Growing", "Placement", "Plan", "State", "StorePlan", "history", "simulate"]
+__all__ = ["NEW", "Arrival", "Growing", "Placement", "Plan", "State", "StorePlan", "history", "simulate"]
 
 Ints = NDArray[np.int64]
 Sides = Literal["keys", "values"]
-NEW = -1
-"""The source of a token that comes from the pending ones."""
 
 
 class _Tier(Protocol):
@@ -51,34 +50,6 @@ class State:
     tiers: tuple[Ints, ...]
     stores: dict[str, tuple[Growing, ...]]
     through: int = 0
-
-
-class Arrival(NamedTuple):
-    """Tokens that enter a store in one run from one source."""
-
-    source: int
-    """A store of the same side, or `NEW`."""
-    indices: Ints
-    """Their indices in the source, as it was before the update."""
-    run: int = 0
-    """Arrivals of one run in sequence are one group where `group_size: arrival`."""
-
-
-class StorePlan(NamedTuple):
-    """What one store does in an update."""
-
-    leaving: Ints
-    """Indices of the tokens that it gives up, ascending."""
-    arrivals: list[Arrival]
-    passing: Ints
-    """Of the tokens that arrive, counted in order, those that leave for eviction in the same update."""
-
-
-@dataclass
-class Plan:
-    """What every store of both sides does in an update. Empty lists: nothing moves."""
-
-    sides: dict[str, list[StorePlan]] = field(default_factory=dict)
 
 
 class _Flow(NamedTuple):

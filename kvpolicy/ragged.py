@@ -6,7 +6,7 @@ choose by row and head. Stores stay rectangular: where a row or head has fewer t
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,10 +16,10 @@ from kvpolicy.padding import Padding
 from kvpolicy.pages import gather_tokens
 from kvpolicy.placement import Placement, State
 from kvpolicy.policy import RankPolicy
-from kvpolicy.ranking import Selection, due, highest, ranked
+from kvpolicy.ranking import Selection, ages_of, due, highest, ranked
 from kvpolicy.store import LARGE, Store
 from kvpolicy.stores import PackedStore
-from kvpolicy.table import EMPTY, Columns, Table, indices_of
+from kvpolicy.table import EMPTY, Columns, Table, Work, in_order, indices_of
 
 if TYPE_CHECKING:
     from kvpolicy.scores import Observer
@@ -29,19 +29,6 @@ __all__ = ["Ragged"]
 Stores = dict[str, list[Store | None]]
 NOWHERE = 127
 """The tier of an empty place."""
-
-
-class Work(NamedTuple):
-    """The tokens that may move in an update, side by side: those of some stores, then the new ones."""
-
-    live: list[int]
-    """The stores among them."""
-    bounds: list[int]
-    """Where each store begins, where the new tokens begin, and the end."""
-    positions: Tensor
-    target: Tensor
-    """The tier that each is to be in."""
-    scores: Tensor | None
 
 
 class Ragged:
@@ -224,19 +211,12 @@ class Ragged:
                 continue
             assert work.scores is not None
             kind = 2 * self.placement.kinds.index(policy.scores())
-            ages = self._ages(work.positions, stop, padding)
+            ages = ages_of(work.positions, stop, padding)
             rank = ranked(policy, work.scores[..., kind], work.scores[..., kind + 1], ages)
             if policy.select == "shared":
                 rank = yield rank
             rank = rank.expand_as(candidates).masked_fill(~candidates, -torch.inf)
             work.target[candidates & ~highest(rank, budgets)] = tier + 1
-
-    def _ages(self, positions: Tensor, stop: int, padding: Padding | None) -> Tensor:
-        """How many real tokens were seen from each on, itself included."""
-        if padding is None or not padding.before(stop):
-            return stop - positions
-        known = torch.from_numpy(padding.ages(stop).copy()).to(positions.device)
-        return known[:, None].expand(-1, positions.shape[1], -1).gather(2, positions.clamp(min=0))
 
     def _verdict(self, work: Work, stop: int) -> Tensor:
         """The tier of each slot, where the tables of values differ from those of keys."""
@@ -375,7 +355,7 @@ class Ragged:
         tables = [t for t in self.tables["keys"] if t is not None]
         if not any(t.gaps for t in tables):
             return sum(t.length for t in tables)
-        return _in_order(tables)[0].shape[2]
+        return in_order(tables)[0].shape[2]
 
     def select(self, rows: Tensor) -> None:
         """Keep the batch rows `rows`; the stores' are not touched."""
@@ -400,7 +380,7 @@ class Ragged:
     def places(self) -> tuple[Tensor, Tensor]:
         """Position and tier of all tokens, each row and head in order of position, empty places first."""
         tables = [t for t in self.tables["keys"] if t is not None]
-        order, positions = _in_order(tables)
+        order, positions = in_order(tables)
         return positions, torch.cat([t.tiers for t in tables], dim=2).gather(2, order)
 
     def dense(self, side: str, stores: list[Store | None], like: Tensor) -> Tensor:
@@ -410,7 +390,7 @@ class Ragged:
         parts = [x for t, store in held if t.length for _, x in store.decoded(LARGE, like.dtype)]
         if not parts:
             return like[:, :, :0]
-        order, positions = _in_order([t for t, _ in held])
+        order, positions = in_order([t for t, _ in held])
         return gather_tokens(torch.cat(parts, dim=2), order).masked_fill((positions < 0).unsqueeze(3), 0.0)
 
 
@@ -421,12 +401,3 @@ def _empty(store: Store, table: Table, index: Tensor | None = None) -> Tensor | 
     parts = [table.positions[..., store.parts["codes"].length :] < 0]
     found = torch.cat(parts if index is None else [*parts, index < 0], dim=2)
     return found if found.any() else None
-
-
-def _in_order(tables: list[Table]) -> tuple[Tensor, Tensor]:
-    """The tokens of all tables by position, and the positions; of empty places only as many as some row needs."""
-    positions = torch.cat([t.positions for t in tables], dim=2)
-    order = positions.argsort(dim=2, stable=True)
-    found = positions.gather(2, order)
-    surplus = int((found < 0).sum(2).min()) if found.numel() else 0
-    return order[:, :, surplus:], found[:, :, surplus:]

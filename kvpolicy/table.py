@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvpolicy.pages import Pages
 
-__all__ = ["EMPTY", "Columns", "Table", "indices_of"]
+__all__ = ["EMPTY", "Columns", "Table", "Work", "in_order", "indices_of"]
 
 EMPTY = -1
 """The position of a place that holds no token: rows shorter than others have such."""
@@ -27,6 +27,19 @@ class Columns(NamedTuple):
     """Whether some columns hold no token."""
     positions: Callable[[], Tensor]
     """The position of each column, `EMPTY` where no token is: `[columns]` or `[batch, kv_heads or 1, columns]`."""
+
+
+class Work(NamedTuple):
+    """The tokens that may move in an update, side by side: those of some stores, then the new ones."""
+
+    live: list[int]
+    """The stores among them."""
+    bounds: list[int]
+    """Where each store begins, where the new tokens begin, and the end."""
+    positions: Tensor
+    target: Tensor
+    """The tier that each is to be in."""
+    scores: Tensor | None
 
 
 class Table:
@@ -121,3 +134,12 @@ def indices_of(mask: Tensor) -> Tensor | None:
     index = torch.full((*counts.shape, most), EMPTY, dtype=torch.int64, device=mask.device)
     index[found[:, 0], found[:, 1], order] = found[:, 2]
     return index
+
+
+def in_order(tables: list[Table]) -> tuple[Tensor, Tensor]:
+    """The tokens of all tables by position, and the positions; of empty places only as many as some row needs."""
+    positions = torch.cat([t.positions for t in tables], dim=2)
+    order = positions.argsort(dim=2, stable=True)
+    found = positions.gather(2, order)
+    surplus = int((found < 0).sum(2).min()) if found.numel() else 0
+    return order[:, :, surplus:], found[:, :, surplus:]
