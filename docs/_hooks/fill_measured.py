@@ -53,7 +53,7 @@ def demo(path: Path) -> str:
         f"`make demo`: task `{summary['task']}`, {summary['n']} samples, the same for all arms, seed "
         f"{summary['seed']}; {summary['model']} model in {summary['dtype']} on {summary['device']}; {versions}.\n"
         "± is the half-width of a 95% confidence interval. Δ NLL is the paired difference to the exact cache; KL and "
-        "top-1\ncompare the predictions with the exact cache's."
+        "top-1\ncompare the predictions with the exact cache's. L1 is the relative error of attention outputs."
     )
     return "\n".join([*lines, "", note])
 
