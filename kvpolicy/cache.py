@@ -108,6 +108,7 @@ class TieredLayer(CacheLayerMixin):
 
     def crop(self, tokens: int) -> None:
         """Keep the first `tokens` positions (above 0), or remove the last `-tokens` (0 or below)."""
+        tokens = int(tokens)  # transformers 5.17 gives a tensor
         length = tokens if tokens > 0 else max(self.tiers.seen + tokens, 0)
         if length < self.tiers.seen:
             with torch.no_grad():
@@ -271,7 +272,7 @@ class CompressedCache(Cache):
 
         Exact for pending tokens (the last update's, 64 at most); a longer crop keeps past descents.
         """
-        seen = self.get_seq_length()
+        seen, tokens_to_remove = self.get_seq_length(), int(tokens_to_remove)
         removed = tokens_to_remove if tokens_to_remove <= 0 else min(tokens_to_remove - seen, 0)
         for layer in self.layers:
             layer.crop(removed)
