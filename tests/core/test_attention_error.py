@@ -29,6 +29,7 @@ SMALL = {
     "kivi-evict": {"residual": 24},
     "kivi": {"residual": 32, "group_size": 16},
 }
+VERSION = tuple(map(int, transformers.__version__.split(".")[:2]))
 
 
 @pytest.fixture(autouse=True)
@@ -113,7 +114,7 @@ def gemma2() -> PreTrainedModel:
     options = {"num_hidden_layers": 4, "head_dim": 32, "attn_logit_softcapping": 5.0, "sliding_window": 24}
     config = AutoConfig.for_model("gemma2", vocab_size=VOCAB, hidden_size=64, intermediate_size=64, **options)
     transformers.set_seed(0)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval()
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     for name, weight in model.named_parameters():
         if "_proj" in name:
             weight.mul_(6)
@@ -230,6 +231,7 @@ def test_models_that_compute_on_keys_and_values_can_not_be_watched(prompt: bool)
     assert not found.distances.layers
 
 
+@pytest.mark.skipif(VERSION < (5, 20), reason="its model computes on keys and values before attention")
 def test_layers_that_share_keys_and_values_are_watched_each() -> None:
     layered = {"num_hidden_layers": 4, "head_dim": 32, "sliding_window": 24, "hidden_size_per_layer_input": 8}
     layered |= {"layer_types": ["sliding_attention", "full_attention"] * 2, "vocab_size_per_layer_input": VOCAB}
