@@ -62,7 +62,7 @@ def test_every_recipe_over_300_steps(name: str) -> None:
 @pytest.mark.parametrize("name", ["logquant", "kivi", "logquant-evict"])
 def test_every_family(family: str, name: str) -> None:
     # Rounding may put a code on the other side of a boundary; the arithmetic itself is compared in test_attend.
-    check(tiny(family), name, ids(160, batch=2), 70, 5e-3)
+    check(tiny(family), name, ids(400, batch=2), 70, 5e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
