@@ -137,7 +137,7 @@ class Attached:
             if (self.config.use_cache if wanted is None else wanted) and not module.training:
                 kwargs["past_key_values"] = cache = make_cache(self.recipe, self.owner)
         if not isinstance(cache, CompressedCache):
-            return args, kwargs
+            return None
         if module.training:
             raise CacheError(
                 "an attached model must be in evaluation mode when it is given a compressed cache, which carries no "
@@ -186,10 +186,12 @@ def _mark(cache: CompressedCache, attached: bool) -> None:
 
 
 def _named(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The arguments of a call, all but the first by name."""
+    """The arguments of a call, all but the first by name, as far as they have names."""
     if len(args) < 2:
         return args, kwargs
-    names = list(inspect.signature(module.forward).parameters)
+    names = [p.name for p in inspect.signature(module.forward).parameters.values() if p.kind == p.POSITIONAL_OR_KEYWORD]
+    if len(args) > len(names):
+        return args, kwargs
     return args[:1], {**dict(zip(names[1:], args[1:], strict=False)), **kwargs}
 
 

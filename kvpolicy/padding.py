@@ -20,6 +20,7 @@ class Padding:
     def __init__(self, batch: int, seen: int) -> None:
         self._buffer = np.ones((batch, max(64, seen)), dtype=np.bool_)
         self.length = seen
+        self._ages: Ints | None = None
         self.first = seen
         """The first slot that is padding in some row, or `length`."""
 
@@ -43,7 +44,7 @@ class Padding:
         if self.first == self.length:
             padded = np.flatnonzero(~real.all(0))
             self.first = self.length + int(padded[0]) if len(padded) else stop
-        self.length = stop
+        self.length, self._ages = stop, None
 
     def before(self, stop: int) -> bool:
         """Whether any slot below `stop` is padding."""
@@ -59,15 +60,17 @@ class Padding:
 
     def ages(self, stop: int) -> Ints:
         """How many real tokens of a row stand in each slot and after it, below `stop`: `[batch, slots]`."""
-        from_end: Ints = np.cumsum(self.real[:, :stop][:, ::-1], axis=1, dtype=np.int64)
-        return from_end[:, ::-1]
+        if self._ages is None or self._ages.shape[1] != stop:  # all layers ask for the same
+            from_end: Ints = np.cumsum(self.real[:, :stop][:, ::-1], axis=1, dtype=np.int64)
+            self._ages = np.ascontiguousarray(from_end[:, ::-1])
+        return self._ages
 
     def crop(self, length: int) -> None:
-        self.length = min(self.length, length)
+        self.length, self._ages = min(self.length, length), None
         self.first = min(self.first, self.length)
 
     def select(self, rows: Ints) -> None:
         """Keep the batch rows `rows`, in that order, repeats included."""
-        self._buffer = self._buffer[rows]
+        self._buffer, self._ages = self._buffer[rows], None
         padded = np.flatnonzero(~self.real.all(0))
         self.first = int(padded[0]) if len(padded) else self.length

@@ -86,7 +86,7 @@ class Ragged:
     ) -> Selection:
         """Let new tokens in, as the first of an update of `of` tokens."""
         n, device = new["keys"].shape[2], new["keys"].device
-        before, start, stop = self.rows, self.seen, self.seen + new["keys"].shape[2]
+        before, start, stop = self.rows, self.seen, self.seen + n
         self._advance_rows(n, of, padding)
         self.prompting = self.prompting and (of > 1 or start == 0)
         self.prompt = stop if self.prompting else self.prompt
@@ -332,7 +332,7 @@ class Ragged:
 
     def crop(self, length: int, padding: Padding | None, stores: Stores) -> None:
         """Forget the slots from `length` on."""
-        real = [length] * len(self.rows) if padding is None or len(self.rows) == 1 else padding.count(0, length)
+        real = self._real(length, padding)
         self.rows = [self.placement.crop_row(row, n, len(real)) for row, n in zip(self.rows, real, strict=True)]
         self.prompting = self.prompting or length <= self.prompt
         self.seen, self.prompt = length, min(self.prompt, length)
@@ -344,10 +344,15 @@ class Ragged:
 
     def limit(self, length: int, padding: Padding | None) -> None:
         """Pending tokens from `length` on were forgotten, which an update may have promised to the last tier."""
-        real = [length] * len(self.rows) if padding is None or len(self.rows) == 1 else padding.count(0, length)
-        for r, (row, n) in enumerate(zip(self.rows, real, strict=True)):
-            if row.through > n:
-                self.rows[r] = self.placement.crop_row(row, n, len(real))
+        real = self._real(length, padding)
+        self.rows = [
+            self.placement.crop_row(row, n, len(real)) if row.through > n else row
+            for row, n in zip(self.rows, real, strict=True)
+        ]
+
+    def _real(self, length: int, padding: Padding | None) -> list[int]:
+        """Real tokens of each row in the slots below `length`."""
+        return [length] * len(self.rows) if padding is None or len(self.rows) == 1 else padding.count(0, length)
 
     @property
     def width(self) -> int:
@@ -371,11 +376,6 @@ class Ragged:
 
     def _all(self) -> list[Table]:
         return [table for tables in self.tables.values() for table in tables if table is not None]
-
-    def bytes(self) -> dict[str, int]:
-        """Bytes of the tables: indices and scores."""
-        found = [table.bytes() for table in self._all()]
-        return {kind: sum(x[kind] for x in found) for kind in ("indices", "scores")}
 
     def places(self) -> tuple[Tensor, Tensor]:
         """Position and tier of all tokens, each row and head in order of position, empty places first."""

@@ -27,7 +27,7 @@ def ages_of(positions: Tensor, stop: int, padding: Padding | None) -> Tensor:
     """How many real tokens were seen, of `stop` in all, from each of `positions` on, itself included."""
     if padding is None or not padding.before(stop):
         return stop - positions
-    known = torch.from_numpy(padding.ages(stop).copy()).to(positions.device)
+    known = torch.from_numpy(padding.ages(stop)).to(positions.device)
     return known[:, None].expand(-1, positions.shape[1], -1).gather(2, positions.clamp(min=0))
 
 

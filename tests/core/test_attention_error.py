@@ -186,7 +186,8 @@ def test_errors_of_quantization_are_those_of_decoded_tokens(recipe: str) -> None
     model(tokens[:, :PROMPT], past_key_values=cache)
     for i in range(PROMPT, PROMPT + STEPS):
         cache.settle()
-        decoded = [torch.cat([x.double(), y[:, :, i : i + 1]], 2) for x, y in zip(cache.dense(0), (keys, values))]  # noqa: B905
+        pairs = zip(cache.dense(0), (keys, values), strict=True)
+        decoded = [torch.cat([x.double(), y[:, :, i : i + 1]], 2) for x, y in pairs]
         outputs = []
         for k, v in ((keys[:, :, : i + 1], values[:, :, : i + 1]), decoded):
             weights = (queries[0][:, :, i : i + 1] @ k.repeat_interleave(2, 1).mT * 32**-0.5).softmax(-1)
@@ -220,7 +221,7 @@ def test_masses_are_shares_of_a_whole(family: str, recipe: str) -> None:
 def test_layers_that_are_not_compressed_are_left_out() -> None:
     found = watched(tiny("gemma3_text"), "logquant", window=12)
     assert [value is None for value in found.layers["l1"]] == [True, False, True, False]
-    assert found.means["l1"] == pytest.approx((found.layers["l1"][1] + found.layers["l1"][3]) / 2)  # type: ignore[operator]
+    assert found.means["l1"] == pytest.approx((found.layers["l1"][1] + found.layers["l1"][3]) / 2)
 
 
 @pytest.mark.parametrize("prompt", [False, True])

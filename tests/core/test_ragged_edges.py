@@ -46,10 +46,10 @@ def test_a_padded_row_is_selected_from_when_it_would_be_alone(every: int) -> Non
     own = tuple(x[1:, :, 37:] for x in tokens)
     with torch.no_grad():
         run(batch, tokens, [0, 100], real)
-        run(alone, own, [0, 63])  # type: ignore[arg-type]
+        run(alone, own, [0, 63])
         for step in range(100, 200):
             run(batch, tokens, [step, step + 1], real)
-            run(alone, own, [step - 37, step - 36])  # type: ignore[arg-type]
+            run(alone, own, [step - 37, step - 36])
             expected = [[[i + 37 for i in tier] for tier in head] for head in alone.held()[0]]
             assert batch.held()[1] == expected
 
