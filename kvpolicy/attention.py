@@ -19,7 +19,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from kvpolicy.attend import attend, observe
 from kvpolicy.cache import CompressedCache, TieredLayer, make_cache
 from kvpolicy.errors import CacheError
-from kvpolicy.layer import MAX_APART
 from kvpolicy.recipe import load_recipe
 from kvpolicy.views import View
 
@@ -148,10 +147,7 @@ class Attached:
                 "an attached model gives no attention weights (output_attentions=True) with a compressed cache; "
                 "detach it first"
             )
-        cache.note_padding(kwargs.get("attention_mask"), _tokens(args, kwargs))
-        if cache.selects_together:
-            cache.settle()
-        _mark(cache, True)
+        cache.begin(_tokens(args, kwargs), kwargs.get("attention_mask"), attached=True)
         _reading.set(cache)
         return args, kwargs
 
@@ -159,9 +155,7 @@ class Attached:
         cache = _named(module, args, kwargs)[1].get("past_key_values")
         if isinstance(cache, CompressedCache):
             _reading.set(None)
-            _mark(cache, False)
-            if cache.selects_together and cache.pending > MAX_APART:
-                cache.settle()
+            cache.finish(failed=output is None)
 
 
 def _parts(model: Any) -> tuple[PreTrainedModel, PreTrainedModel]:
@@ -175,14 +169,6 @@ def _parts(model: Any) -> tuple[PreTrainedModel, PreTrainedModel]:
     text = owner.config.get_text_config(decoder=True)
     inner = [m for m in found if m.config is text]
     return owner, (inner or found)[-1]
-
-
-def _mark(cache: CompressedCache, attached: bool) -> None:
-    for layer in cache.layers:
-        if isinstance(layer, TieredLayer):
-            layer.attached = attached
-            if not attached:
-                layer.tiers.commit()
 
 
 def _named(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

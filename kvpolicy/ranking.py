@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from kvpolicy.errors import PluginError
-from kvpolicy.padding import Padding
 from kvpolicy.policy import RankPolicy
 
-__all__ = ["Selection", "ages_of", "alone", "due", "highest", "ranked", "together"]
+__all__ = ["Selection", "alone", "due", "highest", "ranked", "together"]
 
 Selection = Generator[Tensor, Tensor, None]
 """Yields what a policy with `select: shared` ranks this layer's tokens by, and takes the mean over all layers."""
@@ -21,14 +20,6 @@ Selection = Generator[Tensor, Tensor, None]
 def due(policy: RankPolicy, start: int, stop: int) -> bool:
     """Whether a policy selects anew as the tokens seen grow from `start` to `stop`."""
     return stop // policy.every > start // policy.every
-
-
-def ages_of(positions: Tensor, stop: int, padding: Padding | None) -> Tensor:
-    """How many real tokens were seen, of `stop` in all, from each of `positions` on, itself included."""
-    if padding is None or not padding.before(stop):
-        return stop - positions
-    known = torch.from_numpy(padding.ages(stop)).to(positions.device)
-    return known[:, None].expand(-1, positions.shape[1], -1).gather(2, positions.clamp(min=0))
 
 
 def ranked(policy: RankPolicy, attention: Tensor, queries: Tensor, ages: Tensor) -> Tensor:
