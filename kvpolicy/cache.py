@@ -18,6 +18,7 @@ from kvpolicy.errors import CacheError, RecipeError
 from kvpolicy.fitting import check_selectors, check_stores, config_of, head_dim_of, uneven_layers
 from kvpolicy.layer import MAX_APART, Positions, Reading, Tiers
 from kvpolicy.padding import Padding
+from kvpolicy.passes import Lease, PassAware, check_announced, hold
 from kvpolicy.placement import Placement
 from kvpolicy.policy import RankPolicy
 from kvpolicy.ranking import together
@@ -172,7 +173,7 @@ def rows_within(rows: Tensor, batch: int) -> Tensor:
     return rows
 
 
-class CompressedCache(Cache):
+class CompressedCache(PassAware, Cache):
     """A cache that keeps the full-attention layers of a model as its recipe says.
 
     Made by `make_cache`. Transaction it to `generate(past_key_values=...)` or to a model's forward; it serves
@@ -187,6 +188,8 @@ class CompressedCache(Cache):
         super().__init__(layers=layers)
         self.recipe, self.model_type = recipe, model_type
         self.scratch, self.reading = scratch, reading
+        self.lease: Lease | None = None
+        """Keeps the hooks of the model that the cache was made for, if it was made for a model."""
         self._pass: Transaction | None = None
         """The forward pass under way, or one that was interrupted."""
         self._torn: str | None = None
@@ -375,6 +378,8 @@ class CompressedCache(Cache):
         tiered = self.layers[layer]
         if not isinstance(tiered, TieredLayer):
             return
+        if not tiered.attached:
+            check_announced(self)
         seen = tiered.tiers.seen
         if seen > min(x.tiers.seen for x in self.tiered):
             self.whole()
@@ -547,7 +552,8 @@ def make_cache(recipe: Any, model_or_config: Any, **params: Any) -> CompressedCa
 
     Args:
         recipe: what `load_recipe` takes: a bundled name, a path, a mapping or a `Recipe`.
-        model_or_config: a transformers decoder model, or its config.
+        model_or_config: a transformers decoder model, or its config. A model tells its caches of each forward pass
+            and of padding; the hooks for that are gone with the last of these caches.
         **params: parameters of the recipe.
 
     Returns:
@@ -587,7 +593,9 @@ def make_cache(recipe: Any, model_or_config: Any, **params: Any) -> CompressedCa
         raise CacheError(uneven)
     for i in compressed:
         layers[i].uneven = uneven
-    return CompressedCache(loaded, layers, scratch, reading, str(getattr(text, "model_type", "")))
+    cache = CompressedCache(loaded, layers, scratch, reading, str(getattr(text, "model_type", "")))
+    cache.lease = hold(model_or_config)
+    return cache
 
 
 def _is_attached(model: Any) -> bool:
