@@ -269,6 +269,8 @@ def _read(
     options = {
         name: kwargs.get(given) for name, given in (("scaling", "scaling"), ("softcap", "softcap"), ("sinks", "s_aux"))
     }
+    if not query.shape[2]:
+        return query.new_empty((query.shape[0], 0, query.shape[1], value.shape[3])), None
     observer = tiers.observe()
     if not tiers.settled:
         out = original(module, query, *new, attention_mask, *args, **kwargs)[0]

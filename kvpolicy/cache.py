@@ -96,8 +96,8 @@ class TieredLayer(CacheLayerMixin):
             dense = self.tiers.update(key_states, value_states)
         if not (torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)):
             return dense
-        new = key_states.shape[2]
-        keys, values = (x[:, :, :-new] for x in dense)
+        held = dense[0].shape[2] - key_states.shape[2]
+        keys, values = (x[:, :, :held] for x in dense)
         return torch.cat([keys, key_states], dim=2), torch.cat([values, value_states], dim=2)
 
     def get_seq_length(self, *args: Any) -> int:
@@ -259,9 +259,10 @@ class CompressedCache(PassAware, Cache):
             return
         for layer in self.tiered:
             layer.tiers.commit()
-        self.reading.attached, self._pass = False, None
         if self.selects_together and self.pending > MAX_APART:
             self._settle()
+        self.reading.attached = False
+        self._pass = None  # last: until here an interruption takes the pass back
 
     def note_padding(self, mask: Any, tokens: int) -> None:
         """Take note of which of the `tokens` coming in are padding, from a 2-D attention mask over all tokens."""
@@ -482,13 +483,8 @@ class CompressedCache(PassAware, Cache):
         if n <= 0 or not seen:
             self.whole()
         length = n if n > 0 else max(self.get_seq_length() + n, 0)
-        uneven = len(set(seen)) > 1
-        settled = [layer.tiers.settled for layer in self.tiered]
-        if uneven and (min(seen) < length or (len(set(settled)) > 1 and max(settled) > length)):
-            raise CacheError(
-                "crop must lead to a length that all layers have, and an update was interrupted: they have seen "
-                f"{seen}, {settled} of them settled; found {length}. reset() the cache, or make a new one"
-            )
+        if len(set(seen)) > 1:
+            self._level(length, seen)
         removed = length - max([self.get_seq_length(), *seen])
         for layer in self.layers:
             if isinstance(layer, TieredLayer) and length:
@@ -499,6 +495,19 @@ class CompressedCache(PassAware, Cache):
         if self.reading.padding is not None:
             self.reading.padding = self.reading.padding.crop(length)
 
+    @torch.no_grad()
+    def _level(self, length: int, seen: list[int]) -> None:
+        """Let all layers have let in the same tokens, where one has seen more, so that a crop leaves them alike."""
+        most = max(layer.tiers.settled for layer in self.tiered)
+        behind = [layer.tiers for layer in self.tiered if layer.tiers.settled < most]
+        if min(seen) < length or self.selects_together or any(t.settled + t.waiting != most for t in behind):
+            raise CacheError(
+                "crop must lead to a length that all layers had, and an update was interrupted: they have seen "
+                f"{seen}, found {length}; reset() the cache, or make a new one"
+            )
+        for tiers in behind:
+            tiers.settle()
+
     @contextmanager
     def _rows_of_all(self, what: str) -> Iterator[None]:
         """All layers get other rows, or the cache is torn."""
@@ -507,15 +516,21 @@ class CompressedCache(PassAware, Cache):
         yield
         self._torn = None
 
+    def _existing(self, rows: Tensor) -> Tensor:
+        """`rows_within` the rows held, if any."""
+        held = next((layer.batch_size for layer in self.tiered if layer.is_initialized), None)
+        return rows if held is None else rows_within(rows, held)
+
     def _select(self, rows: Tensor) -> None:
         if self.reading.padding is not None:
             padding = self.reading.padding
             self.reading.padding = padding.select(rows_within(rows, padding.batch).cpu().numpy())
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
+        rows = self._existing(beam_idx)
         with self._rows_of_all("reorder_cache"):
-            super().reorder_cache(beam_idx)
-            self._select(beam_idx)
+            super().reorder_cache(rows)
+            self._select(rows)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         with self._rows_of_all("batch_repeat_interleave"):
@@ -524,9 +539,7 @@ class CompressedCache(PassAware, Cache):
                 self._select(torch.arange(self.reading.padding.batch).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        rows = torch.as_tensor(indices)
-        if self.tiered and self.tiered[0].is_initialized:
-            rows = rows_within(rows, self.tiered[0].batch_size)
+        rows = self._existing(torch.as_tensor(indices))
         with self._rows_of_all("batch_select_indices"):
             super().batch_select_indices(rows)
             self._select(rows)

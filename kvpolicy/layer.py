@@ -165,14 +165,15 @@ class Tiers:
             self.start(keys, values)
         self._check_rows(keys)
         self.settle()
-        if self.settled == 0 and not self.placement.kinds:
+        if self.settled == 0 and keys.shape[2] and not self.placement.kinds:
             self.add(keys, values)
             return keys, values
         incoming = {"keys": keys.detach(), "values": values.detach()}
         held = sum(s.length for s in self.step.state.stores["keys"]) if self.ragged is None else self.ragged.width
         first = self.settled == 0  # gradients reach the tokens of a first update
         shown = {"keys": keys, "values": values} if first else incoming
-        self.incoming = incoming
+        if keys.shape[2]:
+            self.incoming = incoming
         return View(self, "keys", shown["keys"], held), View(self, "values", shown["values"], held)
 
     def densified(self) -> dict[str, Tensor]:
