@@ -118,10 +118,8 @@ def observe(
     scale = dim**-0.5 if scaling is None else scaling
     mask = as_mask(mask, tokens, kv_heads)
     most = OBSERVED if query.device.type == "cpu" else SCORES
-    own = torch.tensor(observer.queries, dtype=torch.int64) - (tokens - queries)
-    own = own[own >= 0]  # layers that share keys may ask for the newest tokens alone
-    counted = own.split(max(1, most // (batch * groups * tokens))) if len(own) else ()
-    for head, at in product(range(kv_heads), counted):
+    counted = torch.tensor(observer.queries, dtype=torch.int64).split(max(1, most // (batch * groups * tokens)))
+    for head, at in product(range(kv_heads), counted if observer.queries else ()):
         stop = tokens if mask is not None else int(at[-1]) + 1 + tokens - queries
         rows = query[:, head * groups : (head + 1) * groups, at.to(query.device)].float().mul(scale).flatten(1, 2)
         scores = rows.new_empty((batch, 1, groups, len(at), stop))
@@ -130,12 +128,12 @@ def observe(
             scores[..., first : first + KEYS] = (rows @ part).view(batch, 1, groups, len(at), -1)
         if softcap is not None:
             scores.div_(softcap).tanh_().mul_(softcap)
-        one = slice(head, head + 1)
-        shown = mask if mask is None or mask.shape[1] == 1 else mask[:, one]
+        own = slice(head, head + 1)
+        shown = mask if mask is None or mask.shape[1] == 1 else mask[:, own]
         mask_scores(scores, shown, at, ALL, queries, stop)
         visible = scores > -torch.inf
         total = exponentials(scores, None if sinks is None else sinks[head * groups : (head + 1) * groups])
-        observer.watch(at + tokens - queries, scores.div_(total), visible, one, kv_heads)
+        observer.watch(at + tokens - queries, scores.div_(total), visible, own, kv_heads)
 
 
 def as_mask(mask: Tensor | None, seen: int, kv_heads: int) -> Tensor | None:

@@ -63,10 +63,7 @@ def _drawn(kind: Scores, n: int, salt: tuple[int, ...]) -> Bools:
 
 
 class Observer:
-    """What the queries of one update attended to, for each kind of scores that a layer's policies ask for.
-
-    Where several layers of a model read the same keys, the queries of all of them count.
-    """
+    """What the queries of one update attended to, for each kind of scores that a layer's policies ask for."""
 
     def __init__(
         self,
@@ -121,6 +118,7 @@ class Observer:
         columns = self._picked(weights)
         sees = None if visible is None else self._picked(visible.expand_as(weights)[:, :, :1]).squeeze(2)
         own = slice(0, 1) if self.heads == 1 else heads
+        partly = weights.shape[1] < of
         for k, (kind, count) in enumerate(zip(self.kinds, wanted, strict=True)):
             if not count.any():
                 continue
@@ -131,22 +129,20 @@ class Observer:
             part = reduced * share
             if self.heads == 1:
                 part, seen = part.sum(1, keepdim=True).div_(of), seen[:, :1]
-            if self.heads == 1 and heads.start:  # its first head has counted these queries
-                seen = torch.zeros_like(seen)
             sums, counts = (x[:, own, :, : part.shape[3]] for x in self._totals(k, weights))
             if self.apart:
                 sums.index_add_(2, at.to(part.device), part)
-                counts.index_add_(2, at.to(part.device), seen.to(counts.dtype))
+                counts[:, :, at.to(part.device)] |= seen
             else:
                 sums.add_(part.sum(2, keepdim=True))
-                counts.add_(seen.sum(2, keepdim=True))
+                counts.add_(seen.sum(2, keepdim=True) / (of if self.heads == 1 and partly else 1))
 
     def _totals(self, k: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Attention summed, and the queries that saw a token: query by query where these are looked at apart."""
         found = self.found[k]
         if found is None:
             shape = (self.batch, self.heads, self.tokens if self.apart else 1, self.live + self.tokens)
-            counts = like.new_zeros(shape, dtype=torch.uint8 if self.apart else torch.float32)
+            counts = like.new_zeros(shape, dtype=torch.bool if self.apart else torch.float32)
             self.found[k] = found = like.new_zeros(shape), counts
         return found
 
