@@ -13,7 +13,7 @@ from kvpolicy.recipe_inherit import bundled_names
 from kvpolicy.recipe_source import misplaced, read_source, refuse_misplaced
 from kvpolicy.recipe_spec import SPEC_VERSION, Recipe, Tier
 from kvpolicy.recipe_yaml import Document, read_file, read_mapping, read_text
-from kvpolicy.words import clip, found, quoted
+from kvpolicy.words import clip, in_words, quoted
 
 __all__ = ["SPEC_VERSION", "Recipe", "Tier", "bundled_names", "load_recipe", "load_yaml"]
 
@@ -40,7 +40,7 @@ def load_recipe(source: str | os.PathLike[str] | Mapping[str, Any] | Recipe, **p
     if isinstance(source, os.PathLike):
         return build(read_file(Path(source)), params)
     if not isinstance(source, str):
-        raise RecipeError(f"a recipe must be a name, a path, a mapping or a Recipe, found {found(source)}")
+        raise RecipeError(f"a recipe must be a name, a path, a mapping or a Recipe, found {in_words(source)}")
     if misplaced(source):
         refuse_misplaced([source])
     document, given = read_source(source)

@@ -17,7 +17,7 @@ from kvpolicy.recipe_explain import explain
 from kvpolicy.recipe_inherit import BUNDLED, REFERENCE, TOP_KEYS, bundled_names, inherit, parameters
 from kvpolicy.recipe_spec import SPEC_VERSION, Recipe, Tier, find_clash, find_overlaps, find_problems
 from kvpolicy.recipe_yaml import BAD, Document, Path_, path_text
-from kvpolicy.words import clip, found, listed, quoted, suggest
+from kvpolicy.words import clip, in_words, listed, quoted, suggest
 
 __all__ = ["BUNDLED", "TIER_KEYS", "TOP_KEYS", "build", "bundled_names"]
 
@@ -92,10 +92,10 @@ class _Builder:
         for key in ("name", "summary", "source"):
             value = data.get(key, "")
             if value is not BAD and (not isinstance(value, str) or (key == "name" and not value.strip())):
-                self.note((key,), f"{key} must be text, found {found(value)}")
+                self.note((key,), f"{key} must be text, found {in_words(value)}")
         placement = data.get("placement", "token")
         if placement is not BAD and placement not in ("token", "update"):
-            self.note(("placement",), f"placement must be token or update, found {found(placement)}")
+            self.note(("placement",), f"placement must be token or update, found {in_words(placement)}")
         tiers = self._tiers(data["tiers"], ("tiers",))
         layers = self._layers(data.get("layers"))
         clash = find_clash(placement, [tiers, *(own for own in layers.values() if own != "full")])
@@ -121,7 +121,7 @@ class _Builder:
         if layers is None or layers is BAD:
             return {}
         if not isinstance(layers, dict):
-            self.note(("layers",), f'layers must be a mapping such as {{"0": full}}, found {found(layers)}')
+            self.note(("layers",), f'layers must be a mapping such as {{"0": full}}, found {in_words(layers)}')
             return {}
         for key, problem in find_overlaps(layers).items():
             self.note(("layers", key), problem)
@@ -129,7 +129,7 @@ class _Builder:
         for key, tiers in layers.items():
             path = ("layers", key)
             if isinstance(tiers, str) and tiers != "full":
-                self.note(path, f"a layer must have a list of tiers or full, found {found(tiers)}")
+                self.note(path, f"a layer must have a list of tiers or full, found {in_words(tiers)}")
             else:
                 built[key] = tiers if tiers == "full" else self._tiers(tiers, path)
         return built
@@ -138,7 +138,7 @@ class _Builder:
         if tiers is BAD:
             return []
         if not isinstance(tiers, list) or not tiers:
-            self.note(path, f"tiers must be a list of at least one tier, found {found(tiers)}")
+            self.note(path, f"tiers must be a list of at least one tier, found {in_words(tiers)}")
             return []
         rows = [self._tier(tier, (*path, i)) for i, tier in enumerate(tiers)]
         for place, message in find_problems(rows):
@@ -151,7 +151,7 @@ class _Builder:
     def _tier(self, tier: Any, path: Path_) -> _Row:
         if not isinstance(tier, dict):
             if tier is not BAD:
-                self.note(path, f"a tier must be a mapping with policy and store, found {found(tier)}")
+                self.note(path, f"a tier must be a mapping with policy and store, found {in_words(tier)}")
             return _Row(BAD, BAD, BAD)
         unknown = [key for key in tier if key not in TIER_KEYS]
         for key in unknown:
@@ -177,7 +177,7 @@ class _Builder:
         kinds = self.plugins.quantizers
         hint = f"; write {{kind: {value}}}" if value in kinds else suggest(value, ["full", "evict", *kinds])
         message = "a store must be full, evict or a mapping with a quantizer's kind, found"
-        self.note(path, f"{message} {found(value)}{hint}")
+        self.note(path, f"{message} {in_words(value)}{hint}")
         return BAD
 
     def _component(self, value: Any, path: Path_, base: type[Component]) -> Any:
@@ -187,7 +187,7 @@ class _Builder:
             return value
         if not isinstance(value, dict):
             hint = f"; write {{kind: {value}}}" if isinstance(value, str) and value in known else ""
-            self.note(path, f"a {what} must be a mapping with kind and options, found {found(value)}{hint}")
+            self.note(path, f"a {what} must be a mapping with kind and options, found {in_words(value)}{hint}")
             return BAD
         kind = value.get("kind")
         if kind is BAD:
@@ -195,7 +195,7 @@ class _Builder:
         if not isinstance(kind, str):
             at = (*path, "kind") if "kind" in value else path
             kinds = listed(sorted(known)) or "none"
-            self.note(at, f"a {what} must say its kind, found {found(kind)}; installed: {kinds}")
+            self.note(at, f"a {what} must say its kind, found {in_words(kind)}; installed: {kinds}")
             return BAD
         try:
             info = (self.plugins.policy if what == "policy" else self.plugins.quantizer)(kind)
@@ -211,7 +211,7 @@ class _Builder:
             if _is_plain(option):
                 valid[name] = option
             elif not _holds_bad(option):
-                self.note((*path, name), f"an option must be plain data, found {found(option)}")
+                self.note((*path, name), f"an option must be plain data, found {in_words(option)}")
         spoilt = set(options) - set(valid)
         try:
             made = info.cls.model_validate_json(json.dumps(valid), strict=True)

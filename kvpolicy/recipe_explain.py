@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from kvpolicy.plugins import PluginInfo
 from kvpolicy.recipe_yaml import Path_
-from kvpolicy.words import clip, found, listed, quoted, suggest
+from kvpolicy.words import clip, in_words, listed, quoted, suggest
 
 __all__ = ["explain"]
 
@@ -49,5 +49,5 @@ def _message(info: PluginInfo[Any], name: str, problems: list[Any], options: Map
         reasons[clip(reason, 300)] = None
     message = " or ".join(reasons)
     if "found" not in message and name:
-        message += f", found {found(options.get(name, 'the default'))}"
+        message += f", found {in_words(options.get(name, 'the default'))}"
     return message

@@ -10,7 +10,7 @@ from typing import Any
 
 from kvpolicy.errors import RecipeError
 from kvpolicy.recipe_yaml import BAD, SPEC_VERSION, Document, read_file
-from kvpolicy.words import clip, found, listed, quoted, suggest
+from kvpolicy.words import clip, in_words, listed, quoted, suggest
 
 __all__ = ["BUNDLED", "MAX_CHAIN", "REFERENCE", "TOP_KEYS", "bundled_names", "inherit", "parameters"]
 
@@ -81,7 +81,7 @@ def _parent(document: Document, root: Path) -> Path | None:
     if name is BAD:
         document.check()
     if not isinstance(name, str) or not name:
-        document.fail(("extends",), f"extends must name a bundled recipe or a file, found {found(name)}")
+        document.fail(("extends",), f"extends must name a bundled recipe or a file, found {in_words(name)}")
     if name in bundled_names():
         return BUNDLED / f"{name}.yaml"
     path = _below(root, document.base or root, name)
@@ -157,10 +157,10 @@ def _check_top(document: Document) -> None:
         document.problems.clear()  # what they say holds for this version
         document.fail(
             ("version",),
-            f"this kvpolicy reads recipes of version {SPEC_VERSION}, found version {found(version)}; upgrade kvpolicy",
+            f"this kvpolicy reads recipes of version {SPEC_VERSION}, found version {in_words(version)}; upgrade kvpolicy",
         )
     if version is not BAD and (type(version) is not int or version < 1):
-        document.note(("version",), f"version must be {SPEC_VERSION}, found {found(version)}")
+        document.note(("version",), f"version must be {SPEC_VERSION}, found {in_words(version)}")
     for key in data:
         if key not in TOP_KEYS:
             message = f"unknown key {quoted(key)}{suggest(key, TOP_KEYS)}; allowed: {', '.join(TOP_KEYS)}"
@@ -170,7 +170,7 @@ def _check_top(document: Document) -> None:
         return
     if not isinstance(params, dict):
         if params is not BAD:
-            document.note(("params",), f"params must be a mapping of names to values, found {found(params)}")
+            document.note(("params",), f"params must be a mapping of names to values, found {in_words(params)}")
         data["params"] = {}
         return
     for name, value in params.items():
@@ -186,7 +186,7 @@ def _checked(document: Document, name: str, value: Any, given: bool = False) -> 
     if plain and not (isinstance(value, str) and REFERENCE.fullmatch(value)):
         return value
     what = "the value given" if given else "its default"
-    message = f"parameter {quoted(name)}: {what} must be a number, a word or true/false, found {found(value)}"
+    message = f"parameter {quoted(name)}: {what} must be a number, a word or true/false, found {in_words(value)}"
     document.note(() if given else ("params", name), message)
     return BAD
 

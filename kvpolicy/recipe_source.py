@@ -13,7 +13,7 @@ from kvpolicy.recipe_inherit import BUNDLED, bundled_names, inherit, parameters
 from kvpolicy.recipe_yaml import Document, parse_scalar, read_file
 from kvpolicy.words import clip, quoted, suggest
 
-__all__ = ["check_sources", "misplaced", "read_source", "refuse_misplaced"]
+__all__ = ["check_one", "check_sources", "misplaced", "read_source", "refuse_misplaced"]
 
 _PARAMS = re.compile(r"(?s)(.+?):((?:[A-Za-z_]\w*\s*=.*)?)")
 _MISPLACED = re.compile(r"(?s)[A-Za-z_]\w*=.*")
@@ -49,6 +49,14 @@ def check_sources(sources: Sequence[str]) -> None:
             problems.update(dict.fromkeys(str(error).splitlines()))
     if problems:
         raise RecipeError("\n".join(problems))
+
+
+def check_one(source: str, extra: Sequence[str]) -> None:
+    """As `check_sources`, where one recipe is expected and other words may stand beside it."""
+    refuse_misplaced([source, *extra])
+    if extra:
+        raise RecipeError(f"one recipe is expected, found also {clip(', '.join(map(quoted, extra)))}; leave it out")
+    check_sources([source])
 
 
 def misplaced(text: str) -> bool:
@@ -121,7 +129,7 @@ def _find(name: str) -> Document:
     stem = name.removesuffix(".yml").removesuffix(".yaml")
     if os.sep in name or "/" in name or stem != name or name in (".", "..") or (name and _exists(name)):
         if "/" not in name and stem != name and not _exists(name):
-            hint = f"; the bundled recipe is {stem!r}" if stem in names else suggest(stem, names)
+            hint = f"; the bundled recipe is {stem.lower()!r}" if stem.lower() in names else ""
             raise RecipeError(f"{clip(name)}: no such file{hint}")
         return read_file(Path(name))
     raise RecipeError(

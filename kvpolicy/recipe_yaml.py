@@ -15,7 +15,7 @@ from ruamel.yaml.events import CollectionEndEvent, CollectionStartEvent, NodeEve
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from kvpolicy.errors import RecipeError
-from kvpolicy.words import clip, found, quoted
+from kvpolicy.words import clip, in_words, quoted
 
 __all__ = [
     "BAD",
@@ -146,7 +146,7 @@ def read_text(text: str, file: str) -> Document:
     if isinstance(data, dict):
         return Document(data, file, None, reader.marks, reader.problems.problems)
     reader.problems.check()
-    line, kind = node.start_mark.line + 1, "nothing (null)" if data is None else found(data)
+    line, kind = node.start_mark.line + 1, "nothing (null)" if data is None else in_words(data)
     raise RecipeError(f"{name}:{line}: a recipe is a mapping with keys such as name and tiers, found {kind}")
 
 
@@ -269,7 +269,7 @@ class _Reader:
                 for key, item in part.items():
                     merged.setdefault(key, item)
             elif part is not BAD:
-                self.note(node, path, f"<< takes a mapping or a list of mappings, found {found(part)}")
+                self.note(node, path, f"<< takes a mapping or a list of mappings, found {in_words(part)}")
 
 
 def _plain(tag: str, text: str) -> Any:
@@ -314,7 +314,7 @@ def read_mapping(source: Mapping[Any, Any]) -> Document:
             for key in value:
                 if isinstance(key, bool) or not isinstance(key, str | int):
                     where = f"<mapping>: {path_text(path)}{': ' if path else ''}"
-                    raise RecipeError(f"{where}a key must be a word, found {found(key)}")
+                    raise RecipeError(f"{where}a key must be a word, found {in_words(key)}")
             return {str(key): copy(item, (*path, str(key))) for key, item in value.items()}
         if isinstance(value, list | tuple):
             return [copy(item, (*path, i)) for i, item in enumerate(value)]

@@ -21,9 +21,8 @@ def recipe_schema(plugins: Registry | None = None) -> dict[str, Any]:
     definitions: dict[str, Any] = {"parameter": _PARAMETER}
     definitions["policy"] = _union("policy", plugins.policies, definitions)
     definitions["quantizer"] = _union("quantizer", plugins.quantizers, definitions)
-    definitions["store"] = {
-        "anyOf": [{"enum": ["full", "evict"]}, {"$ref": "#/$defs/quantizer"}, {"$ref": "#/$defs/parameter"}]
-    }
+    words = {"anyOf": [{"enum": ["full", "evict"]}, {"$ref": "#/$defs/parameter"}]}
+    definitions["store"] = _by_type("object", {"$ref": "#/$defs/quantizer"}, words)
     definitions["tier"] = _tier()
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -32,7 +31,7 @@ def recipe_schema(plugins: Registry | None = None) -> dict[str, Any]:
         "type": "object",
         "properties": _top(),
         "additionalProperties": False,
-        "anyOf": [{"required": ["tiers"]}, {"required": ["extends"]}],
+        **_unless("extends", {"required": ["tiers"]}),
         "$defs": definitions,
     }
 
@@ -52,7 +51,7 @@ def _top() -> dict[str, Any]:
         "tiers": _TIERS,
         "layers": {
             "type": "object",
-            "patternProperties": {r"^-?\d+(--?\d+|-\d+)?$": {"anyOf": [{"const": "full"}, _TIERS]}},
+            "patternProperties": {r"^-?\d+(--?\d+|-\d+)?$": _by_type("array", _TIERS, {"const": "full"})},
             "additionalProperties": False,
         },
     }
@@ -62,7 +61,7 @@ def _top() -> dict[str, Any]:
 
 
 def _tier() -> dict[str, Any]:
-    policy = {"anyOf": [{"$ref": "#/$defs/policy"}, {"type": "null"}]}
+    policy = _by_type("null", {}, {"$ref": "#/$defs/policy"})
     sides = {
         side: {"$ref": "#/$defs/store", "description": Tier.model_fields[side].description}
         for side in ("keys", "values")
@@ -76,10 +75,18 @@ def _tier() -> dict[str, Any]:
             **sides,
         },
         "additionalProperties": False,
-        "if": {"required": ["store"]},
-        "then": {"properties": {"keys": False, "values": False}},
-        "else": {"required": ["keys", "values"]},
+        **_unless("store", {"required": ["keys", "values"]}, {"properties": {"keys": False, "values": False}}),
     }
+
+
+def _unless(key: str, without: dict[str, Any], given: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What must hold without a key, and with it. Not `anyOf`, whose errors name no branch."""
+    return {"if": {"required": [key]}, **({} if given is None else {"then": given}), "else": without}
+
+
+def _by_type(kind: str, then: dict[str, Any], otherwise: dict[str, Any]) -> dict[str, Any]:
+    """A schema for values of one type and one for all others, so that an error points into the branch that was meant."""
+    return {"if": {"type": kind}, "then": then, "else": otherwise}
 
 
 def _union(what: str, known: dict[str, PluginInfo[Any]], definitions: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable
 from itertools import islice
 from typing import Any
 
-__all__ = ["clip", "found", "listed", "quoted", "suggest"]
+__all__ = ["clip", "in_words", "listed", "quoted", "suggest"]
 
 LONGEST = 80
 """Characters of a name or a value that a message repeats."""
@@ -27,7 +27,7 @@ def quoted(text: str) -> str:
     return repr(text) if len(text) <= LONGEST - 2 else repr(text[: LONGEST - 5]) + "..."
 
 
-def found(value: Any) -> str:
+def in_words(value: Any) -> str:
     """What stands in the place of something else, in words."""
     if isinstance(value, str):
         return repr(value) if len(value) <= LONGEST - 2 else f"a text of {len(value):,} characters"
