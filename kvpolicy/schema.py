@@ -21,8 +21,11 @@ def recipe_schema(plugins: Registry | None = None) -> dict[str, Any]:
     definitions: dict[str, Any] = {"parameter": _PARAMETER}
     definitions["policy"] = _union("policy", plugins.policies, definitions)
     definitions["quantizer"] = _union("quantizer", plugins.quantizers, definitions)
-    words = {"anyOf": [{"enum": ["full", "evict"]}, {"$ref": "#/$defs/parameter"}]}
-    definitions["store"] = _by_type("object", {"$ref": "#/$defs/quantizer"}, words)
+    words = _word_or_parameter(["full", "evict"])
+    definitions["store"] = {
+        **_by_type("object", {"$ref": "#/$defs/quantizer"}, words),
+        "examples": words["examples"],
+    }
     definitions["tier"] = _tier()
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -42,7 +45,7 @@ def _top() -> dict[str, Any]:
         "name": {"type": "string", "minLength": 1},
         "summary": {"type": "string"},
         "source": {"type": "string"},
-        "placement": {"anyOf": [{"enum": ["token", "update"]}, {"$ref": "#/$defs/parameter"}]},
+        "placement": _word_or_parameter(["token", "update"]),
         "params": {
             "type": "object",
             "propertyNames": {"pattern": r"^[A-Za-z_]\w*$"},
@@ -66,6 +69,7 @@ def _tier() -> dict[str, Any]:
         side: {"$ref": "#/$defs/store", "description": Tier.model_fields[side].description}
         for side in ("keys", "values")
     }
+    never = {"not": {}, "description": "Not beside store, which stands for keys and values."}
     both = {"$ref": "#/$defs/store", "description": "How keys and values are stored: full, evict, or a quantizer."}
     return {
         "type": "object",
@@ -75,7 +79,7 @@ def _tier() -> dict[str, Any]:
             **sides,
         },
         "additionalProperties": False,
-        **_unless("store", {"required": ["keys", "values"]}, {"properties": {"keys": False, "values": False}}),
+        **_unless("store", {"required": ["keys", "values"]}, {"properties": {"keys": never, "values": never}}),
     }
 
 
@@ -89,6 +93,12 @@ def _by_type(kind: str, then: dict[str, Any], otherwise: dict[str, Any]) -> dict
     return {"if": {"type": kind}, "then": then, "else": otherwise}
 
 
+def _word_or_parameter(words: list[str]) -> dict[str, Any]:
+    """One of some words, which editors offer as examples, or `$name`."""
+    reference = {"type": "string", "pattern": r"^\$"}
+    return {"if": reference, "then": {"$ref": "#/$defs/parameter"}, "else": {"enum": words}, "examples": words}
+
+
 def _union(what: str, known: dict[str, PluginInfo[Any]], definitions: dict[str, Any]) -> dict[str, Any]:
     """One mapping told apart by its kind; where the kind is a parameter its options stay open."""
     branches: list[dict[str, Any]] = []
@@ -99,7 +109,7 @@ def _union(what: str, known: dict[str, PluginInfo[Any]], definitions: dict[str, 
         branches.append({"if": chosen, "then": {"$ref": f"#/$defs/{name}"}})
     schema: dict[str, Any] = {
         "type": "object",
-        "properties": {"kind": {"anyOf": [{"enum": sorted(known)}, {"$ref": "#/$defs/parameter"}]}},
+        "properties": {"kind": _word_or_parameter(sorted(known))},
         "required": ["kind"],
     }
     return {**schema, "allOf": branches} if branches else schema

@@ -26,6 +26,11 @@ def _table(head: tuple[str, ...], rows: Iterable[tuple[Any, ...]]) -> str:
 
 def _type(schema: dict[str, Any]) -> str:
     """A JSON schema in words."""
+    if "else" in schema:
+        named = [part for part in (schema["then"], schema["else"]) if part and "parameter" not in part.get("$ref", "")]
+        if schema["then"] == {}:  # of the type that is asked for, such as null
+            return _type(schema["else"])
+        return " or ".join(map(_type, named))
     if "const" in schema:
         return f"`{schema['const']}`"
     if "enum" in schema:
@@ -54,7 +59,7 @@ def recipe_fields() -> str:
     from kvpolicy.schema import recipe_schema
 
     schema = recipe_schema()
-    one_of = [key for branch in schema["anyOf"] for key in branch["required"]]
+    one_of = [*schema["else"]["required"], *schema["if"]["required"]]
     words = "one of " + ", ".join(f"`{key}`" for key in one_of)
     return _fields(schema["properties"], dict.fromkeys(one_of, words))
 
