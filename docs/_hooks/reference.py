@@ -13,6 +13,8 @@ from typing import Any
 __all__ = ["GENERATED", "on_page_markdown", "render"]
 
 _MARK = re.compile(r"<!-- generated: ([a-z-]+) -->")
+_NOTE = re.compile(r"<!-- in the repository -->\n.*?<!-- /in the repository -->\n+", re.DOTALL)
+"""For readers of the pages as they lie in the repository; the site needs it not."""
 
 
 def _cell(text: Any) -> str:
@@ -182,8 +184,8 @@ GENERATED: dict[str, Callable[[], str]] = {
 
 
 def render(markdown: str) -> str:
-    """`markdown` with every mark replaced by what it names."""
-    return _MARK.sub(lambda match: GENERATED[match[1]](), markdown)
+    """`markdown` with every mark replaced by what it names, and without what is said to readers of the repository."""
+    return _MARK.sub(lambda match: GENERATED[match[1]](), _NOTE.sub("", markdown))
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
