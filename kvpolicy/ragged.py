@@ -206,11 +206,11 @@ class Ragged:
                 continue
             candidates = (work.target == tier) & torch.tensor(now, device=work.target.device).view(-1, 1, 1)
             prompts = padding.count(0, self.prompt) if padding is not None else [self.prompt] * len(self.rows)
-            budgets = [policy.budget_tokens(row.seen, prompt) for row, prompt in zip(self.rows, prompts, strict=False)]
+            budgets = [policy._budget(row.seen, prompt) for row, prompt in zip(self.rows, prompts, strict=False)]
             if int(candidates.sum(2).max()) <= min(budgets) and policy.select != "shared":
                 continue
             assert work.scores is not None
-            kind = 2 * self.placement.kinds.index(policy.scores())
+            kind = 2 * self.placement.kind_of[tier]
             ages = ages_of(work.positions, stop, padding)
             rank = ranked(policy, work.scores[..., kind], work.scores[..., kind + 1], ages)
             if policy.select == "shared":

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, InstanceOf, PrivateAttr, Seri
 from kvpolicy.component import Component
 from kvpolicy.errors import RecipeError
 from kvpolicy.policy import Policy, RankPolicy
-from kvpolicy.quantizer import Quantizer
+from kvpolicy.quantizer import Quantizer, precision_of
 from kvpolicy.recipe_yaml import Path_, dump_yaml, path_text
 
 __all__ = [
@@ -60,7 +60,7 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
-    version: int = Field(default=SPEC_VERSION, description="Version of the recipe format.")
+    version: int = Field(default=SPEC_VERSION, strict=True, description="Version of the recipe format.")
     name: str = Field(default="custom", description="Name of the recipe.")
     summary: str = Field(default="", description="What it does, in a sentence or two.")
     source: str = Field(default="", description="Where the method comes from, such as the address of a paper.")
@@ -231,11 +231,11 @@ def _misplaced(above: Policy | None, below: Policy | None) -> str | None:
 
 
 def _precision(store: Any) -> float:
-    return {"full": float("inf"), "evict": 0.0}[store] if isinstance(store, str) else store.precision()
+    return {"full": float("inf"), "evict": 0.0}[store] if isinstance(store, str) else precision_of(store)
 
 
 def _name(store: Any) -> str:
-    return store if isinstance(store, str) else f"{store.kind} ({store.precision():g} bits)"
+    return store if isinstance(store, str) else f"{store.kind} ({precision_of(store):g} bits)"
 
 
 def parse_selector(key: str) -> tuple[int, int]:
