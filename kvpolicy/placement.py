@@ -83,8 +83,11 @@ class Placement:
         policies = [policy for policy in self.policies if isinstance(policy, RankPolicy)]
         self.by_head = any(policy.select == "head" for policy in policies)
         self.shared = any(policy.select == "shared" for policy in policies)
-        self.kinds = list(dict.fromkeys(policy.scores() for policy in policies))
+        asked = {i: p._scores() for i, p in enumerate(self.policies) if isinstance(p, RankPolicy)}
+        self.kinds = list(dict.fromkeys(asked.values()))
         """The attention that the policies ask for."""
+        self.kind_of = {tier: self.kinds.index(scores) for tier, scores in asked.items()}
+        """Which of `kinds` the policy of a tier asked for."""
         self._start = self._empty()
 
     @property
@@ -182,7 +185,7 @@ class Placement:
         if self.mode == "update":
             left = np.where(positions < through, stop, NEVER)
         else:
-            left = policy.departures(positions, arrivals, start, stop)
+            left = policy._left(positions, arrivals, start, stop)
         leaves = left != NEVER
         if not leaves.any():
             return positions, _Flow(_NOTHING, _NOTHING)

@@ -146,13 +146,11 @@ class Ragged:
             if not any(now):
                 continue
             candidates = (work.target == tier) & torch.tensor(now, device=work.target.device).view(-1, 1, 1)
-            budgets = [
-                policy.budget_tokens(row.seen, prompt) for row, prompt in zip(step.rows, step.prompts(), strict=True)
-            ]
+            budgets = [policy._budget(row.seen, prompt) for row, prompt in zip(step.rows, step.prompts(), strict=True)]
             if int(candidates.sum(2).max()) <= min(budgets) and policy.select != "shared":
                 continue
             assert work.scores is not None
-            kind = 2 * self.placement.kinds.index(policy.scores())
+            kind = 2 * self.placement.kind_of[tier]
             attention, queries = work.scores[..., kind], work.scores[..., kind + 1]
             rank = ranked(policy, attention, queries, step.ages(work.positions))
             if policy.select == "shared":

@@ -57,7 +57,9 @@ class _Builder:
         """A problem; of a value that came as a parameter the parameter is named."""
         name = self.filled.get(path)
         if name is None:
-            below = {self.filled[p]: None for p in self.filled if p[: len(path)] == path and self.filled[p] in self.given}
+            below = {
+                self.filled[p]: None for p in self.filled if p[: len(path)] == path and self.filled[p] in self.given
+            }
             also = f" (parameters there: {', '.join(below)})" if path and below else ""
             self.document.note(path, message + also)
         elif name not in self.given:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, InstanceOf, PrivateAttr, Seri
 from kvpolicy.component import Component
 from kvpolicy.errors import RecipeError
 from kvpolicy.policy import Policy, RankPolicy
-from kvpolicy.quantizer import Quantizer
+from kvpolicy.quantizer import Quantizer, precision_of
 from kvpolicy.recipe_yaml import BAD, SPEC_VERSION, Path_, dump_yaml, path_text
 from kvpolicy.words import clip, quoted
 
@@ -61,7 +61,7 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
-    version: int = Field(default=SPEC_VERSION, description="Version of the recipe format.")
+    version: int = Field(default=SPEC_VERSION, strict=True, description="Version of the recipe format.")
     name: str = Field(default="custom", description="Name of the recipe.")
     summary: str = Field(default="", description="What it does, in a sentence or two.")
     source: str = Field(default="", description="Where the method comes from, such as the address of a paper.")
@@ -93,7 +93,9 @@ class Recipe(BaseModel):
         lists: list[tuple[Path_, Sequence[Tier]]] = [(("tiers",), self.tiers)]
         lists += [(("layers", key), tiers) for key, tiers in self.layers.items() if tiers != "full"]
         found = [
-            f"{path_text((*path, *place))}: {message}" for path, tiers in lists for place, message in find_problems(tiers)
+            f"{path_text((*path, *place))}: {message}"
+            for path, tiers in lists
+            for place, message in find_problems(tiers)
         ]
         found += find_overlaps(self.layers).values()
         clash = find_clash(self.placement, [tiers for _, tiers in lists])
@@ -259,11 +261,11 @@ def _misplaced(above: Any, below: Any) -> str | None:
 
 
 def _precision(store: Any) -> float:
-    return {"full": float("inf"), "evict": 0.0}[store] if isinstance(store, str) else store.precision()
+    return {"full": float("inf"), "evict": 0.0}[store] if isinstance(store, str) else precision_of(store)
 
 
 def _name(store: Any) -> str:
-    return store if isinstance(store, str) else f"{store.kind} ({store.precision():g} bits)"
+    return store if isinstance(store, str) else f"{store.kind} ({precision_of(store):g} bits)"
 
 
 def parse_selector(key: str) -> tuple[int, int]:

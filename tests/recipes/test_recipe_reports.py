@@ -172,7 +172,9 @@ def test_extends_goes_down_and_back_up_within_the_folder(tmp_path: Path, monkeyp
     assert load_recipe({"extends": "child.yaml"}).summary == "Deep."
 
 
-@pytest.mark.parametrize("name", ["a" * 255, "a" * 300, "a" * 5_000, "a/" * 3_000 + "b", "a\\0b", "\\uD83D\\uDE00" * 90])
+@pytest.mark.parametrize(
+    "name", ["a" * 255, "a" * 300, "a" * 5_000, "a/" * 3_000 + "b", "a\\0b", "\\uD83D\\uDE00" * 90]
+)
 def test_extends_of_a_name_that_no_file_can_have(name: str, tmp_path: Path) -> None:
     child = write(tmp_path / "child.yaml", f'extends: "{name}"\n')
     (line,) = lines_of(child)
@@ -264,7 +266,14 @@ def test_contents_and_long_names_are_not_repeated(tmp_path: Path) -> None:
         for line in lines_of(write(tmp_path / f"{i}.yaml", text)):
             assert len(line.removeprefix(str(tmp_path))) < 600, line
             assert "secret" not in line
-    for source in (long, f"{long}.yaml", f"{long}:a=1", f"logquant:{long}=1", f"logquant:window={long}", "logquant:" + long):
+    for source in (
+        long,
+        f"{long}.yaml",
+        f"{long}:a=1",
+        f"logquant:{long}=1",
+        f"logquant:window={long}",
+        "logquant:" + long,
+    ):
         assert all(len(line) < 700 for line in lines_of(source))
 
 
