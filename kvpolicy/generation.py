@@ -9,7 +9,7 @@ import torch
 
 from kvpolicy.cache import make_cache
 from kvpolicy.errors import CompareError
-from kvpolicy.models import attached, load_model, one_thread
+from kvpolicy.models import attached, cache_word, load_model, one_thread
 from kvpolicy.recipe import load_recipe
 
 __all__ = ["generate_text"]
@@ -58,7 +58,7 @@ def generate_text(
         output = network.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            past_key_values=cache,
+            **{cache_word(network): cache},
             streamer=_Streamer(tokenizer, out),
             max_new_tokens=tokens,
             do_sample=False,
