@@ -70,12 +70,14 @@ def cache_word(model: Any) -> str:
     """
     from transformers import GenerationMixin
 
+    from kvpolicy.passes import WORDS
+
     inner = [type(module).forward for module in model.modules()]
     for function in (*inner, GenerationMixin.prepare_inputs_for_generation):
         for word in inspect.signature(function).parameters:
-            if word in ("cache", "past_key_values"):
+            if word in WORDS:
                 return word
-    return "past_key_values"
+    return WORDS[-1]
 
 
 @contextmanager
