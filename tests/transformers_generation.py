@@ -101,7 +101,12 @@ def inside(checkout: Path, family: str, arm: str, out: Path, extra: list[str]) -
     sys.path.insert(0, str(checkout))
     tests = checkout / "tests" / "models" / family / f"test_modeling_{family}.py"
     # Its conftest belongs to its own release; nothing in these tests needs it.
-    options = ["--rootdir", str(checkout), "-c", os.devnull, "--noconftest", "-p", "no:cacheprovider", "-q", "-W", "ignore"]
+    options = [
+        f"--rootdir={checkout}",
+        f"--config-file={os.devnull}",
+        "--noconftest",
+        *"-p no:cacheprovider -q -W ignore".split(),
+    ]
     return int(pytest.main([*options, *extra, str(tests)], plugins=[Plugin(arm, out)]))
 
 
