@@ -7,7 +7,8 @@ Its tests are not in its wheel, so this needs a checkout; one of the installed r
     python tests/transformers_generation.py /tmp/transformers
     python tests/transformers_generation.py /tmp/transformers --families llama --arms full balanced-attached
 
-The tests are those of `GenerationTesterMixin` in the test file of each family. They run once as they are, which is the
+The tests are those of `GenerationTesterMixin` in the test file of each family, but for those that choose a static or a
+quantized cache. They run once as they are, which is the
 control, and once per arm: there each `generate` that makes a DynamicCache of its own gets a cache of the recipe
 instead, and the model is attached meanwhile where the arm says so. What fails in an arm and passes in the control is
 listed by name, with the error. The caches are exchanged in the processes of this script only. Ends with 1 if anything
@@ -33,6 +34,8 @@ import pytest
 FAMILIES = ["llama", "mistral", "qwen3", "gemma3", "gpt2", "phi3"]
 ARMS = ["full", "full-attached", "balanced", "balanced-attached"]
 CONTROL = "DynamicCache"
+OTHERS = ("static_cache", "quant_cache", "compil")
+"""In the names of tests that choose another cache themselves, so that there is none to exchange."""
 
 
 class Plugin:
@@ -80,7 +83,9 @@ class Plugin:
         names = set(dir(GenerationTesterMixin))
 
         def taken(item: Any) -> bool:
-            return issubclass(item.cls or object, GenerationTesterMixin) and item.function.__name__ in names
+            name = item.function.__name__
+            mixin = issubclass(item.cls or object, GenerationTesterMixin) and name in names
+            return mixin and not any(other in name for other in OTHERS)
 
         dropped = [item for item in items if not taken(item)]
         config.hook.pytest_deselected(items=dropped)
@@ -102,10 +107,8 @@ def inside(checkout: Path, family: str, arm: str, out: Path, extra: list[str]) -
     tests = checkout / "tests" / "models" / family / f"test_modeling_{family}.py"
     # Its conftest belongs to its own release; nothing in these tests needs it.
     options = [
-        f"--rootdir={checkout}",
-        f"--config-file={os.devnull}",
-        "--noconftest",
-        *"-p no:cacheprovider -q -W ignore".split(),
+        *("--rootdir", str(checkout), "--config-file", os.devnull, "--noconftest"),
+        *("-p", "no:cacheprovider", "-q", "-W", "ignore"),
     ]
     return int(pytest.main([*options, *extra, str(tests)], plugins=[Plugin(arm, out)]))
 
