@@ -176,7 +176,7 @@ def rows_within(rows: Tensor, batch: int) -> Tensor:
 class CompressedCache(PassAware, Cache):
     """A cache that keeps the full-attention layers of a model as its recipe says.
 
-    Made by `make_cache`. Transaction it to `generate(past_key_values=...)` or to a model's forward; it serves
+    Made by `make_cache`. Pass it to `generate(cache=...)` or to a model's forward; it serves
     everything that transformers' `DynamicCache` does. With only `full` stores it gives the same logits.
 
     The cache carries no gradients.

@@ -17,6 +17,7 @@ from torch import Tensor
 from kvpolicy.arguments import check_prompt
 from kvpolicy.attention_error import FIELDS, AttentionErrors, Watcher
 from kvpolicy.errors import CompareError
+from kvpolicy.models import cache_word
 from kvpolicy.tasks import Sample, score
 from kvpolicy.words import quoted
 
@@ -106,7 +107,7 @@ class Runner:
     def __init__(self, model: Any, tokenizer: Any, errors: bool = False) -> None:
         self.model, self.tokenizer, self.errors = model, tokenizer, errors
         self.device = torch.device(model.device)
-        self.ends = _ends(model, tokenizer)
+        self.ends, self.word = _ends(model, tokenizer), cache_word(model)
         last_only = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.options = {"logits_to_keep": 1} if last_only else {}
 
@@ -168,7 +169,8 @@ class Runner:
             noted = 0.0 if watcher is None else watcher.seconds
             start = time.perf_counter()
             with watch():
-                logits = self.model(ids, past_key_values=cache, use_cache=True, **self.options).logits[0, -1]
+                given = {self.word: cache, "use_cache": True, **self.options}
+                logits = self.model(ids, **given).logits[0, -1]
             cache.settle()
             self._synchronize()
             seconds = time.perf_counter() - start

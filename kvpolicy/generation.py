@@ -10,7 +10,7 @@ import torch
 from kvpolicy.arguments import check_generation
 from kvpolicy.cache import make_cache
 from kvpolicy.errors import CompareError, KvpolicyError
-from kvpolicy.models import attached, check_model, load_model, one_thread, positions_of
+from kvpolicy.models import attached, cache_word, check_model, load_model, one_thread, positions_of
 from kvpolicy.recipe import load_recipe
 from kvpolicy.words import clip
 
@@ -57,7 +57,7 @@ def generate_text(
             output = network.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
-                past_key_values=cache,
+                **{cache_word(network): cache},
                 streamer=_Streamer(tokenizer, out),
                 max_new_tokens=tokens,
                 do_sample=False,

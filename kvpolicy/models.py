@@ -1,7 +1,9 @@
-"""Loads a language model and its tokenizer from a local directory. Nothing is ever downloaded."""
+"""Loads a language model and its tokenizer from a local directory, and knows how it is called. Nothing is ever
+downloaded."""
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import warnings
@@ -13,7 +15,7 @@ from typing import Any
 from kvpolicy.errors import CacheError, CompareError
 from kvpolicy.words import clip, quoted
 
-__all__ = ["BUNDLED", "attached", "check_model", "load_model", "one_thread", "positions_of"]
+__all__ = ["BUNDLED", "attached", "cache_word", "check_model", "load_model", "one_thread", "positions_of"]
 
 BUNDLED = Path(__file__).parent / "model"
 """The directory of the bundled model."""
@@ -62,6 +64,24 @@ def load_model(path: str | os.PathLike[str] | None = None, device: str | None = 
         return model.to(target).eval(), tokenizer
     except (RuntimeError, AssertionError) as error:
         raise CompareError(f"device {target!r} can't hold the model: {_first_line(error)}") from error
+
+
+def cache_word(model: Any) -> str:
+    """The word by which a model's forward and `generate` take a cache, and by which the output gives it back.
+
+    It is `cache` in transformers 5.24 and newer, and `past_key_values` before. A model whose code is older than the
+    library keeps its own word; a wrapper that only passes arguments on has that of the model inside it.
+    """
+    from transformers import GenerationMixin
+
+    from kvpolicy.passes import WORDS
+
+    inner = [type(module).forward for module in model.modules()]
+    for function in (*inner, GenerationMixin.prepare_inputs_for_generation):
+        for word in inspect.signature(function).parameters:
+            if word in WORDS:
+                return word
+    return WORDS[-1]
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from typer.testing import CliRunner
+from words import CACHE
 
 from kvpolicy import make_cache, tasks
 from kvpolicy.cli import app, main
@@ -31,7 +32,7 @@ def test_text_goes_to_stdout_and_memory_to_stderr(loaded: tuple[Any, Any]) -> No
     assert done.stdout == sample.answer + "\n"
     cache = make_cache("kivi", model)
     with torch.inference_mode():
-        model.generate(**tokenizer(sample.prompt, return_tensors="pt"), past_key_values=cache, max_new_tokens=new)
+        model.generate(**tokenizer(sample.prompt, return_tensors="pt"), **{CACHE: cache}, max_new_tokens=new)
     assert f"{cache.memory().bytes:,} bytes" in done.stderr
     length = len(tokenizer(sample.prompt).input_ids)
     assert f"kivi: prompt of {length} tokens, {new} new" in done.stderr

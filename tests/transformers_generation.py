@@ -1,0 +1,177 @@
+"""Run transformers' own generation tests with caches of kvpolicy in the place of DynamicCache.
+
+Its tests are not in its wheel, so this needs a checkout; one of the installed release fits best:
+
+    git clone --depth 1 --branch v5.24.0 https://github.com/huggingface/transformers /tmp/transformers
+    pip install parameterized
+    python tests/transformers_generation.py /tmp/transformers
+    python tests/transformers_generation.py /tmp/transformers --families llama --arms full balanced-attached
+
+The tests are those of `GenerationTesterMixin` in the test file of each family, but for those that choose a static or a
+quantized cache. They run once as they are, which is the
+control, and once per arm: there each `generate` that makes a DynamicCache of its own gets a cache of the recipe
+instead, and the model is attached meanwhile where the arm says so. What fails in an arm and passes in the control is
+listed by name, with the error. The caches are exchanged in the processes of this script only. Ends with 1 if anything
+is listed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+FAMILIES = ["llama", "mistral", "qwen3", "gemma3", "gpt2", "phi3"]
+ARMS = ["full", "full-attached", "balanced", "balanced-attached"]
+CONTROL = "DynamicCache"
+OTHERS = ("static_cache", "quant_cache", "compil")
+"""In the names of tests that choose another cache themselves, so that there is none to exchange."""
+
+
+class Plugin:
+    """Inside pytest: takes the tests of the mixin, exchanges the caches, and notes what became of each test."""
+
+    def __init__(self, arm: str, out: Path) -> None:
+        self.recipe, _, attached = arm.partition("-")
+        self.attached, self.out = bool(attached), out
+        self.found: dict[str, list[str]] = {}
+        if arm != CONTROL:
+            self._exchange()
+
+    def _exchange(self) -> None:
+        from transformers import DynamicCache, GenerationMixin
+
+        import kvpolicy
+        from kvpolicy.attention import is_attached
+        from kvpolicy.models import cache_word
+
+        prepare, generate = GenerationMixin._prepare_cache_for_generation, GenerationMixin.generate
+
+        @functools.wraps(prepare)
+        def prepare_ours(model: Any, config: Any, kwargs: dict[str, Any], *args: Any, **options: Any) -> None:
+            word = cache_word(model)
+            given = kwargs.get(word)
+            prepare(model, config, kwargs, *args, **options)
+            made = kwargs.get(word)
+            if made is not given and type(made) is DynamicCache and config.cache_implementation in (None, "dynamic"):
+                kwargs[word] = kvpolicy.make_cache(self.recipe, model)
+                if getattr(config, "is_assistant", False) and hasattr(made, "activate_past_recording"):
+                    kwargs[word].activate_past_recording()
+
+        @functools.wraps(generate)
+        def generate_attached(model: Any, *args: Any, **kwargs: Any) -> Any:
+            attach = self.attached and not is_attached(model)
+            with kvpolicy.attach(model) if attach else nullcontext():
+                return generate(model, *args, **kwargs)
+
+        GenerationMixin._prepare_cache_for_generation = prepare_ours
+        GenerationMixin.generate = generate_attached
+
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        from tests.generation.test_utils import GenerationTesterMixin
+
+        names = set(dir(GenerationTesterMixin))
+
+        def taken(item: Any) -> bool:
+            name = item.function.__name__
+            mixin = issubclass(item.cls or object, GenerationTesterMixin) and name in names
+            return mixin and not any(other in name for other in OTHERS)
+
+        dropped = [item for item in items if not taken(item)]
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = [item for item in items if taken(item)]
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" or report.outcome != "passed":
+            crash = getattr(report.longrepr, "reprcrash", None)
+            name = "::".join(report.nodeid.split("::")[1:])
+            self.found[name] = [report.outcome, crash.message if crash else str(report.longrepr or "")]
+
+    def pytest_sessionfinish(self) -> None:
+        self.out.write_text(json.dumps(self.found, indent=1), encoding="utf-8")
+
+
+def inside(checkout: Path, family: str, arm: str, out: Path, extra: list[str]) -> int:
+    """Run one arm of one family in this process."""
+    sys.path.insert(0, str(checkout))
+    tests = checkout / "tests" / "models" / family / f"test_modeling_{family}.py"
+    # Its conftest belongs to its own release; nothing in these tests needs it.
+    options = [
+        *("--rootdir", str(checkout), "--config-file", os.devnull, "--noconftest"),
+        *("-p", "no:cacheprovider", "-q", "-W", "ignore"),
+    ]
+    return int(pytest.main([*options, *extra, str(tests)], plugins=[Plugin(arm, out)]))
+
+
+def outside(options: argparse.Namespace, family: str, arm: str, directory: Path) -> dict[str, list[str]]:
+    """Run one arm of one family in a process of its own; what became of each test."""
+    out = directory / f"{family}-{arm}.json"
+    out.unlink(missing_ok=True)
+    command = [sys.executable, __file__, str(options.checkout), "--inside", family, arm, str(out), *options.pytest]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    found: dict[str, list[str]] = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
+    if not any(outcome == "passed" for outcome, _ in found.values()):
+        sys.exit(f"{family}, {arm}: no test passed\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+    return found
+
+
+def counts(found: dict[str, list[str]]) -> str:
+    outcomes = [outcome for outcome, _ in found.values()]
+    return ", ".join(f"{outcomes.count(kind)} {kind}" for kind in ("passed", "failed", "skipped"))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("checkout", type=Path, help="a checkout of transformers")
+    parser.add_argument("--families", nargs="+", default=FAMILIES, help="folders below tests/models")
+    parser.add_argument("--arms", nargs="+", default=ARMS, help="RECIPE or RECIPE-attached")
+    parser.add_argument("--out", type=Path, help="keep what became of each test here, as JSON")
+    parser.add_argument("--pytest", nargs="+", default=[], help="options of pytest, such as --pytest='-k=beam'")
+    parser.add_argument("--inside", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    options.checkout = options.checkout.resolve()
+    if not (options.checkout / "tests" / "generation" / "test_utils.py").is_file():
+        parser.error(f"{options.checkout} must be a checkout of transformers, found no tests/generation/test_utils.py")
+    return options
+
+
+def main() -> int:
+    options = parse()
+    if options.inside:
+        family, arm, out, *extra = options.inside
+        return inside(options.checkout, family, arm, Path(out), extra)
+    directory = options.out or Path(tempfile.mkdtemp(prefix="transformers-generation-"))
+    directory.mkdir(parents=True, exist_ok=True)
+    print(f"transformers {importlib.metadata.version('transformers')}, tests of {options.checkout}", flush=True)
+    beyond = 0
+    for family in options.families:
+        control = outside(options, family, CONTROL, directory)
+        print(f"\n{family}, {CONTROL}: {counts(control)}", flush=True)
+        for arm in options.arms:
+            found = outside(options, family, arm, directory)
+            new = {
+                name: message
+                for name, (outcome, message) in found.items()
+                if outcome == "failed" and control.get(name, ["passed"])[0] != "failed"
+            }
+            beyond += len(new)
+            print(f"{family}, {arm}: {counts(found)}; {len(new)} failed beyond {CONTROL}", flush=True)
+            for name, message in new.items():
+                print(f"  {name}\n    {' '.join(message.split())[:300]}", flush=True)
+    print(f"\n{beyond} failures beyond those of {CONTROL}; details in {directory}")
+    return int(beyond > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
