@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
 from kvpolicy.errors import CacheError, RecipeError
+from kvpolicy.fingerprint import Origin
 from kvpolicy.fitting import check_selectors, check_stores, config_of, head_dim_of, uneven_layers
 from kvpolicy.layer import MAX_APART, Positions, Reading, Tiers
 from kvpolicy.padding import Padding
@@ -183,10 +184,10 @@ class CompressedCache(PassAware, Cache):
     """
 
     def __init__(
-        self, recipe: Recipe, layers: list[Any], scratch: Scratch | None, reading: Reading, model_type: str = ""
+        self, recipe: Recipe, layers: list[Any], scratch: Scratch | None, reading: Reading, origin: Origin
     ) -> None:
         super().__init__(layers=layers)
-        self.recipe, self.model_type = recipe, model_type
+        self.recipe, self.origin = recipe, origin
         self.scratch, self.reading = scratch, reading
         self.lease: Lease | None = None
         """Keeps the hooks of the model that the cache was made for, if it was made for a model."""
@@ -449,26 +450,45 @@ class CompressedCache(PassAware, Cache):
         return summarize(self)
 
     def save(self, path: str | Path) -> None:
-        """Write the cache as safetensors, its recipe and versions in the header. Settles pending tokens first.
+        """Write the cache as safetensors. Settles pending tokens first.
+
+        The header holds the recipe, versions, and a fingerprint of the model that the cache was made for: what of its
+        config decides what keys and values mean, and a hash of a few numbers of its weights. Of a cache made from a
+        config, or whose model is gone, the weights are unknown.
+
+        The file is written beside its place and then moved there: what interrupts that leaves the old file, or none.
 
         Raises:
-            CacheError: nothing is cached, a layer can't be saved, or the file can't be written.
+            CacheError: nothing is cached, layers have seen different numbers of tokens, a layer can't be saved, or the
+                file can't be written.
         """
         from kvpolicy.persistence import save_cache
 
         self.settle()
-        save_cache(self, Path(path))
+        save_cache(self, path)
 
     @classmethod
-    def load(cls, path: str | Path, model_or_config: Any) -> CompressedCache:
-        """Read what `save` wrote, for the model that made it, each layer onto the device of the model's layer.
+    def load(cls, path: str | Path, model: Any, *, any_model: bool = False) -> CompressedCache:
+        """Read what `save` wrote, each layer onto the device of the model's layer.
+
+        Args:
+            path: the file.
+            model: the model that made the cache, or its config. A config has no weights to be compared: then another
+                model of the same config goes unnoticed.
+            any_model: take a cache of another model, too, whose layers and heads have the same shapes and whose type
+                is the same. What its keys and values mean to this model is up to you.
+
+        Weights are compared as numbers: a model in another float type that holds them exactly is the same one, but
+        must compute in the type of the cache. A file that says nothing of weights (one of kvpolicy 0.1, or of a cache
+        made from a config) is read with a warning.
 
         Raises:
             CacheError: the file is missing, damaged, foreign, or of another model.
+            MissingDependencyError: its recipe needs a library that is not installed.
         """
         from kvpolicy.persistence import load_cache
 
-        return load_cache(Path(path), model_or_config)
+        return load_cache(path, model, any_model)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Keep the first n positions (n > 0), or remove the last -n (n <= 0), in every layer.
@@ -555,6 +575,7 @@ class CompressedCache(PassAware, Cache):
             else:
                 self.layers[i] = copy.deepcopy(self._blank[i])
         self.reading.padding, self.reading.attached = None, False
+        self.origin.loaded = None
         if self.scratch is not None:
             self.scratch.buffers = {}
         self._pass = self._torn = None
@@ -606,7 +627,7 @@ def make_cache(recipe: Any, model_or_config: Any, **params: Any) -> CompressedCa
         raise CacheError(uneven)
     for i in compressed:
         layers[i].uneven = uneven
-    cache = CompressedCache(loaded, layers, scratch, reading, str(getattr(text, "model_type", "")))
+    cache = CompressedCache(loaded, layers, scratch, reading, Origin(model_or_config))
     cache.lease = hold(model_or_config)
     return cache
 
