@@ -64,7 +64,7 @@ TINY: dict[str, tuple[str, str | None, dict[str, Any]]] = {
             "head_dim": 0,
             "linear_head_dim": 16,
             "linear_num_heads": 4,
-            "layer_types": ["linear_attention", "indexed_attention"],
+            "layer_types": ["linear_attention", "full_attention"],
         },
     ),
     "glm_moe_dsa": ("glm_moe_dsa", None, INDEXED),

@@ -11,12 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
-from models import build, exact, ids, tiny
+from models import ids, tiny
 from transformers import PreTrainedModel
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvpolicy import attach, attention, make_cache, passes
+from kvpolicy.calls import Call, names_of
 from kvpolicy.errors import CacheError
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -42,7 +41,7 @@ def model() -> PreTrainedModel:
 
 
 def word(model: PreTrainedModel) -> str:
-    found = passes.Call(passes.names_of(model), (), {}).word
+    found = Call(names_of(model), (), {}).word
     assert found is not None
     return found
 
@@ -240,7 +239,7 @@ class TestInterruptions:
 class TestArguments:
     def test_both_words_and_positions(self, model: PreTrainedModel) -> None:
         expected = given(model, make_cache(QUANTIZED, model))
-        at = passes.names_of(model).index(word(model))
+        at = names_of(model).index(word(model))
         with attach(model):
             for call in (
                 lambda x, c: model(x, past_key_values=c),
@@ -291,81 +290,6 @@ class TestArguments:
         cache.update(new, new, 0)
 
 
-class TestRegistry:
-    def test_the_name_stays_and_the_entry_is_restored(self, model: PreTrainedModel) -> None:
-        other, before = tiny("qwen3"), ALL_ATTENTION_FUNCTIONS["sdpa"]
-        first, second = attach(model), attach(other)
-        assert model.config._attn_implementation == "sdpa"
-        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is not before
-        first.detach()
-        cache = make_cache(QUANTIZED, other)
-        given(other, cache)
-        assert cache.scratch.bytes == 0
-        second.detach()
-        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is before
-        assert "sdpa" not in ALL_ATTENTION_FUNCTIONS._local_mapping
-
-    def test_a_model_that_is_freed_attached_gives_the_entry_back(self) -> None:
-        before = ALL_ATTENTION_FUNCTIONS["sdpa"]
-        attach(copy.deepcopy(tiny("llama")))
-        gc.collect()
-        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is before
-
-    def test_an_override_of_the_users_own_stays(self, model: PreTrainedModel) -> None:
-        plain, calls = ALL_ATTENTION_FUNCTIONS["sdpa"], []
-
-        def own(*args: Any, **kwargs: Any) -> Any:
-            calls.append(1)
-            return plain(*args, **kwargs)
-
-        ALL_ATTENTION_FUNCTIONS["sdpa"] = own
-        try:
-            with attach(model):
-                model(ids(5))
-            assert len(calls) == 2
-            assert ALL_ATTENTION_FUNCTIONS["sdpa"] is own
-            del ALL_ATTENTION_FUNCTIONS["sdpa"]
-            with attach(model):
-                ALL_ATTENTION_FUNCTIONS["sdpa"] = own
-                model(ids(5))
-                with pytest.raises(CacheError, match="another function under this name; detach it"):
-                    given(model, make_cache(QUANTIZED, model))
-            assert ALL_ATTENTION_FUNCTIONS["sdpa"] is own
-        finally:
-            del ALL_ATTENTION_FUNCTIONS["sdpa"]
-
-    def test_a_change_of_the_implementation_is_noticed_and_not_undone(self, model: PreTrainedModel) -> None:
-        handle = attach(model)
-        model.set_attn_implementation("eager")
-        model(ids(5))
-        with pytest.raises(CacheError, match=r"must keep its attention, 'sdpa', found 'eager'; detach it"):
-            given(model, make_cache(QUANTIZED, model))
-        handle.detach()
-        assert model.config._attn_implementation == "eager"
-        cache = make_cache(QUANTIZED, model)
-        with attach(model):
-            given(model, cache)
-        assert cache.scratch.bytes == 0
-        assert "eager" not in ALL_ATTENTION_FUNCTIONS
-
-    def test_eager_models_of_the_process_are_left_alone(self, model: PreTrainedModel) -> None:
-        model.set_attn_implementation("eager")
-        others = [tiny("gpt_oss"), *(copy.deepcopy(tiny(f)) for f in ("qwen2", "gemma3_text"))]
-        for other in others:
-            other.set_attn_implementation("eager")
-        vision = transformers.Kosmos2_5Config(
-            text_config={"layers": 1, "embed_dim": 32, "ffn_dim": 32, "attention_heads": 2, "vocab_size": 97},
-            vision_config={"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "d_kv": 16},
-        )
-        named = transformers.Kosmos2_5ForConditionalGeneration(vision).eval()
-        named.set_attn_implementation("eager")
-        text = named.text_model
-        before = [m(ids(20)).logits for m in others] + [text(ids(20)).logits]
-        with attach(model):
-            after = [m(ids(20)).logits for m in others] + [text(ids(20)).logits]
-        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-
-
 class TestUnattachedHooks:
     def test_they_go_with_the_last_cache(self, model: PreTrainedModel) -> None:
         one = make_cache("balanced", model)
@@ -410,12 +334,3 @@ def test_one_call_with_a_recipe_begins_one_pass(model: PreTrainedModel, monkeypa
     with attach(model, recipe="logquant"):
         assert model(ids(30)).past_key_values.recipe.name == "logquant"
     assert count == [30]
-
-
-def test_other_implementations_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = build("llama", torch.float32, head_dim=32)
-    model.config._attn_implementation_internal = "flash_attention_2"
-    with pytest.raises(CacheError, match=r"\['sdpa', 'eager'\]; LlamaModel uses 'flash_attention_2'"):
-        attach(model)
-    assert exact(model) is not None
-    assert hooks(model) == 0
