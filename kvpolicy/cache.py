@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
+from kvpolicy.calls import PassAware
 from kvpolicy.errors import CacheError, RecipeError
 from kvpolicy.fingerprint import Origin
 from kvpolicy.fitting import check_selectors, check_stores, config_of, head_dim_of, uneven_layers
 from kvpolicy.layer import MAX_APART, Positions, Reading, Tiers
 from kvpolicy.padding import Padding
-from kvpolicy.passes import Lease, PassAware, check_announced, hold
+from kvpolicy.passes import Lease, check_announced, hold
 from kvpolicy.placement import Placement
 from kvpolicy.policy import RankPolicy
 from kvpolicy.ranking import together
