@@ -29,8 +29,13 @@ TOKENS_PER_POSITION = 4
 """Tokens of the bundled tokenizer that no other puts into one on average."""
 MAX_PROMPT = 1 << 24
 """Characters of a prompt for a model that names no bound."""
-_PICTURES = "avif eps gif jpeg jpg pdf pgf png ps raw rgba svg svgz tif tiff webp".split()
-_DEVICES = "cpu cuda fpga hip hpu ideep ipu lazy maia meta mkldnn mps mtia opencl opengl ve vulkan xla xpu".split()
+_PICTURES = (
+    "avif", "eps", "gif", "jpeg", "jpg", "pdf", "pgf", "png", "ps", "raw", "rgba", "svg", "svgz", "tif", "tiff", "webp",
+)  # fmt: skip
+_DEVICES = (
+    "cpu", "cuda", "fpga", "hip", "hpu", "ideep", "ipu", "lazy", "maia", "meta", "mkldnn", "mps", "mtia", "opencl",
+    "opengl", "ve", "vulkan", "xla", "xpu",
+)  # fmt: skip
 
 
 def check_comparison(n: Any, seed: Any, tokens: Any, task: Any, out: Any) -> None:
@@ -71,7 +76,9 @@ def check_prompt(what: str, text: str, limit: int | None) -> None:
 def check_generation(prompt: str, tokens: int, limit: int | None) -> None:
     """Refuse a prompt or a number of new tokens that can't be right for a model with `limit` positions."""
     if tokens < 1:
-        raise CompareError(f"max_new_tokens (on the shell --max-new-tokens) must be at least 1, found {in_words(tokens)}")
+        raise CompareError(
+            f"max_new_tokens (on the shell --max-new-tokens) must be at least 1, found {in_words(tokens)}"
+        )
     if any("\ud800" <= c <= "\udfff" for c in prompt):
         raise CompareError("the prompt must be text, found bytes that are no UTF-8")
     if not prompt:
@@ -111,9 +118,7 @@ def check_picture(path: Path) -> None:
     if there:
         raise CompareError(f"{name}: a picture is a file, found a directory; name a file in it such as picture.png")
     if path.suffix.lstrip(".").lower() not in _PICTURES:
-        raise CompareError(
-            f"{name}: a picture must end in one of {', '.join(_PICTURES)}, found {quoted(path.suffix)}"
-        )
+        raise CompareError(f"{name}: a picture must end in one of {', '.join(_PICTURES)}, found {quoted(path.suffix)}")
     if not home:
         raise CompareError(f"{name}: the picture can't be written: there is no directory {clip(str(path.parent))}")
 

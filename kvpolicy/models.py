@@ -151,7 +151,9 @@ def positions_of(model: Any) -> int | None:
 
 def _positions(config: dict[str, Any]) -> int | None:
     # Of a model of several parts these may be the decoder's; which of them is, is told when it is loaded.
-    parts = [part for part in (config, *map(config.get, ("text_config", "decoder", "generator"))) if isinstance(part, dict)]
+    parts = [
+        part for part in (config, *map(config.get, ("text_config", "decoder", "generator"))) if isinstance(part, dict)
+    ]
     named = [part.get(key) for part in parts for key in ("max_position_embeddings", "n_positions")]
     return max((n for n in named if type(n) is int and n > 0), default=None)
 

@@ -46,7 +46,9 @@ def load_recipe(source: str | os.PathLike[str] | Mapping[str, Any] | Recipe, **p
     document, given = read_source(source)
     twice = sorted(given.keys() & params.keys())
     if twice:
-        raise RecipeError(f"{clip(source)}: a parameter may be given once, found {', '.join(twice)} also as an argument")
+        raise RecipeError(
+            f"{clip(source)}: a parameter may be given once, found {', '.join(twice)} also as an argument"
+        )
     return build(document, {**given, **params})
 
 
@@ -60,5 +62,7 @@ def _again(recipe: Recipe, params: Mapping[str, Any]) -> Recipe:
         return recipe
     if recipe._template is None:
         name = next(iter(params))
-        raise RecipeError(f"recipe {clip(recipe.name)}: unknown parameter {quoted(name)}; it was built in Python and has none")
+        raise RecipeError(
+            f"recipe {clip(recipe.name)}: unknown parameter {quoted(name)}; it was built in Python and has none"
+        )
     return build(Document(dict(recipe._template), f"recipe {recipe.name}"), params)

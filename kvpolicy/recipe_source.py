@@ -113,9 +113,7 @@ def _shell_params(source: str, text: str) -> dict[str, Any]:
         name, equals, value = part.partition("=")
         name = name.strip()
         if not equals or not name or not value.strip():
-            raise RecipeError(
-                f"{clip(source)}: parameters are written NAME:key=value,key=value, found {quoted(part)}"
-            )
+            raise RecipeError(f"{clip(source)}: parameters are written NAME:key=value,key=value, found {quoted(part)}")
         if name in given:
             raise RecipeError(f"{clip(source)}: a parameter may be given once, found {quoted(name)} twice")
         given[name] = parse_scalar(value)

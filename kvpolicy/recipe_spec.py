@@ -93,7 +93,9 @@ class Recipe(BaseModel):
         lists: list[tuple[Path_, Sequence[Tier]]] = [(("tiers",), self.tiers)]
         lists += [(("layers", key), tiers) for key, tiers in self.layers.items() if tiers != "full"]
         found = [
-            f"{path_text((*path, *place))}: {message}" for path, tiers in lists for place, message in find_problems(tiers)
+            f"{path_text((*path, *place))}: {message}"
+            for path, tiers in lists
+            for place, message in find_problems(tiers)
         ]
         found += find_overlaps(self.layers).values()
         clash = find_clash(self.placement, [tiers for _, tiers in lists])

@@ -58,7 +58,7 @@ def from_jsonl(path: str | Path) -> list[Sample]:
         raise TaskError(f"{shown}: must be a readable file of JSON Lines, found {reason!r}; check the path") from error
     if not samples:
         raise TaskError(
-            f'{shown}: must hold at least one row, found none; '
+            f"{shown}: must hold at least one row, found none; "
             'write one JSON object with "prompt" and "answer" per line'
         )
     return samples

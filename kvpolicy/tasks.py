@@ -353,7 +353,9 @@ def check_size(task: str, n: int, tokens: int | None = None) -> None:
     if task not in TASKS:
         return
     if tokens is not None and tokens > MAX_TOKENS:
-        raise TaskError(f"{shown}: tokens must be at most {MAX_TOKENS:,}, found {in_words(tokens)}; ask for shorter samples")
+        raise TaskError(
+            f"{shown}: tokens must be at most {MAX_TOKENS:,}, found {in_words(tokens)}; ask for shorter samples"
+        )
     if n * (tokens or DEFAULT_TOKENS) > MAX_TOTAL:
         raise TaskError(
             f"{shown}: samples times tokens must be at most {MAX_TOTAL:,}, found {in_words(n)} times "

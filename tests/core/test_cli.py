@@ -43,7 +43,10 @@ CARELESS = [
     (("show", "window=64", "logquant"), "write NAME:window=64"),
     (("show", "logquant", "kivi"), "one recipe is expected, found also 'kivi'"),
     (("show", "logquant:window:64"), "NAME:key=value,key=value, found 'window:64'"),
-    (("show", "--window", "64", "logquant"), "a recipe's parameters are written NAME:key=value; see kvpolicy show --help"),
+    (
+        ("show", "--window", "64", "logquant"),
+        "a recipe's parameters are written NAME:key=value; see kvpolicy show --help",
+    ),
     (("show", "LogQuant"), "did you mean 'logquant'?"),
     (("show", "logquant:Window=3"), "did you mean 'window'?"),
     (("Show", "logquant"), "show"),

@@ -84,11 +84,26 @@ POINTS = {
     "{tiers: [{store: {kind: int, bits: 2}}]}": ("$.tiers[0].store", "'bits' was unexpected"),
     "{tiers: [{store: {nbits: 2}}]}": ("$.tiers[0].store", "'kind' is a required property"),
     "{tiers: [{store: ful}]}": ("$.tiers[0].store", "'ful' is not one of ['full', 'evict']"),
-    "{tiers: [{policy: {kind: recent, flush: 0}, store: full}, {store: evict}]}": ("$.tiers[0].policy.flush", "0 is less"),
-    "{tiers: [{policy: {kind: recent, window: many}, store: full}, {store: evict}]}": ("$.tiers[0].policy.window", "many"),
-    "{tiers: [{policy: {kind: attention, heads: x}, store: full}, {store: evict}]}": ("$.tiers[0].policy.heads", "'x' is not"),
-    "{tiers: [{policy: {kind: recnt}, store: full}, {store: evict}]}": ("$.tiers[0].policy.kind", "'recnt' is not one of"),
-    "{tiers: [{store: full}], layers: {'0': [{store: {kind: int, nbits: 9}}]}}": ("$.layers['0'][0].store.nbits", "9 is not"),
+    "{tiers: [{policy: {kind: recent, flush: 0}, store: full}, {store: evict}]}": (
+        "$.tiers[0].policy.flush",
+        "0 is less",
+    ),
+    "{tiers: [{policy: {kind: recent, window: many}, store: full}, {store: evict}]}": (
+        "$.tiers[0].policy.window",
+        "many",
+    ),
+    "{tiers: [{policy: {kind: attention, heads: x}, store: full}, {store: evict}]}": (
+        "$.tiers[0].policy.heads",
+        "'x' is not",
+    ),
+    "{tiers: [{policy: {kind: recnt}, store: full}, {store: evict}]}": (
+        "$.tiers[0].policy.kind",
+        "'recnt' is not one of",
+    ),
+    "{tiers: [{store: full}], layers: {'0': [{store: {kind: int, nbits: 9}}]}}": (
+        "$.layers['0'][0].store.nbits",
+        "9 is not",
+    ),
     "{tiers: [{store: full}], layers: {'0': ful}}": ("$.layers['0']", "'full' was expected"),
     "{tiers: [{store: full, keys: full}]}": ("$.tiers[0].keys", ""),
     "{placement: later, tiers: [{store: full}]}": ("$.placement", "'later' is not one of ['token', 'update']"),
