@@ -29,45 +29,13 @@ TOKENS_PER_POSITION = 4
 """Tokens of the bundled tokenizer that no other puts into one on average."""
 MAX_PROMPT = 1 << 24
 """Characters of a prompt for a model that names no bound."""
-_PICTURES = [
-    "avif",
-    "eps",
-    "gif",
-    "jpeg",
-    "jpg",
-    "pdf",
-    "pgf",
-    "png",
-    "ps",
-    "raw",
-    "rgba",
-    "svg",
-    "svgz",
-    "tif",
-    "tiff",
-    "webp",
-]
-_DEVICES = [
-    "cpu",
-    "cuda",
-    "fpga",
-    "hip",
-    "hpu",
-    "ideep",
-    "ipu",
-    "lazy",
-    "maia",
-    "meta",
-    "mkldnn",
-    "mps",
-    "mtia",
-    "opencl",
-    "opengl",
-    "ve",
-    "vulkan",
-    "xla",
-    "xpu",
-]
+_PICTURES = (
+    "avif", "eps", "gif", "jpeg", "jpg", "pdf", "pgf", "png", "ps", "raw", "rgba", "svg", "svgz", "tif", "tiff", "webp",
+)  # fmt: skip
+_DEVICES = (
+    "cpu", "cuda", "fpga", "hip", "hpu", "ideep", "ipu", "lazy", "maia", "meta", "mkldnn", "mps", "mtia", "opencl",
+    "opengl", "ve", "vulkan", "xla", "xpu",
+)  # fmt: skip
 
 
 def check_comparison(n: Any, seed: Any, tokens: Any, task: Any, out: Any) -> None:

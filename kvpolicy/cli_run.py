@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -45,7 +46,7 @@ def compare(
     """Compare recipes on the same samples, each against the exact cache."""
     _quiet()
     with warnings.catch_warnings():
-        warnings.showwarning = _warn
+        warnings.showwarning = _warner()
         _check_comparison(arms, model, task, n, seed, tokens, out, overwrite, device)
         from kvpolicy.comparison import compare as run
 
@@ -132,7 +133,7 @@ def generate(
     from kvpolicy.generation import generate_text
 
     with warnings.catch_warnings():
-        warnings.showwarning = _warn
+        warnings.showwarning = _warner()
         try:
             memory = generate_text(text, recipe, model, max_new_tokens, device, sys.stdout, attach=not unattached)
         except KeyboardInterrupt:
@@ -172,8 +173,16 @@ def _quiet() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
-def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
-    typer.echo(f"warning: {message}", err=True)
+def _warner() -> Callable[..., None]:
+    """Shows warnings on a line each, and each once: what is checked early is checked again with the model at hand."""
+    shown: set[str] = set()
+
+    def warn(message: Warning | str, *_: Any, **__: Any) -> None:
+        if str(message) not in shown:
+            shown.add(str(message))
+            typer.echo(f"warning: {message}", err=True)
+
+    return warn
 
 
 def _print(result: Any) -> None:

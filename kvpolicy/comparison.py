@@ -117,7 +117,7 @@ def _cache(name: str, recipe: Recipe, model: Any, attached: bool) -> Any:
                 layer.check_attached()
         return cache
     except KvpolicyError as error:
-        raise type(error)(f"arm {name!r}: {error}") from None
+        raise type(error)(f"arm {quoted(name)}: {error}") from None
 
 
 def _run(
@@ -180,7 +180,7 @@ def _fail(result: Comparison, name: str, number: int, error: Exception) -> None:
     if len(result.failures) == len(result.arms):
         every = "; ".join(f"{arm}, {cause}" for arm, cause in result.failures.items())
         raise CompareError(f"every arm failed: {every}") from error
-    warnings.warn(f"arm {name!r} failed and is left out from here on: {result.failures[name]}", stacklevel=4)
+    warnings.warn(f"arm {quoted(name)} failed and is left out from here on: {result.failures[name]}", stacklevel=4)
 
 
 def _recipes(arms: Any) -> dict[str, Recipe]:

@@ -44,7 +44,7 @@ class _Row(NamedTuple):
 
 
 class _Builder:
-    """Builds the parts of a recipe, knowing for each its path in the document. What is wrong is noted, and raised once."""
+    """Builds the parts of a recipe, knowing for each its path in the document; notes what is wrong, and raises once."""
 
     def __init__(self, document: Document, values: dict[str, Any], given: set[str], plugins: Registry) -> None:
         self.document, self.values, self.given, self.plugins = document, values, given, plugins
@@ -144,10 +144,11 @@ class _Builder:
             return []
         rows = [self._tier(tier, (*path, i)) for i, tier in enumerate(tiers)]
         for place, message in find_problems(rows):
-            where = [*path, *place]
-            if len(place) == 2 and place[1] not in tiers[place[0]]:
-                where[-1] = "store"
-            self.note(tuple(where), message)
+            number, *part = place
+            assert isinstance(number, int)
+            # A tier may have given its keys and values together.
+            part = ["store"] if part and part[0] not in tiers[number] else part
+            self.note((*path, number, *part), message)
         return rows
 
     def _tier(self, tier: Any, path: Path_) -> _Row:

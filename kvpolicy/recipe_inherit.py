@@ -157,7 +157,8 @@ def _check_top(document: Document) -> None:
         document.problems.clear()  # what they say holds for this version
         document.fail(
             ("version",),
-            f"this kvpolicy reads recipes of version {SPEC_VERSION}, found version {in_words(version)}; upgrade kvpolicy",
+            f"this kvpolicy reads recipes of version {SPEC_VERSION}, found version {in_words(version)}; "
+            "upgrade kvpolicy",
         )
     if version is not BAD and (type(version) is not int or version < 1):
         document.note(("version",), f"version must be {SPEC_VERSION}, found {in_words(version)}")
@@ -173,7 +174,7 @@ def _check_top(document: Document) -> None:
             document.note(("params",), f"params must be a mapping of names to values, found {in_words(params)}")
         data["params"] = {}
         return
-    for name, value in params.items():
+    for name in params:
         if not _NAME.fullmatch(name):
             message = f"a parameter's name has letters, digits and _ only, found {quoted(name)}"
             document.note(("params", name), message)

@@ -132,13 +132,13 @@ class Recipe(BaseModel):
             first, last = (i + layers if i < 0 else i for i in parse_selector(key))
             if not 0 <= first <= last < layers:
                 raise RecipeError(
-                    f"recipe {self.name}: layers.{key} must name layers of the model, which has {layers} "
+                    f"recipe {clip(self.name)}: layers.{key} must name layers of the model, which has {layers} "
                     f"(0 to {layers - 1}, or -{layers} to -1)"
                 )
             for i in range(first, last + 1):
                 if i in used:
                     raise RecipeError(
-                        f"recipe {self.name}: a layer may be named once, found layer {i} of {layers} in both "
+                        f"recipe {clip(self.name)}: a layer may be named once, found layer {i} of {layers} in both "
                         f"layers.{used[i]} and layers.{key}"
                     )
                 used[i] = key

@@ -13,6 +13,7 @@ from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.events import CollectionEndEvent, CollectionStartEvent, NodeEvent
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from kvpolicy.errors import RecipeError
 from kvpolicy.words import clip, in_words, quoted
@@ -339,6 +340,8 @@ def _styled(data: Any) -> Any:
         if data and not any(isinstance(value, dict | list) for value in data.values()):
             mapping.fa.set_flow_style()
         return mapping
+    if isinstance(data, str) and "  " in data:  # plain text that is folded between two spaces loses one
+        return DoubleQuotedScalarString(data)
     return [_styled(item) for item in data] if isinstance(data, list | tuple) else data
 
 

@@ -89,7 +89,7 @@ def _unless(key: str, without: dict[str, Any], given: dict[str, Any] | None = No
 
 
 def _by_type(kind: str, then: dict[str, Any], otherwise: dict[str, Any]) -> dict[str, Any]:
-    """A schema for values of one type and one for all others, so that an error points into the branch that was meant."""
+    """A schema for values of one type and one for all others: an error points into the branch that was meant."""
     return {"if": {"type": kind}, "then": then, "else": otherwise}
 
 

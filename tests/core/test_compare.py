@@ -397,6 +397,15 @@ def test_on_the_shell(tmp_path: Path) -> None:
     assert len((out / "samples.jsonl").read_text().splitlines()) == 4
 
 
+def test_fewer_rows_are_said_once_on_the_shell(tmp_path: Path) -> None:
+    file = tmp_path / "one.jsonl"
+    file.write_text('{"prompt": "import os\\n", "answer": "import"}\n', encoding="utf-8")
+    done = CliRunner().invoke(app, ["compare", "full", "--task", str(file), "-n", "16", "--unattached"])
+    assert done.exit_code == 0, done.output
+    assert done.stderr.count("holds 1 row, fewer than the 16 samples asked for") == 1
+    assert done.stderr.startswith("warning: ")
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [

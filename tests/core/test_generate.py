@@ -75,6 +75,20 @@ def test_errors_are_one_line_and_status_2(
     assert found.err.count("\n") == 1
 
 
+def test_a_model_that_fails_is_one_line(
+    loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("out of memory\nby far")
+
+    monkeypatch.setattr(type(loaded[0]), "generate", fail)
+    monkeypatch.setattr("sys.argv", ["kvpolicy", "generate", "--recipe", "full", "--prompt", "a"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == "error: the model can't be run: OutOfMemoryError: out of memory\\nby far\n"
+
+
 def test_a_prompt_that_is_not_text_is_refused() -> None:
     done = run("--recipe", "full", "--prompt", "-", stdin=b"\xff\xfe")
     assert "must be UTF-8 text" in str(done.exception)

@@ -61,7 +61,8 @@ def shell(command: str, cwd: Path, site: Path) -> None:
     """Run one line; `kvpolicy` is that of this environment, and a redirection goes to a file."""
     command, _, target = command.partition(" > ")
     _, *arguments = shlex.split(command)
-    environment = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-m", "kvpolicy", *arguments],
         cwd=cwd,

@@ -1,4 +1,4 @@
-"""What the report of a bad recipe holds: every problem, the parameter that was given, no contents of files; and how soon."""
+"""What the report of a bad recipe holds: every problem, parameters by name, no contents of files; and how soon."""
 
 from __future__ import annotations
 
@@ -279,9 +279,10 @@ def test_contents_and_long_names_are_not_repeated(tmp_path: Path) -> None:
 
 TEXTS = [path.read_text(encoding="utf-8") for path in sorted(BUNDLED.glob("*.yaml"))]
 PIECES = [
-    "full", "evict", "{", "}", "[", "]", "- ", "\n", "  ", ": ", "$", "$window", "&a ", "*a", "<<: *a", "!!set ", ".nan",
-    ".inf", "-1", "0", "1e400", "9" * 40, "true", "null", "extends: kivi\n", "extends: ../x\n", "version: 2\n", "\t", "\x00",
-    "\ufeff", "\ud800", "'", '"', "|", "?", "tiers:\n", "store", "nbits: 3", "select: layer", 'layers: {"0-3": full}\n',
+    "full", "evict", "{", "}", "[", "]", "- ", "\n", "  ", ": ", "$", "$window", "&a ", "*a", "<<: *a", "!!set ",
+    ".nan", ".inf", "-1", "0", "1e400", "9" * 40, "true", "null", "extends: kivi\n", "extends: ../x\n",
+    "version: 2\n", "\t", "\x00", "\ufeff", "\ud800", "'", '"', "|", "?", "tiers:\n", "store", "nbits: 3",
+    "select: layer", 'layers: {"0-3": full, "2": full}\n',
 ]  # fmt: skip
 places = st.integers(0, 800)
 edits = st.one_of(
@@ -309,12 +310,20 @@ def test_a_bundled_recipe_changed_at_random_is_a_recipe_or_an_error(
 ) -> None:
     load_recipe("full")  # the plugins are loaded once, which takes seconds
     changed = edited(text, changes)
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         recipe = load_yaml(changed)
     except RecipeError as error:
-        assert str(error)
-        assert all(line and len(line) < 1_000 for line in str(error).splitlines())
+        told = str(error).splitlines()
     else:
+        told = ["a recipe"]
+    assert time.process_time() - start < 2
+    assert told
+    assert all(line and len(line) < 1_000 for line in told)
+    if told == ["a recipe"]:
         assert load_yaml(recipe.to_yaml()) == recipe
-    assert time.perf_counter() - start < 2
+
+
+def test_two_spaces_survive_a_fold() -> None:
+    recipe = load_recipe({"summary": "a few words " * 8 + "and then  two spaces,  " * 4, "tiers": [{"store": "full"}]})
+    assert load_yaml(recipe.to_yaml()) == recipe
