@@ -221,6 +221,12 @@ def _check_class(cls: Any, hook: str, base: type[Component]) -> None:
         raise PluginError(f"class {cls.__name__} must define {', '.join(missing)}")
     if base is Quantizer and not issubclass(cls, AffineQuantizer | TensorQuantizer):
         raise PluginError(f"class {cls.__name__} must be a subclass of AffineQuantizer or of TensorQuantizer")
+    acts, requires = getattr(cls, "acts", "step"), getattr(cls, "requires", None)
+    if acts not in ("arrival", "step") or not isinstance(requires, str | None):
+        raise PluginError(
+            f"class {cls.__name__}: acts must be arrival or step and requires the name of a library or None, found "
+            f"{acts!r} and {requires!r}"
+        )
     kind = _kind(cls)
     if not isinstance(kind, str) or not kind or kind in RESERVED:
         raise PluginError(
