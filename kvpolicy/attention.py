@@ -20,6 +20,7 @@ from kvpolicy import passes
 from kvpolicy.attend import attend, observe
 from kvpolicy.cache import CompressedCache, TieredLayer, make_cache
 from kvpolicy.errors import CacheError
+from kvpolicy.layer import Tiers
 from kvpolicy.override import eager_of, interface_of, override
 from kvpolicy.passes import Call, Pass, attached_pass, is_attached
 from kvpolicy.recipe import Recipe, load_recipe
@@ -254,7 +255,7 @@ def _pass_on(
 
 def _read(
     original: Callable[..., Any],
-    module: nn.Module,
+    module: Any,
     current: Pass | None,
     query: Tensor,
     key: View,
@@ -269,7 +270,11 @@ def _read(
     options = {
         name: kwargs.get(given) for name, given in (("scaling", "scaling"), ("softcap", "softcap"), ("sinks", "s_aux"))
     }
-    observer = tiers.observe()
+    if not query.shape[2]:
+        return query.new_empty((query.shape[0], 0, query.shape[1], value.shape[3])), None
+    cache = None if current is None else current.cache
+    # Layers that share another's keys may leave out queries: the scores speak of the attention of the layer itself.
+    observer = tiers.observe() if cache is None or _tiers_of(cache, module.layer_idx) is tiers else None
     if not tiers.settled:
         out = original(module, query, *new, attention_mask, *args, **kwargs)[0]
     with torch.no_grad():
@@ -291,14 +296,23 @@ def _show(current: Pass | None, *seen: Any) -> None:
 
 def _of_dense(module: Any, current: Pass, key: Tensor, mask: Tensor | None) -> Tensor | None:
     """The columns of a mask over all tokens seen that belong to a decoded layer from which tokens were dropped."""
-    cache = current.cache
-    layer = None if cache is None else cache.layers[module.layer_idx]
-    if not isinstance(layer, TieredLayer) or not layer.tiers.densely or not current.runs():
+    cache, layer = current.cache, module.layer_idx
+    if cache is not None and layer >= len(cache.layers):  # it shares the keys of the last layer of its kind
+        kinds = module.config.layer_types
+        layer = max((i for i in range(len(cache.layers)) if kinds[i] == kinds[layer]), default=layer)
+    tiers = None if cache is None else _tiers_of(cache, layer)
+    if tiers is None or not tiers.densely or not current.runs():
         return mask
-    places = layer.tiers.visible().to(key.device)
+    places = tiers.visible().to(key.device)
     if places.ndim == 1:
         return mask if mask is None or mask.shape[-1] == len(places) else mask.index_select(-1, places)
-    return visible_columns(mask, places, layer.tiers.seen - layer.tiers.settled)
+    return visible_columns(mask, places, tiers.seen - tiers.settled)
+
+
+def _tiers_of(cache: CompressedCache, layer: int) -> Tiers | None:
+    """The stores of a layer; None if transformers keeps it, or it has none of its own."""
+    found = cache.layers[layer] if layer < len(cache.layers) else None
+    return found.tiers if isinstance(found, TieredLayer) else None
 
 
 def visible_columns(mask: Tensor | None, places: Tensor, new: int) -> Tensor:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import get_ident
 from typing import Any
 
 import numpy as np
@@ -13,7 +16,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 
 from kvpolicy.errors import CacheError, RecipeError
 from kvpolicy.fitting import check_selectors, check_stores, config_of, head_dim_of, uneven_layers
-from kvpolicy.layer import Positions, Tiers
+from kvpolicy.layer import MAX_APART, Positions, Reading, Tiers
 from kvpolicy.padding import Padding
 from kvpolicy.passes import Lease, PassAware, check_announced, hold
 from kvpolicy.placement import Placement
@@ -21,9 +24,15 @@ from kvpolicy.policy import RankPolicy
 from kvpolicy.ranking import together
 from kvpolicy.recipe import Recipe, load_recipe
 from kvpolicy.report import Memory, Summary, measure, summarize
+from kvpolicy.step import Step
+from kvpolicy.transaction import Transaction, caller
 from kvpolicy.views import Scratch
 
 __all__ = ["CompressedCache", "TieredLayer", "make_cache"]
+
+
+BY_REFERENCE = ("DynamicLayer", "DynamicSlidingWindowLayer")
+"""Layers of transformers that replace their tensors instead of writing to them."""
 
 
 class TieredLayer(CacheLayerMixin):
@@ -34,13 +43,19 @@ class TieredLayer(CacheLayerMixin):
     is_sliding = False
     supports_early_init = False
 
-    def __init__(self, placement: Placement, scratch: Scratch | None) -> None:
+    def __init__(self, start: Step, scratch: Scratch | None, reading: Reading) -> None:
         super().__init__()
-        self.tiers = Tiers(placement, scratch)
-        self.readable = any(spec != "full" for specs in placement.specs.values() for spec in specs)
-        self.attached = False
-        """While an attached model runs: `update` returns views, and masks cover all tokens seen."""
+        self.tiers = Tiers(start, scratch, reading)
         self.uneven: str | None = None
+
+    @property
+    def attached(self) -> bool:
+        """While an attached model runs: `update` returns views, and masks cover all tokens seen."""
+        return self.tiers.reading.attached
+
+    @attached.setter
+    def attached(self, attached: bool) -> None:
+        self.tiers.reading.attached = attached
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.tiers.start(key_states, value_states)
@@ -76,13 +91,13 @@ class TieredLayer(CacheLayerMixin):
         with torch.no_grad():
             if not self.is_initialized:
                 self.lazy_initialization(key_states, value_states)
-            if self.attached and self.readable:
+            if self.attached and self.tiers.told_apart:
                 return self.tiers.look(key_states, value_states)
             dense = self.tiers.update(key_states, value_states)
         if not (torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)):
             return dense
-        new = key_states.shape[2]
-        keys, values = (x[:, :, :-new] for x in dense)
+        held = dense[0].shape[2] - key_states.shape[2]
+        keys, values = (x[:, :, :held] for x in dense)
         return torch.cat([keys, key_states], dim=2), torch.cat([values, value_states], dim=2)
 
     def get_seq_length(self, *args: Any) -> int:
@@ -118,7 +133,7 @@ class TieredLayer(CacheLayerMixin):
     @torch.no_grad()
     def _select(self, rows: Tensor) -> None:
         if self.is_initialized:
-            self.tiers.select(rows % self.batch_size)
+            self.tiers.select(rows_within(rows, self.batch_size))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._select(beam_idx)
@@ -127,8 +142,7 @@ class TieredLayer(CacheLayerMixin):
         self._select(torch.arange(max(self.batch_size, 0)).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        rows = torch.as_tensor(indices)
-        self._select(rows.nonzero()[:, 0] if rows.dtype == torch.bool else rows)
+        self._select(torch.as_tensor(indices))
 
     def reset(self) -> None:
         self.tiers.clear()
@@ -142,6 +156,23 @@ class TieredLayer(CacheLayerMixin):
             self.tiers.to(self.device)
 
 
+def rows_within(rows: Tensor, batch: int) -> Tensor:
+    """Batch rows to keep, counted from 0; a mask and negative numbers are understood as for tensors.
+
+    Raises:
+        CacheError: there is no such row.
+    """
+    if rows.dtype == torch.bool:
+        if rows.shape != (batch,):
+            raise CacheError(f"a mask of rows must have one entry for each of {batch} rows, found {tuple(rows.shape)}")
+        rows = rows.nonzero()[:, 0]
+    if rows.device.type == "cpu":  # elsewhere a look would stall the device, which checks by itself
+        if rows.ndim != 1 or ((rows < -batch) | (rows >= batch)).any():
+            raise CacheError(f"rows must be in [0, {batch}), found {rows.tolist()}; the cache has {batch} rows")
+        rows = torch.where(rows < 0, rows + batch, rows)
+    return rows
+
+
 class CompressedCache(PassAware, Cache):
     """A cache that keeps the full-attention layers of a model as its recipe says.
 
@@ -151,28 +182,35 @@ class CompressedCache(PassAware, Cache):
     The cache carries no gradients.
     """
 
-    def __init__(self, recipe: Recipe, layers: list[Any], scratch: Scratch | None, model_type: str = "") -> None:
+    def __init__(
+        self, recipe: Recipe, layers: list[Any], scratch: Scratch | None, reading: Reading, model_type: str = ""
+    ) -> None:
         super().__init__(layers=layers)
         self.recipe, self.model_type = recipe, model_type
-        self.scratch = scratch
-        self.padding: Padding | None = None
-        """Which tokens are padding, once an attached model was given any."""
+        self.scratch, self.reading = scratch, reading
         self.lease: Lease | None = None
         """Keeps the hooks of the model that the cache was made for, if it was made for a model."""
+        self._pass: Transaction | None = None
+        """The forward pass under way, or one that was interrupted."""
+        self._torn: str | None = None
+        """What was done to the rows of some layers only."""
+        self._user: dict[str, int] = {}
+        """The thread that is updating a layer right now."""
         self._blank = [None if isinstance(layer, TieredLayer) else copy.deepcopy(layer) for layer in layers]
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """As `TieredLayer.update`, of one layer.
+    def __getstate__(self) -> dict[str, Any]:
+        self.ready()
+        return {**self.__dict__, "_pass": None, "_user": {}}
 
-        Raises:
-            CacheError: an attached model updates the cache outside a forward pass that was given it.
-        """
-        if not getattr(self.layers[layer_idx], "attached", True):
-            check_announced(self)
-        found: tuple[Tensor, Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        return found
+    @property
+    def tiered(self) -> list[TieredLayer]:
+        """The layers that the recipe keeps."""
+        return [layer for layer in self.layers if isinstance(layer, TieredLayer)]
+
+    @property
+    def padding(self) -> Padding | None:
+        """Which tokens are padding, once an attached model was given any."""
+        return self.reading.padding
 
     @property
     def evicts(self) -> bool:
@@ -189,31 +227,174 @@ class CompressedCache(PassAware, Cache):
         """Tokens of the latest update that no tier has yet."""
         return max((x.tiers.waiting for x in self.layers if isinstance(x, TieredLayer)), default=0)
 
+    def begin(self, tokens: int, mask: Any = None, attached: bool = False) -> None:
+        """A forward pass with this cache begins, which brings `tokens` tokens to every layer.
+
+        Called by the hooks of a model. If the pass is interrupted, the cache goes back to where it is now.
+
+        Args:
+            tokens: how many.
+            mask: the pass's 2-D attention mask over all tokens, if it has one, which tells padding.
+            attached: whether the model reads the stores itself.
+
+        Raises:
+            CacheError: the cache is not whole or in use, or the pass can't be served.
+        """
+        self.whole()
+        before, padding = self.get_seq_length(), self.reading.padding
+        coming = self._padding_with(mask, tokens, before, attached)
+        own = {i: dict(x.__dict__) for i, x in enumerate(self.layers) if type(x).__name__ in BY_REFERENCE}
+        if attached and self.selects_together:
+            self._settle()
+        self._pass = Transaction(before, padding, own, caller())
+        self.reading.padding, self.reading.attached = coming, attached
+
+    def finish(self, failed: bool = False) -> None:
+        """The forward pass has ended; if it `failed`, what it did is taken back, as far as that can be done."""
+        if self._pass is None:
+            return
+        if failed:
+            with suppress(CacheError):  # said by whatever uses the cache next
+                self._take_back()
+            return
+        for layer in self.tiered:
+            layer.tiers.commit()
+        if self.selects_together and self.pending > MAX_APART:
+            self._settle()
+        self.reading.attached = False
+        self._pass = None  # last: until here an interruption takes the pass back
+
     def note_padding(self, mask: Any, tokens: int) -> None:
         """Take note of which of the `tokens` coming in are padding, from a 2-D attention mask over all tokens."""
-        seen = self.get_seq_length()
+        self.reading.padding = self._padding_with(mask, tokens, self.get_seq_length(), True)
+
+    def _padding_with(self, mask: Any, tokens: int, seen: int, attached: bool) -> Padding | None:
+        """What is known of padding once a pass has brought `tokens` more."""
+        padding = self.reading.padding
         real: Any = None
         if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] > seen:
-            real = mask[:, seen:] != 0
-            if self.padding is None and self.evicts and not bool(mask[:, :seen].all()):
+            real = mask[:, seen : seen + tokens] != 0
+            whole = bool(mask[:, :seen].all()) if padding is None and self.evicts else True
+            if not whole or (not attached and self.evicts and not bool(real.all())):
                 raise CacheError(
-                    f"recipe {self.recipe.name!r} drops tokens, and this cache took padding for tokens while its model "
-                    "was not attached; attach the model before a padded batch's first tokens"
+                    f"recipe {self.recipe.name!r} drops tokens, and takes padding for tokens while its model is not "
+                    "attached; found a padded batch. Attach the model before its first tokens: "
+                    "with kvpolicy.attach(model): ..."
                 )
-        if self.padding is None and (real is None or bool(real.all())):
+        if padding is None and (not attached or real is None or bool(real.all())):
+            return None
+        batch = padding.batch if padding is not None else len(real)
+        if real is None or real.shape != (batch, tokens):
+            real = np.ones((batch, tokens), np.bool_)
+        else:
+            real = real.cpu().numpy()
+        return (padding or Padding.none(batch, seen)).crop(seen).append(real)
+
+    def whole(self) -> None:
+        """Take an interrupted pass back, and see that all layers hold the same tokens.
+
+        Raises:
+            CacheError: they don't, or the cache is in use.
+        """
+        if self._pass is not None:
+            if self._pass.alive():
+                where = "by another thread" if self._pass.elsewhere else "by the forward pass that is running"
+                raise CacheError(
+                    f"a cache serves one forward pass at a time, and this one is in use {where}; use another"
+                )
+            self._take_back()
+        if self._torn is not None:
+            raise CacheError(
+                f"the layers of a cache must have the same rows, and {self._torn} was interrupted; reset() the cache, "
+                "or make a new one"
+            )
+        lengths = [layer.tiers.seen for layer in self.tiered]
+        for layer in self.tiered:
+            layer.tiers.check_whole()
+        if len(set(lengths)) > 1:
+            raise CacheError(
+                f"the layers of a cache must hold the same tokens, and an update was interrupted: they have seen "
+                f"{lengths}; crop({min(lengths)}) takes it back, or reset() the cache"
+            )
+
+    def ready(self) -> None:
+        """`whole`, unless the forward pass that is running asks itself."""
+        if self._pass is None or self._pass.elsewhere or not self._pass.alive():
+            self.whole()
+
+    def _take_back(self) -> None:
+        """Undo what an interrupted pass did.
+
+        Raises:
+            CacheError: tokens have left places that they can't return to.
+        """
+        p = self._pass
+        assert p is not None
+        done = [layer.tiers.revert(p.before) for layer in self.tiered]
+        for i, layer in enumerate(self.layers):
+            if i in p.own:
+                layer.__dict__.clear()
+                layer.__dict__.update(p.own[i])
+            elif not isinstance(layer, TieredLayer) and type(layer).__name__ != "DummyLayer":
+                done.append(i not in p.given)
+        self.reading.attached, self.reading.padding = False, p.padding
+        if not all(done):
+            raise CacheError(
+                "a forward pass with this cache was interrupted after tokens had left their places for good; reset() "
+                "the cache, or make a new one"
+            )
+        if len({layer.tiers.settled for layer in self.tiered}) > 1:
+            self._settle()
+        self._pass = None
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Add keys and values `[batch, kv_heads, tokens, head_dim]` of a layer; see `TieredLayer.update`.
+
+        Raises:
+            CacheError: the cache is in use by another thread, or was interrupted.
+        """
+        me = get_ident()
+        if self._user.setdefault("thread", me) != me:
+            raise CacheError("a cache serves one thread at a time, and another is updating this one; use another cache")
+        try:
+            self._expect(layer_idx, key_states)
+            found: tuple[Tensor, Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+            return found
+        finally:
+            self._user.pop("thread", None)
+
+    def _expect(self, layer: int, keys: Tensor) -> None:
+        """Refuse tokens for a layer that is not where it should be."""
+        p = self._pass
+        if p is not None and (p.elsewhere or layer in p.given) and not p.alive():
+            self._take_back()
+            p = None
+        if p is not None and p.elsewhere:
+            self.whole()
+        if p is not None:
+            p.given.add(layer)
             return
-        real = (
-            np.ones((self.padding.batch if self.padding else 1, tokens), np.bool_)
-            if real is None
-            else real.cpu().numpy()
-        )
-        if self.padding is None:
-            self.padding = Padding(len(real), seen)
-            for layer in self.layers:
-                if isinstance(layer, TieredLayer) and layer.readable:
-                    layer.tiers.padding = self.padding
-        self.padding.crop(seen)  # what an update that failed left behind
-        self.padding.append(real)
+        tiered = self.layers[layer]
+        if not isinstance(tiered, TieredLayer):
+            return
+        if not tiered.attached:
+            check_announced(self)
+        seen = tiered.tiers.seen
+        if seen > min(x.tiers.seen for x in self.tiered):
+            self.whole()
+        padding = self.reading.padding
+        if padding is not None and padding.length < seen + keys.shape[2]:
+            self.reading.padding = padding.append(
+                np.ones((padding.batch, seen + keys.shape[2] - padding.length), np.bool_)
+            )
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens seen, dropped ones included."""
+        if self._pass is not None and not self._pass.alive():
+            self._take_back()
+        return int(super().get_seq_length(layer_idx))
 
     def _tiers(self, layer: int) -> Tiers:
         n = len(self.layers)
@@ -230,10 +411,12 @@ class CompressedCache(PassAware, Cache):
 
     def positions(self, layer: int = 0) -> Positions:
         """Positions and tier of every token that a layer holds; `PENDING` (-1) is the tier of pending ones."""
+        self.ready()
         return self._tiers(layer).positions()
 
     def dense(self, layer: int = 0) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer, decoded, in token order: two tensors `[batch, kv_heads, tokens, head_dim]`."""
+        self.ready()
         tiers = self._tiers(layer)
         if not tiers.stores:
             raise CacheError(f"layer {layer} holds no tokens yet; run the model with this cache first")
@@ -243,6 +426,10 @@ class CompressedCache(PassAware, Cache):
     @torch.no_grad()
     def settle(self) -> None:
         """Let the pending tokens into the tiers; `crop` of them is no exact rollback afterwards."""
+        self.ready()
+        self._settle()
+
+    def _settle(self) -> None:
         groups: dict[int, list[Tiers]] = {}
         for number, layer in enumerate(self.layers):
             if isinstance(layer, TieredLayer):
@@ -288,41 +475,89 @@ class CompressedCache(PassAware, Cache):
 
         Exact for pending tokens (the last update's, 64 at most); a longer crop keeps past descents.
         """
-        seen, tokens_to_remove = self.get_seq_length(), int(tokens_to_remove)
-        removed = tokens_to_remove if tokens_to_remove <= 0 else min(tokens_to_remove - seen, 0)
+        if self._pass is not None:
+            if self._pass.alive():
+                self.whole()
+            self._take_back()
+        n, seen = int(tokens_to_remove), [layer.tiers.seen for layer in self.tiered]
+        if n <= 0 or not seen:
+            self.whole()
+        length = n if n > 0 else max(self.get_seq_length() + n, 0)
+        if len(set(seen)) > 1:
+            self._level(length, seen)
+        removed = length - max([self.get_seq_length(), *seen])
         for layer in self.layers:
-            layer.crop(removed)
-        if self.padding is not None:
-            self.padding.crop(seen + removed)
+            if isinstance(layer, TieredLayer) and length:
+                layer.crop(length)
+            else:
+                known = isinstance(layer, TieredLayer) or type(layer).__name__ in BY_REFERENCE
+                layer.crop(min(length - layer.get_seq_length(), 0) if known else min(removed, 0))
+        if self.reading.padding is not None:
+            self.reading.padding = self.reading.padding.crop(length)
+
+    @torch.no_grad()
+    def _level(self, length: int, seen: list[int]) -> None:
+        """Let all layers have let in the same tokens, where one has seen more, so that a crop leaves them alike."""
+        most = max(layer.tiers.settled for layer in self.tiered)
+        behind = [layer.tiers for layer in self.tiered if layer.tiers.settled < most]
+        if min(seen) < length or self.selects_together or any(t.settled + t.waiting != most for t in behind):
+            raise CacheError(
+                "crop must lead to a length that all layers had, and an update was interrupted: they have seen "
+                f"{seen}, found {length}; reset() the cache, or make a new one"
+            )
+        for tiers in behind:
+            tiers.settle()
+
+    @contextmanager
+    def _rows_of_all(self, what: str) -> Iterator[None]:
+        """All layers get other rows, or the cache is torn."""
+        self.whole()
+        self._torn = what
+        yield
+        self._torn = None
+
+    def _existing(self, rows: Tensor) -> Tensor:
+        """`rows_within` the rows held, if any."""
+        held = next((layer.batch_size for layer in self.tiered if layer.is_initialized), None)
+        return rows if held is None else rows_within(rows, held)
 
     def _select(self, rows: Tensor) -> None:
-        if self.padding is not None:
-            self.padding.select(rows.cpu().numpy())
+        if self.reading.padding is not None:
+            padding = self.reading.padding
+            self.reading.padding = padding.select(rows_within(rows, padding.batch).cpu().numpy())
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)
-        self._select(beam_idx)
+        rows = self._existing(beam_idx)
+        with self._rows_of_all("reorder_cache"):
+            super().reorder_cache(rows)
+            self._select(rows)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)
-        if self.padding is not None:
-            self._select(torch.arange(self.padding.batch).repeat_interleave(repeats))
+        with self._rows_of_all("batch_repeat_interleave"):
+            super().batch_repeat_interleave(repeats)
+            if self.reading.padding is not None:
+                self._select(torch.arange(self.reading.padding.batch).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)
-        rows = torch.as_tensor(indices)
-        self._select(rows.nonzero()[:, 0] if rows.dtype == torch.bool else rows)
+        rows = self._existing(torch.as_tensor(indices))
+        with self._rows_of_all("batch_select_indices"):
+            super().batch_select_indices(rows)
+            self._select(rows)
 
     def reset(self) -> None:
         """Forget everything, in every layer."""
+        if self._pass is not None and self._pass.elsewhere and self._pass.alive():
+            self.whole()
+        self._torn = "reset"
         for i, layer in enumerate(self.layers):
             if isinstance(layer, TieredLayer):
                 layer.reset()
             else:
                 self.layers[i] = copy.deepcopy(self._blank[i])
-        self.padding = None
+        self.reading.padding, self.reading.attached = None, False
         if self.scratch is not None:
             self.scratch.buffers = {}
+        self._pass = self._torn = None
 
 
 def make_cache(recipe: Any, model_or_config: Any, **params: Any) -> CompressedCache:
@@ -351,27 +586,27 @@ def make_cache(recipe: Any, model_or_config: Any, **params: Any) -> CompressedCa
         raise CacheError(f"the config must say how many layers the model has; {type(config).__name__} gives none")
     compressed = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
     check_selectors(loaded, layers, compressed)
-    scratch = None if getattr(text, "num_kv_shared_layers", 0) else Scratch()
+    scratch, reading = None if getattr(text, "num_kv_shared_layers", 0) else Scratch(), Reading()
     chosen = {i: loaded.tiers_of(i, len(layers)) for i in compressed}
-    placements: list[tuple[Any, int | None, Placement]] = []  # no dict: options of a plugin may not be hashable
+    starts: list[tuple[Any, int | None, Step]] = []  # no dict: options of a plugin may not be hashable
     for i, tiers in chosen.items():
         dim = head_dim_of(text, i)
-        placement = next((p for known, _, p in placements if known == tiers), None)
-        if not any(known == tiers and dim == checked for known, checked, _ in placements):
+        start = next((step for known, _, step in starts if known == tiers), None)
+        if not any(known == tiers and dim == checked for known, checked, _ in starts):
             try:
                 check_stores(tiers, loaded.placement, dim, i)
             except RecipeError as error:
                 raise RecipeError(f"recipe {loaded.name}: {error}") from None
-            placement = placement or Placement(tiers, loaded.placement)
-            placements.append((tiers, dim, placement))
-        assert placement is not None
-        layers[i] = TieredLayer(placement, scratch)
+            start = start or Step.first(Placement(tiers, loaded.placement))
+            starts.append((tiers, dim, start))
+        assert start is not None
+        layers[i] = TieredLayer(start, scratch, reading)
     uneven = uneven_layers(chosen)
     if uneven is not None and not _is_attached(model_or_config):
         raise CacheError(uneven)
     for i in compressed:
         layers[i].uneven = uneven
-    cache = CompressedCache(loaded, layers, scratch, str(getattr(text, "model_type", "")))
+    cache = CompressedCache(loaded, layers, scratch, reading, str(getattr(text, "model_type", "")))
     cache.lease = hold(model_or_config)
     return cache
 

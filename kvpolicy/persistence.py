@@ -279,7 +279,7 @@ def _check_parts(store: Store, like: Tensor) -> None:
         if isinstance(store, PackedStore) and name == "codes":
             dtype, width = torch.uint8, packed_width(width, store.quantizer.nbits)
         elif isinstance(store, PackedStore) and name == "params":
-            dtype = torch.float32 if store.quantizer.scale_dtype == "float32" else dtype
+            dtype = store.params_dtype(dtype)
             width = 2 * (width if store.by_channel else width // store.group_size)
         elif isinstance(store, PackedStore) and name == "groups":
             dtype, width = torch.int32, 1

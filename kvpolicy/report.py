@@ -167,7 +167,7 @@ def measure(cache: CompressedCache) -> Memory:
             for s, store in enumerate(tiers.stores[side]):
                 if store is not None:
                     stores.append(_store_memory(tiers, number, side, s))
-        for state in [tiers.state] if tiers.ragged is None else tiers.ragged.rows:
+        for state in tiers.step.rows:
             if id(state) not in counted:
                 counted.add(id(state))
                 orders = {id(s): s for held in state.stores.values() for s in held}
@@ -175,9 +175,7 @@ def measure(cache: CompressedCache) -> Memory:
     if cache.padding is not None:
         shared += cache.padding.real.size
     scratch = cache.scratch.bytes if cache.scratch is not None else 0
-    scratch += sum(
-        {id(x.tiers.placement): x.tiers.placement.bytes for x in cache.layers if isinstance(x, TieredLayer)}.values()
-    )
+    scratch += sum({id(x.tiers.step): x.tiers.step.bytes for x in cache.layers if isinstance(x, TieredLayer)}.values())
     return Memory(tuple(stores), exact, values, scratch, shared)
 
 

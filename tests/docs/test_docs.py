@@ -153,6 +153,29 @@ def test_every_generated_part_is_used(reference: ModuleType) -> None:
     assert marks == set(reference.GENERATED)
 
 
+def test_pages_that_the_site_fills_in_say_so_to_readers_of_the_repository(reference: ModuleType) -> None:
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        if "<!-- generated: " not in text and "\n::: " not in text:
+            continue
+        note = text.partition("<!-- in the repository -->")[2].partition("<!-- /in the repository -->")[0]
+        built = page.relative_to(DOCS).with_suffix("") / "index.html"
+        assert "`make docs`" in note, f"{name(page)} must say how its missing parts are made"
+        assert f"`site/{built}`" in note
+        assert text.index(note) < min(text.find(mark) for mark in ("<!-- generated: ", "\n::: ") if mark in text)
+        site = reference.render(text)
+        assert "make docs" not in site
+        assert "in the repository -->" not in site
+
+
+def test_the_sample_of_the_comparison_is_what_the_model_would_say(tmp_path: Path) -> None:
+    (sample,) = (block for block in blocks(DOCS / "howto" / "compare.md") if block.title == "samples.jsonl")
+    file = tmp_path / sample.title
+    file.write_text(sample.text, encoding="utf-8")
+    result = kvpolicy.compare(["full"], task=file, n=1, progress=False, errors=False, attach=False)
+    assert max(result.rows[0]["nll_first"], *result.rows[0]["nll_steps"]) < 1
+
+
 def test_every_command_is_documented(reference: ModuleType) -> None:
     import typer
 
