@@ -83,7 +83,7 @@ class Plugin:
         names = set(dir(GenerationTesterMixin))
 
         def taken(item: Any) -> bool:
-            name = item.function.__name__
+            name = getattr(item, "originalname", None) or item.name
             mixin = issubclass(item.cls or object, GenerationTesterMixin) and name in names
             return mixin and not any(other in name for other in OTHERS)
 
