@@ -83,7 +83,7 @@ class Plugin:
         names = set(dir(GenerationTesterMixin))
 
         def taken(item: Any) -> bool:
-            name = item.function.__name__
+            name = getattr(item, "originalname", None) or item.name
             mixin = issubclass(item.cls or object, GenerationTesterMixin) and name in names
             return mixin and not any(other in name for other in OTHERS)
 
@@ -94,36 +94,41 @@ class Plugin:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call" or report.outcome != "passed":
             crash = getattr(report.longrepr, "reprcrash", None)
-            name = "::".join(report.nodeid.split("::")[1:])
-            self.found[name] = [report.outcome, crash.message if crash else str(report.longrepr or "")]
+            self.found[report.nodeid.removeprefix("tests/models/")] = [
+                report.outcome,
+                crash.message if crash else str(report.longrepr or ""),
+            ]
 
     def pytest_sessionfinish(self) -> None:
         self.out.write_text(json.dumps(self.found, indent=1), encoding="utf-8")
 
 
-def inside(checkout: Path, family: str, arm: str, out: Path, extra: list[str]) -> int:
-    """Run one arm of one family in this process."""
+def inside(checkout: Path, arm: str, out: Path, families: list[str], extra: list[str]) -> int:
+    """Run one arm in this process."""
     sys.path.insert(0, str(checkout))
-    tests = checkout / "tests" / "models" / family / f"test_modeling_{family}.py"
+    tests = [str(checkout / "tests" / "models" / family / f"test_modeling_{family}.py") for family in families]
     # Its conftest belongs to its own release; nothing in these tests needs it.
     options = [
         *("--rootdir", str(checkout), "--config-file", os.devnull, "--noconftest"),
         *("-p", "no:cacheprovider", "-q", "-W", "ignore"),
     ]
-    return int(pytest.main([*options, *extra, str(tests)], plugins=[Plugin(arm, out)]))
+    return int(pytest.main([*options, *extra, *tests], plugins=[Plugin(arm, out)]))
 
 
-def outside(options: argparse.Namespace, family: str, arm: str, directory: Path) -> dict[str, list[str]]:
-    """Run one arm of one family in a process of its own; what became of each test."""
-    out = directory / f"{family}-{arm}.json"
+def outside(options: argparse.Namespace, arm: str, directory: Path) -> dict[str, dict[str, list[str]]]:
+    """Run one arm in a process of its own; what became of each test of each family."""
+    out = directory / f"{arm}.json"
     out.unlink(missing_ok=True)
-    command = [sys.executable, __file__, str(options.checkout), "--inside", family, arm, str(out), *options.pytest]
+    command = [sys.executable, __file__, str(options.checkout), "--inside", arm, "--out", str(out)]
+    command += ["--families", *options.families, *(f"--pytest={given}" for given in options.pytest)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     found: dict[str, list[str]] = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
-    if not any(outcome == "passed" for outcome, _ in found.values()):
-        sys.exit(f"{family}, {arm}: no test passed\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
-    return found
+    families = {f: {name: x for name, x in found.items() if name.startswith(f"{f}/")} for f in options.families}
+    for family, tests in families.items():
+        if not any(outcome == "passed" for outcome, _ in tests.values()):
+            sys.exit(f"{family}, {arm}: no test passed\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+    return families
 
 
 def counts(found: dict[str, list[str]]) -> str:
@@ -136,9 +141,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("checkout", type=Path, help="a checkout of transformers")
     parser.add_argument("--families", nargs="+", default=FAMILIES, help="folders below tests/models")
     parser.add_argument("--arms", nargs="+", default=ARMS, help="RECIPE or RECIPE-attached")
-    parser.add_argument("--out", type=Path, help="keep what became of each test here, as JSON")
-    parser.add_argument("--pytest", nargs="+", default=[], help="options of pytest, such as --pytest='-k=beam'")
-    parser.add_argument("--inside", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help="keep what became of each test in this directory, as JSON")
+    parser.add_argument("--pytest", action="append", default=[], help="an option of pytest, such as --pytest=-kbeam")
+    parser.add_argument("--inside", metavar="ARM", help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.checkout = options.checkout.resolve()
     if not (options.checkout / "tests" / "generation" / "test_utils.py").is_file():
@@ -149,26 +154,26 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     options = parse()
     if options.inside:
-        family, arm, out, *extra = options.inside
-        return inside(options.checkout, family, arm, Path(out), extra)
+        return inside(options.checkout, options.inside, options.out, options.families, options.pytest)
     directory = options.out or Path(tempfile.mkdtemp(prefix="transformers-generation-"))
     directory.mkdir(parents=True, exist_ok=True)
     print(f"transformers {importlib.metadata.version('transformers')}, tests of {options.checkout}", flush=True)
+    control = outside(options, CONTROL, directory)
+    for family, tests in control.items():
+        print(f"{family}, {CONTROL}: {counts(tests)}", flush=True)
     beyond = 0
-    for family in options.families:
-        control = outside(options, family, CONTROL, directory)
-        print(f"\n{family}, {CONTROL}: {counts(control)}", flush=True)
-        for arm in options.arms:
-            found = outside(options, family, arm, directory)
+    for arm in options.arms:
+        print(flush=True)
+        for family, tests in outside(options, arm, directory).items():
             new = {
                 name: message
-                for name, (outcome, message) in found.items()
-                if outcome == "failed" and control.get(name, ["passed"])[0] != "failed"
+                for name, (outcome, message) in tests.items()
+                if outcome == "failed" and control[family].get(name, ["passed"])[0] != "failed"
             }
             beyond += len(new)
-            print(f"{family}, {arm}: {counts(found)}; {len(new)} failed beyond {CONTROL}", flush=True)
+            print(f"{family}, {arm}: {counts(tests)}; {len(new)} failed beyond {CONTROL}", flush=True)
             for name, message in new.items():
-                print(f"  {name}\n    {' '.join(message.split())[:300]}", flush=True)
+                print(f"  {name.partition('::')[2]}\n    {' '.join(message.split())[:300]}", flush=True)
     print(f"\n{beyond} failures beyond those of {CONTROL}; details in {directory}")
     return int(beyond > 0)
 

@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import pytest
+from packaging.version import Version
 from words import CACHE
 
 import kvpolicy
@@ -262,6 +263,19 @@ def test_links_lead_somewhere() -> None:
         for target in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
             if "://" not in target:
                 assert (page.parent / target).exists(), f"{name(page)}: no {target}"
+
+
+def test_readme_names_the_tested_releases_of_transformers() -> None:
+    oldest, newest = (
+        re.search(r"^transformers==(\S+)", (ROOT / pins).read_text(encoding="utf-8"), re.MULTILINE)
+        for pins in ("constraints-oldest.txt", "constraints.txt")
+    )
+    assert oldest is not None
+    assert newest is not None
+    assert f"Tested with transformers {oldest[1]} and {newest[1]}" in (ROOT / "README.md").read_text(encoding="utf-8")
+    lowest = re.search(r'"transformers>=([\d.]+)', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert lowest is not None
+    assert Version(lowest[1]) == Version(oldest[1])
 
 
 def test_changelog_names_the_version() -> None:
