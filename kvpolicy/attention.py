@@ -20,6 +20,7 @@ from kvpolicy.attend import attend, observe
 from kvpolicy.cache import CompressedCache, TieredLayer, make_cache
 from kvpolicy.errors import CacheError
 from kvpolicy.layer import MAX_APART
+from kvpolicy.modes import ATTACHED, barred, precise, wants_gradients
 from kvpolicy.recipe import load_recipe
 from kvpolicy.views import View
 
@@ -129,6 +130,7 @@ class Attached:
         self.owner.__dict__["generate"] = generate
         return generate
 
+    @torch.compiler.disable
     def _before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         args, kwargs = _named(module, args, kwargs)
         cache = kwargs.get("past_key_values")
@@ -155,6 +157,7 @@ class Attached:
         _reading.set(cache)
         return args, kwargs
 
+    @torch.compiler.disable
     def _after(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         cache = _named(module, args, kwargs)[1].get("past_key_values")
         if isinstance(cache, CompressedCache):
@@ -228,30 +231,51 @@ def attention_forward(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """The attention function of attached models: views are read from their stores, all else is for `original`."""
-    if not isinstance(key, View):
+    if not (isinstance(key, View) and isinstance(value, View)):  # DiffLlama computes on values alone
+        key, value = (x.dense() if isinstance(x, View) else x for x in (key, value))
         attention_mask = _of_dense(module, key, attention_mask)
         found: tuple[Tensor, Tensor | None] = _function(original, module)(
             module, query, key, value, attention_mask, *args, **kwargs
         )
         _show(module, query, key, value, attention_mask, kwargs, found[0])
         return found
-    assert isinstance(value, View)
+    return _read(original, module, query, key, value, attention_mask, *args, **kwargs), None
+
+
+@torch.compiler.disable
+def _read(
+    original: str,
+    module: nn.Module,
+    query: Tensor,
+    key: View,
+    value: View,
+    attention_mask: Tensor | None,
+    *args: Any,
+    **kwargs: Any,
+) -> Tensor:
+    """Attention over views."""
     tiers, new = key.tiers, (key.arriving, value.arriving)
     options = {
         name: kwargs.get(given) for name, given in (("scaling", "scaling"), ("softcap", "softcap"), ("sinks", "s_aux"))
     }
-    observer = tiers.observe()
-    if not tiers.settled:
+    if tiers.densely and attention_mask is not None and attention_mask.shape[-1] != tiers.seen:
+        raise CacheError(
+            f"{type(module).__name__} makes its mask from the values of the tokens held, so that an attached model must "
+            f"hold all {tiers.seen} tokens seen, found a mask of {attention_mask.shape[-1]}; use a recipe that drops "
+            "none, or detach the model, which decodes them all in any case"
+        )
+    observer, settled = tiers.observe(), tiers.settled
+    if not settled:
         out = _function(original, module)(module, query, *new, attention_mask, *args, **kwargs)[0]
-    with torch.no_grad():
-        if tiers.settled:
+    with torch.no_grad(), precise(query.device):
+        if settled:
             out = attend(tiers, query, new, attention_mask, observer=observer, **options)
         elif observer is not None:
             observe(query, new[0], observer, attention_mask, **options)
     _show(module, query, key, value, attention_mask, kwargs, out)
     if tiers.scratch is not None:  # no other layer reads these keys and values
         tiers.commit()
-    return out, None
+    return barred(ATTACHED, out, query, key, value) if settled and wants_gradients(query, key, value) else out
 
 
 def _show(*seen: Any) -> None:
