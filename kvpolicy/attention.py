@@ -1,37 +1,38 @@
-"""Attached models: attention reads compressed caches directly. The only file that touches transformers' registries."""
+"""Attached models: attention reads compressed caches directly."""
 
 from __future__ import annotations
 
 import functools
 import inspect
 import sys
+import warnings
+import weakref
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from kvpolicy import passes
 from kvpolicy.attend import attend, observe
 from kvpolicy.cache import CompressedCache, TieredLayer, make_cache
 from kvpolicy.errors import CacheError
-from kvpolicy.layer import MAX_APART
-from kvpolicy.modes import ATTACHED, barred, precise, wants_gradients
-from kvpolicy.recipe import load_recipe
+from kvpolicy.layer import Tiers
+from kvpolicy.modes import ATTACHED, barred, precise, uncompiled, wants_gradients
+from kvpolicy.override import eager_of, interface_of, override
+from kvpolicy.passes import Call, Pass, attached_pass, is_attached
+from kvpolicy.recipe import Recipe, load_recipe
 from kvpolicy.views import View
 
-__all__ = ["Attached", "attach"]
+__all__ = ["Attached", "attach", "is_attached"]
 
 SERVED = ("sdpa", "eager")
-_reading: ContextVar[CompressedCache | None] = ContextVar("kvpolicy_reading", default=None)
-"""The cache of the attached model that is running."""
+_reading = passes.reading
 watching: ContextVar[Callable[..., None] | None] = ContextVar("kvpolicy_watching", default=None)
 """Called with module, query, key, value, mask, options and output of every attention that reads a `CompressedCache`."""
-_attached: WeakSet[nn.Module] = WeakSet()
 
 
 def attach(model: Any, recipe: Any = None, **params: Any) -> Attached:
@@ -60,51 +61,99 @@ def attach(model: Any, recipe: Any = None, **params: Any) -> Attached:
     return Attached(model, load_recipe(recipe, **params) if recipe is not None else None)
 
 
-def is_attached(model: Any) -> bool:
-    """Whether a model (not a config) is attached now."""
-    return isinstance(model, nn.Module) and any(module in _attached for module in model.modules())
+class Attachment:
+    """What an attached model is attached with. It must not keep the model alive."""
+
+    def __init__(self, owner: PreTrainedModel, decoder: PreTrainedModel, recipe: Recipe | None) -> None:
+        self.owner, self.decoder, self.recipe = weakref.ref(owner), weakref.ref(decoder), recipe
+        self.config = decoder.config.get_text_config(decoder=True)
+        self.implementation = self.config._attn_implementation
+        if self.implementation not in SERVED:
+            raise CacheError(
+                f"attach serves the attention implementations {list(SERVED)}; {type(decoder).__name__} uses "
+                f'{self.implementation!r}. Load the model with attn_implementation="sdpa"'
+            )
+        if not decoder._can_set_attn_implementation():
+            raise CacheError(
+                f"{type(decoder).__name__} does not use transformers' attention interface, so it can't be attached; "
+                "use the cache without attaching the model"
+            )
+        self.override = override(interface_of(decoder), self.implementation, _attention)
+        self.override.add(self)
+        self.restore = weakref.finalize(decoder, self.override.remove, self)
+        self.restore.atexit = False
+        self.told = False
+
+    def check(self, module: nn.Module, call: Call) -> None:
+        """Refuse a call with a compressed cache that would not be right.
+
+        Raises:
+            CacheError: training, attention weights, or another attention function since the model was attached.
+        """
+        if module.training:
+            raise CacheError(
+                "an attached model must be in evaluation mode when it is given a compressed cache, which carries no "
+                "gradients; call model.eval()"
+            )
+        weights = call.get("output_attentions")
+        if getattr(self.config, "output_attentions", False) if weights is None else weights:
+            raise CacheError(
+                "an attached model gives no attention weights (output_attentions=True) with a compressed cache; "
+                "detach it first"
+            )
+        now = self.config._attn_implementation
+        if now != self.implementation or not self.override.stands:
+            raise CacheError(
+                f"an attached model must keep its attention, {self.implementation!r}, found "
+                f"{repr(now) if now != self.implementation else 'another function under this name'}; detach it, change "
+                "that, attach it again"
+            )
+
+    def supplied(self, module: nn.Module, call: Call) -> CompressedCache | None:
+        """A fresh cache of the recipe for a call that brings none and may have one."""
+        wanted = call.get("use_cache")
+        if self.recipe is None or module.training or not call.word or call.has_cache:
+            return None
+        return make_cache(self.recipe, self.owner()) if (self.config.use_cache if wanted is None else wanted) else None
 
 
 class Attached:
     """What `attach` returns: `detach` it, or use it in a `with` statement."""
 
     def __init__(self, model: Any, recipe: Any) -> None:
-        owner, decoder = _parts(model)
-        if decoder in _attached:
-            raise CacheError(
-                f"a model can be attached once, and this {type(decoder).__name__} is attached already; "
-                "detach its handle first"
-            )
-        self.decoder, self.owner, self.recipe = decoder, owner, recipe
-        self.config = decoder.config.get_text_config(decoder=True)
-        self.original = self.config._attn_implementation
-        name = _register(self.original, type(decoder).__name__)
-        if not decoder._can_set_attn_implementation():
-            raise CacheError(
-                f"{type(decoder).__name__} does not use transformers' attention interface, so it can't be attached; "
-                "use the cache without attaching the model"
-            )
-        if recipe is not None:
-            make_cache(recipe, owner)  # what does not fit fails here
-        self.config._attn_implementation_internal = name
-        self._hooks = [
-            decoder.register_forward_pre_hook(self._before, with_kwargs=True),
-            decoder.register_forward_hook(self._after, with_kwargs=True, always_call=True),
-        ]
-        self._generate = self._supply() if recipe is not None else None
-        _attached.add(decoder)
+        owner, decoder = passes.parts_of(model)
+        self.owner, self.decoder, self.recipe = owner, decoder, recipe
+        with passes.lock:
+            self._hooked = passes.hooked_of(decoder)
+            if self._hooked.attachment is not None:
+                raise CacheError(
+                    f"a model can be attached once, and this {type(decoder).__name__} is attached already; "
+                    "detach its handle first"
+                )
+            self._attachment: Attachment | None = Attachment(owner, decoder, recipe)
+            self._hooked.attach(self._attachment)
+            self._hooked.hook(passes.path_between(owner, decoder))
+        try:
+            if recipe is not None:
+                make_cache(recipe, owner)  # what does not fit fails here
+        except BaseException:
+            self.detach()
+            raise
+        self._generate = _supply(owner) if recipe is not None else None
 
     def detach(self) -> None:
         """Leave the model as it was. A second time does nothing."""
-        if not self._hooks:
-            return
-        _attached.discard(self.decoder)
-        self.config._attn_implementation_internal = self.original
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
-        if self._generate is not None and self.owner.__dict__.get("generate") is self._generate:
+        with passes.lock:
+            attachment, self._attachment = self._attachment, None
+            if attachment is None:
+                return
+            attachment.restore()
+            self._hooked.detach()
+        given = getattr(self, "_generate", None)
+        if given is not None and self.owner.__dict__.get("generate") is given:
             del self.owner.__dict__["generate"]
+            if given.args[1] is not None:
+                self.owner.__dict__["generate"] = given.args[1]
 
     def __enter__(self) -> Attached:
         return self
@@ -112,117 +161,86 @@ class Attached:
     def __exit__(self, *_: Any) -> None:
         self.detach()
 
-    def _supply(self) -> Callable[..., Any] | None:
-        """Make `generate` begin with a fresh cache; it would make one of transformers' own."""
-        if not hasattr(self.owner, "generate"):
-            return None
-        original = self.owner.generate
 
-        @functools.wraps(original)
-        def generate(*args: Any, **kwargs: Any) -> Any:
-            config = kwargs.get("generation_config") or self.owner.generation_config
-            wanted = kwargs.get("use_cache", getattr(config, "use_cache", None))
-            chosen = kwargs.get("cache_implementation", getattr(config, "cache_implementation", None))
-            if kwargs.get("past_key_values") is None and wanted is not False and chosen is None:
-                kwargs["past_key_values"] = make_cache(self.recipe, self.owner)
-            return original(*args, **kwargs)
-
-        self.owner.__dict__["generate"] = generate
-        return generate
-
-    @torch.compiler.disable
-    def _before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-        args, kwargs = _named(module, args, kwargs)
-        cache = kwargs.get("past_key_values")
-        if cache is None and self.recipe is not None:
-            wanted = kwargs.get("use_cache")
-            if (self.config.use_cache if wanted is None else wanted) and not module.training:
-                kwargs["past_key_values"] = cache = make_cache(self.recipe, self.owner)
-        if not isinstance(cache, CompressedCache):
-            return None
-        if module.training:
-            raise CacheError(
-                "an attached model must be in evaluation mode when it is given a compressed cache, which carries no "
-                "gradients; call model.eval()"
-            )
-        if kwargs.get("output_attentions", getattr(self.config, "output_attentions", False)):
-            raise CacheError(
-                "an attached model gives no attention weights (output_attentions=True) with a compressed cache; "
-                "detach it first"
-            )
-        cache.note_padding(kwargs.get("attention_mask"), _tokens(args, kwargs))
-        if cache.selects_together:
-            cache.settle()
-        _mark(cache, True)
-        _reading.set(cache)
-        return args, kwargs
-
-    @torch.compiler.disable
-    def _after(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        cache = _named(module, args, kwargs)[1].get("past_key_values")
-        if isinstance(cache, CompressedCache):
-            _reading.set(None)
-            _mark(cache, False)
-            if cache.selects_together and cache.pending > MAX_APART:
-                cache.settle()
+def _supply(owner: PreTrainedModel) -> functools.partial[Any] | None:
+    """Make `generate` begin with a fresh cache; it would make one of transformers' own."""
+    if not hasattr(owner, "generate"):
+        return None
+    before = owner.__dict__.get("generate")
+    if isinstance(before, functools.partial) and before.func is _generate:  # of a model that this one is a copy of
+        before = before.args[1]
+    # Not a closure: copies and pickles of the model carry it, with themselves in the owner's place.
+    given = owner.__dict__["generate"] = functools.partial(_generate, owner, before)
+    return given
 
 
-def _parts(model: Any) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """The model that generates, and the decoder inside it that is given the cache."""
-    found = [m for m in model.modules() if isinstance(m, PreTrainedModel)] if isinstance(model, nn.Module) else []
-    if not found:
-        raise CacheError(f"attach needs a transformers model, found {type(model).__name__}")
-    owner = found[0]
-    if getattr(owner.config, "is_encoder_decoder", False):
-        raise CacheError(f"attach serves decoder models; {type(owner).__name__} is an encoder-decoder")
-    text = owner.config.get_text_config(decoder=True)
-    inner = [m for m in found if m.config is text]
-    return owner, (inner or found)[-1]
+def _generate(owner: PreTrainedModel, before: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> Any:
+    generate = before or functools.partial(type(owner).generate, owner)
+    attachment = passes.attachment_of(owner)
+    if attachment is not None and attachment.recipe is not None:
+        try:
+            given = inspect.signature(type(owner).generate).bind_partial(owner, *args, **kwargs)
+        except TypeError:  # the call itself will say so
+            return generate(*args, **kwargs)
+        named = {**given.arguments, **given.arguments.get("kwargs", {})}
+        kwargs.update(_cache_for(attachment, owner, named))
+    return generate(*args, **kwargs)
 
 
-def _mark(cache: CompressedCache, attached: bool) -> None:
-    for layer in cache.layers:
-        if isinstance(layer, TieredLayer):
-            layer.attached = attached
-            if not attached:
-                layer.tiers.commit()
+def _cache_for(attachment: Attachment, owner: PreTrainedModel, given: dict[str, Any]) -> dict[str, Any]:
+    """What a call of `generate` is given besides, so that it uses a fresh cache of the recipe."""
+    call = Call(passes.names_of(owner), (), given)
+    if not call.word or call.has_cache:
+        return {}
+    own, config = owner.generation_config, given.get("generation_config")
+    asked = [given] if config is None or config is own else [given, vars(config)]
 
+    def wish(option: str) -> Any:
+        return next((x[option] for x in asked if x.get(option) is not None), None)
 
-def _named(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The arguments of a call, all but the first by name, as far as they have names."""
-    if len(args) < 2:
-        return args, kwargs
-    names = [p.name for p in inspect.signature(module.forward).parameters.values() if p.kind == p.POSITIONAL_OR_KEYWORD]
-    if len(args) > len(names):
-        return args, kwargs
-    return args[:1], {**dict(zip(names[1:], args[1:], strict=False)), **kwargs}
-
-
-def _tokens(args: Any, kwargs: dict[str, Any]) -> int:
-    """How many tokens a call brings."""
-    for given in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args):
-        if isinstance(given, Tensor):
-            return given.shape[1]
-    return 0
-
-
-def _register(original: str, model: str) -> str:
-    """The name under which the implementation `original` also reads compressed caches."""
-    if original not in SERVED:
-        raise CacheError(
-            f"attach serves the attention implementations {list(SERVED)}; {model} uses {original!r}. Load the model "
-            'with attn_implementation="sdpa"'
+    use, kind = wish("use_cache"), wish("cache_implementation")
+    if use is False or (use is None and own.use_cache is False):
+        reason = "use_cache=False"
+    elif kind not in (None, "hybrid"):  # generate takes "hybrid" for None
+        reason = f"cache_implementation={kind!r}"
+    else:
+        default = {} if own.cache_implementation is None else {"cache_implementation": None}
+        return {call.word: make_cache(attachment.recipe, owner), **default}
+    if not attachment.told:
+        attachment.told = True
+        assert attachment.recipe is not None
+        warnings.warn(
+            f"{reason} is followed, so this call does not use recipe {attachment.recipe.name!r}, with which the model "
+            "is attached.",
+            stacklevel=4,
         )
-    name = f"kvpolicy_{original}"
-    if name not in ALL_ATTENTION_FUNCTIONS.valid_keys():
-        AttentionInterface.register(name, functools.partial(attention_forward, original))
-        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[original])
-    return name
+    return {}
 
 
-def attention_forward(
-    original: str,
+def attention_forward(name: str, module: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    """What attached models that use the implementation `name` call as their attention function."""
+    return _attention(ALL_ATTENTION_FUNCTIONS.get(name), module, *args, **kwargs)
+
+
+def _attention(
+    before: Callable[..., Any] | None, module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Views are read from their stores, all else is for `before`, or for the module's own eager function."""
+    original = before or eager_of(module, sys._getframe(1))
+    current = attached_pass(module)
+    if isinstance(key, View) and isinstance(value, View):
+        return _read(original, module, current, query, key, value, *args, **kwargs)
+    key, value = (x.dense() if isinstance(x, View) else x for x in (key, value))  # DiffLlama computes on values alone
+    if current is None or current.cache is None:
+        found: tuple[Tensor, Tensor | None] = original(module, query, key, value, *args, **kwargs)
+        return found
+    return _pass_on(original, module, current, query, key, value, *args, **kwargs)
+
+
+def _pass_on(
+    original: Callable[..., Any],
     module: nn.Module,
+    current: Pass,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -230,72 +248,80 @@ def attention_forward(
     *args: Any,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """The attention function of attached models: views are read from their stores, all else is for `original`."""
-    if not (isinstance(key, View) and isinstance(value, View)):  # DiffLlama computes on values alone
-        key, value = (x.dense() if isinstance(x, View) else x for x in (key, value))
-        attention_mask = _of_dense(module, key, attention_mask)
-        found: tuple[Tensor, Tensor | None] = _function(original, module)(
-            module, query, key, value, attention_mask, *args, **kwargs
-        )
-        _show(module, query, key, value, attention_mask, kwargs, found[0])
-        return found
-    return _read(original, module, query, key, value, attention_mask, *args, **kwargs), None
+    """Attention of a model that runs with a compressed cache, over keys and values that are tensors."""
+    attention_mask = _of_dense(module, current, key, attention_mask)
+    found: tuple[Tensor, Tensor | None] = original(module, query, key, value, attention_mask, *args, **kwargs)
+    _show(current, module, query, key, value, attention_mask, kwargs, found[0])
+    return found
 
 
-@torch.compiler.disable
+@uncompiled
 def _read(
-    original: str,
-    module: nn.Module,
+    original: Callable[..., Any],
+    module: Any,
+    current: Pass | None,
     query: Tensor,
     key: View,
     value: View,
     attention_mask: Tensor | None,
     *args: Any,
     **kwargs: Any,
-) -> Tensor:
-    """Attention over views."""
+) -> tuple[Tensor, Tensor | None]:
+    """Attention over the stores behind views."""
     tiers, new = key.tiers, (key.arriving, value.arriving)
     options = {
         name: kwargs.get(given) for name, given in (("scaling", "scaling"), ("softcap", "softcap"), ("sinks", "s_aux"))
     }
     if tiers.densely and attention_mask is not None and attention_mask.shape[-1] != tiers.seen:
         raise CacheError(
-            f"{type(module).__name__} makes its mask from the values of the tokens held, so that an attached model must "
-            f"hold all {tiers.seen} tokens seen, found a mask of {attention_mask.shape[-1]}; use a recipe that drops "
-            "none, or detach the model, which decodes them all in any case"
+            f"{type(module).__name__} makes its mask from the values that it is given, which must be those of all "
+            f"{tiers.seen} tokens seen where its model is attached, found {attention_mask.shape[-1]}; use a recipe that "
+            "drops none, or detach the model"
         )
-    observer, settled = tiers.observe(), tiers.settled
+    cache = None if current is None else current.cache
+    # Layers that share another's keys may leave out queries: the scores speak of the attention of the layer itself.
+    observer = tiers.observe() if cache is None or _tiers_of(cache, module.layer_idx) is tiers else None
+    settled = tiers.settled
     if not settled:
-        out = _function(original, module)(module, query, *new, attention_mask, *args, **kwargs)[0]
+        out = original(module, query, *new, attention_mask, *args, **kwargs)[0]
     with torch.no_grad(), precise(query.device):
         if settled:
             out = attend(tiers, query, new, attention_mask, observer=observer, **options)
         elif observer is not None:
             observe(query, new[0], observer, attention_mask, **options)
-    _show(module, query, key, value, attention_mask, kwargs, out)
+    _show(current, module, query, key, value, attention_mask, kwargs, out)
     if tiers.scratch is not None:  # no other layer reads these keys and values
         tiers.commit()
-    return barred(ATTACHED, out, query, key, value) if settled and wants_gradients(query, key, value) else out
+    if settled and wants_gradients(query, key, value):
+        out = barred(ATTACHED, out, query, key, value)
+    return out, None
 
 
-def _show(*seen: Any) -> None:
+def _show(current: Pass | None, *seen: Any) -> None:
     watch = watching.get()
-    if watch is not None and _reading.get() is not None:
+    if watch is not None and current is not None and current.cache is not None:
         watch(*seen)
 
 
-def _of_dense(module: nn.Module, key: Tensor, mask: Tensor | None) -> Tensor | None:
+def _of_dense(module: Any, current: Pass, key: Tensor, mask: Tensor | None) -> Tensor | None:
     """The columns of a mask over all tokens seen that belong to a decoded layer from which tokens were dropped."""
-    cache = _reading.get()
-    if cache is None:
+    cache, layer = current.cache, module.layer_idx
+    if cache is not None and layer >= len(cache.layers):  # it shares the keys of the last layer of its kind
+        kinds = module.config.layer_types
+        layer = max((i for i in range(len(cache.layers)) if kinds[i] == kinds[layer]), default=layer)
+    tiers = None if cache is None else _tiers_of(cache, layer)
+    if tiers is None or not tiers.densely or not current.runs():
         return mask
-    layer = cache.layers[module.layer_idx]
-    if not isinstance(layer, TieredLayer) or not layer.tiers.densely:
-        return mask
-    places = layer.tiers.visible().to(key.device)
+    places = tiers.visible().to(key.device)
     if places.ndim == 1:
         return mask if mask is None or mask.shape[-1] == len(places) else mask.index_select(-1, places)
-    return visible_columns(mask, places, layer.tiers.seen - layer.tiers.settled)
+    return visible_columns(mask, places, tiers.seen - tiers.settled)
+
+
+def _tiers_of(cache: CompressedCache, layer: int) -> Tiers | None:
+    """The stores of a layer; None if transformers keeps it, or it has none of its own."""
+    found = cache.layers[layer] if layer < len(cache.layers) else None
+    return found.tiers if isinstance(found, TieredLayer) else None
 
 
 def visible_columns(mask: Tensor | None, places: Tensor, new: int) -> Tensor:
@@ -308,14 +334,3 @@ def visible_columns(mask: Tensor | None, places: Tensor, new: int) -> Tensor:
     wide = mask.expand(len(places), -1, -1, -1)
     found = wide.gather(3, places.clamp(min=0).unsqueeze(2).expand(*wide.shape[:3], -1))
     return found.masked_fill(empty, False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min)
-
-
-def _function(original: str, module: nn.Module) -> Callable[..., Any]:
-    found: Callable[..., Any] | None = None
-    if original != "eager":
-        found = ALL_ATTENTION_FUNCTIONS[original]
-    for cls in type(module).__mro__:
-        found = found or getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
-    if found is None:
-        raise CacheError(f"{type(module).__name__} must come with a function eager_attention_forward, found none")
-    return found

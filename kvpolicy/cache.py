@@ -15,8 +15,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 from kvpolicy.errors import CacheError, RecipeError
 from kvpolicy.fitting import check_selectors, check_stores, config_of, head_dim_of, uneven_layers
 from kvpolicy.layer import Positions, Tiers
-from kvpolicy.modes import ATTACHED, HELD, barred, precise, wants_gradients
+from kvpolicy.modes import ATTACHED, HELD, barred, precise, uncompiled, wants_gradients
 from kvpolicy.padding import Padding
+from kvpolicy.passes import Lease, PassAware, check_announced, hold
 from kvpolicy.placement import Placement
 from kvpolicy.policy import RankPolicy
 from kvpolicy.ranking import together
@@ -70,7 +71,7 @@ class TieredLayer(DenseAccess, CacheLayerMixin):
                 "use: with kvpolicy.attach(model): ..."
             )
 
-    @torch.compiler.disable
+    @uncompiled
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Add keys and values `[batch, kv_heads, tokens, head_dim]`; returns all of them, decoded, in token order.
 
@@ -99,7 +100,7 @@ class TieredLayer(DenseAccess, CacheLayerMixin):
     def get_seq_length(self, *args: Any) -> int:
         return self.tiers.seen
 
-    @torch.compiler.disable
+    @uncompiled
     def get_mask_sizes(self, query_length: int, *args: Any) -> tuple[int, int]:
         if self.attached:
             return self.tiers.seen + query_length, 0
@@ -155,7 +156,7 @@ class TieredLayer(DenseAccess, CacheLayerMixin):
             self.tiers.to(self.device)
 
 
-class CompressedCache(Cache):
+class CompressedCache(PassAware, Cache):
     """A cache that keeps the full-attention layers of a model as its recipe says.
 
     Made by `make_cache`. Pass it to `generate(past_key_values=...)` or to a model's forward; it serves
@@ -170,7 +171,22 @@ class CompressedCache(Cache):
         self.scratch = scratch
         self.padding: Padding | None = None
         """Which tokens are padding, once an attached model was given any."""
+        self.lease: Lease | None = None
+        """Keeps the hooks of the model that the cache was made for, if it was made for a model."""
         self._blank = [None if isinstance(layer, TieredLayer) else copy.deepcopy(layer) for layer in layers]
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """As `TieredLayer.update`, of one layer.
+
+        Raises:
+            CacheError: an attached model updates the cache outside a forward pass that was given it.
+        """
+        if not getattr(self.layers[layer_idx], "attached", True):
+            check_announced(self)
+        found: tuple[Tensor, Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        return found
 
     @property
     def evicts(self) -> bool:
@@ -333,7 +349,8 @@ def make_cache(recipe: Any, model_or_config: Any, *, strict: bool = False, **par
 
     Args:
         recipe: what `load_recipe` takes: a bundled name, a path, a mapping or a `Recipe`.
-        model_or_config: a transformers decoder model, or its config.
+        model_or_config: a transformers decoder model, or its config. A model tells its caches of each forward pass
+            and of padding; the hooks for that are gone with the last of these caches.
         strict: raise an error where the recipe would compress nothing of this model; by default a `UserWarning`
             says so.
         **params: parameters of the recipe.
@@ -379,7 +396,9 @@ def make_cache(recipe: Any, model_or_config: Any, *, strict: bool = False, **par
             raise CacheError(uneven)
     for i in compressed:
         layers[i].uneven = uneven
-    return CompressedCache(loaded, layers, scratch, str(getattr(text, "model_type", "")))
+    cache = CompressedCache(loaded, layers, scratch, str(getattr(text, "model_type", "")))
+    cache.lease = hold(model_or_config)
+    return cache
 
 
 def _is_attached(model: Any) -> bool:

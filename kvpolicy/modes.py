@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from kvpolicy.errors import CacheError
 
-__all__ = ["ATTACHED", "HELD", "barred", "precise", "wants_gradients"]
+__all__ = ["ATTACHED", "HELD", "barred", "precise", "uncompiled", "wants_gradients"]
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 ATTACHED = (
-    "gradients can't pass through attention that reads a compressed cache where it lies; detach the model, so that they "
-    "reach the new tokens, or run it under torch.no_grad()"
+    "gradients can't pass through attention that reads a compressed cache where it lies; detach the model, so that "
+    "they reach the new tokens, or run it under torch.no_grad()"
 )
 HELD = (
     "the tokens that a compressed cache holds must have come without gradients, and these came with some, which the "
     "cache does not carry; run what fills the cache under torch.no_grad(), or use transformers' DynamicCache"
 )
+
+
+def uncompiled(function: F) -> F:
+    """A function that `torch.compile` calls instead of looking into it."""
+    found: F = torch.compiler.disable(function)
+    return found
 
 
 def precise(device: torch.device) -> AbstractContextManager[Any]:
@@ -51,5 +60,5 @@ def barred(why: str, out: Tensor, *through: Tensor) -> Tensor:
 
     The error waits for `backward`, because a model that is run outside `torch.no_grad` mostly does not mean it.
     """
-    found: Tensor = _Barred.apply(why, out, *through)
+    found: Tensor = _Barred.apply(why, out, *through)  # type: ignore[no-untyped-call]
     return found
