@@ -275,8 +275,8 @@ def _read(
     if tiers.densely and attention_mask is not None and attention_mask.shape[-1] != tiers.seen:
         raise CacheError(
             f"{type(module).__name__} makes its mask from the values that it is given, which must be those of all "
-            f"{tiers.seen} tokens seen where its model is attached, found {attention_mask.shape[-1]}; use a recipe that "
-            "drops none, or detach the model"
+            f"{tiers.seen} tokens seen where its model is attached, found {attention_mask.shape[-1]}; use a recipe "
+            "that drops none, or detach the model"
         )
     cache = None if current is None else current.cache
     # Layers that share another's keys may leave out queries: the scores speak of the attention of the layer itself.

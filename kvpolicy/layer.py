@@ -188,7 +188,8 @@ class Tiers:
         if not self.stores:
             self.start(keys, values)
         self.settle()
-        new = {"keys": keys.detach(), "values": values.detach()}
+        given = {"keys": keys, "values": values}
+        new = {side: x.detach().to(self.like[side].dtype) for side, x in given.items()}  # autocast may change it
         n = keys.shape[2]
         early = max(n - MAX_PENDING, 0)
         if self.placement.kinds:  # scores speak of an update as a whole, and layers that agree wait for each other
