@@ -19,11 +19,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from kvpolicy import passes
 from kvpolicy.attend import attend, observe
 from kvpolicy.cache import CompressedCache, TieredLayer, make_cache
+from kvpolicy.calls import Call, names_of, parts_of, path_between
 from kvpolicy.errors import CacheError
 from kvpolicy.layer import Tiers
 from kvpolicy.modes import ATTACHED, barred, precise, uncompiled, wants_gradients
 from kvpolicy.override import eager_of, interface_of, override
-from kvpolicy.passes import Call, Pass, attached_pass, is_attached
+from kvpolicy.passes import Pass, attached_pass, is_attached
 from kvpolicy.recipe import Recipe, load_recipe
 from kvpolicy.views import View
 
@@ -121,7 +122,7 @@ class Attached:
     """What `attach` returns: `detach` it, or use it in a `with` statement."""
 
     def __init__(self, model: Any, recipe: Any) -> None:
-        owner, decoder = passes.parts_of(model)
+        owner, decoder = parts_of(model)
         self.owner, self.decoder, self.recipe = owner, decoder, recipe
         with passes.lock:
             self._hooked = passes.hooked_of(decoder)
@@ -132,7 +133,7 @@ class Attached:
                 )
             self._attachment: Attachment | None = Attachment(owner, decoder, recipe)
             self._hooked.attach(self._attachment)
-            self._hooked.hook(passes.path_between(owner, decoder))
+            self._hooked.hook(path_between(owner, decoder))
         try:
             if recipe is not None:
                 make_cache(recipe, owner)  # what does not fit fails here
@@ -189,7 +190,7 @@ def _generate(owner: PreTrainedModel, before: Callable[..., Any] | None, *args: 
 
 def _cache_for(attachment: Attachment, owner: PreTrainedModel, given: dict[str, Any]) -> dict[str, Any]:
     """What a call of `generate` is given besides, so that it uses a fresh cache of the recipe."""
-    call = Call(passes.names_of(owner), (), given)
+    call = Call(names_of(owner), (), given)
     if not call.word or call.has_cache:
         return {}
     own, config = owner.generation_config, given.get("generation_config")

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
+from kvpolicy.calls import PassAware
 from kvpolicy.errors import CacheError, RecipeError
 from kvpolicy.fitting import check_selectors, check_stores, config_of, head_dim_of, uneven_layers
 from kvpolicy.layer import Positions, Tiers
 from kvpolicy.modes import ATTACHED, HELD, barred, precise, uncompiled, wants_gradients
 from kvpolicy.padding import Padding
-from kvpolicy.passes import Lease, PassAware, check_announced, hold
+from kvpolicy.passes import Lease, check_announced, hold
 from kvpolicy.placement import Placement
 from kvpolicy.policy import RankPolicy
 from kvpolicy.ranking import together

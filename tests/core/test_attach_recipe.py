@@ -1,0 +1,94 @@
+"""Models attached with a recipe: calls that bring no cache get one, and what a call asks for itself is done."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from models import exact, ids, tiny
+from transformers import GenerationConfig, PreTrainedModel
+
+from kvpolicy import attach, load_recipe
+
+GREEDY: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True}
+
+
+@pytest.fixture
+def model() -> PreTrainedModel:
+    return copy.deepcopy(tiny("llama"))
+
+
+def used(output: Any) -> str:
+    """The name of the recipe of the cache that a call used, or the cache's class."""
+    cache = output.cache if hasattr(output, "cache") else output.past_key_values
+    return cache.recipe.name if hasattr(cache, "recipe") else type(cache).__name__
+
+
+@pytest.mark.parametrize("kind", [None, "hybrid", "dynamic", "static", "quantized", "offloaded"])
+def test_a_cache_implementation_of_the_checkpoint_gives_way(model: PreTrainedModel, kind: str | None) -> None:
+    model.generation_config.cache_implementation = kind
+    with attach(model, recipe="logquant"):
+        assert used(model.generate(ids(60), **GREEDY)) == "logquant"
+        assert used(model.generate(ids(60), generation_config=model.generation_config, **GREEDY)) == "logquant"
+        assert used(model.generate(ids(60), GenerationConfig(**GREEDY))) == "logquant"
+    assert model.generation_config.cache_implementation == kind
+
+
+@pytest.mark.parametrize("how", ["keyword", "positional", "option"])
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [("use_cache", False, "NoneType"), ("cache_implementation", "static", "StaticCache")],
+)
+def test_what_the_call_asks_for_is_done_and_told_once(
+    model: PreTrainedModel, how: str, option: str, value: Any, expected: str
+) -> None:
+    config = GenerationConfig(**GREEDY, **{option: value})
+
+    def run() -> Any:
+        if how == "option":
+            return model.generate(ids(60), **GREEDY, **{option: value})
+        if how == "positional":
+            return model.generate(ids(60), config)
+        return model.generate(ids(60), generation_config=config)
+
+    with attach(model, recipe="logquant"):
+        with pytest.warns(UserWarning, match=f"{option}={value!r} is followed.*'logquant'.*attached"):
+            assert used(run()) == expected
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            assert used(run()) == expected
+
+
+def test_a_cache_of_the_callers_own_is_used(model: PreTrainedModel) -> None:
+    with attach(model, recipe="logquant"):
+        mine = exact(model)
+        assert used(model.generate(ids(60), past_key_values=mine, **GREEDY)) == "DynamicCache"
+        assert mine.get_seq_length() == 63
+        assert used(model.generate(ids(60), GenerationConfig(**GREEDY), use_cache=True)) == "logquant"
+
+
+def test_wrong_arguments_are_refused_by_generate_itself(model: PreTrainedModel) -> None:
+    with attach(model, recipe="logquant"), pytest.raises(TypeError, match="multiple values"):
+        model.generate(ids(60), inputs=ids(60), **GREEDY)
+
+
+def test_layers_that_keep_different_numbers_of_tokens(model: PreTrainedModel) -> None:
+    recent = {"policy": {"kind": "recent", "window": 30}, "store": "full"}
+    uneven = load_recipe({"name": "uneven", "tiers": [recent, {"store": "evict"}], "layers": {"0": "full"}})
+    with attach(model, recipe=uneven), torch.no_grad():
+        assert used(model.generate(ids(60), **GREEDY)) == "uneven"
+        assert used(model(ids(60))) == "uneven"
+
+
+def test_a_recipe_that_does_not_fit_leaves_the_model_alone(model: PreTrainedModel) -> None:
+    from kvpolicy.attention import is_attached
+    from kvpolicy.errors import RecipeError
+
+    before = {k: repr(v) for k, v in vars(model).items()}
+    with pytest.raises(RecipeError):
+        attach(model, recipe={"tiers": [{"store": "full"}], "layers": {"7": "full"}})
+    assert not is_attached(model)
+    assert {k: repr(v) for k, v in vars(model).items()} == before
