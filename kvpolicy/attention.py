@@ -22,6 +22,7 @@ from kvpolicy.cache import CompressedCache, TieredLayer, make_cache
 from kvpolicy.calls import Call, names_of, parts_of, path_between
 from kvpolicy.errors import CacheError
 from kvpolicy.layer import Tiers
+from kvpolicy.modes import ATTACHED, barred, precise, uncompiled, wants_gradients
 from kvpolicy.override import eager_of, interface_of, override
 from kvpolicy.passes import Pass, attached_pass, is_attached
 from kvpolicy.recipe import Recipe, load_recipe
@@ -228,8 +229,9 @@ def _attention(
     """Views are read from their stores, all else is for `before`, or for the module's own eager function."""
     original = before or eager_of(module, sys._getframe(1))
     current = attached_pass(module)
-    if isinstance(key, View):
+    if isinstance(key, View) and isinstance(value, View):
         return _read(original, module, current, query, key, value, *args, **kwargs)
+    key, value = (x.dense() if isinstance(x, View) else x for x in (key, value))  # DiffLlama computes on values alone
     if current is None or current.cache is None:
         found: tuple[Tensor, Tensor | None] = original(module, query, key, value, *args, **kwargs)
         return found
@@ -254,38 +256,47 @@ def _pass_on(
     return found
 
 
+@uncompiled
 def _read(
     original: Callable[..., Any],
     module: Any,
     current: Pass | None,
     query: Tensor,
     key: View,
-    value: Tensor,
+    value: View,
     attention_mask: Tensor | None,
     *args: Any,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention over the stores behind views."""
-    assert isinstance(value, View)
     tiers, new = key.tiers, (key.arriving, value.arriving)
     options = {
         name: kwargs.get(given) for name, given in (("scaling", "scaling"), ("softcap", "softcap"), ("sinks", "s_aux"))
     }
     if not query.shape[2]:
         return query.new_empty((query.shape[0], 0, query.shape[1], value.shape[3])), None
+    if tiers.densely and attention_mask is not None and attention_mask.shape[-1] != tiers.seen:
+        raise CacheError(
+            f"{type(module).__name__} makes its mask from the values that it is given, which must be those of all "
+            f"{tiers.seen} tokens seen where its model is attached, found {attention_mask.shape[-1]}; use a recipe "
+            "that drops none, or detach the model"
+        )
     cache = None if current is None else current.cache
     # Layers that share another's keys may leave out queries: the scores speak of the attention of the layer itself.
     observer = tiers.observe() if cache is None or _tiers_of(cache, module.layer_idx) is tiers else None
-    if not tiers.settled:
+    settled = tiers.settled
+    if not settled:
         out = original(module, query, *new, attention_mask, *args, **kwargs)[0]
-    with torch.no_grad():
-        if tiers.settled:
+    with torch.no_grad(), precise(query.device):
+        if settled:
             out = attend(tiers, query, new, attention_mask, observer=observer, **options)
         elif observer is not None:
             observe(query, new[0], observer, attention_mask, **options)
     _show(current, module, query, key, value, attention_mask, kwargs, out)
     if tiers.scratch is not None:  # no other layer reads these keys and values
         tiers.commit()
+    if settled and wants_gradients(query, key, value):
+        out = barred(ATTACHED, out, query, key, value)
     return out, None
 
 

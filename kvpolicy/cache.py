@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from kvpolicy.calls import PassAware
 from kvpolicy.errors import CacheError, RecipeError
 from kvpolicy.fingerprint import Origin
 from kvpolicy.fitting import check_selectors, check_stores, config_of, head_dim_of, uneven_layers
 from kvpolicy.layer import MAX_APART, Positions, Reading, Tiers
+from kvpolicy.modes import ATTACHED, HELD, barred, precise, uncompiled, wants_gradients
 from kvpolicy.padding import Padding
 from kvpolicy.passes import Lease, check_announced, hold
 from kvpolicy.placement import Placement
@@ -27,8 +28,9 @@ from kvpolicy.ranking import together
 from kvpolicy.recipe import Recipe, load_recipe
 from kvpolicy.report import Memory, Summary, measure, summarize
 from kvpolicy.step import Step
+from kvpolicy.suitability import check_effect, check_positions, compressible, set_apart
 from kvpolicy.transaction import Transaction, caller
-from kvpolicy.views import Scratch
+from kvpolicy.views import DenseAccess, Scratch
 
 __all__ = ["CompressedCache", "TieredLayer", "make_cache"]
 
@@ -37,18 +39,19 @@ BY_REFERENCE = ("DynamicLayer", "DynamicSlidingWindowLayer")
 """Layers of transformers that replace their tensors instead of writing to them."""
 
 
-class TieredLayer(CacheLayerMixin):
+class TieredLayer(DenseAccess, CacheLayerMixin):
     """One full-attention layer of a `CompressedCache`."""
 
     is_compileable = False
     is_croppable = True
     is_sliding = False
-    supports_early_init = False
 
     def __init__(self, start: Step, scratch: Scratch | None, reading: Reading) -> None:
         super().__init__()
         self.tiers = Tiers(start, scratch, reading)
         self.uneven: str | None = None
+        self.unlinked = False
+        """Whether tokens came with gradients, which end here."""
 
     @property
     def attached(self) -> bool:
@@ -84,27 +87,36 @@ class TieredLayer(CacheLayerMixin):
                 "use: with kvpolicy.attach(model): ..."
             )
 
+    @uncompiled
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Add keys and values `[batch, kv_heads, tokens, head_dim]`; returns all of them, decoded, in token order.
 
-        What it returns is overwritten by the next layer's update. Gradients reach the new tokens alone.
+        What it returns is overwritten by the next layer's update. Gradients reach the new tokens alone; `backward`
+        raises a `CacheError` where they would have to go elsewhere.
         """
         self.check_attached()
-        with torch.no_grad():
+        linked, held = wants_gradients(key_states, value_states), self.tiers.seen
+        with torch.no_grad(), precise(key_states.device):
             if not self.is_initialized:
                 self.lazy_initialization(key_states, value_states)
-            if self.attached and self.tiers.told_apart:
-                return self.tiers.look(key_states, value_states)
-            dense = self.tiers.update(key_states, value_states)
-        if not (torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)):
-            return dense
-        held = dense[0].shape[2] - key_states.shape[2]
-        keys, values = (x[:, :, :held] for x in dense)
-        return torch.cat([keys, key_states], dim=2), torch.cat([values, value_states], dim=2)
+            views = self.attached and self.tiers.told_apart
+            keys, values = (self.tiers.look if views else self.tiers.update)(key_states, value_states)
+        if linked and held and views:
+            return barred(ATTACHED, keys, key_states), barred(ATTACHED, values, value_states)
+        if linked and held:
+            keys, values = (
+                torch.cat([x[:, :, : x.shape[2] - new.shape[2]], new], dim=2)
+                for x, new in ((keys, key_states), (values, value_states))
+            )
+            if self.unlinked:
+                keys, values = barred(HELD, keys), barred(HELD, values)
+        self.unlinked = self.unlinked or linked
+        return keys, values
 
     def get_seq_length(self, *args: Any) -> int:
         return self.tiers.seen
 
+    @uncompiled
     def get_mask_sizes(self, query_length: int, *args: Any) -> tuple[int, int]:
         if self.attached:
             return self.tiers.seen + query_length, 0
@@ -131,6 +143,7 @@ class TieredLayer(CacheLayerMixin):
         if length < self.tiers.seen:
             with torch.no_grad():
                 self.tiers.crop(length)
+            self.unlinked = self.unlinked and length > 0
 
     @torch.no_grad()
     def _select(self, rows: Tensor) -> None:
@@ -148,7 +161,7 @@ class TieredLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         self.tiers.clear()
-        self.is_initialized = False
+        self.is_initialized = self.unlinked = False
 
     def offload(self) -> None:
         self.tiers.to(torch.device("cpu"))
@@ -349,6 +362,7 @@ class CompressedCache(PassAware, Cache):
             self._settle()
         self._pass = None
 
+    @uncompiled
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -392,11 +406,17 @@ class CompressedCache(PassAware, Cache):
                 np.ones((padding.batch, seen + keys.shape[2] - padding.length), np.bool_)
             )
 
+    @uncompiled
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens seen, dropped ones included."""
         if self._pass is not None and not self._pass.alive():
             self._take_back()
         return int(super().get_seq_length(layer_idx))
+
+    def __iter__(self) -> Iterator[tuple[Tensor | None, Tensor | None, Tensor | None]]:
+        """Keys, values and window of each layer, as `DynamicCache` gives them; what is compressed is decoded."""
+        for layer in self.layers:
+            yield layer.keys, layer.values, getattr(layer, "_sliding_window_tensor", None)
 
     def _tiers(self, layer: int) -> Tiers:
         n = len(self.layers)
@@ -582,22 +602,24 @@ class CompressedCache(PassAware, Cache):
         self._pass = self._torn = None
 
 
-def make_cache(recipe: Any, model_or_config: Any, **params: Any) -> CompressedCache:
+def make_cache(recipe: Any, model_or_config: Any, *, strict: bool = False, **params: Any) -> CompressedCache:
     """Make an empty cache for a model.
 
     Args:
         recipe: what `load_recipe` takes: a bundled name, a path, a mapping or a `Recipe`.
         model_or_config: a transformers decoder model, or its config. A model tells its caches of each forward pass
             and of padding; the hooks for that are gone with the last of these caches.
+        strict: raise an error where the recipe would compress nothing of this model; by default a `UserWarning`
+            says so.
         **params: parameters of the recipe.
 
     Returns:
         The cache, with the recipe's tiers for each full-attention layer and the library's own layers
-        for sliding-window, chunked and linear attention.
+        for sliding-window, chunked, linear and cross-attention.
 
     Raises:
         RecipeError: the recipe is not valid, or does not fit the model.
-        CacheError: the model can't use the cache.
+        CacheError: the model can't use the cache, or, with `strict`, nothing would be compressed.
         MissingDependencyError: the recipe needs a library that is not installed.
     """
     loaded = load_recipe(recipe, **params)
@@ -606,10 +628,12 @@ def make_cache(recipe: Any, model_or_config: Any, **params: Any) -> CompressedCa
     layers = list(DynamicCache(config=config).layers)
     if not layers:
         raise CacheError(f"the config must say how many layers the model has; {type(config).__name__} gives none")
-    compressed = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
+    set_apart(layers, text)
+    compressed = compressible(layers)
     check_selectors(loaded, layers, compressed)
     scratch, reading = None if getattr(text, "num_kv_shared_layers", 0) else Scratch(), Reading()
     chosen = {i: loaded.tiers_of(i, len(layers)) for i in compressed}
+    check_effect(loaded, layers, chosen, strict)
     starts: list[tuple[Any, int | None, Step]] = []  # no dict: options of a plugin may not be hashable
     for i, tiers in chosen.items():
         dim = head_dim_of(text, i)
@@ -624,8 +648,10 @@ def make_cache(recipe: Any, model_or_config: Any, **params: Any) -> CompressedCa
         assert start is not None
         layers[i] = TieredLayer(start, scratch, reading)
     uneven = uneven_layers(chosen)
-    if uneven is not None and not _is_attached(model_or_config):
-        raise CacheError(uneven)
+    if not _is_attached(model_or_config):
+        check_positions(loaded, model_or_config, config, chosen)
+        if uneven is not None:
+            raise CacheError(uneven)
     for i in compressed:
         layers[i].uneven = uneven
     cache = CompressedCache(loaded, layers, scratch, reading, Origin(model_or_config))

@@ -238,6 +238,7 @@ class Tiers:
 
     def _enter(self, new: dict[str, Tensor]) -> None:
         """Take in new tokens, none pending: the newest wait, the others are let into the tiers."""
+        new = {side: x.to(self.like[side].dtype) for side, x in new.items()}  # autocast may have changed it
         n = new["keys"].shape[2]
         early = max(n - MAX_PENDING, 0)
         if self.placement.kinds:  # scores speak of an update as a whole, and layers that agree wait for each other

@@ -76,7 +76,7 @@ class Store(ABC):
     def scatter(self, out: Tensor, index: Tensor) -> None:
         """Decode token i into `out[:, :, index[i]]`."""
         for offset, x in self.decoded(BLOCK, out.dtype):
-            out.index_copy_(2, index[offset : offset + x.shape[2]], x)
+            out.index_copy_(2, index[offset : offset + x.shape[2]], x.to(out.dtype))
 
     def spread(self, out: Tensor, index: Tensor) -> None:
         """Like `scatter`, but may write anything into the places of `out` that `index` leaves out."""

@@ -1,0 +1,64 @@
+"""What torch's modes mean for a cache: autocast does not reach its arithmetic, and lost gradients are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from kvpolicy.errors import CacheError
+
+__all__ = ["ATTACHED", "HELD", "barred", "precise", "uncompiled", "wants_gradients"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+ATTACHED = (
+    "gradients can't pass through attention that reads a compressed cache where it lies; detach the model, so that "
+    "they reach the new tokens, or run it under torch.no_grad()"
+)
+HELD = (
+    "the tokens that a compressed cache holds must have come without gradients, and these came with some, which the "
+    "cache does not carry; run what fills the cache under torch.no_grad(), or use transformers' DynamicCache"
+)
+
+
+def uncompiled(function: F) -> F:
+    """A function that `torch.compile` calls instead of looking into it."""
+    found: F = torch.compiler.disable(function)
+    return found
+
+
+def precise(device: torch.device) -> AbstractContextManager[Any]:
+    """Arithmetic in the types of the tensors, although the caller may run under `torch.autocast`."""
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()
+
+
+def wants_gradients(*tensors: Tensor) -> bool:
+    """Whether autograd records what is done to one of the tensors."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+class _Barred(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, why: str, out: Tensor, *_: Tensor) -> Tensor:
+        ctx.why = why
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise CacheError(ctx.why)
+
+
+def barred(why: str, out: Tensor, *through: Tensor) -> Tensor:
+    """`out`, through which gradients would be wrong: `backward` to one of `through` raises a `CacheError`.
+
+    The error waits for `backward`, because a model that is run outside `torch.no_grad` mostly does not mean it.
+    """
+    found: Tensor = _Barred.apply(why, out, *through)  # type: ignore[no-untyped-call]
+    return found
