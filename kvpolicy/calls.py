@@ -16,7 +16,7 @@ from kvpolicy.errors import CacheError
 if TYPE_CHECKING:
     from kvpolicy.cache import CompressedCache
 
-__all__ = ["Call", "PassAware", "names_of", "parts_of", "path_between"]
+__all__ = ["WORDS", "Call", "PassAware", "names_of", "parts_of", "path_between"]
 
 WORDS = ("cache", "past_key_values")
 """What forward calls its cache: from transformers 5.24 on, and before."""

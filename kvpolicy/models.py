@@ -74,7 +74,7 @@ def cache_word(model: Any) -> str:
     """
     from transformers import GenerationMixin
 
-    from kvpolicy.passes import WORDS
+    from kvpolicy.calls import WORDS
 
     inner = [type(module).forward for module in model.modules()]
     for function in (*inner, GenerationMixin.prepare_inputs_for_generation):
