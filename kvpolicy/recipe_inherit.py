@@ -89,7 +89,7 @@ def _parent(document: Document, root: Path) -> Path | None:
         document.fail(
             ("extends",),
             "extends must name a bundled recipe or a file in the folder of the recipe that was loaded, or below it, "
-            f"found {quoted(name)}, which leads out of it",
+            f"found {quoted(name)}, which {'is an absolute path' if Path(name).is_absolute() else 'leads out of it'}",
         )
     if not _is_file(path):
         names = bundled_names()

@@ -153,9 +153,15 @@ def test_extends_does_not_leave_the_folder_of_the_recipe(case: str, tmp_path: Pa
     (home / "linked").symlink_to(tmp_path)
     (line,) = lines_of(child)
     assert line.startswith(f"{child}:1: extends: extends must name a bundled recipe or a file in the folder")
-    assert "leads out of it" in line
+    assert ("is an absolute path" if case == "absolute" else "leads out of it") in line
     assert "secret" not in line
     assert "root" not in line.removeprefix(str(child))
+
+
+def test_extends_takes_no_absolute_path_even_into_the_folder(tmp_path: Path) -> None:
+    base = write(tmp_path / "base.yaml", FULL)
+    (line,) = lines_of(write(tmp_path / "child.yaml", f"extends: {base}\n"))
+    assert line.endswith(", which is an absolute path")
 
 
 def test_extends_goes_down_and_back_up_within_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
