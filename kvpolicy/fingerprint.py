@@ -200,7 +200,7 @@ def _plain(weight: Tensor) -> Iterator[Tensor]:
 def _sampled(x: Tensor) -> bytes:
     """Numbers of any float type as float32, so that a weight is the same in each type that holds it exactly."""
     x, n = (x.reshape(1) if x.ndim == 0 else x), x.numel()
-    at = torch.arange(min(n, SAMPLE), device=x.device) * n // max(min(n, SAMPLE), 1)
+    at = torch.arange(min(n, SAMPLE), device=x.device) * (n - 1) // max(min(n, SAMPLE) - 1, 1)
     some = x[torch.unravel_index(at, x.shape)]
     some = torch.view_as_real(some) if some.is_complex() else some
     some = some.float() if some.is_floating_point() else some.long()

@@ -26,6 +26,7 @@ PLAIN = {"head_dim", "num_key_value_heads"}
 
 
 def check_layers(cache: CompressedCache, header: Header, path: Path, any_model: bool) -> None:
+    """The layers must be of the kinds that the model caches, and the model of the type that is named."""
     from kvpolicy.cache import TieredLayer
 
     if header.model_type != cache.origin.model_type and not any_model:
