@@ -145,7 +145,7 @@ def _render(table: Table) -> str:
 
 def measure(cache: CompressedCache) -> Memory:
     """Count the tensors of a settled cache."""
-    from kvpolicy.cache import TieredLayer
+    from kvpolicy.tiered_layer import TieredLayer
 
     stores: list[StoreMemory] = []
     exact = values = shared = 0
@@ -207,7 +207,7 @@ def _component(spec: Any) -> str:
 
 def summarize(cache: CompressedCache) -> Summary:
     """Describe the layers of a settled cache."""
-    from kvpolicy.cache import TieredLayer
+    from kvpolicy.tiered_layer import TieredLayer
 
     rows = []
     for number, layer in enumerate(cache.layers):
