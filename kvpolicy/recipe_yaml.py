@@ -327,7 +327,7 @@ def read_mapping(source: Mapping[Any, Any]) -> Document:
 def dump_yaml(data: Any) -> str:
     """YAML that reads back as the same data: policies and stores on one line each, without anchors."""
     yaml = YAML(typ="rt", pure=True)
-    yaml.width = 110
+    yaml.width = 1 << 30  # folding text loses spaces in some places
     yaml.indent(mapping=2, sequence=4, offset=2)
     stream = io.StringIO()
     yaml.dump(_styled(data), stream)
@@ -340,7 +340,7 @@ def _styled(data: Any) -> Any:
         if data and not any(isinstance(value, dict | list) for value in data.values()):
             mapping.fa.set_flow_style()
         return mapping
-    if isinstance(data, str) and "  " in data:  # plain text that is folded between two spaces loses one
+    if isinstance(data, str) and not data.isprintable():  # plain, a mark of byte order would be dropped
         return DoubleQuotedScalarString(data)
     return [_styled(item) for item in data] if isinstance(data, list | tuple) else data
 

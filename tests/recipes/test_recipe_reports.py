@@ -330,6 +330,13 @@ def test_a_bundled_recipe_changed_at_random_is_a_recipe_or_an_error(
         assert load_yaml(recipe.to_yaml()) == recipe
 
 
-def test_two_spaces_survive_a_fold() -> None:
-    recipe = load_recipe({"summary": "a few words " * 8 + "and then  two spaces,  " * 4, "tiers": [{"store": "full"}]})
-    assert load_yaml(recipe.to_yaml()) == recipe
+@settings(max_examples=EXAMPLES, deadline=None)
+@given(
+    st.lists(
+        st.sampled_from(["word", " ", "  ", "\n", "\ufeff", "\t", "\x85", "\u2028", "é", ": ", "# ", "'", '"', "-"])
+    )
+)
+def test_any_text_survives_yaml(pieces: list[str]) -> None:
+    summary = "".join(pieces * 3)
+    recipe = load_recipe({"summary": summary, "tiers": [{"store": "full"}]})
+    assert load_yaml(recipe.to_yaml()).summary == recipe.summary
