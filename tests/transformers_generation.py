@@ -44,11 +44,12 @@ class Plugin:
     """Inside pytest: takes the tests of the mixin, exchanges the caches, and notes what became of each test."""
 
     def __init__(self, arm: str, out: Path, weights: bool = True) -> None:
-        self.weights = weights
+        self.weights, self.exchanged = weights, 0
         self.recipe, _, attached = arm.partition("-")
         self.attached, self.out = bool(attached), out
         self.found: dict[str, list[str]] = {}
-        if arm != CONTROL:
+        self.control = arm == CONTROL
+        if not self.control:
             self._exchange()
 
     def _exchange(self) -> None:
@@ -68,6 +69,7 @@ class Plugin:
             made = kwargs.get(word)
             if made is not given and type(made) is DynamicCache and config.cache_implementation in (None, "dynamic"):
                 kwargs[word] = kvpolicy.make_cache(self.recipe, model)
+                self.exchanged += 1
                 if getattr(config, "is_assistant", False) and hasattr(made, "activate_past_recording"):
                     kwargs[word].activate_past_recording()
 
@@ -106,6 +108,7 @@ class Plugin:
             ]
 
     def pytest_sessionfinish(self) -> None:
+        assert self.control or self.exchanged, "no cache was exchanged"
         self.out.write_text(json.dumps(self.found, indent=1), encoding="utf-8")
 
 
