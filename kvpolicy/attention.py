@@ -18,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvpolicy import passes
 from kvpolicy.attend import attend, observe
-from kvpolicy.cache import CompressedCache, TieredLayer, make_cache
+from kvpolicy.cache import CompressedCache, make_cache
 from kvpolicy.calls import Call, names_of, parts_of, path_between
 from kvpolicy.errors import CacheError
 from kvpolicy.layer import Tiers
@@ -26,6 +26,7 @@ from kvpolicy.modes import ATTACHED, barred, precise, uncompiled, wants_gradient
 from kvpolicy.override import eager_of, interface_of, override
 from kvpolicy.passes import Pass, attached_pass, is_attached
 from kvpolicy.recipe import Recipe, load_recipe
+from kvpolicy.tiered_layer import TieredLayer
 from kvpolicy.views import View
 
 __all__ = ["Attached", "attach", "is_attached"]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from kvpolicy.arguments import RESULTS, check_comparison, check_results, check_room
-from kvpolicy.cache import TieredLayer, make_cache
+from kvpolicy.cache import make_cache
 from kvpolicy.compare_result import EXACT, Comparison, Estimate, is_exact
 from kvpolicy.compare_run import Encoded, Run, Runner, encode, row, unlikely
 from kvpolicy.errors import CompareError, KvpolicyError
@@ -20,6 +20,7 @@ from kvpolicy.models import attached, check_model, load_model, one_thread, posit
 from kvpolicy.recipe import Recipe, load_recipe
 from kvpolicy.recipe_source import refuse_misplaced
 from kvpolicy.tasks import check_name, check_size, load_task
+from kvpolicy.tiered_layer import TieredLayer
 from kvpolicy.words import in_words, quoted
 
 __all__ = ["Comparison", "Estimate", "compare"]

@@ -46,7 +46,7 @@ OWN = ("DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer")
 
 def save_cache(cache: CompressedCache, path: Any) -> None:
     """Write a settled cache; see `CompressedCache.save`."""
-    from kvpolicy.cache import TieredLayer
+    from kvpolicy.tiered_layer import TieredLayer
 
     seen = _seen(cache)
     if not seen:
@@ -177,7 +177,7 @@ def _fill_own(layer: Any, kinds: list[Tensor], seen: int) -> None:
 
 def _check_whole(cache: CompressedCache) -> None:
     """All layers must have seen the same tokens, and hold the same ones where one mask serves them."""
-    from kvpolicy.cache import TieredLayer
+    from kvpolicy.tiered_layer import TieredLayer
 
     try:
         seen = _seen(cache)

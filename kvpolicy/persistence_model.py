@@ -27,7 +27,7 @@ PLAIN = {"head_dim", "num_key_value_heads"}
 
 def check_layers(cache: CompressedCache, header: Header, path: Path, any_model: bool) -> None:
     """The layers must be of the kinds that the model caches, and the model of the type that is named."""
-    from kvpolicy.cache import TieredLayer
+    from kvpolicy.tiered_layer import TieredLayer
 
     if header.model_type != cache.origin.model_type and not any_model:
         raise CacheError(
@@ -50,7 +50,7 @@ def take_kinds(cache: CompressedCache, number: int, held: Held) -> list[Tensor]:
 
 
 def _kinds(cache: CompressedCache, number: int, held: Held) -> dict[str, Tensor]:
-    from kvpolicy.cache import TieredLayer
+    from kvpolicy.tiered_layer import TieredLayer
 
     tiered = isinstance(cache.layers[number], TieredLayer)
     names = [f"{number}.{side}.like" if tiered else f"{number}.own.{side}" for side in ("keys", "values")]
@@ -64,7 +64,7 @@ def _kinds(cache: CompressedCache, number: int, held: Held) -> dict[str, Tensor]
 
 def check_kinds(cache: CompressedCache, held: Held, model_or_config: Any, path: Path) -> None:
     """Keys and values must be of one batch, in the model's type, with heads of its shape."""
-    from kvpolicy.cache import TieredLayer
+    from kvpolicy.tiered_layer import TieredLayer
 
     config = getattr(model_or_config, "config", model_or_config)
     text = config.get_text_config(decoder=True)

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 
 __all__ = ["LayerSummary", "Memory", "StoreMemory", "Summary", "measure", "summarize"]
 
+UNSEEN = (
+    "made from a config: a model that is not attached shows it no padding, so that padded rows can't be told apart; "
+    "give make_cache the model"
+)
 KINDS = ("codes", "scales", "zeros", "exact", "indices", "scores")
 
 
@@ -117,6 +121,8 @@ class Summary:
 
     recipe: str
     layers: tuple[LayerSummary, ...]
+    notes: tuple[str, ...] = ()
+    """What the cache can't see or do."""
 
     def __str__(self) -> str:
         table = Table(title=f"recipe {self.recipe}")
@@ -126,7 +132,7 @@ class Summary:
             numbers = [x.layer for x in group]
             shown = str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}"
             table.add_row(shown, kept, "\n".join(tiers), str(tokens))
-        return _render(table)
+        return "\n".join([_render(table), *self.notes])
 
 
 def _compared(ratio: float) -> str:
@@ -145,7 +151,7 @@ def _render(table: Table) -> str:
 
 def measure(cache: CompressedCache) -> Memory:
     """Count the tensors of a settled cache."""
-    from kvpolicy.cache import TieredLayer
+    from kvpolicy.tiered_layer import TieredLayer
 
     stores: list[StoreMemory] = []
     exact = values = shared = 0
@@ -207,7 +213,7 @@ def _component(spec: Any) -> str:
 
 def summarize(cache: CompressedCache) -> Summary:
     """Describe the layers of a settled cache."""
-    from kvpolicy.cache import TieredLayer
+    from kvpolicy.tiered_layer import TieredLayer
 
     rows = []
     for number, layer in enumerate(cache.layers):
@@ -217,4 +223,5 @@ def summarize(cache: CompressedCache) -> Summary:
             rows.append(LayerSummary(number, kept, tiers, layer.tiers.held_after_settling()))
         else:
             rows.append(LayerSummary(number, f"transformers' {type(layer).__name__}", (), 0))
-    return Summary(cache.recipe.name, tuple(rows))
+    blind = cache.guard.evicts and cache.lease is None
+    return Summary(cache.recipe.name, tuple(rows), (UNSEEN,) if blind else ())

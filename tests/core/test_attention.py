@@ -18,8 +18,8 @@ from words import CACHE, cache_of
 
 import kvpolicy
 from kvpolicy import attach, load_recipe, make_cache
-from kvpolicy.cache import TieredLayer
 from kvpolicy.errors import CacheError
+from kvpolicy.tiered_layer import TieredLayer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

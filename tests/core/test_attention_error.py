@@ -19,9 +19,9 @@ from words import CACHE
 from kvpolicy import attach, load_recipe, make_cache
 from kvpolicy.attention_distance import Distances, Profile, fit_power_law
 from kvpolicy.attention_error import AttentionErrors, Watcher
-from kvpolicy.cache import TieredLayer
 from kvpolicy.layer import DROPPED, EXACT, QUANTIZED, Tiers
 from kvpolicy.placement import simulate
+from kvpolicy.tiered_layer import TieredLayer
 
 PROMPT, STEPS = 90, 30
 SMALL = {

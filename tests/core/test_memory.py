@@ -15,8 +15,8 @@ from recipes import NAMED, named
 from words import CACHE
 
 from kvpolicy import CompressedCache, attach, make_cache
-from kvpolicy.cache import TieredLayer
 from kvpolicy.placement import Placement, simulate
+from kvpolicy.tiered_layer import TieredLayer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

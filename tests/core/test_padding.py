@@ -292,3 +292,32 @@ def test_padding_that_comes_later_is_not_held_either() -> None:
     assert places[0, 0].tolist() == [*range(4), *range(100, 120)]
     assert places[1, 0].tolist() == [*range(4), *range(100, 120)]
     assert not (set(range(80, 95)) & set(places[1, 0].tolist()))
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_unattached_a_padded_batch_is_refused_where_tokens_are_dropped(batch: int, side: str) -> None:
+    model, tokens = tiny("llama"), ids(40, batch=batch)
+    mask = torch.ones_like(tokens)
+    mask[0, slice(0, 6) if side == "left" else slice(-6, None)] = 0
+    for name in ("streaming-llm", "kivi-evict"):
+        cache = make_cache(name, model)
+        with pytest.raises(CacheError, match=r"found a padded batch. Attach the model"):
+            model(tokens, attention_mask=mask, **{CACHE: cache})
+        with pytest.raises(CacheError, match=r"found a padded batch. Attach the model"):
+            model.generate(tokens, attention_mask=mask, max_new_tokens=2, **{CACHE: cache})
+        assert cache.get_seq_length() == 0
+        model(tokens, attention_mask=torch.ones_like(tokens), **{CACHE: cache})
+        assert not cache.summary().notes
+        more = torch.ones(batch, 47, dtype=torch.long)
+        more[0, -3:] = 0
+        with pytest.raises(CacheError, match="padded batch"):
+            model(tokens[:, :7], attention_mask=more, **{CACHE: cache})
+        assert cache.get_seq_length() == 40
+    model(tokens, attention_mask=mask, **{CACHE: make_cache("logquant", model)})
+
+
+def test_a_cache_made_from_a_config_says_that_it_sees_no_padding() -> None:
+    config = tiny("llama").config
+    assert "padded rows can't be told apart" in str(make_cache("streaming-llm", config).summary())
+    assert not make_cache("logquant", config).summary().notes

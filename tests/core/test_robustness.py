@@ -14,11 +14,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from words import CACHE
 
 from kvpolicy import Policy, load_recipe, make_cache
-from kvpolicy.cache import TieredLayer
 from kvpolicy.errors import CacheError, PluginError, RecipeError
 from kvpolicy.pages import Pages
 from kvpolicy.placement import Placement, simulate
 from kvpolicy.stores import PackedStore
+from kvpolicy.tiered_layer import TieredLayer
 
 VERSION = tuple(map(int, transformers.__version__.split(".")[:2]))
 
