@@ -11,7 +11,9 @@ The tests are those of `GenerationTesterMixin` in the test file of each family, 
 quantized cache. They run once as they are, which is the
 control, and once per arm: there each `generate` that makes a DynamicCache of its own gets a cache of the recipe
 instead, and the model is attached meanwhile where the arm says so. What fails in an arm and passes in the control is
-listed by name, with the error. The caches are exchanged in the processes of this script only. Ends with 1 if anything
+listed by name, with the error. Attached models refuse to give attention weights with a compressed cache, so that the
+tests which ask for them are listed; with --no-weights no test asks, and the rest of what they test is seen. The caches
+are exchanged in the processes of this script only. Ends with 1 if anything
 is listed.
 """
 
@@ -41,11 +43,13 @@ OTHERS = ("static_cache", "quant_cache", "compil")
 class Plugin:
     """Inside pytest: takes the tests of the mixin, exchanges the caches, and notes what became of each test."""
 
-    def __init__(self, arm: str, out: Path) -> None:
+    def __init__(self, arm: str, out: Path, weights: bool = True) -> None:
+        self.weights, self.exchanged = weights, 0
         self.recipe, _, attached = arm.partition("-")
         self.attached, self.out = bool(attached), out
         self.found: dict[str, list[str]] = {}
-        if arm != CONTROL:
+        self.control = arm == CONTROL
+        if not self.control:
             self._exchange()
 
     def _exchange(self) -> None:
@@ -65,6 +69,7 @@ class Plugin:
             made = kwargs.get(word)
             if made is not given and type(made) is DynamicCache and config.cache_implementation in (None, "dynamic"):
                 kwargs[word] = kvpolicy.make_cache(self.recipe, model)
+                self.exchanged += 1
                 if getattr(config, "is_assistant", False) and hasattr(made, "activate_past_recording"):
                     kwargs[word].activate_past_recording()
 
@@ -81,6 +86,9 @@ class Plugin:
         from tests.generation.test_utils import GenerationTesterMixin
 
         names = set(dir(GenerationTesterMixin))
+        if not self.weights:
+            for cls in {item.cls for item in items if getattr(item, "cls", None)}:
+                cls.has_attentions = False
 
         def taken(item: Any) -> bool:
             name = getattr(item, "originalname", None) or item.name
@@ -100,19 +108,22 @@ class Plugin:
             ]
 
     def pytest_sessionfinish(self) -> None:
+        assert self.control or self.exchanged, "no cache was exchanged"
         self.out.write_text(json.dumps(self.found, indent=1), encoding="utf-8")
 
 
-def inside(checkout: Path, arm: str, out: Path, families: list[str], extra: list[str]) -> int:
+def inside(options: argparse.Namespace) -> int:
     """Run one arm in this process."""
+    checkout = options.checkout
     sys.path.insert(0, str(checkout))
-    tests = [str(checkout / "tests" / "models" / family / f"test_modeling_{family}.py") for family in families]
+    tests = [str(checkout / "tests" / "models" / family / f"test_modeling_{family}.py") for family in options.families]
     # Its conftest belongs to its own release; nothing in these tests needs it.
-    options = [
+    given = [
         *("--rootdir", str(checkout), "--config-file", os.devnull, "--noconftest"),
         *("-p", "no:cacheprovider", "-q", "-W", "ignore"),
     ]
-    return int(pytest.main([*options, *extra, *tests], plugins=[Plugin(arm, out)]))
+    plugin = Plugin(options.inside, options.out, options.weights)
+    return int(pytest.main([*given, *options.pytest, *tests], plugins=[plugin]))
 
 
 def outside(options: argparse.Namespace, arm: str, directory: Path) -> dict[str, dict[str, list[str]]]:
@@ -120,6 +131,7 @@ def outside(options: argparse.Namespace, arm: str, directory: Path) -> dict[str,
     out = directory / f"{arm}.json"
     out.unlink(missing_ok=True)
     command = [sys.executable, __file__, str(options.checkout), "--inside", arm, "--out", str(out)]
+    command += [] if options.weights else ["--no-weights"]
     command += ["--families", *options.families, *(f"--pytest={given}" for given in options.pytest)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -141,6 +153,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("checkout", type=Path, help="a checkout of transformers")
     parser.add_argument("--families", nargs="+", default=FAMILIES, help="folders below tests/models")
     parser.add_argument("--arms", nargs="+", default=ARMS, help="RECIPE or RECIPE-attached")
+    parser.add_argument("--no-weights", dest="weights", action="store_false", help="no test asks for attention weights")
     parser.add_argument("--out", type=Path, help="keep what became of each test in this directory, as JSON")
     parser.add_argument("--pytest", action="append", default=[], help="an option of pytest, such as --pytest=-kbeam")
     parser.add_argument("--inside", metavar="ARM", help=argparse.SUPPRESS)
@@ -154,7 +167,7 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     options = parse()
     if options.inside:
-        return inside(options.checkout, options.inside, options.out, options.families, options.pytest)
+        return inside(options)
     directory = options.out or Path(tempfile.mkdtemp(prefix="transformers-generation-"))
     directory.mkdir(parents=True, exist_ok=True)
     print(f"transformers {importlib.metadata.version('transformers')}, tests of {options.checkout}", flush=True)
