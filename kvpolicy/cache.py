@@ -16,7 +16,7 @@ from kvpolicy.calls import PassAware
 from kvpolicy.errors import CacheError, RecipeError
 from kvpolicy.fitting import check_selectors, check_stores, config_of, head_dim_of, uneven_layers
 from kvpolicy.layer import Positions, Tiers
-from kvpolicy.modes import ATTACHED, HELD, barred, precise, uncompiled, wants_gradients
+from kvpolicy.modes import ATTACHED, barred, joined, precise, uncompiled, wants_gradients
 from kvpolicy.padding import Padding
 from kvpolicy.passes import Lease, check_announced, hold
 from kvpolicy.placement import Placement
@@ -24,7 +24,7 @@ from kvpolicy.policy import RankPolicy
 from kvpolicy.ranking import together
 from kvpolicy.recipe import Recipe, load_recipe
 from kvpolicy.report import Memory, Summary, measure, summarize
-from kvpolicy.suitability import check_effect, check_positions, compressible, set_apart
+from kvpolicy.suitability import check_effect, check_positions, compressible
 from kvpolicy.views import DenseAccess, Scratch
 
 __all__ = ["CompressedCache", "TieredLayer", "make_cache"]
@@ -89,12 +89,7 @@ class TieredLayer(DenseAccess, CacheLayerMixin):
         if linked and held and views:
             return barred(ATTACHED, keys, key_states), barred(ATTACHED, values, value_states)
         if linked and held:
-            keys, values = (
-                torch.cat([x[:, :, : -new.shape[2]], new], dim=2)
-                for x, new in ((keys, key_states), (values, value_states))
-            )
-            if self.unlinked:
-                keys, values = barred(HELD, keys), barred(HELD, values)
+            keys, values = (joined(*x, self.unlinked) for x in ((keys, key_states), (values, value_states)))
         self.unlinked = self.unlinked or linked
         return keys, values
 
@@ -352,8 +347,7 @@ def make_cache(recipe: Any, model_or_config: Any, *, strict: bool = False, **par
         recipe: what `load_recipe` takes: a bundled name, a path, a mapping or a `Recipe`.
         model_or_config: a transformers decoder model, or its config. A model tells its caches of each forward pass
             and of padding; the hooks for that are gone with the last of these caches.
-        strict: raise an error where the recipe would compress nothing of this model; by default a `UserWarning`
-            says so.
+        strict: raise an error where the recipe would compress nothing; by default a `UserWarning` says so.
         **params: parameters of the recipe.
 
     Returns:
@@ -369,10 +363,7 @@ def make_cache(recipe: Any, model_or_config: Any, *, strict: bool = False, **par
     config = config_of(model_or_config)
     text = config.get_text_config(decoder=True)
     layers = list(DynamicCache(config=config).layers)
-    if not layers:
-        raise CacheError(f"the config must say how many layers the model has; {type(config).__name__} gives none")
-    set_apart(layers, text)
-    compressed = compressible(layers)
+    compressed = compressible(layers, config)
     check_selectors(loaded, layers, compressed)
     scratch = None if getattr(text, "num_kv_shared_layers", 0) else Scratch()
     chosen = {i: loaded.tiers_of(i, len(layers)) for i in compressed}
