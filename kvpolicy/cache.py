@@ -23,7 +23,7 @@ from kvpolicy.placement import Placement
 from kvpolicy.recipe import Recipe, load_recipe
 from kvpolicy.report import Memory, Summary, measure, summarize
 from kvpolicy.step import Step
-from kvpolicy.suitability import check_effect, check_positions, compressible, set_apart
+from kvpolicy.suitability import check_effect, check_positions, compressible
 from kvpolicy.tiered_layer import TieredLayer, rows_within
 from kvpolicy.transaction import BY_REFERENCE, Guard
 from kvpolicy.views import Scratch
@@ -244,8 +244,7 @@ def make_cache(recipe: Any, model_or_config: Any, *, strict: bool = False, **par
         recipe: what `load_recipe` takes: a bundled name, a path, a mapping or a `Recipe`.
         model_or_config: a transformers decoder model, or its config. A model tells its caches of each forward pass
             and of padding; the hooks for that are gone with the last of these caches.
-        strict: raise an error where the recipe would compress nothing of this model; by default a `UserWarning`
-            says so.
+        strict: raise an error where the recipe would compress nothing; by default a `UserWarning` says so.
         **params: parameters of the recipe.
 
     Returns:
@@ -261,10 +260,7 @@ def make_cache(recipe: Any, model_or_config: Any, *, strict: bool = False, **par
     config = config_of(model_or_config)
     text = config.get_text_config(decoder=True)
     layers = list(DynamicCache(config=config).layers)
-    if not layers:
-        raise CacheError(f"the config must say how many layers the model has; {type(config).__name__} gives none")
-    set_apart(layers, text)
-    compressed = compressible(layers)
+    compressed = compressible(layers, config)
     check_selectors(loaded, layers, compressed)
     scratch, reading = None if getattr(text, "num_kv_shared_layers", 0) else Scratch(), Reading()
     chosen = {i: loaded.tiers_of(i, len(layers)) for i in compressed}

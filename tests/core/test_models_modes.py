@@ -12,6 +12,7 @@ from transformers import DynamicCache
 from kvpolicy import attach, make_cache
 from kvpolicy.attend import attend
 from kvpolicy.errors import CacheError
+from kvpolicy.layer import Tiers
 from kvpolicy.modes import precise
 from tests.support.models import build, exact, ids, tiny
 from tests.support.words import CACHE, cache_of
@@ -153,10 +154,12 @@ def test_autocast_of_a_part(side: str, first: bool) -> None:
     with torch.no_grad(), ready(model, side):
         true = turns(model, exact(model), tokens, (40, 20))[:, 40:]
         cache = make_cache(QUANTIZE, model)
-        out = []
+        out, kinds = [], []
         for part, cast in ((tokens[:, :40], first), (tokens[:, 40:], not first)):
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=cast):
                 out.append(model(part, **{CACHE: cache}).logits.float())
+            kinds.append([x.dtype for x in cache.dense()])
+        assert kinds[1] == kinds[0]  # a layer keeps the types that it began with
         assert (out[1] - true).abs().max() < 0.1 * true.abs().max()
 
 
@@ -181,9 +184,17 @@ def test_arithmetic_of_a_cache_is_float32_under_autocast() -> None:
 
 
 @pytest.mark.parametrize(("side", "whole"), [("attached", False), ("unattached", True)])
-def test_compiled(side: str, whole: bool) -> None:
+def test_compiled(side: str, whole: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The logits are the same, and the cache's own code is not compiled, which torch can't."""
     model = build("llama", torch.float32, num_hidden_layers=1, head_dim=32)
-    tokens, sizes = ids(42), (40, 1, 1)
+    tokens, sizes, seen = ids(42), (40, 1, 1), []
+    add = Tiers.add
+
+    def spy(tiers: Tiers, keys: torch.Tensor, values: torch.Tensor) -> None:
+        seen.append(torch.compiler.is_compiling())
+        add(tiers, keys, values)
+
+    monkeypatch.setattr(Tiers, "add", spy)
     torch.compiler.reset()
     with torch.no_grad(), ready(model, side):
         want = turns(model, make_cache(QUANTIZE, model), tokens, sizes)
@@ -195,6 +206,7 @@ def test_compiled(side: str, whole: bool) -> None:
         cache = make_cache(QUANTIZE, model)
         torch.testing.assert_close(turns(compiled, cache, tokens, sizes), want, atol=1e-5, rtol=1e-5)
         assert cache.get_seq_length() == 42
+    assert seen == [False] * 6
 
 
 # Models whose attention computes on what the cache gives
