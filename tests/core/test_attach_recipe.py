@@ -10,6 +10,7 @@ import pytest
 import torch
 from models import exact, ids, tiny
 from transformers import GenerationConfig, PreTrainedModel
+from words import CACHE, cache_of
 
 from kvpolicy import attach, load_recipe
 
@@ -23,7 +24,7 @@ def model() -> PreTrainedModel:
 
 def used(output: Any) -> str:
     """The name of the recipe of the cache that a call used, or the cache's class."""
-    cache = output.cache if hasattr(output, "cache") else output.past_key_values
+    cache = cache_of(output)
     return cache.recipe.name if hasattr(cache, "recipe") else type(cache).__name__
 
 
@@ -65,7 +66,7 @@ def test_what_the_call_asks_for_is_done_and_told_once(
 def test_a_cache_of_the_callers_own_is_used(model: PreTrainedModel) -> None:
     with attach(model, recipe="logquant"):
         mine = exact(model)
-        assert used(model.generate(ids(60), past_key_values=mine, **GREEDY)) == "DynamicCache"
+        assert used(model.generate(ids(60), **{CACHE: mine}, **GREEDY)) == "DynamicCache"
         assert mine.get_seq_length() == 63
         assert used(model.generate(ids(60), GenerationConfig(**GREEDY), use_cache=True)) == "logquant"
 
