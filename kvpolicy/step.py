@@ -77,9 +77,16 @@ class Step:
 
     @property
     def bytes(self) -> int:
-        """Bytes of what was derived from this step."""
-        tensors = [x for found in self._derived.values() for x in (found if isinstance(found, list) else [found])]
-        return sum(x.nbytes for x in tensors if hasattr(x, "nbytes"))
+        """Bytes of the tensors that were derived from this step."""
+        found: dict[int, int] = {}
+        todo = list(self._derived.values())
+        while todo:
+            x = todo.pop()
+            if isinstance(x, (list, tuple)):
+                todo += x
+            elif hasattr(x, "nbytes"):
+                found[id(x)] = x.nbytes
+        return sum(found.values())
 
     def _follow(self, key: tuple[Any, ...], padding: Padding | None, make: Callable[[], Step]) -> Step:
         """The successor that belongs to `key` and `padding`, made unless another layer made it."""
@@ -197,9 +204,7 @@ class Step:
     def layout(self, side: str) -> tuple[list[int | Tensor], int]:
         """`Placement.layout`, kept."""
         side = "keys" if self.placement.alike else side
-        found = self._once(("layout", side), lambda: self.placement.layout(self.state, side))
-        self._derived.setdefault(("bytes", side), found[0])
-        return found  # type: ignore[no-any-return]
+        return self._once(("layout", side), lambda: self.placement.layout(self.state, side))  # type: ignore[no-any-return]
 
     def columns(self) -> tuple[list[int | Tensor], list[int | Tensor], Tensor]:
         """`Placement.columns`, kept."""

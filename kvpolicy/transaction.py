@@ -76,8 +76,6 @@ class Guard:
         """What was done to the rows of some layers only."""
         self._user: dict[str, int] = {}
         """The thread that is updating a layer right now."""
-        self._told = False
-        """Whether a model tells of its passes. Then a layer without tokens is one that the model does not use."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_pass": None, "_user": {}}
@@ -121,7 +119,6 @@ class Guard:
             CacheError: the cache is not whole or in use, or the pass can't be served.
         """
         self.whole()
-        self._told = True
         before, padding = self.seen, self.reading.padding
         coming = self._padding_with(mask, tokens, before, attached)
         own = {i: dict(x.__dict__) for i, x in enumerate(self.layers) if type(x).__name__ in BY_REFERENCE}
@@ -189,7 +186,7 @@ class Guard:
                 f"the layers of a cache must have the same rows, and {self._torn} was interrupted; reset() the cache, "
                 "or make a new one"
             )
-        lengths = [tiers.seen for tiers in self.tiers if tiers.stores or not self._told]
+        lengths = [tiers.seen for tiers in self.tiers if tiers.stores]  # a layer without any is not used
         for tiers in self.tiers:
             tiers.check_whole()
         if len(set(lengths)) > 1:
@@ -243,7 +240,7 @@ class Guard:
         if not isinstance(tiered, TieredLayer):
             return
         seen = tiered.tiers.seen
-        if seen > min(tiers.seen for tiers in self.tiers):
+        if seen > min(tiers.seen for tiers in self.tiers if tiers.stores or tiers is tiered.tiers):
             self.whole()
         padding = self.reading.padding
         if padding is not None and padding.length < seen + keys.shape[2]:

@@ -64,9 +64,9 @@ def test_bytes_are_those_of_the_tensors_held(name: str, dtype: torch.dtype) -> N
     memory = cache.memory()
     scratch = storages(reachable(cache.scratch))
     held = storages(reachable(cache.layers))
-    placements = {id(x.tiers.placement) for x in cache.layers if isinstance(x, TieredLayer)}
-    layouts = storages(t for x in cache.layers for t in reachable(x.tiers.placement))
-    assert len(placements) >= 1
+    steps = {id(x.tiers.step) for x in cache.layers if isinstance(x, TieredLayer)}
+    layouts = storages(t for x in cache.layers for t in reachable(x.tiers.step))
+    assert len(steps) == len({id(x.tiers.placement) for x in cache.layers if isinstance(x, TieredLayer)})
     pages = sum(n for at, n in held.items() if at not in scratch and at not in layouts)
     assert pages == sum(s.reserved for s in memory.stores)
     assert sum(scratch.values()) + sum(layouts.values()) == memory.scratch
@@ -100,7 +100,7 @@ def test_bytes_of_tables_and_scores_are_those_of_the_tensors_held(name: str) -> 
             model(ids(1, 2, seed=t), **{CACHE: cache})
     memory = cache.memory()
     held = storages(reachable(cache.layers))
-    layouts = storages(t for x in cache.layers for t in reachable(x.tiers.placement))
+    layouts = storages(t for x in cache.layers for t in reachable(x.tiers.step))
     tensors = sum(n for at, n in held.items() if at not in layouts)
     assert tensors == sum(s.reserved + s.indices for s in memory.stores)
     assert sum(layouts.values()) == memory.scratch
@@ -115,8 +115,8 @@ def test_nothing_is_stored_twice_or_kept_alive_by_a_view(name: str) -> None:
     for tokens in (700, 1, 90, 1):
         model(ids(tokens, 2), **{CACHE: cache})
         own = [x for x in vars(cache).values() if x is not cache.scratch]
-        placements = tuple(id(x.tiers.placement) for x in cache.layers)
-        tensors = [t for t in reachable(own, (id(cache.scratch), *placements)) if t.numel()]
+        steps = tuple(id(x.tiers.step) for x in cache.layers)
+        tensors = [t for t in reachable(own, (id(cache.scratch), *steps)) if t.numel()]
         assert len(tensors) == len(storages(tensors)), "two tensors share a storage"
         for t in tensors:
             assert t.untyped_storage().nbytes() == t.numel() * t.element_size(), "a view keeps more alive"
@@ -180,13 +180,13 @@ def test_evicted_tokens_cost_nothing() -> None:
 
 def test_positions_are_kept_and_planned_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    advance = Placement._advance
+    advance = Placement.advance
 
     def counted(self: Placement, *args: Any) -> Any:
         calls.append(self)
         return advance(self, *args)
 
-    monkeypatch.setattr(Placement, "_advance", counted)
+    monkeypatch.setattr(Placement, "advance", counted)
     found = {}
     for family in ("llama", "gemma3_text", "deepseek_v3"):
         model, cache = tiny(family), make_cache("logquant", tiny(family))
@@ -203,7 +203,7 @@ def test_positions_are_kept_and_planned_once_for_all_layers(monkeypatch: pytest.
             memory = each.memory()
             tiered = [layer.tiers for layer in each.layers if isinstance(layer, TieredLayer)]
             assert len(tiered) == 2
-            assert len({id(tiers.state) for tiers in tiered}) == 1
+            assert len({id(tiers.step) for tiers in tiered}) == 1
             assert memory.shared_indices <= 4 * 470 * 2 + 8 * 200
         found[family] = len(calls)
     # 9 updates and their settling, whatever the number of layers.
