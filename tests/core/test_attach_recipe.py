@@ -10,7 +10,7 @@ import pytest
 import torch
 from models import exact, ids, tiny
 from transformers import GenerationConfig, PreTrainedModel
-from words import CACHE
+from words import CACHE, cache_of
 
 from kvpolicy import attach, load_recipe
 
@@ -24,7 +24,7 @@ def model() -> PreTrainedModel:
 
 def used(output: Any) -> str:
     """The name of the recipe of the cache that a call used, or the cache's class."""
-    cache = output.cache if hasattr(output, "cache") else output.past_key_values
+    cache = cache_of(output)
     return cache.recipe.name if hasattr(cache, "recipe") else type(cache).__name__
 
 

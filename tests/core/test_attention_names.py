@@ -12,10 +12,9 @@ import torch
 import transformers
 from models import COMMON, exact, ids
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from words import CACHE
 
 from kvpolicy import attach, make_cache
-
-pytestmark = pytest.mark.filterwarnings("ignore")
 
 _LOOKS = re.compile(r"_attn_implementation\s*(==|!=|in\b|not in\b)|(==|!=)\s*\w+(\.\w+)*\._attn_implementation")
 HEADS = {**COMMON, "num_key_value_heads": 4, "head_dim": 16}
@@ -128,7 +127,7 @@ def outputs(model: PreTrainedModel, cache: Any, **mask: Any) -> list[torch.Tenso
     found = []
     for a, b in ((0, 40), (40, 41), (41, 60)):
         given = {k: v[:, :b] for k, v in mask.items()}
-        found.append(model(tokens[:, a:b], past_key_values=cache, **given)[0])
+        found.append(model(tokens[:, a:b], **{CACHE: cache}, **given)[0])
     return found
 
 
@@ -159,7 +158,7 @@ def test_layers_that_share_keys_of_others() -> None:
         chosen = {"tiers": [recent, {"store": store}]}
 
         def run(cache: Any) -> torch.Tensor:
-            found = [model(tokens[:, a:b], past_key_values=cache).logits for a, b in CUTS]
+            found = [model(tokens[:, a:b], **{CACHE: cache}).logits for a, b in CUTS]
             return torch.cat(found, dim=1)
 
         with torch.no_grad():
@@ -168,5 +167,5 @@ def test_layers_that_share_keys_of_others() -> None:
                 found = run(make_cache(chosen, model))
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     with attach(model):
-        given = model.generate(tokens, past_key_values=make_cache("h2o", model), max_new_tokens=8, do_sample=False)
+        given = model.generate(tokens, **{CACHE: make_cache("h2o", model)}, max_new_tokens=8, do_sample=False)
     assert given.shape == (1, 158)

@@ -9,10 +9,10 @@ import torch
 import transformers
 from models import COMMON, ids
 from transformers import PreTrainedModel
+from words import CACHE, cache_of
 
 from kvpolicy import attach, make_cache
 
-pytestmark = pytest.mark.filterwarnings("ignore")
 GREEDY: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
 BOI = {"boi_token_index": 99, "eoi_token_index": 100}
 VISION = {
@@ -62,16 +62,16 @@ class TestMultimodal:
         model = make()
         with attach(model, recipe="h2o"):
             found = model.generate(ids(80), **GREEDY, return_dict_in_generate=True)
-        assert found.past_key_values.recipe.name == "h2o"
-        assert found.past_key_values.get_seq_length() == 87
+        assert cache_of(found).recipe.name == "h2o"
+        assert cache_of(found).get_seq_length() == 87
 
     def test_a_second_turn(self, make: Any) -> None:
         model = make()
         with attach(model):
             cache = make_cache("streaming-llm", model, window=24)
-            first = model.generate(ids(80), past_key_values=cache, **GREEDY)
+            first = model.generate(ids(80), **{CACHE: cache}, **GREEDY)
             second = torch.cat([first, ids(20, seed=1)], 1)
-            assert model.generate(second, past_key_values=cache, **GREEDY).shape == (1, 116)
+            assert model.generate(second, **{CACHE: cache}, **GREEDY).shape == (1, 116)
 
     def test_padding_is_known(self, make: Any) -> None:
         model, alone = make(), ids(60, seed=12)
@@ -80,11 +80,11 @@ class TestMultimodal:
         mask[1, :40] = 0
         with attach(model):
             cache = make_cache("streaming-llm", model, window=24)
-            model.generate(tokens, attention_mask=mask, past_key_values=cache, **GREEDY)
+            model.generate(tokens, attention_mask=mask, **{CACHE: cache}, **GREEDY)
             cache.settle()
             assert cache.padding is not None
             places = cache.positions(1).positions[1, 0]
             single = make_cache("streaming-llm", model, window=24)
-            model.generate(alone, past_key_values=single, **GREEDY)
+            model.generate(alone, **{CACHE: single}, **GREEDY)
             single.settle()
             assert (places - 40).tolist() == single.positions(1).positions.tolist()

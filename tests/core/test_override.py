@@ -12,11 +12,11 @@ import transformers
 from models import build, ids, tiny
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from words import CACHE
 
 from kvpolicy import attach, make_cache
 from kvpolicy.errors import CacheError
 
-pytestmark = pytest.mark.filterwarnings("ignore")
 QUANTIZED = {
     "tiers": [
         {"policy": {"kind": "recent", "window": 8}, "store": "full"},
@@ -34,7 +34,7 @@ def model() -> PreTrainedModel:
 def given(model: PreTrainedModel, cache: Any) -> None:
     """A prompt and two steps."""
     for a, b in ((0, 40), (40, 41), (41, 42)):
-        model(ids(42)[:, a:b], past_key_values=cache)
+        model(ids(42)[:, a:b], **{CACHE: cache})
 
 
 def test_the_name_stays_and_the_entry_is_restored(model: PreTrainedModel) -> None:

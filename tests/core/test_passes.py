@@ -13,12 +13,12 @@ import pytest
 import torch
 from models import ids, tiny
 from transformers import PreTrainedModel
+from words import CACHE, cache_of
 
 from kvpolicy import attach, attention, make_cache, passes
 from kvpolicy.calls import Call, names_of
 from kvpolicy.errors import CacheError
 
-pytestmark = pytest.mark.filterwarnings("ignore")
 GREEDY: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
 QUANTIZED = {
     "tiers": [
@@ -75,11 +75,11 @@ class TestCopies:
             twin = self.blank(copy.deepcopy(model))
             during = twin.generate(ids(60), **GREEDY, return_dict_in_generate=True)
         assert during.sequences[0, -8:].tolist() == [0] * 8
-        assert type(during.past_key_values).__name__ == "DynamicCache"
+        assert type(cache_of(during)).__name__ == "DynamicCache"
         assert not attention.is_attached(twin)
         with attach(twin, recipe="logquant"):
             after = twin.generate(ids(60), **GREEDY, return_dict_in_generate=True)
-            assert after.past_key_values.recipe.name == "logquant"
+            assert cache_of(after).recipe.name == "logquant"
         assert after.sequences[0, -8:].tolist() == [0] * 8
         assert "generate" not in twin.__dict__
 
@@ -96,14 +96,14 @@ class TestCopies:
         self.blank(twin)
         assert twin.generate(ids(60), **GREEDY)[0, -8:].tolist() == [0] * 8
         with attach(twin):
-            twin.generate(ids(60), past_key_values=make_cache("logquant", twin), **GREEDY)
+            twin.generate(ids(60), **{CACHE: make_cache("logquant", twin)}, **GREEDY)
 
     def test_a_model_of_an_attached_models_config(self, model: PreTrainedModel) -> None:
         with attach(model, recipe="balanced"):
             other = type(model)(model.config).eval()
             assert not attention.is_attached(other)
             with attach(other):
-                other.generate(ids(60), past_key_values=make_cache("logquant", other), **GREEDY)
+                other.generate(ids(60), **{CACHE: make_cache("logquant", other)}, **GREEDY)
         with attach(other):
             pass
 
@@ -172,14 +172,14 @@ class TestOtherRuns:
     def test_threads(self, model: PreTrainedModel) -> None:
         recipes = ["balanced", "streaming-llm", "h2o", "full"]
         with attach(model):
-            expected = [model.generate(ids(90), past_key_values=make_cache(r, model), **GREEDY) for r in recipes]
+            expected = [model.generate(ids(90), **{CACHE: make_cache(r, model)}, **GREEDY) for r in recipes]
             found: dict[int, list[torch.Tensor]] = {}
 
             @torch.no_grad()
             def work(i: int) -> None:
                 for _ in range(3):
                     cache = make_cache(recipes[i], model)
-                    found.setdefault(i, []).append(model.generate(ids(90), past_key_values=cache, **GREEDY))
+                    found.setdefault(i, []).append(model.generate(ids(90), **{CACHE: cache}, **GREEDY))
 
             threads = [threading.Thread(target=work, args=(i,)) for i in range(len(recipes))]
             for thread in threads:
@@ -242,7 +242,7 @@ class TestArguments:
         at = names_of(model).index(word(model))
         with attach(model):
             for call in (
-                lambda x, c: model(x, past_key_values=c),
+                lambda x, c: model(x, **{CACHE: c}),
                 lambda x, c: model(x, **{word(model): c}),
                 lambda x, c: model(x, *[None] * (at - 1), c),
             ):
@@ -315,11 +315,11 @@ class TestUnattachedHooks:
         monkeypatch.setattr(passes, "begin", lambda c, n, mask, attached: seen.append((n, mask is not None, attached)))
         monkeypatch.setattr(passes, "finish", lambda c, failed: seen.append(failed))
         cache, mask = make_cache("balanced", model), torch.ones(1, 20, dtype=torch.long)
-        model(ids(20), attention_mask=mask, past_key_values=cache)
-        model.model(ids(1), past_key_values=cache)
+        model(ids(20), attention_mask=mask, **{CACHE: cache})
+        model.model(ids(1), **{CACHE: cache})
         hook = model.model.norm.register_forward_pre_hook(boom(ZeroDivisionError()))
         with pytest.raises(ZeroDivisionError):
-            model(ids(1), past_key_values=cache)
+            model(ids(1), **{CACHE: cache})
         hook.remove()
         assert seen == [(20, True, False), False, (1, False, False), False, (1, False, False), True]
 
@@ -332,5 +332,5 @@ def test_one_call_with_a_recipe_begins_one_pass(model: PreTrainedModel, monkeypa
     begin = passes.begin
     monkeypatch.setattr(passes, "begin", lambda c, n, mask, attached: (count.append(n), begin(c, n, mask, attached))[0])
     with attach(model, recipe="logquant"):
-        assert model(ids(30)).past_key_values.recipe.name == "logquant"
+        assert cache_of(model(ids(30))).recipe.name == "logquant"
     assert count == [30]

@@ -11,11 +11,11 @@ import torch
 from models import ids, tiny
 from recipes import by_channel, by_token, recent
 from saved import rewritten
+from words import CACHE
 
 from kvpolicy import CompressedCache, make_cache
 from kvpolicy.errors import CacheError
 
-pytestmark = pytest.mark.filterwarnings("ignore")
 RECIPE = {
     "tiers": [
         {"policy": recent(9, 3), "store": "full"},
@@ -30,7 +30,7 @@ def file(tmp_path: Path) -> Path:
     model = tiny("llama")
     cache = make_cache(RECIPE, model)
     with torch.no_grad():
-        model(ids(60, batch=2), past_key_values=cache)
+        model(ids(60, batch=2), **{CACHE: cache})
     cache.save(tmp_path / "cache")
     return tmp_path / "cache"
 

@@ -20,12 +20,11 @@ from recipes import NAMED, by_channel, by_token, recent, sink
 from safetensors import safe_open
 from safetensors.torch import load, load_file, save
 from transformers import PreTrainedModel
+from words import CACHE
 
 from kvpolicy import CompressedCache, attach, make_cache
 from kvpolicy.errors import CacheError, MissingDependencyError
 from kvpolicy.persistence import _checksum
-
-pytestmark = pytest.mark.filterwarnings("ignore")
 
 CASES = int(os.environ.get("KVPOLICY_FUZZ_CASES", "350"))
 """Mutations in all; 10,000 take some ten minutes."""
@@ -62,10 +61,10 @@ def content(sample: str) -> tuple[dict[str, str], bytes]:
     mask[1, :9] = 0
     with attach(model) if attached else nullcontext():
         cache = make_cache(recipe, model)
-        model(ids(40, batch=2), past_key_values=cache, **({"attention_mask": mask[:, :40]} if attached else {}))
+        model(ids(40, batch=2), **{CACHE: cache}, **({"attention_mask": mask[:, :40]} if attached else {}))
         for t in range(3):
             mask = torch.cat([mask, mask.new_ones(2, 1)], 1) if t else mask
-            model(ids(1, batch=2, seed=t), past_key_values=cache)
+            model(ids(1, batch=2, seed=t), **{CACHE: cache})
     file = Path(os.environ.get("TMPDIR", "/tmp")) / f"kvpolicy-fuzz-{os.getpid()}"
     try:
         cache.save(file)
@@ -229,8 +228,8 @@ def check_step(cache: CompressedCache, model: PreTrainedModel) -> None:
     for i in range(len(cache.layers)):
         other.update(*cache.dense(i), i)
     where = torch.full((2, 1), seen)
-    expected = model(token, past_key_values=other, position_ids=where).logits
-    found = model(token, past_key_values=cache, position_ids=where).logits
+    expected = model(token, **{CACHE: other}, position_ids=where).logits
+    found = model(token, **{CACHE: cache}, position_ids=where).logits
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3, equal_nan=True)
 
 
@@ -277,7 +276,7 @@ def attempt(sample: str, seed: int, folder: Path) -> bool:
         if sample != "sliding" and not attached:
             check_step(cache, model)
         for n in (1, 30, 1):
-            model(ids(n, batch=2, seed=n), past_key_values=cache)
+            model(ids(n, batch=2, seed=n), **{CACHE: cache})
     assert file.read_bytes() == before
     return False
 

@@ -21,12 +21,12 @@ from safetensors import safe_open
 from saved import rewritten
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from words import CACHE
 
 from kvpolicy import CompressedCache, make_cache
 from kvpolicy.errors import CacheError
 from kvpolicy.fingerprint import differences, fingerprint_of
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values")
 OTHERS = "must be loaded for the model that made it, found another one"
 
 
@@ -38,7 +38,7 @@ def _no_grad() -> Any:
 
 def filled(model: PreTrainedModel, given: Any = None) -> CompressedCache:
     cache = make_cache("logquant:window=10", model if given is None else given)
-    model(ids(60), past_key_values=cache)
+    model(ids(60), **{CACHE: cache})
     return cache
 
 
@@ -160,7 +160,7 @@ def test_a_loaded_cache_stays_that_of_its_model_until_it_is_reset(file: Path) ->
     with pytest.raises(CacheError, match=OTHERS):
         CompressedCache.load(file, other)
     cache.reset()
-    other(ids(20), past_key_values=cache)
+    other(ids(20), **{CACHE: cache})
     cache.save(file)
     assert CompressedCache.load(file, other).get_seq_length() == 20
 
