@@ -22,6 +22,7 @@ from kvpolicy.contracts import test_policies, test_quantizers
 from kvpolicy.errors import KvpolicyError, MissingDependencyError, PluginError, RecipeError
 from kvpolicy.policy import NEVER
 from kvpolicy.quantizer import AffineQuantizer, Quantizer
+from kvpolicy.ranking import ranked
 from kvpolicy.stores import make_store
 
 GOOD = {"affine": Good, "tensors": GoodTensors, "policy": GoodPolicy, "rank": GoodRank}
@@ -152,14 +153,29 @@ def test_the_original_error_is_kept() -> None:
 
 def test_a_nan_ranks_below_every_number_and_fills_the_budget_all_the_same() -> None:
     def rank(self: Any, attention: Any, queries: Any, ages: Any) -> Any:
-        return torch.where(ages % 3 == 0, attention, torch.nan)
+        return torch.where(ages % 12 == 0, attention, torch.nan)
 
-    recipe = {"tiers": [{"policy": lying(GoodRank, "", rank=rank).make(), "store": "full"}, {"store": "evict"}]}
-    layer = Layer(recipe)
+    policy = lying(GoodRank, "", rank=rank).make()
+    window = {"policy": {"kind": "recent", "window": 5}, "store": "full"}
+    layer = Layer({"tiers": [window, {"policy": policy, "store": "full"}, {"store": "evict"}]})
     layer(*random_tokens(40, 0))
-    ((first, *_), *_) = layer.held()
-    assert len(first[0]) == 6
-    assert all((40 - position) % 3 == 0 for position in first[0])
+    for heads in layer.held():
+        for newest, chosen, _ in heads:
+            assert newest == [35, 36, 37, 38, 39]
+            assert len(chosen) == 6
+            assert {40 - 12, 40 - 24, 40 - 36} <= set(chosen)
+
+
+@pytest.mark.parametrize("select", ["head", "layer"])
+def test_a_nan_ranks_above_what_is_no_candidate(select: Any) -> None:
+    policy: Any = lying(GoodRank, "", rank=lambda self, attention, queries, ages: attention).make()
+    policy = policy.model_copy(update={"select": select})
+    attention = torch.tensor([[[1.0, torch.nan, -torch.inf, 0.5], [-2.0, 0.0, -torch.inf, -torch.inf]]])
+    rank = ranked(policy, attention, torch.ones(1, 2, 4), torch.ones(1, 2, 4))
+    assert (rank > -torch.inf).all()
+    expected = attention if select == "head" else attention.mean(1, keepdim=True)
+    assert torch.equal(rank[expected.isfinite()], expected[expected.isfinite()])
+    assert (rank[~expected.isfinite()] < -1e30).all()
 
 
 TOLD: list[int] = []
@@ -228,6 +244,28 @@ def test_scores_list_what_is_allowed() -> None:
         Scores(heads="median")  # type: ignore[arg-type]
     with pytest.raises(PluginError, match="newest must be a number from 0 to 1, found nan"):
         Scores(newest=float("nan"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "quantizer",
+    [
+        Good(nbits=2),
+        Good(nbits=8, per="channel", group_size=8),
+        Good(channel_separable=True, group_size=8),
+        GoodTensors(),
+    ],
+    ids=["token", "channel", "separable", "tensors"],
+)
+def test_what_is_checked_waits_for_no_device(quantizer: Quantizer, dtype: torch.dtype) -> None:
+    """Tensors of the device `meta` have no numbers: to read one is an error."""
+    store = make_store(quantizer, HEAD_DIM)
+    assert store is not None
+    with torch.no_grad():
+        for n in (40, 1, 8):
+            store.append(torch.empty(1, 2, n, HEAD_DIM, dtype=dtype, device="meta"))
+        store.write(torch.empty(1, 2, 49, HEAD_DIM, dtype=dtype, device="meta"), 0)
+    assert store.length == 49
 
 
 def test_codes_beyond_nbits_never_reach_their_neighbours() -> None:

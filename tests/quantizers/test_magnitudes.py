@@ -73,6 +73,19 @@ def test_integers_err_by_half_a_step_at_every_magnitude(data: st.DataObject) -> 
     check(Int(**options), numbers(data, data.draw(st.sampled_from(DTYPES)), True), 1.0)
 
 
+@pytest.mark.parametrize("magnitude", [1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1.0, 1e4])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "quantizer",
+    [Int(nbits=n, group_size=32) for n in BITS] + [Hqq(nbits=n, optimize=False) for n in BITS] + [Quanto(nbits=4)],  # type: ignore[arg-type]
+    ids=lambda quantizer: f"{quantizer.kind}-{quantizer.nbits}",
+)
+def test_small_and_large_numbers(quantizer: AffineQuantizer, dtype: torch.dtype, magnitude: float) -> None:
+    x = torch.rand(1, 2, 32, 32, generator=torch.Generator().manual_seed(0)).sub(0.5).mul(2 * magnitude).to(dtype)
+    factor = 1.0 + 2**quantizer.nbits * torch.finfo(dtype).eps if isinstance(quantizer, Quanto) else 1.0
+    check(quantizer, x, factor, zero=isinstance(quantizer, Quanto))
+
+
 @settings(max_examples=80, deadline=None, derandomize=True)
 @given(st.data())
 def test_hqq_errs_by_little_more_than_half_a_step_at_every_magnitude(data: st.DataObject) -> None:
