@@ -185,16 +185,38 @@ class CompressedCache(PassAware, Cache):
 
         Exact for pending tokens (the last update's, 64 at most); a longer crop keeps past descents.
         """
-        length, seen = self.guard.cropped(int(tokens_to_remove)), self.guard.seen
-        removed = length - max(self.get_seq_length(), seen)
-        for layer in self.layers:
-            if isinstance(layer, TieredLayer) and length:
-                layer.crop(length)
-            else:
-                known = isinstance(layer, TieredLayer) or type(layer).__name__ in BY_REFERENCE
-                layer.crop(min(length - layer.get_seq_length(), 0) if known else min(removed, 0))
-        if self.reading.padding is not None:
-            self.reading.padding = self.reading.padding.crop(length)
+        known = int(super().get_seq_length()) if self.layers else 0
+        length = self.guard.cropped(int(tokens_to_remove), known)
+        removed = min(length - max(known, self.guard.seen), 0)
+        with self.guard.tearing("crop"):
+            for number, layer in enumerate(self.layers):  # these first: they may refuse
+                if not isinstance(layer, TieredLayer) and removed:
+                    self._crop_own(number, layer, length, removed)
+            for layer in self.layers:
+                if isinstance(layer, TieredLayer):
+                    layer.crop(length or -layer.tiers.seen)
+            if self.reading.padding is not None:
+                self.reading.padding = self.reading.padding.crop(length)
+
+    def _crop_own(self, number: int, layer: Any, length: int, removed: int) -> None:
+        known = type(layer).__name__ in BY_REFERENCE
+        try:
+            layer.crop(min(length - layer.get_seq_length(), 0) if known else removed)
+        except (AttributeError, NotImplementedError, RuntimeError, ValueError) as error:
+            raise CacheError(
+                f"layer {number}, a {type(layer).__name__} of transformers, can't be cropped by {-removed} tokens: "
+                f"{error}; reset() the cache and fill it anew"
+            ) from error
+
+    def update_conv_state(self, conv_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor:
+        self.guard.touch(layer_idx)
+        found: Tensor = super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
+        return found
+
+    def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor:
+        self.guard.touch(layer_idx)
+        found: Tensor = super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
+        return found
 
     def _existing(self, rows: Tensor) -> Tensor:
         """`rows_within` the rows held, if any."""

@@ -175,6 +175,8 @@ class Hooked:
     def enter(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         """What the pre-hook does; gives the arguments back where a cache was added to them."""
         frame = _frame(module)
+        hooks: Any = module._forward_hooks
+        hooks.move_to_end(self.handles[module][1].id)  # after the user's, which may raise
         running = self.running(frame)
         call, added = Call(self.names[module], args, kwargs), None
         cache = call.compressed()
@@ -200,11 +202,10 @@ class Hooked:
         """Announce a pass anew where an inner model is told what an outer one was not: more tokens, or the mask."""
         mask, tokens, cache = call.mask(), call.tokens(), running.cache
         known = running.masked or mask is None
-        if cache is None or (known and (tokens == running.tokens or not tokens)):
+        if cache is None or not tokens or (known and tokens == running.tokens):
             return
-        cache.finish(failed=True)
-        cache.begin(tokens, mask, self.attachment is not None)
-        running.tokens, running.masked = tokens, mask is not None
+        cache.guard.announce(tokens, mask, self.attachment is not None)
+        running.tokens, running.masked = tokens, running.masked or mask is not None
 
     def leave(self, module: nn.Module, failed: bool) -> None:
         running = self.running()
@@ -234,7 +235,21 @@ def _enter(token: object, module: nn.Module, args: Any, kwargs: dict[str, Any]) 
 def _leave(token: object, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
     hooked = _by_module.get(module)
     if hooked is not None and hooked.token is token:
-        hooked.leave(module, failed=output is None)
+        hooked.leave(module, failed=_fails(module))
+
+
+def _fails(module: nn.Module) -> bool:
+    """Whether the call of `module` that runs its after-hooks has raised an exception."""
+    error = sys.exc_info()[1]
+    trace = None if error is None else error.__traceback__
+    frame: Any = sys._getframe(1)
+    while trace is not None and frame is not None:
+        if frame is trace.tb_frame:
+            return True
+        if frame.f_code.co_name == "_call_impl" and frame.f_locals.get("self") is module:
+            return False
+        frame = frame.f_back
+    return False
 
 
 def hooked_of(decoder: nn.Module) -> Hooked:

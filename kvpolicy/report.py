@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 __all__ = ["LayerSummary", "Memory", "StoreMemory", "Summary", "measure", "summarize"]
 
 UNSEEN = (
-    "made from a config: a model that is not attached shows it no padding, so that padded rows can't be told apart; "
-    "give make_cache the model"
+    "no model tells this cache of padding while it is not attached, so that padded rows can't be told apart; make it "
+    "for the model itself: make_cache(recipe, model)"
 )
 KINDS = ("codes", "scales", "zeros", "exact", "indices", "scores")
 

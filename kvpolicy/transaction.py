@@ -24,7 +24,8 @@ __all__ = ["BY_REFERENCE", "Guard"]
 
 BETWEEN = ("kvpolicy", "torch._dynamo", "contextlib")
 """Modules whose frames stand between a forward pass and what it calls of ours."""
-BY_REFERENCE = ("DynamicLayer", "DynamicSlidingWindowLayer")
+WINDOWED = "DynamicSlidingWindowLayer"
+BY_REFERENCE = ("DynamicLayer", WINDOWED)
 """Layers of transformers that replace their tensors instead of writing to them."""
 
 
@@ -103,7 +104,12 @@ class Guard:
     @property
     def seen(self) -> int:
         """Tokens that the layers have seen, if they are whole."""
-        return max((tiers.seen for tiers in self.tiers), default=0)
+        return max(self._lengths(), default=0)
+
+    def _lengths(self) -> list[int]:
+        """Tokens seen by each layer that has any: of the recipe's, and of transformers' own with a window."""
+        own = [layer for layer in self.layers if type(layer).__name__ == WINDOWED and layer.is_initialized]
+        return [tiers.seen for tiers in self.tiers if tiers.stores] + [int(layer.get_seq_length()) for layer in own]
 
     def begin(self, tokens: int, mask: Any = None, attached: bool = False) -> None:
         """A forward pass with this cache begins, which brings `tokens` tokens to every layer.
@@ -142,6 +148,17 @@ class Guard:
         self.reading.attached = False
         self._pass = None  # last: until here an interruption takes the pass back
 
+    def announce(self, tokens: int, mask: Any, attached: bool) -> None:
+        """Within a pass an inner model is called with so many tokens, or with the mask that an outer one lacks."""
+        known = self.reading.padding
+        if mask is not None or known is None or known.length < self.seen + tokens:
+            self.reading.padding = self._padding_with(mask, tokens, self.seen, attached)
+
+    def touch(self, layer: int) -> None:
+        """A layer of transformers' own is about to be written to."""
+        if self._pass is not None:
+            self._pass.given.add(layer)
+
     def note_padding(self, mask: Any, tokens: int) -> None:
         """Take note of which of the `tokens` coming in are padding, from a 2-D attention mask over all tokens."""
         self.reading.padding = self._padding_with(mask, tokens, self.seen, True)
@@ -152,8 +169,13 @@ class Guard:
         real: Any = None
         if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] > seen:
             real = mask[:, seen : seen + tokens] != 0
-            whole = bool(mask[:, :seen].all()) if padding is None and self.evicts else True
-            if not whole or (not attached and self.evicts and not bool(real.all())):
+            if self.evicts and padding is None and not bool(mask[:, :seen].all()):
+                raise CacheError(
+                    f"recipe {self.recipe!r} drops tokens, so padding must be told when it comes, to an attached model; "
+                    f"found a mask that hides some of the {seen} tokens seen. reset() the cache, attach the model, "
+                    "and give the mask from the first tokens on"
+                )
+            if self.evicts and not attached and not bool(real.all()):
                 raise CacheError(
                     f"recipe {self.recipe!r} drops tokens, and takes padding for tokens while its model is not "
                     "attached; found a padded batch. Attach the model before its first tokens: "
@@ -183,10 +205,10 @@ class Guard:
             self.take_back()
         if self._torn is not None:
             raise CacheError(
-                f"the layers of a cache must have the same rows, and {self._torn} was interrupted; reset() the cache, "
+                f"the layers of a cache must be alike, and {self._torn} was interrupted; reset() the cache, "
                 "or make a new one"
             )
-        lengths = [tiers.seen for tiers in self.tiers if tiers.stores]  # a layer without any is not used
+        lengths = self._lengths()
         for tiers in self.tiers:
             tiers.check_whole()
         if len(set(lengths)) > 1:
@@ -228,6 +250,8 @@ class Guard:
     def expect(self, layer: int, keys: Tensor) -> None:
         """Refuse tokens for a layer that is not where it should be."""
         p = self._pass
+        if self._torn is not None:
+            self.whole()
         if p is not None and (p.elsewhere or layer in p.given) and not p.alive():
             self.take_back()
             p = None
@@ -240,7 +264,7 @@ class Guard:
         if not isinstance(tiered, TieredLayer):
             return
         seen = tiered.tiers.seen
-        if seen > min(tiers.seen for tiers in self.tiers if tiers.stores or tiers is tiered.tiers):
+        if seen > min([seen, *self._lengths()]):
             self.whole()
         padding = self.reading.padding
         if padding is not None and padding.length < seen + keys.shape[2]:
@@ -248,8 +272,8 @@ class Guard:
                 np.ones((padding.batch, seen + keys.shape[2] - padding.length), np.bool_)
             )
 
-    def cropped(self, tokens: int) -> int:
-        """The length that `crop(tokens)` leads to; layers of unequal length are made ready for it.
+    def cropped(self, tokens: int, known: int) -> int:
+        """The length that `crop(tokens)` leads to from `known`; layers of unequal length are made ready for it.
 
         Raises:
             CacheError: they can't all have that length, or the cache is in use.
@@ -258,10 +282,10 @@ class Guard:
             if self._pass.alive():
                 self.whole()
             self.take_back()
-        seen = [tiers.seen for tiers in self.tiers if tiers.stores]
+        seen = self._lengths()
         if tokens <= 0 or len(set(seen)) < 2:
             self.whole()
-        length = tokens if tokens > 0 else max(self.seen + tokens, 0)
+        length = tokens if tokens > 0 else max(max(self.seen, known) + tokens, 0)
         if len(set(seen)) > 1:
             self._level(length, seen)
         return length
@@ -269,7 +293,7 @@ class Guard:
     @torch.no_grad()
     def _level(self, length: int, seen: list[int]) -> None:
         """Let all layers have let in the same tokens, where one has seen more, so that a crop leaves them alike."""
-        most = max(tiers.settled for tiers in self.tiers)
+        most = max((tiers.settled for tiers in self.tiers), default=0)
         behind = [tiers for tiers in self.tiers if tiers.settled < most]
         if min(seen) < length or self.selects_together or any(t.settled + t.waiting != most for t in behind):
             raise CacheError(
@@ -283,8 +307,18 @@ class Guard:
     def rows_of_all(self, what: str) -> Iterator[None]:
         """All layers get other rows, or the cache is torn."""
         self.whole()
+        with self.tearing(what):
+            yield
+
+    @contextmanager
+    def tearing(self, what: str) -> Iterator[None]:
+        """Until the end layers may differ; what interrupts it leaves the cache torn, but a refusal of ours."""
         self._torn = what
-        yield
+        try:
+            yield
+        except CacheError:  # said before anything was changed
+            self._torn = None
+            raise
         self._torn = None
 
     @contextmanager
