@@ -283,7 +283,12 @@ class RankPolicy(Policy):
 
     def _scores(self) -> Scores:
         """`scores`, its answer checked."""
-        found = call(self, "scores")
+        try:
+            found = call(self, "scores")
+        except PluginError as error:
+            if str(error).startswith("Scores: "):  # which doesn't know who asks
+                raise PluginError(f"policy {self.kind!r}: {error}") from error
+            raise
         if not isinstance(found, Scores):
             raise PluginError(
                 f"policy {self.kind!r}: scores must return kvpolicy.Scores, found {type(found).__name__}. {TRY}"
