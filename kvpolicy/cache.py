@@ -208,16 +208,6 @@ class CompressedCache(PassAware, Cache):
                 f"{error}; reset() the cache and fill it anew"
             ) from error
 
-    def update_conv_state(self, conv_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor:
-        self.guard.touch(layer_idx)
-        found: Tensor = super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
-        return found
-
-    def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor:
-        self.guard.touch(layer_idx)
-        found: Tensor = super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
-        return found
-
     def _existing(self, rows: Tensor) -> Tensor:
         """`rows_within` the rows held, if any."""
         held = next((x.batch_size for x in self.layers if isinstance(x, TieredLayer) and x.is_initialized), None)

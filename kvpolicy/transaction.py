@@ -38,7 +38,7 @@ class Transaction:
     padding: Padding | None
     """Which of these are padding."""
     own: dict[int, dict[str, Any]]
-    """What transformers' own layers held, where that can be kept by reference."""
+    """What transformers' own layers held."""
     frame: FrameType | None
     """The frame of whoever runs the pass."""
     thread: int = field(default_factory=get_ident)
@@ -64,6 +64,19 @@ def _caller() -> FrameType | None:
     while frame is not None and str(frame.f_globals.get("__name__")).startswith(BETWEEN):
         frame = frame.f_back
     return frame
+
+
+def _kept(layer: Any) -> dict[str, Any]:
+    """What a layer of transformers' own holds. Keys and values are replaced by updates, states are written to."""
+    return {name: x if name in ("keys", "values") else _cloned(x) for name, x in layer.__dict__.items()}
+
+
+def _cloned(x: Any) -> Any:
+    if isinstance(x, Tensor):
+        return x.detach().clone()
+    if isinstance(x, dict):
+        return {key: _cloned(value) for key, value in x.items()}
+    return type(x)(map(_cloned, x)) if type(x) in (list, tuple) else x
 
 
 class Guard:
@@ -127,7 +140,7 @@ class Guard:
         self.whole()
         before, padding = self.seen, self.reading.padding
         coming = self._padding_with(mask, tokens, before, attached)
-        own = {i: dict(x.__dict__) for i, x in enumerate(self.layers) if type(x).__name__ in BY_REFERENCE}
+        own = {i: _kept(x) for i, x in enumerate(self.layers) if not isinstance(x, TieredLayer)}
         if attached and self.selects_together:
             self.settle()
         self._pass = Transaction(before, padding, own, _caller())
@@ -154,11 +167,6 @@ class Guard:
         if mask is not None or known is None or known.length < self.seen + tokens:
             self.reading.padding = self._padding_with(mask, tokens, self.seen, attached)
 
-    def touch(self, layer: int) -> None:
-        """A layer of transformers' own is about to be written to."""
-        if self._pass is not None:
-            self._pass.given.add(layer)
-
     def note_padding(self, mask: Any, tokens: int) -> None:
         """Take note of which of the `tokens` coming in are padding, from a 2-D attention mask over all tokens."""
         self.reading.padding = self._padding_with(mask, tokens, self.seen, True)
@@ -171,7 +179,7 @@ class Guard:
             real = mask[:, seen : seen + tokens] != 0
             if self.evicts and padding is None and not bool(mask[:, :seen].all()):
                 raise CacheError(
-                    f"recipe {self.recipe!r} drops tokens, so padding must be told when it comes, to an attached model; "
+                    f"recipe {self.recipe!r} drops tokens, so an attached model must be told padding when it comes; "
                     f"found a mask that hides some of the {seen} tokens seen. reset() the cache, attach the model, "
                     "and give the mask from the first tokens on"
                 )
@@ -235,8 +243,6 @@ class Guard:
             if i in p.own:
                 layer.__dict__.clear()
                 layer.__dict__.update(p.own[i])
-            elif not isinstance(layer, TieredLayer) and type(layer).__name__ != "DummyLayer":
-                done.append(i not in p.given)
         self.reading.attached, self.reading.padding = False, p.padding
         if not all(done):
             raise CacheError(

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from models import VOCAB, ids, tiny
-from transformers import LlamaConfig
+from models import VOCAB, build, exact, ids, tiny
+from transformers import LlamaConfig, LlamaForCausalLM
 from words import CACHE
 
 import kvpolicy
@@ -324,6 +324,91 @@ def test_a_sliding_layer_goes_back_as_well() -> None:
             stop.remove()
         got = [model(tokens[:, i : i + 1], **{CACHE: cache}).logits for i in range(40, 43)]
     assert all(map(torch.equal, got, want))
+
+
+def failing(model: Any, module: Any, run: Any) -> None:
+    """Run a step in which a hook on `module` raises."""
+    stop = module.register_forward_hook(fail)
+    with pytest.raises(Stop):
+        run()
+    stop.remove()
+
+
+@pytest.mark.parametrize("attached", [False, True])
+@pytest.mark.parametrize("first", [False, True])
+def test_a_hook_of_the_users_on_the_model_that_raises(first: bool, attached: bool) -> None:
+    model = tiny("qwen3")
+    with torch.no_grad(), kvpolicy.attach(model) if attached else nullcontext():
+        stop = model.register_forward_hook(fail) if first else None
+        cache = make_cache("logquant", model)
+        stop = stop or model.register_forward_hook(fail)
+        with pytest.raises(Stop):
+            model(ids(10), **{CACHE: cache})
+        stop.remove()
+        assert lengths(cache) == [0, 0]
+        try:
+            fail()
+        except Stop:  # an error that is being handled is not the pass's own
+            model(ids(10), **{CACHE: cache})
+        assert lengths(cache) == [10, 10]
+
+
+def test_states_of_linear_attention_go_back_as_well() -> None:
+    model = build("lfm2", torch.float32, layer_types=["full_attention", "conv"], conv_L_cache=3)
+    with torch.no_grad():
+        cache = make_cache("logquant", model, window=8)
+        model(ids(30), **{CACHE: cache})
+        want = model(ids(1), **{CACHE: copy.deepcopy(cache)}).logits
+        failing(model, model.model.layers[1], lambda: model(ids(1), **{CACHE: cache}))
+        assert torch.equal(model(ids(1), **{CACHE: cache}).logits, want)
+
+
+def test_layers_of_transformers_with_a_window_count_among_those_that_must_agree() -> None:
+    model = tiny("gemma3_text")
+    stranger = copy.deepcopy(model)  # it tells the cache nothing of its passes
+    with torch.no_grad():
+        cache = make_cache("full", model.config)
+        stranger(ids(20), **{CACHE: cache})
+        failing(stranger, stranger.model.layers[1].mlp, lambda: stranger(ids(1), **{CACHE: cache}))
+        with pytest.raises(CacheError, match=r"\[21, 20, 21, 20\]|\[21, 20, 20\]|crop\(20\)"):
+            stranger(ids(1), **{CACHE: cache})
+        whole = make_cache("full", model)
+        model(ids(40), **{CACHE: whole})
+        with pytest.raises(CacheError, match="can't be cropped by 2 tokens"):
+            whole.crop(-2)
+        assert lengths(whole) == [40] * 4
+        model(ids(1), **{CACHE: whole})
+
+
+def test_crop_where_nothing_is_compressed() -> None:
+    model = build("mistral", torch.float32, sliding_window=64)
+    tokens, greedy = torch.cat([ids(30)] * 2, dim=1), {"max_new_tokens": 12, "do_sample": False}
+    cache = make_cache("full", model)
+    with torch.no_grad():
+        model(ids(20), **{CACHE: cache})
+        cache.crop(-2)
+        assert lengths(cache) == [18, 18]
+        cache.reset()
+        found = model.generate(tokens, prompt_lookup_num_tokens=3, **greedy, **{CACHE: cache})
+        assert torch.equal(found, model.generate(tokens, prompt_lookup_num_tokens=3, **greedy))
+
+
+def test_an_inner_model_that_is_called_in_parts() -> None:
+    class Parts(LlamaForCausalLM):
+        def forward(self, input_ids: Any = None, attention_mask: Any = None, **kwargs: Any) -> Any:
+            for part in input_ids.split(16, dim=1):
+                out = super().forward(part, **kwargs)
+            return out
+
+    model = Parts(tiny("llama").config).eval()
+    with torch.no_grad():
+        for n in (16, 17, 32, 44):
+            want = model(ids(n), **{CACHE: exact(model)}).logits
+            for attached in (False, True):
+                with kvpolicy.attach(model) if attached else nullcontext():
+                    cache = make_cache("full", model)
+                    assert torch.equal(model(ids(n), **{CACHE: cache}).logits, want)
+                    assert lengths(cache) == [n, n]
 
 
 def all_lines() -> None:
