@@ -75,7 +75,7 @@ class Padding:
         """How many real tokens of a row stand in each slot and after it, below `stop`: `[batch, slots]`."""
         if self._ages is None or self._ages[0] != stop:
             from_end: Ints = np.cumsum(self.real[:, :stop][:, ::-1], axis=1, dtype=np.int64)
-            self._ages = stop, np.ascontiguousarray(from_end[:, ::-1])
+            self._ages = stop, from_end[:, ::-1].copy()
         return self._ages[1]
 
     def crop(self, length: int) -> Padding:

@@ -15,7 +15,7 @@ from models import ids, tiny
 from transformers import PreTrainedModel
 from words import CACHE, cache_of
 
-from kvpolicy import attach, attention, make_cache, passes
+from kvpolicy import CompressedCache, attach, attention, make_cache
 from kvpolicy.calls import Call, names_of
 from kvpolicy.errors import CacheError
 
@@ -312,8 +312,10 @@ class TestUnattachedHooks:
         self, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         seen: list[Any] = []
-        monkeypatch.setattr(passes, "begin", lambda c, n, mask, attached: seen.append((n, mask is not None, attached)))
-        monkeypatch.setattr(passes, "finish", lambda c, failed: seen.append(failed))
+        monkeypatch.setattr(
+            CompressedCache, "begin", lambda c, n, mask, attached: seen.append((n, mask is not None, attached))
+        )
+        monkeypatch.setattr(CompressedCache, "finish", lambda c, failed: seen.append(failed))
         cache, mask = make_cache("balanced", model), torch.ones(1, 20, dtype=torch.long)
         model(ids(20), attention_mask=mask, **{CACHE: cache})
         model.model(ids(1), **{CACHE: cache})
@@ -329,8 +331,10 @@ class TestUnattachedHooks:
 
 def test_one_call_with_a_recipe_begins_one_pass(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     count: list[int] = []
-    begin = passes.begin
-    monkeypatch.setattr(passes, "begin", lambda c, n, mask, attached: (count.append(n), begin(c, n, mask, attached))[0])
+    begin = CompressedCache.begin
+    monkeypatch.setattr(
+        CompressedCache, "begin", lambda c, n, mask, attached: (count.append(n), begin(c, n, mask, attached))[1]
+    )
     with attach(model, recipe="logquant"):
         assert cache_of(model(ids(30))).recipe.name == "logquant"
     assert count == [30]
