@@ -72,7 +72,6 @@ def test_the_contract_suite_notices(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", LIARS)
-@pytest.mark.filterwarnings("ignore:.*in-place.*")
 def test_what_would_spoil_a_cache_is_refused_at_run_time(name: str) -> None:
     liar = LIARS[name]
     if not liar.run:
