@@ -198,8 +198,8 @@ class Guard:
             real = real.cpu().numpy()
         return (padding or Padding.none(batch, seen)).crop(seen).append(real)
 
-    def whole(self) -> None:
-        """Take an interrupted pass back, and see that all layers hold the same tokens.
+    def whole(self, alike: bool = True) -> None:
+        """Take an interrupted pass back, and see that all layers hold the same tokens, if they must be `alike`.
 
         Raises:
             CacheError: they don't, or the cache is in use.
@@ -216,8 +216,8 @@ class Guard:
                 f"the layers of a cache must be alike, and {self._torn} was interrupted; reset() the cache, "
                 "or make a new one"
             )
-        lengths = self._lengths()
-        for tiers in self.tiers:
+        lengths = self._lengths() if alike else []
+        for tiers in self.tiers if alike else ():
             tiers.check_whole()
         if len(set(lengths)) > 1:
             raise CacheError(
@@ -225,10 +225,10 @@ class Guard:
                 f"{lengths}; crop({min(lengths)}) takes it back, or reset() the cache"
             )
 
-    def ready(self) -> None:
+    def ready(self, alike: bool = True) -> None:
         """`whole`, unless the forward pass that is running asks itself."""
         if self._pass is None or self._pass.elsewhere or not self._pass.alive():
-            self.whole()
+            self.whole(alike)
 
     def take_back(self) -> None:
         """Undo what an interrupted pass did.

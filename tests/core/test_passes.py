@@ -18,6 +18,7 @@ from words import CACHE, cache_of
 from kvpolicy import CompressedCache, attach, attention, make_cache
 from kvpolicy.calls import Call, names_of
 from kvpolicy.errors import CacheError
+from kvpolicy.transaction import Guard
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
 QUANTIZED = {
@@ -331,10 +332,8 @@ class TestUnattachedHooks:
 
 def test_one_call_with_a_recipe_begins_one_pass(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     count: list[int] = []
-    begin = CompressedCache.begin
-    monkeypatch.setattr(
-        CompressedCache, "begin", lambda c, n, mask, attached: (count.append(n), begin(c, n, mask, attached))[1]
-    )
+    told = Guard._padding_with  # asked once by each pass that begins
+    monkeypatch.setattr(Guard, "_padding_with", lambda g, mask, n, *more: (count.append(n), told(g, mask, n, *more))[1])
     with attach(model, recipe="logquant"):
         assert cache_of(model(ids(30))).recipe.name == "logquant"
     assert count == [30]
