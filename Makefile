@@ -3,14 +3,20 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+CONSTRAINTS ?= constraints.txt
 OUT ?= out/demo
 ARMS := full logquant partial-logquant kivi zipcache h2o logquant-evict kivi-evict
+# What moves from one end of transformers' range to the other, and the tests that are run at the oldest.
+MOVING := ^(transformers|huggingface-hub|tokenizers)==
+OLDEST_TESTS := $(wildcard $(patsubst %,tests/core/test_%*.py,\
+	assisted attach attend attention cache generate padding ragged))
 
-.PHONY: help demo test lint docs bench clean
+.PHONY: help demo test test-oldest test-newest lint docs bench clean
 
 help:
 	@echo "make demo    compare recipes on the bundled model: table here, pictures in $(OUT)"
 	@echo "make test    all tests (ARGS='-x -k placement' goes to pytest)"
+	@echo "make test-oldest, make test-newest: with the oldest and the newest transformers, in $(VENV)-oldest, $(VENV)-newest"
 	@echo "make lint    ruff and mypy"
 	@echo "make docs    the documentation, strictly, into site/"
 	@echo "make bench   cost of a decode step against transformers' caches"
@@ -22,13 +28,13 @@ $(VENV)/.created:
 	@touch $@
 
 # torch first and alone: with it in place nothing that follows chooses another build of it.
-$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/.created
-	$(PIP) install --quiet torch==2.13.0 -c constraints.txt
-	$(PIP) install --quiet -c constraints.txt -e ".[quanto,hqq]"
+$(VENV)/.installed: pyproject.toml $(CONSTRAINTS) | $(VENV)/.created
+	$(PIP) install --quiet torch==2.13.0 -c $(CONSTRAINTS)
+	$(PIP) install --quiet $(UPGRADE) -c $(CONSTRAINTS) -e ".[quanto,hqq]"
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) install --quiet -c constraints.txt -e ".[quanto,hqq,contracts,dev,docs]"
+	$(PIP) install --quiet -c $(CONSTRAINTS) -e ".[quanto,hqq,contracts,dev,docs]"
 	@touch $@
 
 demo: $(VENV)/.installed
@@ -39,6 +45,22 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n auto $(ARGS)
+
+$(VENV)-oldest/constraints.txt: constraints.txt constraints-oldest.txt
+	@mkdir -p $(@D)
+	@grep -vE '$(MOVING)' constraints.txt | cat - constraints-oldest.txt > $@
+
+# Written anew, so that each run asks the index again.
+.PHONY: $(VENV)-newest/constraints.txt
+$(VENV)-newest/constraints.txt: constraints.txt
+	@mkdir -p $(@D)
+	@grep -vE '$(MOVING)' constraints.txt > $@
+
+test-oldest: $(VENV)-oldest/constraints.txt
+	$(MAKE) test VENV=$(VENV)-oldest CONSTRAINTS=$< ARGS="$(OLDEST_TESTS) $(ARGS)"
+
+test-newest: $(VENV)-newest/constraints.txt
+	$(MAKE) test VENV=$(VENV)-newest CONSTRAINTS=$< UPGRADE="--upgrade --upgrade-strategy eager"
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check

@@ -20,6 +20,7 @@ from arms import DTYPES, clock, machine
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import kvpolicy
+from kvpolicy.models import cache_word
 
 
 def model(options: argparse.Namespace, dtype: str) -> LlamaForCausalLM:
@@ -40,7 +41,7 @@ def model(options: argparse.Namespace, dtype: str) -> LlamaForCausalLM:
 def first_token(llama: Any, ids: torch.Tensor, cache: Any) -> float:
     """Seconds until the first token is known."""
     start = clock(ids.device)
-    logits = llama(ids, past_key_values=cache, logits_to_keep=1).logits
+    logits = llama(ids, **{cache_word(llama): cache}, logits_to_keep=1).logits
     int(logits[0, -1].argmax())
     return clock(ids.device) - start
 

@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -18,20 +19,23 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvpolicy import passes
 from kvpolicy.attend import attend, observe
-from kvpolicy.cache import CompressedCache, TieredLayer, make_cache
-from kvpolicy.calls import Call, names_of, parts_of, path_between
+from kvpolicy.cache import CompressedCache, make_cache
+from kvpolicy.calls import WORDS, Call, names_of, parts_of, path_between
 from kvpolicy.errors import CacheError
 from kvpolicy.layer import Tiers
 from kvpolicy.modes import ATTACHED, barred, precise, uncompiled, wants_gradients
-from kvpolicy.override import eager_of, interface_of, override
+from kvpolicy.override import EAGER, eager_of, interface_of, override
 from kvpolicy.passes import Pass, attached_pass, is_attached
 from kvpolicy.recipe import Recipe, load_recipe
+from kvpolicy.tiered_layer import TieredLayer
 from kvpolicy.views import View
 
 __all__ = ["Attached", "attach", "is_attached"]
 
 SERVED = ("sdpa", "eager")
 _reading = passes.reading
+_eager: WeakKeyDictionary[type, tuple[str, str]] = WeakKeyDictionary()
+"""Where the eager function is that a class of attention modules names."""
 watching: ContextVar[Callable[..., None] | None] = ContextVar("kvpolicy_watching", default=None)
 """Called with module, query, key, value, mask, options and output of every attention that reads a `CompressedCache`."""
 
@@ -110,10 +114,36 @@ class Attachment:
                 "that, attach it again"
             )
 
+    def inside(self) -> bool:
+        """Whether a model around the one that is attached is running: it makes caches that no one asked for."""
+        owner, frame = self.owner(), sys._getframe(1)
+        while owner is not None and frame.f_back is not None:
+            frame = frame.f_back
+            module = frame.f_locals.get("self")
+            if isinstance(module, PreTrainedModel) and any(m is owner for m in module.modules() if m is not module):
+                return True
+        return False
+
+    def tell(self, why: str, depth: int) -> None:
+        """Warn, once, that a call does not use the recipe."""
+        if self.told:
+            return
+        self.told = True
+        assert self.recipe is not None
+        warnings.warn(
+            f"{why}, so this call does not use recipe {self.recipe.name!r}, with which the model is attached.",
+            stacklevel=depth + 1,
+        )
+
     def supplied(self, module: nn.Module, call: Call) -> CompressedCache | None:
         """A fresh cache of the recipe for a call that brings none and may have one."""
         wanted = call.get("use_cache")
-        if self.recipe is None or module.training or not call.word or call.has_cache:
+        if self.recipe is None or module.training or not call.word:
+            return None
+        if call.has_cache:
+            given = None if self.told else call.unasked()
+            if given is not None and self.inside():
+                self.tell(f"The {type(given).__name__} that a model around {type(module).__name__} made is used", 2)
             return None
         return make_cache(self.recipe, self.owner()) if (self.config.use_cache if wanted is None else wanted) else None
 
@@ -137,6 +167,7 @@ class Attached:
         try:
             if recipe is not None:
                 make_cache(recipe, owner)  # what does not fit fails here
+                _check_word(owner, decoder)
         except BaseException:
             self.detach()
             raise
@@ -161,6 +192,16 @@ class Attached:
 
     def __exit__(self, *_: Any) -> None:
         self.detach()
+
+
+def _check_word(owner: PreTrainedModel, decoder: PreTrainedModel) -> None:
+    """Refuse a model that a cache of the recipe could not be given to."""
+    path = [owner] if hasattr(owner, "generate") else path_between(owner, decoder)
+    if not any(Call(names_of(m), (), {}).word for m in path):
+        raise CacheError(
+            f"attach with a recipe needs a forward with an argument {' or '.join(repr(w) for w in WORDS)}, found none "
+            f"in that of {type(owner).__name__}; give its forward one, or attach without a recipe the model inside it"
+        )
 
 
 def _supply(owner: PreTrainedModel) -> functools.partial[Any] | None:
@@ -207,14 +248,7 @@ def _cache_for(attachment: Attachment, owner: PreTrainedModel, given: dict[str, 
     else:
         default = {} if own.cache_implementation is None else {"cache_implementation": None}
         return {call.word: make_cache(attachment.recipe, owner), **default}
-    if not attachment.told:
-        attachment.told = True
-        assert attachment.recipe is not None
-        warnings.warn(
-            f"{reason} is followed, so this call does not use recipe {attachment.recipe.name!r}, with which the model "
-            "is attached.",
-            stacklevel=4,
-        )
+    attachment.tell(f"{reason} is followed", 4)
     return {}
 
 
@@ -227,7 +261,7 @@ def _attention(
     before: Callable[..., Any] | None, module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
     """Views are read from their stores, all else is for `before`, or for the module's own eager function."""
-    original = before or eager_of(module, sys._getframe(1))
+    original = before or _eager_in(type(module)) or eager_of(module, sys._getframe(1))
     current = attached_pass(module)
     if isinstance(key, View) and isinstance(value, View):
         return _read(original, module, current, query, key, value, *args, **kwargs)
@@ -236,6 +270,26 @@ def _attention(
         found: tuple[Tensor, Tensor | None] = original(module, query, key, value, *args, **kwargs)
         return found
     return _pass_on(original, module, current, query, key, value, *args, **kwargs)
+
+
+def _eager_in(kind: type[nn.Module]) -> Callable[..., Any] | None:
+    """The eager function that the forward of a class names. `torch.compile` can follow this, and not a frame."""
+    file, name = _place_of_eager(kind)
+    found: Callable[..., Any] | None = getattr(sys.modules[file], name) if name else None
+    return found
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _place_of_eager(kind: type[nn.Module]) -> tuple[str, str]:
+    """The module of Python and the name in it; no name where forward names none."""
+    where = _eager.get(kind)
+    if where is None:
+        forward = inspect.unwrap(kind.forward)
+        names = forward.__code__.co_names if inspect.isfunction(forward) else ()
+        file = sys.modules.get(forward.__module__)
+        named = (x for x in names if x.endswith(EAGER) and hasattr(file, x))
+        where = _eager[kind] = (forward.__module__, next(named, ""))
+    return where
 
 
 def _pass_on(
@@ -273,6 +327,8 @@ def _read(
     options = {
         name: kwargs.get(given) for name, given in (("scaling", "scaling"), ("softcap", "softcap"), ("sinks", "s_aux"))
     }
+    if not query.shape[2]:
+        return query.new_empty((query.shape[0], 0, query.shape[1], value.shape[3])), None
     if tiers.densely and attention_mask is not None and attention_mask.shape[-1] != tiers.seen:
         raise CacheError(
             f"{type(module).__name__} makes its mask from the values that it is given, which must be those of all "

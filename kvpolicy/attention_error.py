@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from kvpolicy.attend import ALL, as_mask, exponentials, mask_scores
 from kvpolicy.attention import watching
 from kvpolicy.attention_distance import Distances
-from kvpolicy.cache import CompressedCache, TieredLayer
+from kvpolicy.cache import CompressedCache
 from kvpolicy.layer import DROPPED, EXACT, QUANTIZED
+from kvpolicy.tiered_layer import TieredLayer
 from kvpolicy.views import View
 
 __all__ = ["AttentionErrors", "Watcher", "exact_attention"]

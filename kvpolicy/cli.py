@@ -77,13 +77,21 @@ def recipes() -> None:
     _print(table)
 
 
-@app.command()
+@app.command(context_settings={"allow_extra_args": True})
 def show(
+    context: typer.Context,
     recipe: RecipeArgument,
     tokens: Annotated[int, typer.Option(min=1, max=1 << 20, help="Tokens of the placement shown.")] = 512,
     plot: Annotated[Path | None, typer.Option(help="Draw which tier holds each position, into this file.")] = None,
 ) -> None:
     """Print a recipe with everything filled in, and how many tokens each tier holds."""
+    from kvpolicy.recipe_source import check_one
+
+    check_one(recipe, context.args)
+    if plot is not None:
+        from kvpolicy.arguments import check_picture
+
+        check_picture(plot)
     from kvpolicy.recipe import load_recipe
 
     loaded = load_recipe(recipe)
@@ -126,17 +134,22 @@ def validate(
     sources: Annotated[list[str], typer.Argument(metavar="RECIPE...", help="Bundled names or files.")],
 ) -> None:
     """Check recipes; exit status 2 if one is not valid."""
-    from kvpolicy.recipe import load_recipe
+    from kvpolicy.recipe_source import check_sources, refuse_misplaced
+    from kvpolicy.words import clip
 
+    refuse_misplaced(sources)
     failed = False
     for source in sources:
         try:
+            check_sources([source])
+            from kvpolicy.recipe import load_recipe
+
             loaded = load_recipe(source)
         except KvpolicyError as error:
-            typer.echo(f"error: {error}", err=True)
+            _error(str(error))
             failed = True
         else:
-            typer.echo(f"{source}: valid ({loaded.name}, tiers: {len(loaded.tiers)})")
+            typer.echo(f"{clip(source, 300)}: valid ({clip(loaded.name)}, tiers: {len(loaded.tiers)})")
     if failed:
         raise typer.Exit(2)
 
@@ -186,15 +199,52 @@ register(app)
 
 
 def main() -> None:
-    """Run the command; an error that kvpolicy raises on purpose is one message and exit status 2."""
+    """Run the command; an error that kvpolicy raises on purpose is a line per problem and exit status 2."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     try:
-        app()
+        status = app(prog_name="kvpolicy", standalone_mode=False)
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except KvpolicyError as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(2)
+        _error(str(error))
+        status = 2
     except BrokenPipeError:
         sys.stderr.close()
-        sys.exit(141)
+        status = 141
+    except (KeyboardInterrupt, typer.Abort):
+        typer.echo("interrupted", err=True)
+        status = 130
+    except OSError as error:  # such as a full disk behind stdout
+        _error(f"can't be written or read: {error.filename or 'the output'}: {error.strerror or error}")
+        status = 1
+    except Exception as error:
+        status = _usage(error)
+    sys.exit(status or 0)
+
+
+def _error(text: str) -> None:
+    """A line for each problem."""
+    for line in text.splitlines():
+        typer.echo(f"error: {line}", err=True)
+
+
+def _usage(error: Exception) -> int:
+    """Say what is wrong with the words on the command line; whatever else was raised goes on."""
+    say = getattr(error, "format_message", None)
+    if say is None:
+        raise error
+    from kvpolicy.words import clip
+
+    status = int(getattr(error, "exit_code", 2))
+    message, context = str(say()).strip(), getattr(error, "ctx", None)
+    if not message or type(error).__name__ == "NoArgsIsHelpError":  # the help was asked for, or is shown already
+        typer.echo(message, err=True, nl=bool(message))
+        return status
+    path = getattr(context, "command_path", None) or "kvpolicy"
+    hints = [clip(message[0].lower() + message[1:].rstrip("."), 400)]
+    if type(error).__name__ == "NoSuchOption" and path.split()[-1] in ("show", "validate", "generate", "compare"):
+        hints.append("a recipe's parameters are written NAME:key=value")
+    _error("; ".join([*hints, f"see {path} --help"]))
+    return status

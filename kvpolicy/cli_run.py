@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +17,7 @@ __all__ = ["compare", "generate", "register"]
 def register(app: typer.Typer) -> None:
     """Add the commands to an app."""
     app.command()(compare)
-    app.command()(generate)
+    app.command(context_settings={"allow_extra_args": True})(generate)
 
 
 def compare(
@@ -44,11 +45,11 @@ def compare(
 ) -> None:
     """Compare recipes on the same samples, each against the exact cache."""
     _quiet()
-    from kvpolicy.comparison import FILES
-    from kvpolicy.comparison import compare as run
-
     with warnings.catch_warnings():
-        warnings.showwarning = _warn
+        warnings.showwarning = _warner()
+        _check_comparison(arms, model, task, n, seed, tokens, out, overwrite, device)
+        from kvpolicy.comparison import compare as run
+
         try:
             result = run(
                 arms,
@@ -68,13 +69,45 @@ def compare(
             raise typer.Exit(130) from None
     _print(result)
     if out is not None:
-        *most, last = [name for name in FILES if (Path(out) / name).exists()]
+        from kvpolicy.arguments import RESULTS
+
+        *most, last = [name for name in RESULTS if (Path(out) / name).exists()]
         typer.echo(f"wrote {', '.join(most)} and {last} into {out}", err=True)
     if result.failures:
         raise typer.Exit(1)
 
 
+def _check_comparison(
+    arms: list[str],
+    model: Path | None,
+    task: str,
+    n: int,
+    seed: int,
+    tokens: int | None,
+    out: str | None,
+    overwrite: bool,
+    device: str | None,
+) -> None:
+    """Refuse what can't be right before torch is loaded, which takes seconds."""
+    from kvpolicy.arguments import check_comparison, check_device, check_results, check_room
+    from kvpolicy.models import check_model
+    from kvpolicy.recipe_source import check_sources
+    from kvpolicy.tasks import TASKS, check_name, check_size, load_task
+
+    check_comparison(n, seed, tokens, task, out)
+    check_sources(arms)
+    check_name(task)
+    check_size(task, n, tokens)
+    check_device(device)
+    check_room(tokens, check_model(model))
+    if out is not None:
+        check_results(Path(out), overwrite)
+    if task not in TASKS:
+        load_task(task, n, seed)
+
+
 def generate(
+    context: typer.Context,
     recipe: Annotated[str, typer.Option(metavar="RECIPE", help="A bundled name or a file, NAME:key=value,...")],
     prompt: Annotated[str, typer.Option(metavar="TEXT|-", help="The prompt; - reads it from stdin.")],
     model: Annotated[
@@ -88,14 +121,19 @@ def generate(
 ) -> None:
     """Continue a prompt greedily: the text on stdout, what the cache takes on stderr."""
     _quiet()
-    from kvpolicy.errors import CompareError
+    from kvpolicy.arguments import check_device, check_generation
+    from kvpolicy.models import check_model
+    from kvpolicy.recipe_source import check_one
+
+    check_one(recipe, context.args)
+    check_device(device)
+    limit = check_model(model)
+    text = _read_stdin() if prompt == "-" else prompt
+    check_generation(text, max_new_tokens, limit)
     from kvpolicy.generation import generate_text
 
-    text = _read_stdin() if prompt == "-" else prompt
-    if not text and prompt == "-":
-        raise CompareError("the prompt from stdin must not be empty; pipe a text into the command")
     with warnings.catch_warnings():
-        warnings.showwarning = _warn
+        warnings.showwarning = _warner()
         try:
             memory = generate_text(text, recipe, model, max_new_tokens, device, sys.stdout, attach=not unattached)
         except KeyboardInterrupt:
@@ -113,16 +151,21 @@ def _kept(out: str | None) -> str:
 
 
 def _read_stdin() -> str:
+    from kvpolicy.arguments import MAX_PROMPT
     from kvpolicy.errors import CompareError
 
     if sys.stdin is None:
         raise CompareError("the prompt comes from stdin, which is closed; pipe a text into the command")
+    raw = sys.stdin.buffer.read(4 * MAX_PROMPT + 1)
+    if len(raw) > 4 * MAX_PROMPT:
+        raise CompareError(f"the prompt on stdin must have at most {4 * MAX_PROMPT:,} bytes, found more; shorten it")
+    if not raw:
+        raise CompareError("the prompt from stdin must not be empty; pipe a text into the command")
     try:
-        return sys.stdin.buffer.read().decode("utf-8")
+        return raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise CompareError(f"the prompt on stdin must be UTF-8 text, found {error.reason} at byte {error.start}") from (
-            error
-        )
+        message = f"the prompt on stdin must be UTF-8 text, found {error.reason} at byte {error.start}"
+        raise CompareError(message) from error
 
 
 def _quiet() -> None:
@@ -130,8 +173,16 @@ def _quiet() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
-def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
-    typer.echo(f"warning: {message}", err=True)
+def _warner() -> Callable[..., None]:
+    """Shows warnings on a line each, and each once: what is checked early is checked again with the model at hand."""
+    shown: set[str] = set()
+
+    def warn(message: Warning | str, *_: Any, **__: Any) -> None:
+        if str(message) not in shown:
+            shown.add(str(message))
+            typer.echo(f"warning: {message}", err=True)
+
+    return warn
 
 
 def _print(result: Any) -> None:

@@ -17,6 +17,7 @@ from rich.text import Text
 
 from kvpolicy.attention_distance import Distances
 from kvpolicy.errors import CompareError
+from kvpolicy.words import in_words
 
 if TYPE_CHECKING:
     from kvpolicy.recipe import Recipe
@@ -104,15 +105,17 @@ class Comparison:
         and the masses); nor do those whose attention could not be watched.
         """
         if metric not in METRICS:
-            raise CompareError(f"metric must be one of {', '.join(METRICS)}, found {metric!r}")
+            raise CompareError(f"metric must be one of {', '.join(METRICS)}, found {in_words(metric)}")
         if arm == EXACT and EXACT not in self.arms:
             if metric not in ("score", "nll"):
-                raise CompareError(f"the exact cache has score and nll, found {metric!r}; add the arm 'full'")
+                raise CompareError(f"the exact cache has score and nll, found {in_words(metric)}; add the arm 'full'")
             found = {row["sample"]: row[f"exact_{metric}"] for row in self.rows}
         elif arm in self.arms:
             found = {row["sample"]: _value(row, metric) for row in self.rows if row["arm"] == arm}
         else:
-            raise CompareError(f"arm must be one of {', '.join(dict.fromkeys([*self.arms, EXACT]))}, found {arm!r}")
+            raise CompareError(
+                f"arm must be one of {', '.join(dict.fromkeys([*self.arms, EXACT]))}, found {in_words(arm)}"
+            )
         return {sample: value for sample, value in found.items() if value is not None}
 
     def mean(self, arm: str, metric: str) -> Estimate | None:

@@ -14,14 +14,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from kvpolicy.arguments import check_prompt
 from kvpolicy.attention_error import FIELDS, AttentionErrors, Watcher
 from kvpolicy.errors import CompareError
+from kvpolicy.models import cache_word
 from kvpolicy.tasks import Sample, score
+from kvpolicy.words import quoted
 
 if TYPE_CHECKING:
     from kvpolicy.cache import CompressedCache
 
-__all__ = ["Encoded", "Run", "Runner", "encode", "row"]
+__all__ = ["Encoded", "Run", "Runner", "encode", "row", "unlikely"]
+
+UNLIKELY = 8.0
+"""Nats: a token of an answer that the exact cache itself finds less likely than e^-8 was hardly meant."""
 
 
 @dataclass(frozen=True)
@@ -61,14 +67,16 @@ def encode(samples: Sequence[Sample], tokenizer: Any, config: Any) -> list[Encod
     """
     text = config.get_text_config(decoder=True)
     limit = getattr(text, "max_position_embeddings", None)
+    limit = limit if isinstance(limit, int) and limit > 0 else None
     found = []
     for number, sample in enumerate(samples):
+        check_prompt(f"sample {number}: prompt and answer", sample.prompt + sample.answer, limit)
         prompt, answer = _tokens(sample, tokenizer)
         if not prompt or not answer:
             what = "answer" if prompt else "prompt"
             raise CompareError(f"sample {number}: prompt and answer must hold a token each, found none in the {what}")
         length = len(prompt) + len(answer)
-        if isinstance(limit, int) and length > limit:
+        if limit is not None and length > limit:
             raise CompareError(
                 f"sample {number}: prompt and answer must fit the model's max_position_embeddings, {limit}, "
                 f"found {len(prompt)} + {len(answer)} tokens; ask for shorter samples (--tokens) or another task"
@@ -99,7 +107,7 @@ class Runner:
     def __init__(self, model: Any, tokenizer: Any, errors: bool = False) -> None:
         self.model, self.tokenizer, self.errors = model, tokenizer, errors
         self.device = torch.device(model.device)
-        self.ends = _ends(model, tokenizer)
+        self.ends, self.word = _ends(model, tokenizer), cache_word(model)
         last_only = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.options = {"logits_to_keep": 1} if last_only else {}
 
@@ -161,7 +169,8 @@ class Runner:
             noted = 0.0 if watcher is None else watcher.seconds
             start = time.perf_counter()
             with watch():
-                logits = self.model(ids, past_key_values=cache, use_cache=True, **self.options).logits[0, -1]
+                given = {self.word: cache, "use_cache": True, **self.options}
+                logits = self.model(ids, **given).logits[0, -1]
             cache.settle()
             self._synchronize()
             seconds = time.perf_counter() - start
@@ -204,6 +213,27 @@ def _ends(model: Any, tokenizer: Any) -> set[int]:
     for found in (getattr(config, "eos_token_id", None), getattr(tokenizer, "eos_token_id", None)):
         ends.update(found if isinstance(found, list | tuple) else [] if found is None else [found])
     return ends
+
+
+def unlikely(number: int, item: Encoded, exact: Run, tokenizer: Any) -> str | None:
+    """What to say of an answer that the model would not give with the exact cache; None if there is nothing.
+
+    Of the tokens below e^-8 the last one is named. Not for `code`, whose answers are text cut off somewhere, and where
+    several continuations are right.
+    """
+    nll = _nll(exact, item)
+    places = [place for place, value in enumerate(nll) if value > UNLIKELY]
+    if not places or item.sample.task == "code":
+        return None
+    place, of = places[-1], len(nll)
+    token = quoted(str(tokenizer.decode([item.answer[place]])))
+    which = f"the last of {of}" if place == of - 1 else f"token {place + 1} of {of}"
+    end = " (does it end where the model ends?)" if place == of - 1 else ""
+    return (
+        f"sample {number}: the exact cache itself gives {token}, {which} in the answer, a probability of "
+        f"{math.exp(-nll[place]):.1e}, below e^-8. The model would not write this answer, so its negative "
+        f"log-likelihood says little of a cache; check the answers{end}. Said once"
+    )
 
 
 def row(number: int, arm: str, item: Encoded, run: Run, exact: Run) -> dict[str, Any]:

@@ -11,17 +11,19 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from kvpolicy.cache import TieredLayer, make_cache
+from kvpolicy.arguments import RESULTS, check_comparison, check_results, check_room
+from kvpolicy.cache import make_cache
 from kvpolicy.compare_result import EXACT, Comparison, Estimate, is_exact
-from kvpolicy.compare_run import Encoded, Run, Runner, encode, row
+from kvpolicy.compare_run import Encoded, Run, Runner, encode, row, unlikely
 from kvpolicy.errors import CompareError, KvpolicyError
-from kvpolicy.models import attached, load_model, one_thread
+from kvpolicy.models import attached, check_model, load_model, one_thread, positions_of
 from kvpolicy.recipe import Recipe, load_recipe
-from kvpolicy.tasks import load_task
+from kvpolicy.recipe_source import refuse_misplaced
+from kvpolicy.tasks import check_name, check_size, load_task
+from kvpolicy.tiered_layer import TieredLayer
+from kvpolicy.words import in_words, quoted
 
 __all__ = ["Comparison", "Estimate", "compare"]
-
-FILES = ("samples.jsonl", "summary.json", "comparison.png", "attention.png")
 
 
 def compare(
@@ -81,16 +83,17 @@ def compare(
         RecipeError: a recipe is not valid, or does not fit the model.
         TaskError: the task is unknown, or its file is not valid.
     """
-    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-        raise CompareError(f"n, the number of samples, must be an integer of at least 1, found {n!r}")
-    _check_arguments(task, seed, tokens, out)
+    check_comparison(n, seed, tokens, task, out)
+    directory = None if out is None else check_results(Path(out), overwrite)
+    bundled, name = model is None, os.fspath(task)
+    check_name(name)
     recipes = _recipes(arms)
-    samples = load_task(os.fspath(task), n, seed, tokens)
-    directory = None if out is None else _check_directory(Path(out), overwrite)
-    bundled = model is None
+    check_size(name, n, tokens)
+    check_room(tokens, _limit(model))
+    samples = load_task(name, n, seed, tokens)
     model, tokenizer, shown = _model(model, tokenizer, device)
     items = encode(samples, tokenizer, model.config)
-    settings = {"task": os.fspath(task), "n": len(items), "seed": seed, "tokens": tokens, **_about(model, shown)}
+    settings = {"task": name, "n": len(items), "seed": seed, "tokens": tokens, **_about(model, shown)}
     with attached(model, attach) as reads:
         caches = {name: _cache(name, recipe, model, reads) for name, recipe in recipes.items()}
         result = Comparison(recipes, [], {**settings, "attached": reads, "errors": errors})
@@ -99,23 +102,12 @@ def compare(
                 _run(Runner(model, tokenizer, errors and reads), caches, items, result, file, progress)
             finally:
                 if directory is not None and result.rows:
-                    result.write_summary(directory / FILES[1])
+                    result.write_summary(directory / RESULTS[1])
     if directory is not None:
-        result.plot(directory / FILES[2])
+        result.plot(directory / RESULTS[2])
         if result.distances.layers:
-            result.plot_attention(directory / FILES[3])
+            result.plot_attention(directory / RESULTS[3])
     return result
-
-
-def _check_arguments(task: Any, seed: Any, tokens: Any, out: Any) -> None:
-    if not isinstance(task, str | os.PathLike):
-        raise CompareError(f"task must be a name or the path of a .jsonl file, found {task!r}")
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise CompareError(f"seed must be an integer of at least 0, found {seed!r}")
-    if tokens is not None and (isinstance(tokens, bool) or not isinstance(tokens, int)):
-        raise CompareError(f"tokens, the length of a sample, must be an integer, found {tokens!r}")
-    if out is not None and (not isinstance(out, str | os.PathLike) or not os.fspath(out)):
-        raise CompareError(f"out must be the path of a directory, found {out!r}")
 
 
 def _cache(name: str, recipe: Recipe, model: Any, attached: bool) -> Any:
@@ -126,13 +118,13 @@ def _cache(name: str, recipe: Recipe, model: Any, attached: bool) -> Any:
                 layer.check_attached()
         return cache
     except KvpolicyError as error:
-        raise type(error)(f"arm {name!r}: {error}") from None
+        raise type(error)(f"arm {quoted(name)}: {error}") from None
 
 
 def _run(
     runner: Runner, caches: dict[str, Any], items: list[Encoded], result: Comparison, file: IO[str] | None, show: bool
 ) -> None:
-    exact = make_cache("full", runner.model)
+    exact, warned = make_cache("full", runner.model), False
     with runner.ready(), _progress(len(items) * (len(caches) + 1), show) as advance:
         _guard("the exact cache", lambda: runner.warm_up(copy.deepcopy(exact)))
         for number, item in enumerate(items):
@@ -140,6 +132,9 @@ def _run(
             reference = _guard(
                 f"the exact cache, sample {number}", lambda item=item: runner.run(copy.deepcopy(exact), item)
             )
+            if not warned and (said := unlikely(number, item, reference, runner.tokenizer)):
+                warnings.warn(said, stacklevel=3)
+                warned = True
             if reference.attention is not None:
                 result.distances.merge(reference.attention.distances)
             advance("", 1)
@@ -186,24 +181,25 @@ def _fail(result: Comparison, name: str, number: int, error: Exception) -> None:
     if len(result.failures) == len(result.arms):
         every = "; ".join(f"{arm}, {cause}" for arm, cause in result.failures.items())
         raise CompareError(f"every arm failed: {every}") from error
-    warnings.warn(f"arm {name!r} failed and is left out from here on: {result.failures[name]}", stacklevel=4)
+    warnings.warn(f"arm {quoted(name)} failed and is left out from here on: {result.failures[name]}", stacklevel=4)
 
 
 def _recipes(arms: Any) -> dict[str, Recipe]:
     if isinstance(arms, str | os.PathLike | Recipe):
         arms = [arms]
     if not isinstance(arms, Iterable):
-        raise CompareError(f"arms must be recipes in a list, or by name in a mapping, found {arms!r}")
+        raise CompareError(f"arms must be recipes in a list, or by name in a mapping, found {in_words(arms)}")
     named = list(arms.items()) if isinstance(arms, Mapping) else [(None, arm) for arm in arms]
     if not named:
         raise CompareError("a comparison needs at least one arm, found none; give a recipe such as 'logquant'")
+    refuse_misplaced(source for label, source in named if label is None and isinstance(source, str))
     found: dict[str, Recipe] = {}
     for label, source in named:
         recipe = load_recipe(source)
         name = str(label) if label is not None else _label(source, recipe)
         if name in found:
             raise CompareError(
-                f"arms must have different names, found {name!r} twice; leave one out (from Python, a mapping "
+                f"arms must have different names, found {quoted(name)} twice; leave one out (from Python, a mapping "
                 "gives them names)"
             )
         if name == EXACT and not is_exact(recipe):
@@ -214,6 +210,12 @@ def _recipes(arms: Any) -> dict[str, Recipe]:
 
 def _label(source: Any, recipe: Recipe) -> str:
     return os.fspath(source) if isinstance(source, str | os.PathLike) else recipe.name
+
+
+def _limit(model: Any) -> int | None:
+    if model is None or isinstance(model, str | os.PathLike):
+        return check_model(model)
+    return positions_of(model) if hasattr(getattr(model, "config", None), "get_text_config") else None
 
 
 def _model(model: Any, tokenizer: Any, device: str | None) -> tuple[Any, Any, str]:
@@ -253,19 +255,6 @@ def _about(model: Any, shown: str) -> dict[str, Any]:
     }
 
 
-def _check_directory(path: Path, overwrite: bool) -> Path:
-    """Refuse early what can't hold the results; nothing is touched yet."""
-    if path.exists() and not path.is_dir():
-        raise CompareError(f"{path}: the results go into a directory, found a file; choose another name")
-    earlier = [name for name in FILES if (path / name).exists()]
-    if earlier and not overwrite:
-        raise CompareError(
-            f"{path}: the directory must not hold an earlier comparison, found {earlier[0]}; "
-            "choose another directory, or replace it (overwrite=True, on the shell --overwrite)"
-        )
-    return path
-
-
 @contextmanager
 def _rows_file(directory: Path | None) -> Iterator[IO[str] | None]:
     if directory is None:
@@ -274,9 +263,9 @@ def _rows_file(directory: Path | None) -> Iterator[IO[str] | None]:
     with ExitStack() as stack:
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            for name in FILES:
+            for name in RESULTS:
                 (directory / name).unlink(missing_ok=True)
-            file = stack.enter_context(open(directory / FILES[0], "w", encoding="utf-8"))
+            file = stack.enter_context(open(directory / RESULTS[0], "w", encoding="utf-8"))
         except OSError as error:
             raise CompareError(f"{directory}: the results can't be written there: {error}") from error
         yield file

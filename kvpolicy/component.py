@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from collections.abc import Iterator
+from numbers import Number
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, WithJsonSchema, field_validator
 
-__all__ = ["MOST", "Budget", "Component", "Window", "budget_tokens"]
+from kvpolicy.errors import KvpolicyError, PluginError
+
+__all__ = ["MOST", "TRY", "Budget", "Component", "Window", "budget_tokens", "call"]
 
 MOST = 2**31 - 1
 """Tokens that can be counted."""
@@ -53,9 +57,72 @@ def budget_tokens(budget: int | float, seen: int) -> int:
 class Component(BaseModel):
     """A plugin class. Its fields are its options in YAML; each has a description.
 
-    A subclass declares `kind: Literal["name"] = "name"`, by which recipes name it.
+    A subclass declares `kind: Literal["name"] = "name"`, by which recipes name it. Options are strict, in Python as in
+    YAML: true and false are no numbers, `2.0` is no integer, and `"2"` is no number.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True, allow_inf_nan=False)
+
+    _role: ClassVar[str] = "plugin"
+    """What errors call it."""
 
     kind: str
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _strict_choice(cls, value: Any, info: ValidationInfo) -> Any:
+        """Literals are compared by `==`, for which 1, 1.0 and true are one."""
+        annotation = cls.model_fields[info.field_name].annotation if info.field_name else None
+        parts = list(_parts(annotation))
+        choices = [choice for part in parts if get_origin(part) is Literal for choice in get_args(part)]
+        equal = [choice for choice in choices if _equal(choice, value)]
+        if equal and type(value) not in {*map(type, equal), *parts}:
+            *first, last = map(str, dict.fromkeys(choices))
+            allowed = f"{', '.join(first)} or {last}" if first else last
+            raise ValueError(f"must be {allowed}, found {value!r}, a {type(value).__name__}")
+        return value
+
+
+def _parts(annotation: Any) -> Iterator[Any]:
+    """The literals and types that a union, or what is annotated, consists of."""
+    if get_origin(annotation) is Literal or not get_args(annotation):
+        yield annotation
+        return
+    for part in get_args(annotation):
+        yield from _parts(part)
+
+
+def _equal(choice: Any, value: Any) -> bool:
+    # NumPy's numbers are such, too, and its booleans are not.
+    numeric = isinstance(value, Number) or type(value).__name__ in ("bool_", "bool")
+    return numeric and isinstance(choice, int | float) and bool(choice == value)
+
+
+TRY = "Its contract tests tell more: pytest --pyargs kvpolicy.contracts"
+"""The remedy where a plugin misbehaves."""
+
+
+def call(component: Component, method: str, *args: Any) -> Any:
+    """Call a method of a plugin.
+
+    Raises:
+        PluginError: it raised an error that is not kvpolicy's own. An interrupt, an exit and memory that runs out
+            pass as they are.
+    """
+    try:
+        return getattr(component, method)(*args)
+    except KvpolicyError:
+        raise
+    except Exception as error:
+        if _out_of_memory(error):
+            raise
+        reason = f"{type(error).__name__}: {error}"
+        raise PluginError(
+            f"{component._role} {component.kind!r}: {method} must not fail, found {reason[:300]}. {TRY}"
+        ) from error
+
+
+def _out_of_memory(error: Exception) -> bool:
+    if isinstance(error, MemoryError) or any(cls.__name__ == "OutOfMemoryError" for cls in type(error).__mro__):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)

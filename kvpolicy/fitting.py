@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from kvpolicy.errors import CacheError, MissingDependencyError, RecipeError
 from kvpolicy.quantizer import Quantizer
 from kvpolicy.recipe import Recipe
 from kvpolicy.recipe_spec import parse_selector
-from kvpolicy.stores import make_store
+from kvpolicy.stores import try_store
 
 __all__ = ["check_selectors", "check_stores", "config_of", "head_dim_of", "layer_config", "uneven_layers"]
 
@@ -67,7 +65,7 @@ def head_dim_of(text: Any, layer: int) -> int | None:
 
 
 def check_stores(tiers: Any, placement: str, dim: int | None, layer: int) -> None:
-    """Encode a few zeros with every quantizer, so that what can't work fails now and by name."""
+    """Encode a few numbers with every quantizer, so that what can't work fails now and by name."""
     for number, tier in enumerate(tiers):
         for side in ("keys", "values"):
             spec = getattr(tier, side)
@@ -80,9 +78,7 @@ def check_stores(tiers: Any, placement: str, dim: int | None, layer: int) -> Non
                     "Give a number or auto"
                 )
             try:
-                store = make_store(spec, dim or 64)
-                assert store is not None
-                store.append(torch.zeros(1, 1, 128, dim or 64))
+                try_store(spec, dim or 64)
             except MissingDependencyError:
                 raise
             except RecipeError as error:

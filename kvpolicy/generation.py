@@ -7,10 +7,12 @@ from typing import Any, TextIO
 
 import torch
 
+from kvpolicy.arguments import check_generation
 from kvpolicy.cache import make_cache
-from kvpolicy.errors import CompareError
-from kvpolicy.models import attached, load_model, one_thread
+from kvpolicy.errors import CompareError, KvpolicyError
+from kvpolicy.models import attached, cache_word, check_model, load_model, one_thread, positions_of
 from kvpolicy.recipe import load_recipe
+from kvpolicy.words import clip
 
 __all__ = ["generate_text"]
 
@@ -43,40 +45,40 @@ def generate_text(
         CompareError: the model can't be loaded, or the prompt is empty or too long.
         RecipeError: the recipe is not valid, or does not fit the model.
     """
-    if tokens < 1:
-        raise CompareError(f"max_new_tokens (on the shell --max-new-tokens) must be at least 1, found {tokens}")
-    if any("\ud800" <= c <= "\udfff" for c in prompt):
-        raise CompareError("the prompt must be text, found bytes that are no UTF-8")
-    if not prompt:
-        raise CompareError("the prompt must not be empty; give a text, or - to read it from stdin")
+    limit = check_model(model)
+    check_generation(prompt, tokens, limit)
     loaded = load_recipe(recipe)
     network, tokenizer = load_model(model, device)
     ids = tokenizer(prompt, return_tensors="pt", verbose=False).input_ids.to(network.device)
-    _check_length(ids.shape[1], tokens, network.config)
+    _check_length(ids.shape[1], tokens, positions_of(network))
     with attached(network, attach), torch.inference_mode(), one_thread(model is None):
         cache = make_cache(loaded, network)
-        output = network.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            past_key_values=cache,
-            streamer=_Streamer(tokenizer, out),
-            max_new_tokens=tokens,
-            do_sample=False,
-            num_beams=1,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            cache_implementation=None,
-        )
+        try:
+            output = network.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                **{cache_word(network): cache},
+                streamer=_Streamer(tokenizer, out),
+                max_new_tokens=tokens,
+                do_sample=False,
+                num_beams=1,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                cache_implementation=None,
+            )
+        except (KvpolicyError, OSError):
+            raise
+        except Exception as error:
+            raise CompareError(f"the model can't be run: {type(error).__name__}: {clip(str(error), 400)}") from error
     new = output.shape[1] - ids.shape[1]
     return f"{loaded.name}: prompt of {ids.shape[1]:,} tokens, {new:,} new; cache {cache.memory()}"
 
 
-def _check_length(prompt: int, tokens: int, config: Any) -> None:
+def _check_length(prompt: int, tokens: int, limit: int | None) -> None:
     if prompt == 0:
         raise CompareError("the prompt must hold at least one token, found none; give a longer text")
-    limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if isinstance(limit, int) and prompt + tokens > limit:
+    if limit is not None and prompt + tokens > limit:
         raise CompareError(
             f"prompt and new tokens must fit the model's max_position_embeddings, {limit}, "
             f"found {prompt} + {tokens}; shorten the prompt or give a smaller --max-new-tokens"

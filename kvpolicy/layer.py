@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -11,16 +14,17 @@ from torch import Tensor
 
 from kvpolicy.errors import CacheError
 from kvpolicy.padding import Padding
-from kvpolicy.placement import NEW, Placement, State, StorePlan
+from kvpolicy.placement import NEW, StorePlan
 from kvpolicy.policy import RankPolicy
 from kvpolicy.ragged import Ragged
 from kvpolicy.ranking import Selection, alone
 from kvpolicy.scores import Observer
+from kvpolicy.step import Step
 from kvpolicy.stores import Store, make_store
 from kvpolicy.table import EMPTY, Columns
 from kvpolicy.views import Scratch, View
 
-__all__ = ["DROPPED", "EXACT", "MAX_APART", "PENDING", "QUANTIZED", "Positions", "Tiers"]
+__all__ = ["DROPPED", "EXACT", "MAX_APART", "PENDING", "QUANTIZED", "Positions", "Reading", "Tiers"]
 
 Ints = NDArray[np.int64]
 SIDES = ("keys", "values")
@@ -47,18 +51,33 @@ class Positions(NamedTuple):
     """The tier of each, counted from 0; `PENDING` (-1) for those not yet settled. Of the shape of `positions`."""
 
 
-class Tiers:
-    """One layer: stores for keys and values, the state of their placement, and the pending tokens."""
+@dataclass
+class Reading:
+    """What all layers of a cache know of the forward pass that brings the next tokens."""
 
-    def __init__(self, placement: Placement, scratch: Scratch | None) -> None:
-        self.placement, self.scratch = placement, scratch
+    attached: bool = False
+    """Whether an attached model reads the stores: updates give views, and masks cover all tokens seen."""
+    padding: Padding | None = None
+    """Which of all tokens are padding, those of the pass included, once some are."""
+
+
+class Tiers:
+    """One layer: stores for keys and values, where their tokens are, and the pending tokens."""
+
+    def __init__(self, start: Step, scratch: Scratch | None, reading: Reading) -> None:
+        self.first, self.scratch, self.reading = start, scratch, reading
+        self.placement = start.placement
+        specs = [spec for side in SIDES for spec in self.placement.specs[side]]
+        self.told_apart = any(spec != "full" for spec in specs) or bool(self.placement.kinds)
+        """Whether it matters which tokens are padding: not where all is kept as it came."""
         self.clear()
 
     def clear(self) -> None:
-        self.state: State = self.placement.start()
+        self.broken = True
+        self.step = self.first
+        """Where the tokens are that were let in; the same value in all layers with the same tiers."""
         self.ragged: Ragged | None = None
-        """Takes the place of `state` once tokens differ by row or head."""
-        self.padding: Padding | None = None
+        """Tables by row and head, once tokens differ so."""
         self.observer: Observer | None = None
         self.stores: dict[str, list[Store | None]] = {}
         self.pending: dict[str, Tensor] = {}
@@ -69,31 +88,54 @@ class Tiers:
         self.broken = False
 
     @property
+    def padding(self) -> Padding | None:
+        """Which of the tokens seen are padding, if this layer tells them apart."""
+        return self.reading.padding if self.told_apart else None
+
+    @property
     def waiting(self) -> int:
         return self.pending["keys"].shape[2] if self.pending else 0
 
     @property
     def settled(self) -> int:
         """Tokens that were let into the tiers, dropped ones included."""
-        return self.state.seen if self.ragged is None else self.ragged.seen
+        return self.step.seen
 
     @property
     def seen(self) -> int:
         return self.settled + self.waiting + (self.incoming["keys"].shape[2] if self.incoming else 0)
 
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Until the end the layer is not whole; what interrupts it leaves it so."""
+        before, self.broken = self.broken, True
+        yield
+        self.broken = before
+
     def held_after_settling(self) -> int:
         """Tokens that the stores will hold once the pending ones are settled; where rows differ, those held now."""
         if self.ragged is not None:
             return self.waiting + sum(store.length for store in self.stores["keys"] if store is not None)
-        state, _ = self.placement.advance(self.state, self.waiting) if self.waiting else (self.state, None)
-        return sum(s.length for s in state.stores["keys"])
+        step = self._next() if self.waiting else self.step
+        if step.spread:
+            return self.waiting + sum(s.length for s in self.step.state.stores["keys"])
+        return sum(s.length for s in step.state.stores["keys"])
+
+    def _next(self) -> Step:
+        """The step that lets the pending tokens in."""
+        return self._from().advance(self.waiting, self.waiting, self.padding)
+
+    def _from(self) -> Step:
+        """Where the next step begins: where that is needed, each row, and each head, has places of its own."""
+        padded = self.padding is not None and self.padding.before(self.padding.length)
+        return self.step.scattered() if padded or self.placement.kinds else self.step
 
     def expected_length(self, side: str, store: int) -> int:
         """Tokens that a store must hold."""
         if self.ragged is not None:
             table = self.ragged.tables[side if side in self.ragged.tables else "keys"][store]
             return 0 if table is None else table.length
-        return self.state.stores[side][store].length
+        return self.step.state.stores[side][store].length
 
     def start(self, keys: Tensor, values: Tensor) -> None:
         """Make the stores for tensors of this kind: an empty slice of each is kept for type and device."""
@@ -113,7 +155,7 @@ class Tiers:
         self._check_rows(keys)
         self.settle()
         new = {"keys": keys, "values": values}
-        dense = (keys, values) if self.state.seen == 0 else self._dense(new, self.scratch)
+        dense = (keys, values) if self.settled == 0 else self._dense(new, self.scratch)
         self.add(keys, values)
         return dense
 
@@ -123,13 +165,15 @@ class Tiers:
             self.start(keys, values)
         self._check_rows(keys)
         self.settle()
-        if self.settled == 0 and not self.placement.kinds:
+        if self.settled == 0 and keys.shape[2] and not self.placement.kinds:
             self.add(keys, values)
             return keys, values
-        self.incoming = {"keys": keys.detach(), "values": values.detach()}
-        held = sum(s.length for s in self.state.stores["keys"]) if self.ragged is None else self.ragged.width
+        incoming = {"keys": keys.detach(), "values": values.detach()}
+        held = sum(s.length for s in self.step.state.stores["keys"]) if self.ragged is None else self.ragged.width
         first = self.settled == 0  # gradients reach the tokens of a first update
-        shown = {"keys": keys, "values": values} if first else self.incoming
+        shown = {"keys": keys, "values": values} if first else incoming
+        if keys.shape[2]:
+            self.incoming = incoming
         return View(self, "keys", shown["keys"], held), View(self, "values", shown["values"], held)
 
     def densified(self) -> dict[str, Tensor]:
@@ -152,14 +196,14 @@ class Tiers:
             found = self.ragged.places()[0]
             new = torch.arange(self.settled, self.seen, device=found.device)
             return torch.cat([found.long(), new.expand(*found.shape[:2], -1)], dim=2)
-        held = np.sort(np.concatenate([s.array for s in self.state.stores["keys"]])).astype(np.int64)
-        return torch.from_numpy(np.concatenate([held, np.arange(self.state.seen, self.seen, dtype=np.int64)]))
+        held = np.sort(np.concatenate([s.array for s in self.step.state.stores["keys"]])).astype(np.int64)
+        return torch.from_numpy(np.concatenate([held, np.arange(self.settled, self.seen, dtype=np.int64)]))
 
     def columns(self) -> Columns:
         """Where attention finds the tokens of each store."""
         if self.ragged is not None:
-            return self.ragged.columns()
-        keys, values, positions = self.placement.columns(self.state)
+            return self.ragged.columns(self.settled)
+        keys, values, positions = self.step.columns()
         return Columns(keys, values, len(positions), False, lambda: positions)
 
     def observe(self) -> Observer | None:
@@ -167,12 +211,12 @@ class Tiers:
         if not self.placement.kinds:
             return None
         if self.observer is None:
-            self._spread()
+            self._scatter()
             assert self.ragged is not None
             tokens = self.incoming["keys"].shape[2]
             batch, lines = self.like["keys"].shape[0], self.ragged.lines
             observer = Observer(self.placement.kinds, tokens, self.settled, batch, self.padding, MAX_APART, lines)
-            self.ragged.aim(observer)
+            self.ragged.aim(observer, self.settled)
             self.observer = observer
         return self.observer
 
@@ -180,17 +224,22 @@ class Tiers:
         """Let the tokens of `look` in; its views are no longer valid."""
         self.decoded = {}
         if self.incoming:
-            incoming, self.incoming = self.incoming, {}
-            self.add(incoming["keys"], incoming["values"])
+            with self._changing():
+                self._enter(self.incoming)
+                self.incoming = {}
 
     def add(self, keys: Tensor, values: Tensor) -> None:
         """Add tokens without decoding what is held: the pending ones settle, the newest of these wait."""
         if not self.stores:
             self.start(keys, values)
         self.settle()
-        given = {"keys": keys, "values": values}
-        new = {side: x.detach().to(self.like[side].dtype) for side, x in given.items()}  # autocast may change it
-        n = keys.shape[2]
+        with self._changing():
+            self._enter({"keys": keys.detach(), "values": values.detach()})
+
+    def _enter(self, new: dict[str, Tensor]) -> None:
+        """Take in new tokens, none pending: the newest wait, the others are let into the tiers."""
+        new = {side: x.to(self.like[side].dtype) for side, x in new.items()}  # autocast may have changed it
+        n = new["keys"].shape[2]
         early = max(n - MAX_PENDING, 0)
         if self.placement.kinds:  # scores speak of an update as a whole, and layers that agree wait for each other
             early = n if n > MAX_APART and not self.placement.shared else 0
@@ -204,11 +253,28 @@ class Tiers:
 
     def settling(self) -> Selection:
         """Like `settle`, for layers that select tokens together."""
-        self._check_whole()
+        self.check_whole()
         self.commit()
         if self.waiting:
-            pending, self.pending = self.pending, {}
-            yield from self._apply(pending, pending["keys"].shape[2], pending["keys"].shape[2])
+            with self._changing():
+                yield from self._apply(self.pending, self.waiting, self.waiting)
+                self.pending = {}
+
+    def revert(self, length: int) -> bool:
+        """Take the last update back, before which `length` tokens were seen; whether that could be done."""
+        if self.broken:
+            return False
+        if self.seen == length:
+            return True
+        if length == 0:
+            self.clear()
+            return True
+        if self.settled > length or self.settled + (0 if self.incoming else self.waiting) < length:
+            return False
+        self.incoming, self.decoded = {}, {}
+        if self.seen > length:
+            self.pending, self.observer = {}, None
+        return True
 
     def _check_rows(self, keys: Tensor) -> None:
         rows = self.like["keys"].shape[0]
@@ -218,7 +284,7 @@ class Tiers:
                 "or batch_repeat_interleave, or another cache"
             )
 
-    def _check_whole(self) -> None:
+    def check_whole(self) -> None:
         if self.broken:
             raise CacheError(
                 "a layer of the cache must be whole, and an update of this one was interrupted; reset() the cache, or "
@@ -226,23 +292,26 @@ class Tiers:
             )
 
     def _apply(self, new: dict[str, Tensor], n: int, of: int) -> Selection:
-        self.broken = True
-        self._spread()
+        self._scatter()
+        step = self._from().advance(n, of, self.padding)
         if self.ragged is None:
-            self._move(new, n, of)
+            self._move(new, step)
         else:
-            observer, self.observer = self.observer, None
-            yield from self.ragged.settle(new, of, self.padding, self.stores, observer)
-        self.broken = False
+            yield from self.ragged.settle(new, step, self.stores, self.observer)
+            self.observer = None
+        self.step = step
 
-    def _spread(self) -> None:
+    def _scatter(self) -> None:
         """Where that is needed, each row, and each head that policies look at, has places of its own from now on."""
-        padded = self.padding is not None and self.padding.before(self.padding.length)
-        if self.ragged is None and (padded or self.placement.kinds):
-            self.ragged = Ragged(self.placement, self.state, self.stores, self.like)
+        step = self._from()
+        if step.spread and self.ragged is None:
+            with self._changing():
+                self.ragged = Ragged(self.step, self.stores, self.like)
+                self.step = step
 
-    def _move(self, new: dict[str, Tensor], n: int, of: int) -> None:
-        self.state, plan = self.placement.advance(self.state, n, of)
+    def _move(self, new: dict[str, Tensor], step: Step) -> None:
+        plan = step.plan
+        assert plan is not None
         for side in SIDES:
             stores, plans = self.stores[side], plan.sides[side]
             arrivals = [self._collect(p, stores, new[side]) for p in plans]
@@ -280,7 +349,7 @@ class Tiers:
             parts = {side: [self.ragged.dense(side, self.stores[side], new[side]), new[side]] for side in SIDES}
             return torch.cat(parts["keys"], dim=2), torch.cat(parts["values"], dim=2)
         for side in SIDES:
-            layout, held = self.placement.layout(self.state, side)
+            layout, held = self.step.layout(side)
             x = new[side]
             shape = (*x.shape[:2], held + x.shape[2], x.shape[3])
             dense = x.new_empty(shape) if scratch is None else scratch.get(side, shape, x)
@@ -302,7 +371,7 @@ class Tiers:
 
         Where rows or heads hold different tokens, each in its own order, empty places first and zero.
         """
-        self._check_whole()
+        self.check_whole()
         self.commit()
         return self._dense(self.pending or self.like, None)
 
@@ -310,7 +379,7 @@ class Tiers:
         """Positions and tiers of all tokens held; the same for keys and values."""
         self.commit()
         if self.stores:
-            self._spread()
+            self._scatter()
         if self.ragged is not None:
             places, tiers = self.ragged.places()
             new = torch.arange(self.settled, self.seen, device=places.device).expand(*places.shape[:2], -1)
@@ -321,9 +390,9 @@ class Tiers:
             waits = torch.full_like(new, PENDING).to(tiers.dtype)
             where = torch.cat([tiers.masked_fill(places < 0, PENDING), waits], dim=2)
             return Positions(found, where.cpu().numpy().astype(np.int16))
-        held = np.sort(np.concatenate([s.array for s in self.state.stores["keys"]]))
-        waiting = np.arange(self.state.seen, self.seen, dtype=np.int64)
-        settled = self.placement.tier_of(self.state, held)
+        held = np.sort(np.concatenate([s.array for s in self.step.state.stores["keys"]]))
+        waiting = np.arange(self.settled, self.seen, dtype=np.int64)
+        settled = self.placement.tier_of(self.step.state, held)
         return Positions(
             np.concatenate([held, waiting]), np.concatenate([settled, np.full(len(waiting), PENDING, dtype=np.int16)])
         )
@@ -338,48 +407,55 @@ class Tiers:
         tiers = zip(self.placement.specs["keys"], self.placement.specs["values"], strict=True)
         kept = [EXACT if k == v == "full" else DROPPED if k == "evict" else QUANTIZED for k, v in tiers]
         if self.ragged is not None:
-            held = self.ragged.by_position(kept, DROPPED).cpu().numpy()
+            held = self.ragged.by_position(kept, DROPPED, self.settled).cpu().numpy()
         else:
-            tier = self.placement.tier_of(self.state, np.arange(self.settled, dtype=np.int64))
+            tier = self.placement.tier_of(self.step.state, np.arange(self.settled, dtype=np.int64))
             held = np.asarray(kept, dtype=np.int8)[tier][None, None]
         new = self.seen - self.settled
         return np.pad(held, ((0, 0), (0, 0), (0, new)), constant_values=EXACT)
 
     def crop(self, length: int) -> None:
         """Forget the positions from `length` on. Exact for pending tokens; past descents are kept."""
+        self.check_whole()
         self.commit()
-        if length > self.settled:
-            self.pending = {side: x[:, :, : length - self.settled].clone() for side, x in self.pending.items()}
-            if self.observer is not None:
-                self.observer.crop(length - self.settled)
+        with self._changing():
+            if length > self.settled:
+                self.pending = {side: x[:, :, : length - self.settled].clone() for side, x in self.pending.items()}
+                if self.observer is not None:
+                    self.observer.crop(length - self.settled)
+                if any(row.through > length for row in self.step.rows):
+                    self.step = self.step.crop(length)
+                return
+            self.pending, self.observer = {}, None
+            if length == self.settled:
+                return
+            self.step = self.step.crop(length)
             if self.ragged is not None:
-                self.ragged.limit(length, self.padding)
-            elif self.state.through > length:
-                self.state, _ = self.placement.crop(self.state, length)
-            return
-        self.pending, self.observer = {}, None
-        if self.ragged is not None:
-            self.ragged.crop(length, self.padding, self.stores)
-        elif length < self.state.seen:
-            self.state, drops = self.placement.crop(self.state, length)
+                self.ragged.crop(length, self.stores)
+                return
+            assert self.step.drops is not None
             for side, stores in self.stores.items():
-                for store, index in zip(stores, drops[side], strict=True):
+                for store, index in zip(stores, self.step.drops[side], strict=True):
                     if store is not None and len(index):
                         store.drop(index)
 
     def select(self, rows: Tensor) -> None:
         """Keep the batch rows `rows`, in that order, repeats included."""
+        self.check_whole()
         self.commit()
-        for stores in self.stores.values():
-            for store in stores:
-                if store is not None:
-                    store.select(rows)
-        for part in (self.ragged, self.observer):
-            if part is not None:
-                part.select(rows)
-        for held in (self.pending, self.like):
-            for side, x in held.items():
-                held[side] = x.index_select(0, rows.to(x.device))
+        with self._changing():
+            if self.step.padding is not None:
+                self.step = self.step.select(rows.cpu().numpy())
+            for stores in self.stores.values():
+                for store in stores:
+                    if store is not None:
+                        store.select(rows)
+            for part in (self.ragged, self.observer):
+                if part is not None:
+                    part.select(rows)
+            for held in (self.pending, self.like):
+                for side, x in held.items():
+                    held[side] = x.index_select(0, rows.to(x.device))
 
     def to(self, device: torch.device) -> None:
         self.commit()

@@ -1,7 +1,10 @@
-"""Loads a language model and its tokenizer from a local directory. Nothing is ever downloaded."""
+"""Loads a language model and its tokenizer from a local directory, and knows how it is called. Nothing is ever
+downloaded."""
 
 from __future__ import annotations
 
+import inspect
+import json
 import os
 import warnings
 from collections.abc import Iterator
@@ -10,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from kvpolicy.errors import CacheError, CompareError
+from kvpolicy.words import clip, quoted
 
-__all__ = ["BUNDLED", "attached", "load_model", "one_thread"]
+__all__ = ["BUNDLED", "attached", "cache_word", "check_model", "load_model", "one_thread", "positions_of"]
 
 BUNDLED = Path(__file__).parent / "model"
 """The directory of the bundled model."""
@@ -28,8 +32,11 @@ def load_model(path: str | os.PathLike[str] | None = None, device: str | None = 
         CompareError: the directory is missing or incomplete, or its model is no causal language model.
     """
     directory = BUNDLED if path is None else Path(path)
-    _check_directory(directory)
+    check_model(directory)
     import torch
+
+    target = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    _check_torch_device(target)
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -53,11 +60,28 @@ def load_model(path: str | os.PathLike[str] | None = None, device: str | None = 
             f"{directory}: the weights must be complete, found {len(missing)} missing, such as {missing[0]}; "
             "they would be random. Fetch the whole model"
         )
-    target = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return model.to(target).eval(), tokenizer
     except (RuntimeError, AssertionError) as error:
         raise CompareError(f"device {target!r} can't hold the model: {_first_line(error)}") from error
+
+
+def cache_word(model: Any) -> str:
+    """The word by which a model's forward and `generate` take a cache, and by which the output gives it back.
+
+    It is `cache` in transformers 5.24 and newer, and `past_key_values` before. A model whose code is older than the
+    library keeps its own word; a wrapper that only passes arguments on has that of the model inside it.
+    """
+    from transformers import GenerationMixin
+
+    from kvpolicy.calls import WORDS
+
+    inner = [type(module).forward for module in model.modules()]
+    for function in (*inner, GenerationMixin.prepare_inputs_for_generation):
+        for word in inspect.signature(function).parameters:
+            if word in WORDS:
+                return word
+    return WORDS[-1]
 
 
 @contextmanager
@@ -106,21 +130,61 @@ def attached(model: Any, wanted: bool) -> Iterator[bool]:
             handle.detach()
 
 
-def _check_directory(directory: Path) -> None:
+def check_model(path: str | os.PathLike[str] | None) -> int | None:
+    """The positions of the model in a directory, where its config says how many; nothing is loaded.
+
+    Raises:
+        CompareError: it is no directory of a model.
+    """
+    directory = BUNDLED if path is None else Path(path)
+    shown = clip(str(directory), 300)
     try:
-        is_directory, has_config = directory.is_dir(), (directory / "config.json").is_file()
+        is_directory, config = directory.is_dir(), directory / "config.json"
+        raw = config.read_bytes() if config.is_file() else None
     except (OSError, ValueError) as error:
-        raise CompareError(f"model must be a local directory, found {str(directory)!r}: {error}") from error
+        reason = getattr(error, "strerror", None) or str(error)
+        raise CompareError(f"model must be a local directory, found {quoted(str(directory))}: {reason}") from error
     if not is_directory:
         raise CompareError(
-            f"model must be a local Hugging Face model directory, found no directory {str(directory)!r}; "
+            f"model must be a local Hugging Face model directory, found no directory {quoted(str(directory))}; "
             "download the model first, nothing is fetched here"
         )
-    if not has_config:
+    if raw is None:
         raise CompareError(
-            f"{directory}: a model directory must hold config.json, found none; "
+            f"{shown}: a model directory must hold config.json, found none; "
             "give the directory that save_pretrained wrote"
         )
+    try:
+        found = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise CompareError(f"{shown}: config.json must be JSON, found {clip(str(error))}") from error
+    if not isinstance(found, dict):
+        raise CompareError(f"{shown}: config.json must be a JSON object, found a {type(found).__name__}")
+    return _positions(found)
+
+
+def positions_of(model: Any) -> int | None:
+    """The positions of a model in memory, where its config says how many."""
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def _positions(config: dict[str, Any]) -> int | None:
+    # Of a model of several parts these may be the decoder's; which of them is, is told when it is loaded.
+    parts = [
+        part for part in (config, *map(config.get, ("text_config", "decoder", "generator"))) if isinstance(part, dict)
+    ]
+    named = [part.get(key) for part in parts for key in ("max_position_embeddings", "n_positions")]
+    return max((n for n in named if type(n) is int and n > 0), default=None)
+
+
+def _check_torch_device(device: str) -> None:
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise CompareError(f"device {device!r} can't be used: {_first_line(error)}") from error
 
 
 def _first_line(error: BaseException) -> str:
@@ -128,4 +192,4 @@ def _first_line(error: BaseException) -> str:
     first, _, rest = text.partition("\n")
     if first.rstrip().endswith(":"):  # a list follows
         first = f"{first} {' '.join(rest.split())[:200]}"
-    return f"{type(error).__name__}: {first}" if text else type(error).__name__
+    return f"{type(error).__name__}: {clip(first, 400)}" if text else type(error).__name__

@@ -12,43 +12,56 @@ Bools = NDArray[np.bool_]
 
 
 class Padding:
-    """For each row of a batch, which of the tokens seen are real; one object for all layers of a cache.
+    """For each row of a batch, which of the tokens seen are real. Immutable; what is appended shares its buffer.
 
     A *slot* is a place in the padded text, a *position* counts the real tokens of a row alone.
     """
 
-    def __init__(self, batch: int, seen: int) -> None:
-        self._buffer = np.ones((batch, max(64, seen)), dtype=np.bool_)
-        self.length = seen
-        self._ages: Ints | None = None
-        self.first = seen
-        """The first slot that is padding in some row, or `length`."""
+    def __init__(self, buffer: Bools, length: int, first: int, fill: list[int]) -> None:
+        self._buffer, self.length, self.first = buffer, length, first
+        self._fill = fill
+        """How much of the buffer is taken: only the newest value that shares it may write on."""
+        self._ages: tuple[int, Ints] | None = None
+
+    @classmethod
+    def none(cls, batch: int, seen: int) -> Padding:
+        """`seen` slots without padding."""
+        return cls(np.ones((batch, max(64, seen)), dtype=np.bool_), seen, seen, [seen])
 
     @property
     def real(self) -> Bools:
-        """True where a token is real: `[batch, slots]`."""
+        """True where a token is real: `[batch, slots]`. Not to be written to."""
         return self._buffer[:, : self.length]
 
     @property
     def batch(self) -> int:
         return len(self._buffer)
 
-    def append(self, real: Bools) -> None:
-        """Add the tokens of an update, `[batch, tokens]`."""
-        stop = self.length + real.shape[1]
-        if stop > self._buffer.shape[1]:
-            grown = np.ones((self.batch, stop + stop // 8), dtype=np.bool_)
-            grown[:, : self.length] = self.real
-            self._buffer = grown
-        self._buffer[:, self.length : stop] = real
-        if self.first == self.length:
+    def append(self, real: Bools) -> Padding:
+        """With the tokens of one more update, `[batch, tokens]`."""
+        stop, buffer, fill = self.length + real.shape[1], self._buffer, self._fill
+        if fill[0] != self.length or stop > buffer.shape[1]:
+            buffer, fill = np.ones((self.batch, stop + stop // 8), dtype=np.bool_), [0]
+            buffer[:, : self.length] = self.real
+        buffer[:, self.length : stop] = real
+        fill[0] = stop
+        first = self.first
+        if first == self.length:
             padded = np.flatnonzero(~real.all(0))
-            self.first = self.length + int(padded[0]) if len(padded) else stop
-        self.length, self._ages = stop, None
+            first = self.length + int(padded[0]) if len(padded) else stop
+        return Padding(buffer, stop, first, fill)
 
     def before(self, stop: int) -> bool:
         """Whether any slot below `stop` is padding."""
         return self.first < min(stop, self.length)
+
+    def alike(self, other: Padding | None, stop: int) -> bool:
+        """Whether the slots below `stop` are the same ones as another's."""
+        if other is self:
+            return True
+        if other is None:
+            return not self.before(stop)
+        return np.array_equal(self.real[:, :stop], other.real[:, :stop])
 
     def count(self, start: int, stop: int) -> list[int]:
         """Real tokens of each row in the slots from `start` to `stop`."""
@@ -60,17 +73,18 @@ class Padding:
 
     def ages(self, stop: int) -> Ints:
         """How many real tokens of a row stand in each slot and after it, below `stop`: `[batch, slots]`."""
-        if self._ages is None or self._ages.shape[1] != stop:  # all layers ask for the same
+        if self._ages is None or self._ages[0] != stop:
             from_end: Ints = np.cumsum(self.real[:, :stop][:, ::-1], axis=1, dtype=np.int64)
-            self._ages = np.ascontiguousarray(from_end[:, ::-1])
-        return self._ages
+            self._ages = stop, np.ascontiguousarray(from_end[:, ::-1])
+        return self._ages[1]
 
-    def crop(self, length: int) -> None:
-        self.length, self._ages = min(self.length, length), None
-        self.first = min(self.first, self.length)
+    def crop(self, length: int) -> Padding:
+        """Without the slots from `length` on."""
+        length = min(self.length, length)
+        return Padding(self._buffer, length, min(self.first, length), self._fill)
 
-    def select(self, rows: Ints) -> None:
-        """Keep the batch rows `rows`, in that order, repeats included."""
-        self._buffer, self._ages = self._buffer[rows], None
-        padded = np.flatnonzero(~self.real.all(0))
-        self.first = int(padded[0]) if len(padded) else self.length
+    def select(self, rows: Ints) -> Padding:
+        """The batch rows `rows`, in that order, repeats included."""
+        buffer = self.real[rows]
+        padded = np.flatnonzero(~buffer.all(0))
+        return Padding(buffer, self.length, int(padded[0]) if len(padded) else self.length, [self.length])

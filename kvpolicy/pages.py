@@ -95,7 +95,8 @@ class Pages:
         if kept:
             page = self.pages[0]
             moved = gather_tokens(page, _survivors(index, kept))
-            page.flatten(0, 2).index_copy_(0, _flat(index, page), moved.flatten(0, 2))
+            words = _widest_view(page).flatten(0, 2)
+            words.index_copy_(0, _flat(index, page), _widest_view(moved).flatten(0, 2))
         self._truncate(kept)
         if self.pages and self.pages[0].shape[2] > 4 * max(kept, SMALLEST):
             self._regrow(self.pages[0], kept)
@@ -123,7 +124,7 @@ class Pages:
         """The tokens at `index` (ascending), copied."""
         lowest, highest = int(index[0]), int(index[-1])
         window = self.slice(lowest, highest + 1)
-        return window.index_select(2, (index - lowest).to(window.device))
+        return _widest_view(window).index_select(2, (index - lowest).to(window.device)).view(window.dtype)
 
     def spread(self, index: Tensor, n: int) -> Tensor:
         """A tensor of `n` tokens whose token `index[i]` is token i of this; the others are undefined."""
@@ -177,7 +178,7 @@ class Pages:
     def select(self, rows: Tensor) -> None:
         """Keep the batch rows `rows`, in that order, repeats included."""
         with torch.inference_mode(False):
-            self.pages = [page.index_select(0, rows.to(page.device)) for page in self.pages]
+            self.pages = [_widest_view(p).index_select(0, rows.to(p.device)).view(p.dtype) for p in self.pages]
 
     def to(self, device: torch.device) -> None:
         self.pages = [page.to(device, non_blocking=True) for page in self.pages]
@@ -219,9 +220,12 @@ def _survivors(index: Tensor, kept: int) -> Tensor:
 
 
 def _widest_view(x: Tensor) -> Tensor:
-    """`x` as the widest integers that fit its last dimension, so that fewer elements are copied."""
-    size = x.shape[-1] * x.element_size()
-    for dtype in (torch.int64, torch.int32, torch.int16):
-        if size % dtype.itemsize == 0 and dtype.itemsize > x.element_size():
+    """`x` as the widest integers that fit its last dimension: fewer elements to copy, and bytes whatever their type.
+
+    Not all types (float8, for one) can be copied by index as what they are.
+    """
+    size, item = x.shape[-1] * x.element_size(), x.element_size()
+    for dtype in (torch.int64, torch.int32, torch.int16, torch.uint8):
+        if size and size % dtype.itemsize == 0 and min(item, 8) <= dtype.itemsize:
             return x.view(dtype)
     return x

@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING, Any
 from weakref import ReferenceType, WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from kvpolicy.calls import Call, names_of, parts_of, path_between
 from kvpolicy.errors import CacheError
-from kvpolicy.layer import MAX_APART
 
 if TYPE_CHECKING:
     from kvpolicy.attention import Attachment
@@ -31,9 +30,7 @@ __all__ = [
     "Pass",
     "attached_pass",
     "attachment_of",
-    "begin",
     "check_announced",
-    "finish",
     "hold",
     "hooked_of",
     "is_attached",
@@ -47,35 +44,6 @@ _by_module: WeakKeyDictionary[nn.Module, Hooked] = WeakKeyDictionary()
 _by_decoder: WeakKeyDictionary[nn.Module, Hooked] = WeakKeyDictionary()
 _attached: WeakKeyDictionary[nn.Module, Hooked] = WeakKeyDictionary()
 """Every module inside a decoder that is attached."""
-
-
-def begin(cache: CompressedCache, tokens: int, mask: Tensor | None, attached: bool) -> None:
-    """Tell a cache that a forward pass brings `tokens` more tokens.
-
-    Args:
-        cache: the cache that the pass carries.
-        tokens: tokens of a row that come in.
-        mask: the 2-D attention mask over all tokens, if the call has one.
-        attached: whether the model is attached; else it only has hooks.
-    """
-    if not attached:
-        return
-    cache.note_padding(mask, tokens)
-    if cache.selects_together:
-        cache.settle()
-    for layer in cache.layers:
-        if hasattr(layer, "tiers"):
-            layer.attached = True
-
-
-def finish(cache: CompressedCache, failed: bool) -> None:
-    """Tell a cache that the forward pass which `begin` announced is over; `failed` if it raised or was abandoned."""
-    for layer in cache.layers:
-        if hasattr(layer, "tiers") and layer.attached:
-            layer.attached = False
-            layer.tiers.commit()
-    if cache.selects_together and cache.pending > MAX_APART:
-        cache.settle()
 
 
 @dataclass(slots=True, eq=False)
@@ -109,7 +77,7 @@ class Pass:
     def end(self, failed: bool) -> None:
         cache = self.cache
         if cache is not None:
-            finish(cache, failed)
+            cache.finish(failed)
 
 
 class Lease:
@@ -222,7 +190,7 @@ class Hooked:
         if cache is not None:
             if self.attachment is not None:
                 self.attachment.check(module, call)
-            begin(cache, tokens, mask, self.attachment is not None)
+            cache.begin(tokens, mask, self.attachment is not None)
         carried = None if cache is None else weakref.ref(cache)
         found = Pass(weakref.ref(module), frame, carried, running, tokens, mask is not None)
         self.passes[threading.get_ident()] = found
@@ -234,8 +202,8 @@ class Hooked:
         known = running.masked or mask is None
         if cache is None or (known and (tokens == running.tokens or not tokens)):
             return
-        finish(cache, failed=True)
-        begin(cache, tokens, mask, self.attachment is not None)
+        cache.finish(failed=True)
+        cache.begin(tokens, mask, self.attachment is not None)
         running.tokens, running.masked = tokens, mask is not None
 
     def leave(self, module: nn.Module, failed: bool) -> None:

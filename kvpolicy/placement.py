@@ -6,7 +6,7 @@ lets go, and when, depends only on what arrived in it, and when.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
@@ -18,6 +18,7 @@ from kvpolicy.plan import NEW, Arrival, Plan, StorePlan
 from kvpolicy.policy import NEVER, Policy, RankPolicy
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 __all__ = ["NEW", "Arrival", "Growing", "Placement", "Plan", "State", "StorePlan", "history", "simulate"]
@@ -61,7 +62,7 @@ _NOTHING: Ints = np.empty(0, dtype=np.int64)
 
 
 class Placement:
-    """Plans updates for one list of tiers. The latest plans are remembered, so that all layers share them.
+    """Plans updates for one list of tiers. It remembers nothing; what layers share of a step is a `Step`.
 
     Consecutive tiers with the same store on a side share one store on that side: a descent between them moves
     nothing, and a group that is being split needs no copy of its parameters.
@@ -82,25 +83,27 @@ class Placement:
         policies = [policy for policy in self.policies if isinstance(policy, RankPolicy)]
         self.by_head = any(policy.select == "head" for policy in policies)
         self.shared = any(policy.select == "shared" for policy in policies)
-        self.kinds = list(dict.fromkeys(policy.scores() for policy in policies))
+        asked = {i: p._scores() for i, p in enumerate(self.policies) if isinstance(p, RankPolicy)}
+        self.kinds = list(dict.fromkeys(asked.values()))
         """The attention that the policies ask for."""
-        self.slots_memo: tuple[list[State], Any, Tensor] | None = None
-        self._rows: list[tuple[State, int, int, State]] = []
-        self._memos: list[tuple[State, int, int, State, Plan]] = []
+        self.kind_of = {tier: self.kinds.index(scores) for tier, scores in asked.items()}
+        """Which of `kinds` the policy of a tier asked for."""
         self._start = self._empty()
-        self._layout_memo: dict[str, tuple[State, list[int | Tensor], int]] = {}
-        self._columns_memo: tuple[State, tuple[list[int | Tensor], list[int | Tensor], Tensor]] | None = None
-        self._crop_memo: tuple[State, int, State, dict[str, list[Ints]]] | None = None
 
     @property
-    def bytes(self) -> int:
-        """Bytes of the orders that are remembered for decoding."""
-        layouts = [at for _, where, _ in self._layout_memo.values() for at in where]
-        layouts += [self.slots_memo[2]] if self.slots_memo is not None else []
-        return sum(at.nbytes for at in layouts if not isinstance(at, int))
+    def tier_dtype(self) -> torch.dtype:
+        """Integers that hold a tier, or `nowhere`."""
+        import torch
+
+        return torch.int8 if self.nowhere <= torch.iinfo(torch.int8).max else torch.int16
+
+    @property
+    def nowhere(self) -> int:
+        """The tier of a place that holds no token."""
+        return len(self.policies)
 
     def start(self) -> State:
-        """The state of an empty cache, the same object for every layer."""
+        """The state of an empty cache."""
         return self._start
 
     def _empty(self) -> State:
@@ -118,38 +121,28 @@ class Placement:
 
     def advance(self, state: State, n: int, of: int | None = None) -> tuple[State, Plan]:
         """Settle `n` more tokens, the first ones of an update of `of` tokens (default `n`)."""
-        of = n if of is None else of
-        for memo in self._memos:
-            if memo[0] is state and memo[1:3] == (n, of):
-                return memo[3], memo[4]
-        memo = (state, n, of, *self._advance(state, n, of))
-        # An update is two steps at most (the pending tokens, and what of a long chunk doesn't wait).
-        self._memos = [memo, *self._memos[:1]]
-        return memo[3], memo[4]
+        start, stop = state.seen, state.seen + n
+        through = self._through(state, n if of is None else of) if self.mode == "update" else 0
+        tiers, flows = self._flows(state, n, through)
+        stores: dict[str, tuple[Growing, ...]] = {}
+        plan = Plan()
+        for side, first in self.first_tier.items():
+            if side == "values" and self.alike:
+                stores[side], plan.sides[side] = stores["keys"], plan.sides["keys"]
+                break
+            stores[side], plan.sides[side] = self._plan_side(side, [flows[i] for i in first], state, start)
+        return State(stop, tiers, stores, through), plan
 
-    def advance_row(self, state: State, n: int, of: int, rows: int) -> State:
-        """The tiers that are placed by position, one row of a batch alone after `n` more tokens; without stores.
-
-        `rows` is how many rows take turns, so that the layers that come after find their plans remembered.
-        """
-        for memo in self._rows:
-            if memo[0] is state and memo[1:3] == (n, of):
-                return memo[3]
+    def advance_row(self, state: State, n: int, of: int) -> State:
+        """The tiers that are placed by position, one row of a batch alone after `n` more tokens; without stores."""
         through = self._through(state, of) if self.mode == "update" else 0
         tiers, _ = self._flows(state, n, through, self.ranked)
-        found = State(state.seen + n, tiers, {}, through)
-        self._rows = [(state, n, of, found), *self._rows[: 2 * rows]]
-        return found
+        return State(state.seen + n, tiers, {}, through)
 
-    def crop_row(self, state: State, length: int, rows: int) -> State:
-        """The tiers that are placed by position, cut to positions below `length`; remembered as in `advance_row`."""
-        for memo in self._rows:
-            if memo[0] is state and memo[1:3] == (-1, length):
-                return memo[3]
+    def crop_row(self, state: State, length: int) -> State:
+        """The tiers that are placed by position, cut to positions below `length`."""
         tiers = tuple(tier[tier < length] for tier in state.tiers)
-        found = State(min(state.seen, length), tiers, {}, min(state.through, length))
-        self._rows = [(state, -1, length, found), *self._rows[: 2 * rows]]
-        return found
+        return State(min(state.seen, length), tiers, {}, min(state.through, length))
 
     def _flows(
         self, state: State, n: int, through: int, count: int | None = None
@@ -164,19 +157,6 @@ class Placement:
             tiers.append(stay)
             flows.append(flow)
         return tuple(tiers), flows
-
-    def _advance(self, state: State, n: int, of: int) -> tuple[State, Plan]:
-        start, stop = state.seen, state.seen + n
-        through = self._through(state, of) if self.mode == "update" else 0
-        tiers, flows = self._flows(state, n, through)
-        stores: dict[str, tuple[Growing, ...]] = {}
-        plan = Plan()
-        for side, first in self.first_tier.items():
-            if side == "values" and self.alike:
-                stores[side], plan.sides[side] = stores["keys"], plan.sides["keys"]
-                break
-            stores[side], plan.sides[side] = self._plan_side(side, [flows[i] for i in first], state, start)
-        return State(stop, tiers, stores, through), plan
 
     def _through(self, state: State, of: int) -> int:
         """By update: the first one goes down whole; later all goes down once the policy lets anything go."""
@@ -205,7 +185,7 @@ class Placement:
         if self.mode == "update":
             left = np.where(positions < through, stop, NEVER)
         else:
-            left = policy.departures(positions, arrivals, start, stop)
+            left = policy._left(positions, arrivals, start, stop)
         leaves = left != NEVER
         if not leaves.any():
             return positions, _Flow(_NOTHING, _NOTHING)
@@ -254,12 +234,6 @@ class Placement:
 
     def crop(self, state: State, length: int) -> tuple[State, dict[str, list[Ints]]]:
         """Forget the positions from `length` on; returns the state and the indices that each store drops."""
-        memo = self._crop_memo
-        if memo is None or memo[0] is not state or memo[1] != length:
-            self._crop_memo = memo = (state, length, *self._crop(state, length))
-        return memo[2], memo[3]
-
-    def _crop(self, state: State, length: int) -> tuple[State, dict[str, list[Ints]]]:
         drops: dict[str, list[Ints]] = {}
         stores: dict[str, tuple[Growing, ...]] = {}
         for side, held in state.stores.items():
@@ -278,36 +252,6 @@ class Placement:
         Returns:
             That for every store, and the number of tokens held.
         """
-        side = "keys" if self.alike else side
-        memo = self._layout_memo.get(side)
-        if memo is None or memo[0] is not state:
-            self._layout_memo[side] = memo = (state, *self._layout(state, side))
-        return memo[1], memo[2]
-
-    def columns(self, state: State) -> tuple[list[int | Tensor], list[int | Tensor], Tensor]:
-        """An order of all tokens held in which each store's tokens stand together as far as possible.
-
-        Returns:
-            For every store of keys, then of values, where its tokens stand in that order: an offset, or an index
-            each; and the position of each token in the order.
-        """
-        if self._columns_memo is None or self._columns_memo[0] is not state:
-            self._columns_memo = (state, self._columns(state))
-        return self._columns_memo[1]
-
-    def _columns(self, state: State) -> tuple[list[int | Tensor], list[int | Tensor], Tensor]:
-        import torch
-
-        held = [store.array for store in state.stores["keys"]]
-        positions = np.concatenate(held).astype(np.int64)
-        if self.alike:
-            ends = np.cumsum([len(array) for array in held]).tolist()
-            offsets: list[int | Tensor] = [end - len(array) for end, array in zip(ends, held, strict=True)]
-            return offsets, offsets, torch.from_numpy(positions)
-        keys, values = self.layout(state, "keys")[0], self.layout(state, "values")[0]
-        return keys, values, torch.from_numpy(np.sort(positions))
-
-    def _layout(self, state: State, side: str) -> tuple[list[int | Tensor], int]:
         import torch
 
         held: list[NDArray[Any]] = [store.array for store in state.stores[side]]
@@ -322,6 +266,29 @@ class Placement:
             else:
                 where.append(torch.from_numpy(array.astype(np.int64)))
         return where, total
+
+    def columns(
+        self, state: State, layout: Callable[[str], tuple[list[int | Tensor], int]]
+    ) -> tuple[list[int | Tensor], list[int | Tensor], Tensor]:
+        """An order of all tokens held in which each store's tokens stand together as far as possible.
+
+        Args:
+            state: where they are.
+            layout: gives the layout of a side of that state.
+
+        Returns:
+            For every store of keys, then of values, where its tokens stand in that order: an offset, or an index
+            each; and the position of each token in the order.
+        """
+        import torch
+
+        held = [store.array for store in state.stores["keys"]]
+        positions = np.concatenate(held).astype(np.int64)
+        if self.alike:
+            ends = np.cumsum([len(array) for array in held]).tolist()
+            offsets: list[int | Tensor] = [end - len(array) for end, array in zip(ends, held, strict=True)]
+            return offsets, offsets, torch.from_numpy(positions)
+        return layout("keys")[0], layout("values")[0], torch.from_numpy(np.sort(positions))
 
     def tier_of(self, state: State, positions: Ints) -> NDArray[np.int16]:
         """The tier that holds each of `positions`; those that no tier but the last holds are in the last."""

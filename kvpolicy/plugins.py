@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import re
 from collections.abc import Iterable
@@ -21,8 +20,9 @@ from kvpolicy.component import Component
 from kvpolicy.errors import PluginError, RecipeError
 from kvpolicy.policy import Policy
 from kvpolicy.quantizer import AffineQuantizer, Quantizer, TensorQuantizer
+from kvpolicy.words import listed, quoted, suggest
 
-__all__ = ["GROUP", "BrokenPlugin", "PluginInfo", "Registry", "registry", "suggest"]
+__all__ = ["GROUP", "BrokenPlugin", "PluginInfo", "Registry", "registry"]
 
 GROUP = "kvpolicy"
 RESERVED = {"full", "evict"}
@@ -157,17 +157,8 @@ class Registry:
                     f"{plugin.distribution} {plugin.version} failed to load: {plugin.cause}"
                 )
         failed = f"; plugins that failed to load: {', '.join(p.name for p in self.broken)}" if self.broken else ""
-        installed = ", ".join(sorted(known)) or "none"
-        raise RecipeError(f"no {what} of kind {kind!r}{suggest(kind, known)}; installed: {installed}{failed}")
-
-
-def suggest(name: str, allowed: Iterable[str]) -> str:
-    """` (did you mean 'x'?)`, or nothing."""
-    known: dict[str, str] = {}
-    for word in allowed:
-        known.setdefault(word.lower(), word)
-    close = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
-    return f" (did you mean {known[close[0]]!r}?)" if close else ""
+        installed = listed(sorted(known)) or "none"
+        raise RecipeError(f"no {what} of kind {quoted(kind)}{suggest(kind, known)}; installed: {installed}{failed}")
 
 
 def _library_of_extra(home: str, extra: str) -> str:
@@ -230,6 +221,12 @@ def _check_class(cls: Any, hook: str, base: type[Component]) -> None:
         raise PluginError(f"class {cls.__name__} must define {', '.join(missing)}")
     if base is Quantizer and not issubclass(cls, AffineQuantizer | TensorQuantizer):
         raise PluginError(f"class {cls.__name__} must be a subclass of AffineQuantizer or of TensorQuantizer")
+    acts, requires = getattr(cls, "acts", "step"), getattr(cls, "requires", None)
+    if acts not in ("arrival", "step") or not isinstance(requires, str | None):
+        raise PluginError(
+            f"class {cls.__name__}: acts must be arrival or step and requires the name of a library or None, found "
+            f"{acts!r} and {requires!r}"
+        )
     kind = _kind(cls)
     if not isinstance(kind, str) or not kind or kind in RESERVED:
         raise PluginError(

@@ -12,11 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvpolicy.padding import Padding
 from kvpolicy.pages import gather_tokens
-from kvpolicy.placement import Placement, State
 from kvpolicy.policy import RankPolicy
-from kvpolicy.ranking import Selection, ages_of, due, highest, ranked
+from kvpolicy.ranking import Selection, due, highest, ranked
+from kvpolicy.step import Step
 from kvpolicy.store import LARGE, Store
 from kvpolicy.stores import PackedStore
 from kvpolicy.table import EMPTY, Columns, Table, Work, in_order, indices_of
@@ -27,28 +26,23 @@ if TYPE_CHECKING:
 __all__ = ["Ragged"]
 
 Stores = dict[str, list[Store | None]]
-NOWHERE = 127
-"""The tier of an empty place."""
 
 
 class Ragged:
     """Tables of what the stores of a layer hold, and the descent of their tokens."""
 
-    def __init__(self, placement: Placement, state: State, stores: Stores, like: dict[str, Tensor]) -> None:
-        """Take over a layer whose tokens were in the same places in all rows and heads."""
-        self.placement, self.seen = placement, state.seen
-        self.rows = [state]
-        """The tiers that select by position, for each row, or once for all."""
+    def __init__(self, step: Step, stores: Stores, like: dict[str, Tensor]) -> None:
+        """Take over a layer whose tokens were in the same places in all rows and heads, as `step` says."""
+        self.placement = placement = step.placement
+        state = step.state
         batch, kv_heads = like["keys"].shape[:2]
         self.lines = (batch, kv_heads if placement.by_head else 1)
-        self.prompt = 0
-        self.prompting = True
         self.aligned = placement.first_tier["keys"] == placement.first_tier["values"]
         device = like["keys"].device
         self.tables: dict[str, list[Table | None]] = {}
         for side in ("keys",) if self.aligned else ("keys", "values"):
             self.tables[side] = [
-                None if store is None else Table(self.lines, device, self._scored(side, s))
+                None if store is None else Table(self.lines, device, self._scored(side, s), placement.tier_dtype)
                 for s, store in enumerate(stores[side])
             ]
             for s, table in enumerate(self.tables[side]):
@@ -81,101 +75,48 @@ class Ragged:
         """The tables of keys whose tokens may still descend; they come before the others."""
         return [t for s, t in enumerate(self.tables["keys"]) if t is not None and self.movable("keys", s)]
 
-    def settle(
-        self, new: dict[str, Tensor], of: int, padding: Padding | None, stores: Stores, seen: Observer | None
-    ) -> Selection:
-        """Let new tokens in, as the first of an update of `of` tokens."""
+    def settle(self, new: dict[str, Tensor], step: Step, stores: Stores, seen: Observer | None) -> Selection:
+        """Let new tokens in, which lead to `step`."""
         n, device = new["keys"].shape[2], new["keys"].device
-        before, start, stop = self.rows, self.seen, self.seen + n
-        self._advance_rows(n, of, padding)
-        self.prompting = self.prompting and (of > 1 or start == 0)
-        self.prompt = stop if self.prompting else self.prompt
-        by_slot = self._tiers_by_slot(stop, padding, device)
+        start, stop = step.seen - n, step.seen
         slots = torch.arange(start, stop, device=device).expand(*self.lines, -1)
-        if padding is not None and padding.before(stop):
-            real = torch.from_numpy(padding.real[:, start:stop]).to(device)
+        if step.padding is not None and step.padding.before(stop):
+            real = torch.from_numpy(step.padding.real[:, start:stop]).to(device)
             slots = torch.where(real.unsqueeze(1), slots, EMPTY)
         fresh = self._add_scores(seen, n)
-        turns = [(a.seen, b.seen) for a, b in zip(self._each(before), self.rows, strict=True)]
-        quiet = not self._flows(before) and not self._ranks_now(turns)
         verdict: Tensor | None = None
         for side in self.tables:
-            work = self._work(side, [] if quiet else self._stores_to_ask(side), slots, by_slot, verdict, fresh)
-            if side == "keys" and not quiet:
-                yield from self._rank(work, turns, stop, padding)
+            work = self._work(side, [] if step.quiet else self._stores_to_ask(side), slots, step, verdict, fresh)
+            if side == "keys" and not step.quiet:
+                yield from self._rank(work, step)
                 if not self.aligned and self.placement.ranked < self.last:
                     verdict = self._verdict(work, stop)
             self._move(side, work, new, stores)
-        self.seen = stop
 
-    def _advance_rows(self, n: int, of: int, padding: Padding | None) -> None:
-        start = self.seen
-        if padding is None or not padding.before(start + n):
-            self.rows = [self.placement.advance_row(row, n, of, len(self.rows)) for row in self.rows]
-            return
-        if len(self.rows) == 1:
-            self.rows = self.rows * self.lines[0]
-        counts, whole = padding.count(start, start + n), padding.count(start, start + of)
-        self.rows = [
-            self.placement.advance_row(row, n, of, len(self.rows)) if n else row
-            for row, n, of in zip(self.rows, counts, whole, strict=True)
-        ]
-
-    def _flows(self, before: list[State]) -> bool:
-        """Whether any token left a tier that selects by position, or there is none."""
-        if not self.placement.ranked:
-            return True
-        return any(
-            len(b.tiers[0]) != len(a.tiers[0]) + b.seen - a.seen
-            or any(len(x) != len(y) for x, y in zip(a.tiers[1:], b.tiers[1:], strict=False))
-            for a, b in zip(self._each(before), self.rows, strict=True)
-        )
-
-    def _each(self, rows: list[State]) -> list[State]:
-        """One for each of the present rows."""
-        return rows * len(self.rows) if len(rows) < len(self.rows) else rows
-
-    def by_position(self, codes: list[int], absent: int) -> Tensor:
-        """The code of the tier of each position, `[batch, kv_heads or 1, seen]`, int8."""
+    def by_position(self, codes: list[int], absent: int, seen: int) -> Tensor:
+        """The code of the tier of each of `seen` positions, `[batch, kv_heads or 1, seen]`, int8."""
         positions, tiers = self.places()
         known = torch.tensor([*codes, absent], dtype=torch.int8, device=positions.device)
-        found = torch.full((*self.lines, self.seen + 1), absent, dtype=torch.int8, device=positions.device)
-        at = torch.where(positions < 0, self.seen, positions).long()
-        return found.scatter_(2, at, known[tiers.long().clamp(max=len(codes))])[..., : self.seen]
-
-    def _ranks_now(self, turns: list[tuple[int, int]]) -> bool:
-        policies = [policy for policy in self.placement.policies if isinstance(policy, RankPolicy)]
-        return any(due(policy, *turn) for policy in policies for turn in turns)
+        found = torch.full((*self.lines, seen + 1), absent, dtype=torch.int8, device=positions.device)
+        at = torch.where(positions < 0, seen, positions).long()
+        return found.scatter_(2, at, known[tiers.long().clamp(max=len(codes))])[..., :seen]
 
     def _stores_to_ask(self, side: str) -> list[int]:
         return [s for s, t in enumerate(self.tables[side]) if t is not None and t.length and self.movable(side, s)]
 
-    def _tiers_by_slot(self, stop: int, padding: Padding | None, device: torch.device) -> Tensor:
-        """The tier of each slot as far as it depends on position, `[batch or 1, slots]`; the same for all layers."""
-        memo = self.placement.slots_memo
-        if memo is not None and memo[1] == device and list(map(id, memo[0])) == list(map(id, self.rows)):
-            return memo[2]
-        found = np.full((len(self.rows), stop), self.placement.ranked, dtype=np.int8)
-        for r, row in enumerate(self.rows):
-            slots = padding.slots(r, stop) if padding is not None and len(self.rows) > 1 else None
-            for i, held in enumerate(row.tiers[: self.placement.ranked]):
-                found[r, held if slots is None else slots[held]] = i
-        result = torch.from_numpy(found).to(device)
-        self.placement.slots_memo = (self.rows, device, result)
-        return result
-
     def _work(
-        self, side: str, live: list[int], slots: Tensor, by_slot: Tensor, verdict: Tensor | None, fresh: Tensor | None
+        self, side: str, live: list[int], slots: Tensor, step: Step, verdict: Tensor | None, fresh: Tensor | None
     ) -> Work:
         tables = [t for s in live if (t := self.tables[side][s]) is not None]
         positions = torch.cat([*(t.positions for t in tables), slots], dim=2)
-        tiers = torch.cat([*(t.tiers for t in tables), torch.zeros_like(slots, dtype=torch.int8)], dim=2)
+        tiers = torch.cat([*(t.tiers for t in tables), torch.zeros_like(slots, dtype=self.placement.tier_dtype)], dim=2)
+        by_slot = step.tiers_by_slot(slots.device)
         place = positions.clamp(min=0)
         expanded = by_slot[:, None].expand(self.lines[0], positions.shape[1], -1)
         target = torch.where(tiers < self.placement.ranked, expanded.gather(2, place), tiers)
         if verdict is not None:
             target = torch.where(target >= self.placement.ranked, verdict.gather(2, place), target)
-        target = torch.where(positions < 0, NOWHERE, target)
+        target = torch.where(positions < 0, self.placement.nowhere, target)
         bounds = np.cumsum([0, *(t.length for t in tables), slots.shape[2]]).tolist()
         scores = None
         if fresh is not None and side == "keys":
@@ -197,22 +138,21 @@ class Ragged:
             seen.add(fresh, at, n)
         return fresh
 
-    def _rank(self, work: Work, turns: list[tuple[int, int]], stop: int, padding: Padding | None) -> Selection:
+    def _rank(self, work: Work, step: Step) -> Selection:
         for tier in range(self.placement.ranked, self.last):
             policy = self.placement.policies[tier]
             assert isinstance(policy, RankPolicy)
-            now = [due(policy, *turn) for turn in turns]
+            now = [due(policy, *turn) for turn in step.turns]
             if not any(now):
                 continue
             candidates = (work.target == tier) & torch.tensor(now, device=work.target.device).view(-1, 1, 1)
-            prompts = padding.count(0, self.prompt) if padding is not None else [self.prompt] * len(self.rows)
-            budgets = [policy.budget_tokens(row.seen, prompt) for row, prompt in zip(self.rows, prompts, strict=False)]
+            budgets = [policy._budget(row.seen, prompt) for row, prompt in zip(step.rows, step.prompts(), strict=True)]
             if int(candidates.sum(2).max()) <= min(budgets) and policy.select != "shared":
                 continue
             assert work.scores is not None
-            kind = 2 * self.placement.kinds.index(policy.scores())
-            ages = ages_of(work.positions, stop, padding)
-            rank = ranked(policy, work.scores[..., kind], work.scores[..., kind + 1], ages)
+            kind = 2 * self.placement.kind_of[tier]
+            attention, queries = work.scores[..., kind], work.scores[..., kind + 1]
+            rank = ranked(policy, attention, queries, step.ages(work.positions))
             if policy.select == "shared":
                 rank = yield rank
             rank = rank.expand_as(candidates).masked_fill(~candidates, -torch.inf)
@@ -220,7 +160,7 @@ class Ragged:
 
     def _verdict(self, work: Work, stop: int) -> Tensor:
         """The tier of each slot, where the tables of values differ from those of keys."""
-        found = torch.full((*self.lines, stop + 1), self.last, dtype=torch.int8, device=work.target.device)
+        found = torch.full((*self.lines, stop + 1), self.last, dtype=work.target.dtype, device=work.target.device)
         return found.scatter_(2, torch.where(work.positions < 0, stop, work.positions).long(), work.target)
 
     def _move(self, side: str, work: Work, new: dict[str, Tensor], stores: Stores) -> None:
@@ -274,7 +214,7 @@ class Ragged:
         place = index.clamp(min=0)
         empty = index < 0
         positions = work.positions.gather(2, place).masked_fill(empty, EMPTY)
-        tiers = work.target.gather(2, place).masked_fill(empty, NOWHERE)
+        tiers = work.target.gather(2, place).masked_fill(empty, self.placement.nowhere)
         scores = None
         if "scores" in table.parts:
             assert work.scores is not None
@@ -293,8 +233,8 @@ class Ragged:
             store.remove(index, _empty(store, table))
         table.remove(index)
 
-    def columns(self) -> Columns:
-        """Where attention finds the tokens of each store."""
+    def columns(self, seen: int) -> Columns:
+        """Where attention finds the tokens of each store, after `seen` slots."""
         if self.aligned:
             tables = self.tables["keys"]
             ends = np.cumsum([0 if t is None else t.length for t in tables]).tolist()
@@ -302,57 +242,41 @@ class Ragged:
             gaps = any(t is not None and t.gaps for t in tables)
             return Columns(offsets, offsets, ends[-1], gaps, self._positions)
         where: dict[str, list[int | Tensor]] = {
-            side: [0 if t is None else torch.where(t.positions < 0, self.seen, t.positions.long()) for t in tables]
+            side: [0 if t is None else torch.where(t.positions < 0, seen, t.positions.long()) for t in tables]
             for side, tables in self.tables.items()
         }
-        return Columns(where["keys"], where["values"], self.seen + 1, True, self._present)
+        return Columns(where["keys"], where["values"], seen + 1, True, lambda: self._present(seen))
 
     def _positions(self) -> Tensor:
         return torch.cat([t.positions for t in self.tables["keys"] if t is not None], dim=2)
 
-    def _present(self) -> Tensor:
+    def _present(self, seen: int) -> Tensor:
         """The position of each column where columns are positions; `EMPTY` where no token is."""
         positions = self._positions().long()
-        found = torch.full((*self.lines, self.seen + 1), EMPTY, dtype=torch.int64, device=positions.device)
-        found.scatter_(2, torch.where(positions < 0, self.seen, positions), positions)
-        found[..., self.seen] = EMPTY
+        found = torch.full((*self.lines, seen + 1), EMPTY, dtype=torch.int64, device=positions.device)
+        found.scatter_(2, torch.where(positions < 0, seen, positions), positions)
+        found[..., seen] = EMPTY
         return found
 
-    def aim(self, observer: Observer) -> None:
+    def aim(self, observer: Observer, seen: int) -> None:
         """Tell an observer which columns of attention are those of the stores whose tokens may yet descend."""
         live = self.live()
-        if not self.seen:  # a first update attends its own tokens alone
+        if not seen:  # a first update attends its own tokens alone
             return
-        observer.live, observer.held = sum(t.length for t in live), self.columns().width
+        observer.live, observer.held = sum(t.length for t in live), self.columns(seen).width
         if not self.aligned:
             places = torch.cat([t.positions for t in live], dim=2).long()
             new = torch.arange(observer.held, observer.held + observer.tokens, device=places.device)
-            places = torch.where(places < 0, self.seen, places)
+            places = torch.where(places < 0, seen, places)
             observer.index = torch.cat([places, new.expand(*self.lines, -1)], dim=2)
 
-    def crop(self, length: int, padding: Padding | None, stores: Stores) -> None:
+    def crop(self, length: int, stores: Stores) -> None:
         """Forget the slots from `length` on."""
-        real = self._real(length, padding)
-        self.rows = [self.placement.crop_row(row, n, len(real)) for row, n in zip(self.rows, real, strict=True)]
-        self.prompting = self.prompting or length <= self.prompt
-        self.seen, self.prompt = length, min(self.prompt, length)
         for side, tables in self.tables.items():
             for s, table in enumerate(tables):
                 if table is not None and table.length:
                     table.positions.masked_fill_(table.positions >= length, EMPTY)
                     self._close(side, s, table, stores)
-
-    def limit(self, length: int, padding: Padding | None) -> None:
-        """Pending tokens from `length` on were forgotten, which an update may have promised to the last tier."""
-        real = self._real(length, padding)
-        self.rows = [
-            self.placement.crop_row(row, n, len(real)) if row.through > n else row
-            for row, n in zip(self.rows, real, strict=True)
-        ]
-
-    def _real(self, length: int, padding: Padding | None) -> list[int]:
-        """Real tokens of each row in the slots below `length`."""
-        return [length] * len(self.rows) if padding is None or len(self.rows) == 1 else padding.count(0, length)
 
     @property
     def width(self) -> int:
@@ -365,8 +289,6 @@ class Ragged:
     def select(self, rows: Tensor) -> None:
         """Keep the batch rows `rows`; the stores' are not touched."""
         self.lines = (len(rows), self.lines[1])
-        if len(self.rows) > 1:
-            self.rows = [self.rows[r] for r in rows.tolist()]
         for table in self._all():
             table.select(rows)
 

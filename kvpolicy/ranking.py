@@ -8,27 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvpolicy.checked import versions
+from kvpolicy.component import TRY, call
 from kvpolicy.errors import PluginError
-from kvpolicy.padding import Padding
 from kvpolicy.policy import RankPolicy
 
-__all__ = ["Selection", "ages_of", "alone", "due", "highest", "ranked", "together"]
+__all__ = ["Selection", "alone", "due", "highest", "ranked", "together"]
 
 Selection = Generator[Tensor, Tensor, None]
 """Yields what a policy with `select: shared` ranks this layer's tokens by, and takes the mean over all layers."""
+
+LOWEST = -(2.0**100)
+"""The rank of a nan, and of minus infinity."""
 
 
 def due(policy: RankPolicy, start: int, stop: int) -> bool:
     """Whether a policy selects anew as the tokens seen grow from `start` to `stop`."""
     return stop // policy.every > start // policy.every
-
-
-def ages_of(positions: Tensor, stop: int, padding: Padding | None) -> Tensor:
-    """How many real tokens were seen, of `stop` in all, from each of `positions` on, itself included."""
-    if padding is None or not padding.before(stop):
-        return stop - positions
-    known = torch.from_numpy(padding.ages(stop)).to(positions.device)
-    return known[:, None].expand(-1, positions.shape[1], -1).gather(2, positions.clamp(min=0))
 
 
 def ranked(policy: RankPolicy, attention: Tensor, queries: Tensor, ages: Tensor) -> Tensor:
@@ -37,14 +33,23 @@ def ranked(policy: RankPolicy, attention: Tensor, queries: Tensor, ages: Tensor)
     Raises:
         PluginError: the policy returns something else.
     """
-    rank = policy.rank(attention, queries, ages)
+    shown = (attention, queries, ages)
+    before = versions(shown)
+    rank = call(policy, "rank", *shown)
     if not isinstance(rank, Tensor) or rank.shape != attention.shape or not rank.is_floating_point():
         raise PluginError(
             f"policy {policy.kind!r}: rank must return a float tensor {tuple(attention.shape)}, found "
-            f"{getattr(rank, 'dtype', type(rank).__name__)} {tuple(getattr(rank, 'shape', ()))}"
+            f"{getattr(rank, 'dtype', type(rank).__name__)} {tuple(getattr(rank, 'shape', ()))}. {TRY}"
         )
-    rank = rank.float().nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
-    return rank if policy.select == "head" else rank.mean(1, keepdim=True)
+    if rank.device != attention.device or versions(shown) != before:
+        found = f"one on {rank.device}" if rank.device != attention.device else "changed arguments"
+        raise PluginError(
+            f"policy {policy.kind!r}: rank must return a tensor on {attention.device} and leave its arguments as they "
+            f"are, found {found}. {TRY}"
+        )
+    rank = rank.float() if policy.select == "head" else rank.float().mean(1, keepdim=True)
+    # Above what is no candidate at all, also after a mean over layers.
+    return rank.nan_to_num(nan=LOWEST, posinf=torch.inf, neginf=LOWEST)
 
 
 def highest(rank: Tensor, budgets: Sequence[int]) -> Tensor:

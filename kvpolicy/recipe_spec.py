@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from bisect import bisect_left, insort
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, InstanceOf, PrivateAttr, SerializeAsAny, model_validator
 
 from kvpolicy.component import Component
 from kvpolicy.errors import RecipeError
 from kvpolicy.policy import Policy, RankPolicy
-from kvpolicy.quantizer import Quantizer
-from kvpolicy.recipe_yaml import Path_, dump_yaml, path_text
+from kvpolicy.quantizer import Quantizer, precision_of
+from kvpolicy.recipe_yaml import BAD, SPEC_VERSION, Path_, dump_yaml, path_text
+from kvpolicy.words import clip, quoted
 
 __all__ = [
     "FULL_TIERS",
@@ -21,12 +23,11 @@ __all__ = [
     "Store",
     "Tier",
     "find_clash",
-    "find_overlap",
-    "find_problem",
+    "find_overlaps",
+    "find_problems",
     "parse_selector",
 ]
 
-SPEC_VERSION = 1
 Store = Literal["full", "evict"] | SerializeAsAny[InstanceOf[Quantizer]]
 """`full`, `evict`, or a quantizer."""
 _SELECTOR = re.compile(r"(-?\d{1,9})(?:-(-?\d{1,9}))?")
@@ -60,7 +61,7 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
-    version: int = Field(default=SPEC_VERSION, description="Version of the recipe format.")
+    version: int = Field(default=SPEC_VERSION, strict=True, description="Version of the recipe format.")
     name: str = Field(default="custom", description="Name of the recipe.")
     summary: str = Field(default="", description="What it does, in a sentence or two.")
     source: str = Field(default="", description="Where the method comes from, such as the address of a paper.")
@@ -84,18 +85,23 @@ class Recipe(BaseModel):
     )
 
     _template: dict[str, Any] | None = PrivateAttr(None)
+    _by_layer: list[tuple[Tier, ...]] | None = PrivateAttr(None)
+    """Tiers of each layer of the model asked for last."""
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
         lists: list[tuple[Path_, Sequence[Tier]]] = [(("tiers",), self.tiers)]
         lists += [(("layers", key), tiers) for key, tiers in self.layers.items() if tiers != "full"]
-        for path, tiers in lists:
-            problem = find_problem(tiers)
-            if problem:
-                raise RecipeError(f"recipe {self.name}: {path_text((*path, *problem[0]))}: {problem[1]}")
-        overlap = find_overlap(list(self.layers)) or find_clash(self.placement, [tiers for _, tiers in lists])
-        if overlap:
-            raise RecipeError(f"recipe {self.name}: {overlap}")
+        found = [
+            f"{path_text((*path, *place))}: {message}"
+            for path, tiers in lists
+            for place, message in find_problems(tiers)
+        ]
+        found += find_overlaps(self.layers).values()
+        clash = find_clash(self.placement, [tiers for _, tiers in lists])
+        if found or clash:
+            problems = dict.fromkeys([*found, *([clash] if clash else [])])
+            raise RecipeError("\n".join(f"recipe {clip(self.name)}: {problem}" for problem in problems))
         return self
 
     def __eq__(self, other: object) -> bool:
@@ -109,29 +115,34 @@ class Recipe(BaseModel):
         if not update:
             return super().model_copy(deep=deep)
         copied = super().model_copy(update={"params": {}, **update}, deep=deep)
-        copied._template = None
+        copied._template = copied._by_layer = None
         return copied
 
     def tiers_of(self, layer: int, layers: int) -> tuple[Tier, ...]:
         """The tiers of a layer of a model that has `layers` of them."""
-        found: tuple[Tier, ...] = self.tiers
+        resolved = self._by_layer
+        if resolved is None or len(resolved) != layers:
+            resolved = self._by_layer = self._resolve(layers)
+        return resolved[layer]
+
+    def _resolve(self, layers: int) -> list[tuple[Tier, ...]]:
+        found = [self.tiers] * layers
         used: dict[int, str] = {}
         for key, tiers in self.layers.items():
             first, last = (i + layers if i < 0 else i for i in parse_selector(key))
             if not 0 <= first <= last < layers:
                 raise RecipeError(
-                    f"recipe {self.name}: layers.{key} must name layers of the model, which has {layers} "
+                    f"recipe {clip(self.name)}: layers.{key} must name layers of the model, which has {layers} "
                     f"(0 to {layers - 1}, or -{layers} to -1)"
                 )
             for i in range(first, last + 1):
                 if i in used:
                     raise RecipeError(
-                        f"recipe {self.name}: a layer may be named once, found layer {i} of {layers} in both "
+                        f"recipe {clip(self.name)}: a layer may be named once, found layer {i} of {layers} in both "
                         f"layers.{used[i]} and layers.{key}"
                     )
                 used[i] = key
-            if first <= layer <= last:
-                found = FULL_TIERS if tiers == "full" else tiers
+                found[i] = FULL_TIERS if tiers == "full" else tiers
         return found
 
     def to_yaml(self, resolved: bool = False) -> str:
@@ -171,39 +182,58 @@ def plain(value: Any) -> Any:
     return [plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def find_problem(tiers: Sequence[Tier]) -> tuple[Path_, str] | None:
-    """The first rule that a list of tiers breaks: path and message."""
+class _TierLike(Protocol):
+    @property
+    def policy(self) -> Any: ...
+    @property
+    def keys(self) -> Any: ...
+    @property
+    def values(self) -> Any: ...
+
+
+def find_problems(tiers: Sequence[_TierLike]) -> Iterator[tuple[Path_, str]]:
+    """The rules that a list of tiers breaks, each with its path. What is BAD breaks none."""
     if not tiers:
-        return (), "a list of tiers must not be empty"
+        yield (), "a list of tiers must not be empty"
     for i, tier in enumerate(tiers):
         last = i == len(tiers) - 1
-        if last and tier.policy is not None:
-            return (i, "policy"), (
+        if last and tier.policy is not None and tier.policy is not BAD:
+            yield (
+                (i, "policy"),
                 "the last tier takes whatever reaches it and must have no policy, "
-                f"found {tier.policy.kind!r}; remove it, or add a tier below"
+                f"found {tier.policy.kind!r}; remove it, or add a tier below",
             )
         if not last and tier.policy is None:
-            return (i,), "every tier but the last must have a policy, found none; without one nothing descends"
+            yield (i,), "every tier but the last must have a policy, found none; without one nothing descends"
         clash = None if last or not i else _misplaced(tiers[i - 1].policy, tier.policy)
         if clash:
-            return (i, "policy"), clash
+            yield (i, "policy"), clash
         for side in ("keys", "values"):
-            if getattr(tier, side) == "evict" and (not last or tier.keys != tier.values):
-                return (i, side), (
-                    "evict must stand in the last tier and for keys and values alike, "
-                    f"found keys {_name(tier.keys)} and values {_name(tier.values)} in tier {i} of {len(tiers)}"
-                )
-            if i and _precision(getattr(tier, side)) > _precision(getattr(tiers[i - 1], side)):
-                return (i, side), (
-                    f"precision must never rise down the list, found {_name(getattr(tier, side))} below "
-                    f"{_name(getattr(tiers[i - 1], side))}; exchange the tiers"
-                )
-    if len(tiers) == 1 and tiers[0].keys == "evict":
-        return (0,), "the only tier must not evict: nothing would be kept"
-    return None
+            yield from _store_problems(tiers, i, side)
+    if len(tiers) == 1 and tiers[0].keys == tiers[0].values == "evict":
+        yield (0,), "the only tier must not evict: nothing would be kept"
 
 
-def find_clash(placement: str, lists: Sequence[Sequence[Tier]]) -> str | None:
+def _store_problems(tiers: Sequence[_TierLike], i: int, side: str) -> Iterator[tuple[Path_, str]]:
+    tier, store = tiers[i], getattr(tiers[i], side)
+    if store is BAD:
+        return
+    whole = tier.keys is not BAD and tier.values is not BAD
+    if store == "evict" and whole and (i < len(tiers) - 1 or tier.keys != tier.values):
+        yield (
+            (i, side),
+            "evict must stand in the last tier and for keys and values alike, "
+            f"found keys {_name(tier.keys)} and values {_name(tier.values)} in tier {i} of {len(tiers)}",
+        )
+    above = getattr(tiers[i - 1], side) if i else BAD
+    if above is not BAD and _precision(store) > _precision(above):
+        yield (
+            (i, side),
+            f"precision must never rise down the list, found {_name(store)} below {_name(above)}; exchange the tiers",
+        )
+
+
+def find_clash(placement: Any, lists: Sequence[Sequence[_TierLike]]) -> str | None:
     """Why a way of placement doesn't go with tiers, if it doesn't."""
     ranks = [tier.policy.kind for tiers in lists for tier in tiers if isinstance(tier.policy, RankPolicy)]
     if placement == "update" and ranks:
@@ -211,9 +241,9 @@ def find_clash(placement: str, lists: Sequence[Sequence[Tier]]) -> str | None:
     return None
 
 
-def _misplaced(above: Policy | None, below: Policy | None) -> str | None:
+def _misplaced(above: Any, below: Any) -> str | None:
     """Why a policy can't stand below another, if it can't."""
-    if not isinstance(above, RankPolicy):
+    if not isinstance(above, RankPolicy) or below is BAD:
         return None
     if not isinstance(below, RankPolicy):
         kind = below.kind if below is not None else None
@@ -231,18 +261,18 @@ def _misplaced(above: Policy | None, below: Policy | None) -> str | None:
 
 
 def _precision(store: Any) -> float:
-    return {"full": float("inf"), "evict": 0.0}[store] if isinstance(store, str) else store.precision()
+    return {"full": float("inf"), "evict": 0.0}[store] if isinstance(store, str) else precision_of(store)
 
 
 def _name(store: Any) -> str:
-    return store if isinstance(store, str) else f"{store.kind} ({store.precision():g} bits)"
+    return store if isinstance(store, str) else f"{store.kind} ({precision_of(store):g} bits)"
 
 
 def parse_selector(key: str) -> tuple[int, int]:
     """First and last layer of `"3"`, `"-1"` or `"2-5"`, negative ones as written."""
     match = _SELECTOR.fullmatch(key)
     if match is None:
-        raise RecipeError(f'a layer selector is an index or a range such as "0", "-1" or "2-5", found {key!r}')
+        raise RecipeError(f'a layer selector is an index or a range such as "0", "-1" or "2-5", found {quoted(key)}')
     first = int(match[1])
     last = first if match[2] is None else int(match[2])
     if (first < 0) == (last < 0) and last < first:
@@ -250,14 +280,23 @@ def parse_selector(key: str) -> tuple[int, int]:
     return first, last
 
 
-def find_overlap(keys: Sequence[str]) -> str | None:
-    """What is wrong with layer selectors, as far as it can be told without a model."""
-    ranges: list[tuple[int, int, str]] = []
+def find_overlaps(keys: Iterable[str]) -> dict[str, str]:
+    """What is wrong with layer selectors, by selector, as far as it can be told without a model."""
+    problems: dict[str, str] = {}
+    taken: dict[bool, list[tuple[int, int, str]]] = {False: [], True: []}
+    """Ranges that don't overlap, in order: those counted from the start, and those from the end."""
     for key in keys:
-        first, last = parse_selector(key)
-        for low, high, other in ranges:
-            comparable = (first < 0) == (last < 0) == (low < 0) == (high < 0)
-            if comparable and first <= high and low <= last:
-                return f"a layer may be named once, found {key!r} overlapping {other!r}"
-        ranges.append((first, last, key))
-    return None
+        try:
+            first, last = parse_selector(key)
+        except RecipeError as error:
+            problems[key] = str(error)
+            continue
+        if (first < 0) != (last < 0):
+            continue
+        ranges = taken[first < 0]
+        place = bisect_left(ranges, first, key=lambda taken: taken[1])
+        if place < len(ranges) and ranges[place][0] <= last:
+            problems[key] = f"a layer may be named once, found {key!r} overlapping {ranges[place][2]!r}"
+        else:
+            insort(ranges, (first, last, key))
+    return problems

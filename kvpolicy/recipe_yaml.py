@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,30 +13,55 @@ from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.events import CollectionEndEvent, CollectionStartEvent, NodeEvent
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from kvpolicy.errors import RecipeError
+from kvpolicy.words import clip, in_words, quoted
 
-__all__ = ["Document", "dump_yaml", "parse_scalar", "path_text", "read_file", "read_mapping", "read_text"]
+__all__ = [
+    "BAD",
+    "SPEC_VERSION",
+    "Document",
+    "dump_yaml",
+    "parse_scalar",
+    "path_text",
+    "read_file",
+    "read_mapping",
+    "read_text",
+]
 
+SPEC_VERSION = 1
 MAX_BYTES = 1 << 17
 MAX_NODES = 20_000
 MAX_DEPTH = 40
+MAX_PROBLEMS = 100
+"""Problems of a recipe that one error tells."""
 Path_: TypeAlias = tuple[str | int, ...]
 _TAG = "tag:yaml.org,2002:"
 _TOO_DEEP = f"a recipe nests at most {MAX_DEPTH} levels"
+
+
+class _Bad:
+    def __repr__(self) -> str:
+        return "BAD"
+
+
+BAD = _Bad()
+"""Stands where a value is not valid and the document says so already, so that the rest can be checked."""
 
 
 def path_text(path: Path_) -> str:
     """`tiers[1].policy.budget`."""
     text = ""
     for step in path:
-        text += f"[{step}]" if isinstance(step, int) else f".{step}" if text else step
+        word = f"[{step}]" if isinstance(step, int) else clip(step, 40)
+        text += word if isinstance(step, int) or not text else f".{word}"
     return text
 
 
 @dataclass
 class Document:
-    """Plain data, and the file and line of each path in it."""
+    """Plain data, the file and line of each path in it, and what is wrong with it."""
 
     data: dict[str, Any]
     file: str
@@ -45,23 +69,46 @@ class Document:
     """The directory that relative paths in it start from."""
     marks: dict[Path_, tuple[str, int | None]] = field(default_factory=dict)
 
-    def where(self, path: Path_) -> str:
-        """File, line and path, as an error starts."""
-        file, line = self.file, None
+    problems: dict[str, tuple[str, int]] = field(default_factory=dict)
+    """What is wrong, each with its file and line."""
+
+    def where(self, path: Path_) -> tuple[str, int | None]:
+        """File and line of a path, or of the nearest one above it that has a line."""
         for length in range(len(path), -1, -1):
             if path[:length] in self.marks:
-                file, line = self.marks[path[:length]]
-                break
-        text = path_text(path)
-        return f"{file}{f':{line}' if line else ''}{f': {text}' if text else ''}"
+                return self.marks[path[:length]]
+        return self.file, None
+
+    def note(self, path: Path_, message: str, shown: str | None = None) -> None:
+        """Remember a problem: what must hold, and what was found. `shown` stands for the path."""
+        file, line = self.where(path)
+        text = path_text(path) if shown is None else shown
+        self.add(f"{clip(file, 300)}{f':{line}' if line else ''}{f': {text}' if text else ''}: {message}", file, line)
+
+    def add(self, problem: str, file: str, line: int | None) -> None:
+        """Remember a problem that says itself where it is."""
+        self.problems.setdefault(problem, (file, line or 0))
+        if len(self.problems) >= MAX_PROBLEMS:
+            self.check(f"{clip(self.file, 300)}: {MAX_PROBLEMS} problems or more; those above were found first")
+
+    def check(self, *more: str) -> None:
+        """Raise what was noted, if anything was: a problem a line, in the order of the file."""
+        if not self.problems:
+            return
+        files = list(dict.fromkeys([self.file, *(file for file, _ in self.problems.values())]))
+        lines = sorted(self.problems, key=lambda p: (files.index(self.problems[p][0]), self.problems[p][1]))
+        raise RecipeError("\n".join([*lines, *more]))
 
     def fail(self, path: Path_, message: str) -> NoReturn:
-        raise RecipeError(f"{self.where(path)}: {message}")
+        """Raise what was noted and this, where nothing that follows could be checked."""
+        self.note(path, message)
+        self.check()
+        raise AssertionError("a problem was noted")
 
 
 def read_file(path: Path) -> Document:
     """The document in a file."""
-    name = str(path)
+    file, name = str(path), clip(str(path), 300)
     try:
         if path.is_dir():
             raise RecipeError(f"{name}: a recipe is a file, found a directory; name a .yaml file in it")
@@ -72,7 +119,7 @@ def read_file(path: Path) -> Document:
         with path.open("rb") as stream:
             raw = stream.read(MAX_BYTES + 1)
     except (OSError, ValueError) as error:
-        raise RecipeError(f"{name}: can't be read: {error}") from error
+        raise RecipeError(f"{name}: can't be read: {getattr(error, 'strerror', None) or error}") from error
     if len(raw) > MAX_BYTES:
         raise RecipeError(f"{name}: a recipe has at most {MAX_BYTES} bytes, found more")
     try:
@@ -82,24 +129,26 @@ def read_file(path: Path) -> Document:
         raise RecipeError(
             f"{name}:{line}: a recipe is a text file in UTF-8, found byte 0x{raw[error.start]:02x}"
         ) from error
-    document = read_text(text, name)
+    document = read_text(text, file)
     document.base = path.resolve().parent
     return document
 
 
 def read_text(text: str, file: str) -> Document:
     """The document in a string; `file` names it in errors."""
+    name = clip(file, 300)
     if len(text) > MAX_BYTES:
-        raise RecipeError(f"{file}: a recipe has at most {MAX_BYTES} bytes, found {len(text)} characters")
-    node = _compose(text, file)
+        raise RecipeError(f"{name}: a recipe has at most {MAX_BYTES} bytes, found {len(text)} characters")
+    node = _compose(text, name)
     if node is None:
-        raise RecipeError(f"{file}: a recipe is a mapping with keys such as name and tiers, found an empty file")
+        raise RecipeError(f"{name}: a recipe is a mapping with keys such as name and tiers, found an empty file")
     reader = _Reader(file)
     data = reader.read(node, ())
-    if not isinstance(data, dict):
-        line = node.start_mark.line + 1
-        raise RecipeError(f"{file}:{line}: a recipe is a mapping with keys such as name and tiers, found {_kind(data)}")
-    return Document(data, file, None, reader.marks)
+    if isinstance(data, dict):
+        return Document(data, file, None, reader.marks, reader.problems.problems)
+    reader.problems.check()
+    line, kind = node.start_mark.line + 1, "nothing (null)" if data is None else in_words(data)
+    raise RecipeError(f"{name}:{line}: a recipe is a mapping with keys such as name and tiers, found {kind}")
 
 
 def _compose(text: str, file: str) -> Node | None:
@@ -113,14 +162,14 @@ def _compose(text: str, file: str) -> Node | None:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark is not None else ""
         reason = " ".join(str(part) for part in (error.context, error.problem) if part)
-        raise RecipeError(f"{file}{line}: not valid YAML: {reason}") from error
+        raise RecipeError(f"{file}{line}: not valid YAML: {clip(reason, 200)}") from error
     except RecursionError as error:
         raise RecipeError(f"{file}: {_TOO_DEEP}, found more") from error
     except (YAMLError, ValueError) as error:
         position = getattr(error, "position", None)
         line = f":{text.count(chr(10), 0, position) + 1}" if isinstance(position, int) else ""
         reason = f"character {error.character!r} is not allowed" if hasattr(error, "character") else str(error)
-        raise RecipeError(f"{file}{line}: not valid YAML: {reason}") from error
+        raise RecipeError(f"{file}{line}: not valid YAML: {clip(reason, 200)}") from error
 
 
 def _check_size(yaml: YAML, text: str, file: str) -> None:
@@ -141,11 +190,19 @@ class _Reader:
     def __init__(self, file: str) -> None:
         self.file = file
         self.marks: dict[Path_, tuple[str, int | None]] = {}
+        self.problems = Document({}, file)
         self.count = 0
 
+    def note(self, node: Node, path: Path_, message: str) -> None:
+        """A problem in the node's own line, whatever line its path has."""
+        line, text = node.start_mark.line + 1, path_text(path)
+        where = f"{clip(self.file, 300)}:{line}: {text + ': ' if text else ''}"
+        self.problems.add(where + message, self.file, line)
+
     def fail(self, node: Node, path: Path_, message: str) -> NoReturn:
-        text = path_text(path)
-        raise RecipeError(f"{self.file}:{node.start_mark.line + 1}: {text + ': ' if text else ''}{message}")
+        self.note(node, path, message)
+        self.problems.check()
+        raise AssertionError("a problem was noted")
 
     def read(self, node: Node, path: Path_) -> Any:
         self.count += 1
@@ -158,9 +215,10 @@ class _Reader:
             return self._mapping(node, path)
         if isinstance(node, SequenceNode) and tag == _TAG + "seq":
             return [self._item(child, (*path, i)) for i, child in enumerate(node.value)]
-        if not isinstance(node, ScalarNode):
-            self.fail(node, path, f"tags are not allowed in a recipe, found {_short_tag(tag)}")
-        return self._scalar(node, path, tag.removeprefix(_TAG))
+        if isinstance(node, ScalarNode):
+            return self._scalar(node, path, tag.removeprefix(_TAG))
+        self.note(node, path, f"tags are not allowed in a recipe, found {_short_tag(tag)}")
+        return BAD
 
     def _item(self, node: Node, path: Path_) -> Any:
         self.marks[path] = (self.file, node.start_mark.line + 1)
@@ -173,9 +231,10 @@ class _Reader:
         try:
             return _plain(tag, text)
         except ValueError:
-            self.fail(node, path, f"not a valid {tag}: {text!r}")
+            self.note(node, path, f"not a valid {tag}: {quoted(text)}")
         except KeyError:
-            self.fail(node, path, f"tags are not allowed in a recipe, found {_short_tag(str(node.tag))}")
+            self.note(node, path, f"tags are not allowed in a recipe, found {_short_tag(str(node.tag))}")
+        return BAD
 
     def _mapping(self, node: MappingNode, path: Path_) -> dict[str, Any]:
         data: dict[str, Any] = {}
@@ -184,27 +243,34 @@ class _Reader:
         for key_node, value in node.value:
             line = key_node.start_mark.line + 1
             if isinstance(key_node, ScalarNode) and str(key_node.tag) == _TAG + "merge":
-                for part in self._merge(value, path):
-                    merged = {**part, **merged}
+                self._merge(value, path, merged)
                 continue
             if not isinstance(key_node, ScalarNode):
-                self.fail(key_node, path, "a key must be a plain word, found a list or a mapping")
+                self.note(key_node, path, "a key must be a plain word, found a list or a mapping")
+                continue
             key = str(key_node.value)
             if key in lines:
-                self.fail(key_node, (*path, key), f"a key may stand once, found {key!r} also in line {lines[key]}")
+                message = f"a key may stand once, found {quoted(key)} also in line {lines[key]}"
+                self.note(key_node, (*path, key), message)
+                continue
             lines[key] = line
             self.marks[(*path, key)] = (self.file, line)
             data[key] = self.read(value, (*path, key))
         return {**{k: v for k, v in merged.items() if k not in data}, **data}
 
-    def _merge(self, node: Node, path: Path_) -> list[dict[str, Any]]:
-        before = dict(self.marks)
+    def _merge(self, node: Node, path: Path_, merged: dict[str, Any]) -> None:
+        """Add what `<<` names to `merged`; what stands there already wins, and its lines do, too."""
+        own, self.marks = self.marks, {}
         parts = [self.read(n, path) for n in (node.value if isinstance(node, SequenceNode) else [node])]
-        self.marks.update(before)
+        for place, mark in self.marks.items():
+            own.setdefault(place, mark)
+        self.marks = own
         for part in parts:
-            if not isinstance(part, dict):
-                self.fail(node, path, f"<< takes a mapping or a list of mappings, found {_kind(part)}")
-        return parts
+            if isinstance(part, dict):
+                for key, item in part.items():
+                    merged.setdefault(key, item)
+            elif part is not BAD:
+                self.note(node, path, f"<< takes a mapping or a list of mappings, found {in_words(part)}")
 
 
 def _plain(tag: str, text: str) -> Any:
@@ -226,10 +292,14 @@ def _plain(tag: str, text: str) -> Any:
 
 def parse_scalar(text: str) -> Any:
     """One value as YAML reads it: `4` a number, `int` a word."""
-    node = _compose(text, f"value {text!r}") if text.strip() else None
+    name = f"value {quoted(text)}"
+    node = _compose(text, name) if text.strip() else None
     if node is None:
         return None
-    return _Reader(f"value {text!r}").read(node, ())
+    reader = _Reader(name)
+    value = reader.read(node, ())
+    reader.problems.check()
+    return value
 
 
 def read_mapping(source: Mapping[Any, Any]) -> Document:
@@ -244,7 +314,8 @@ def read_mapping(source: Mapping[Any, Any]) -> Document:
         if isinstance(value, Mapping):
             for key in value:
                 if isinstance(key, bool) or not isinstance(key, str | int):
-                    raise RecipeError(f"<mapping>: {path_text(path)}: a key must be a word, found {key!r}")
+                    where = f"<mapping>: {path_text(path)}{': ' if path else ''}"
+                    raise RecipeError(f"{where}a key must be a word, found {in_words(key)}")
             return {str(key): copy(item, (*path, str(key))) for key, item in value.items()}
         if isinstance(value, list | tuple):
             return [copy(item, (*path, i)) for i, item in enumerate(value)]
@@ -256,7 +327,7 @@ def read_mapping(source: Mapping[Any, Any]) -> Document:
 def dump_yaml(data: Any) -> str:
     """YAML that reads back as the same data: policies and stores on one line each, without anchors."""
     yaml = YAML(typ="rt", pure=True)
-    yaml.width = 110
+    yaml.width = 1 << 30  # folding text loses spaces in some places
     yaml.indent(mapping=2, sequence=4, offset=2)
     stream = io.StringIO()
     yaml.dump(_styled(data), stream)
@@ -269,15 +340,10 @@ def _styled(data: Any) -> Any:
         if data and not any(isinstance(value, dict | list) for value in data.values()):
             mapping.fa.set_flow_style()
         return mapping
+    if isinstance(data, str) and not data.isprintable():  # plain, a mark of byte order would be dropped
+        return DoubleQuotedScalarString(data)
     return [_styled(item) for item in data] if isinstance(data, list | tuple) else data
 
 
-def _kind(value: Any) -> str:
-    if isinstance(value, float) and math.isnan(value):
-        return "nan"
-    named = {dict: "a mapping", list: "a list", type(None): "nothing (null)"}
-    return named.get(type(value), repr(value))
-
-
 def _short_tag(tag: str) -> str:
-    return f"!!{tag.removeprefix(_TAG)}" if tag.startswith(_TAG) else tag
+    return clip(f"!!{tag.removeprefix(_TAG)}" if tag.startswith(_TAG) else tag)

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 
 __all__ = ["LayerSummary", "Memory", "StoreMemory", "Summary", "measure", "summarize"]
 
+UNSEEN = (
+    "made from a config: a model that is not attached shows it no padding, so that padded rows can't be told apart; "
+    "give make_cache the model"
+)
 KINDS = ("codes", "scales", "zeros", "exact", "indices", "scores")
 
 
@@ -117,6 +121,8 @@ class Summary:
 
     recipe: str
     layers: tuple[LayerSummary, ...]
+    notes: tuple[str, ...] = ()
+    """What the cache can't see or do."""
 
     def __str__(self) -> str:
         table = Table(title=f"recipe {self.recipe}")
@@ -126,7 +132,7 @@ class Summary:
             numbers = [x.layer for x in group]
             shown = str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}"
             table.add_row(shown, kept, "\n".join(tiers), str(tokens))
-        return _render(table)
+        return "\n".join([_render(table), *self.notes])
 
 
 def _compared(ratio: float) -> str:
@@ -145,7 +151,7 @@ def _render(table: Table) -> str:
 
 def measure(cache: CompressedCache) -> Memory:
     """Count the tensors of a settled cache."""
-    from kvpolicy.cache import TieredLayer
+    from kvpolicy.tiered_layer import TieredLayer
 
     stores: list[StoreMemory] = []
     exact = values = shared = 0
@@ -167,7 +173,7 @@ def measure(cache: CompressedCache) -> Memory:
             for s, store in enumerate(tiers.stores[side]):
                 if store is not None:
                     stores.append(_store_memory(tiers, number, side, s))
-        for state in [tiers.state] if tiers.ragged is None else tiers.ragged.rows:
+        for state in tiers.step.rows:
             if id(state) not in counted:
                 counted.add(id(state))
                 orders = {id(s): s for held in state.stores.values() for s in held}
@@ -175,9 +181,7 @@ def measure(cache: CompressedCache) -> Memory:
     if cache.padding is not None:
         shared += cache.padding.real.size
     scratch = cache.scratch.bytes if cache.scratch is not None else 0
-    scratch += sum(
-        {id(x.tiers.placement): x.tiers.placement.bytes for x in cache.layers if isinstance(x, TieredLayer)}.values()
-    )
+    scratch += sum({id(x.tiers.step): x.tiers.step.bytes for x in cache.layers if isinstance(x, TieredLayer)}.values())
     return Memory(tuple(stores), exact, values, scratch, shared)
 
 
@@ -209,7 +213,7 @@ def _component(spec: Any) -> str:
 
 def summarize(cache: CompressedCache) -> Summary:
     """Describe the layers of a settled cache."""
-    from kvpolicy.cache import TieredLayer
+    from kvpolicy.tiered_layer import TieredLayer
 
     rows = []
     for number, layer in enumerate(cache.layers):
@@ -219,4 +223,5 @@ def summarize(cache: CompressedCache) -> Summary:
             rows.append(LayerSummary(number, kept, tiers, layer.tiers.held_after_settling()))
         else:
             rows.append(LayerSummary(number, f"transformers' {type(layer).__name__}", (), 0))
-    return Summary(cache.recipe.name, tuple(rows))
+    blind = cache.guard.evicts and cache.lease is None
+    return Summary(cache.recipe.name, tuple(rows), (UNSEEN,) if blind else ())

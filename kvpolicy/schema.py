@@ -21,8 +21,10 @@ def recipe_schema(plugins: Registry | None = None) -> dict[str, Any]:
     definitions: dict[str, Any] = {"parameter": _PARAMETER}
     definitions["policy"] = _union("policy", plugins.policies, definitions)
     definitions["quantizer"] = _union("quantizer", plugins.quantizers, definitions)
+    words = _word_or_parameter(["full", "evict"])
     definitions["store"] = {
-        "anyOf": [{"enum": ["full", "evict"]}, {"$ref": "#/$defs/quantizer"}, {"$ref": "#/$defs/parameter"}]
+        **_by_type("object", {"$ref": "#/$defs/quantizer"}, words),
+        "examples": words["examples"],
     }
     definitions["tier"] = _tier()
     return {
@@ -32,7 +34,7 @@ def recipe_schema(plugins: Registry | None = None) -> dict[str, Any]:
         "type": "object",
         "properties": _top(),
         "additionalProperties": False,
-        "anyOf": [{"required": ["tiers"]}, {"required": ["extends"]}],
+        **_unless("extends", {"required": ["tiers"]}),
         "$defs": definitions,
     }
 
@@ -43,7 +45,7 @@ def _top() -> dict[str, Any]:
         "name": {"type": "string", "minLength": 1},
         "summary": {"type": "string"},
         "source": {"type": "string"},
-        "placement": {"anyOf": [{"enum": ["token", "update"]}, {"$ref": "#/$defs/parameter"}]},
+        "placement": _word_or_parameter(["token", "update"]),
         "params": {
             "type": "object",
             "propertyNames": {"pattern": r"^[A-Za-z_]\w*$"},
@@ -52,7 +54,7 @@ def _top() -> dict[str, Any]:
         "tiers": _TIERS,
         "layers": {
             "type": "object",
-            "patternProperties": {r"^-?\d+(--?\d+|-\d+)?$": {"anyOf": [{"const": "full"}, _TIERS]}},
+            "patternProperties": {r"^-?\d+(--?\d+|-\d+)?$": _by_type("array", _TIERS, {"const": "full"})},
             "additionalProperties": False,
         },
     }
@@ -62,11 +64,12 @@ def _top() -> dict[str, Any]:
 
 
 def _tier() -> dict[str, Any]:
-    policy = {"anyOf": [{"$ref": "#/$defs/policy"}, {"type": "null"}]}
+    policy = _by_type("null", {}, {"$ref": "#/$defs/policy"})
     sides = {
         side: {"$ref": "#/$defs/store", "description": Tier.model_fields[side].description}
         for side in ("keys", "values")
     }
+    never = {"not": {}, "description": "Not beside store, which stands for keys and values."}
     both = {"$ref": "#/$defs/store", "description": "How keys and values are stored: full, evict, or a quantizer."}
     return {
         "type": "object",
@@ -76,10 +79,24 @@ def _tier() -> dict[str, Any]:
             **sides,
         },
         "additionalProperties": False,
-        "if": {"required": ["store"]},
-        "then": {"properties": {"keys": False, "values": False}},
-        "else": {"required": ["keys", "values"]},
+        **_unless("store", {"required": ["keys", "values"]}, {"properties": {"keys": never, "values": never}}),
     }
+
+
+def _unless(key: str, without: dict[str, Any], given: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What must hold without a key, and with it. Not `anyOf`, whose errors name no branch."""
+    return {"if": {"required": [key]}, **({} if given is None else {"then": given}), "else": without}
+
+
+def _by_type(kind: str, then: dict[str, Any], otherwise: dict[str, Any]) -> dict[str, Any]:
+    """A schema for values of one type and one for all others: an error points into the branch that was meant."""
+    return {"if": {"type": kind}, "then": then, "else": otherwise}
+
+
+def _word_or_parameter(words: list[str]) -> dict[str, Any]:
+    """One of some words, which editors offer as examples, or `$name`."""
+    reference = {"type": "string", "pattern": r"^\$"}
+    return {"if": reference, "then": {"$ref": "#/$defs/parameter"}, "else": {"enum": words}, "examples": words}
 
 
 def _union(what: str, known: dict[str, PluginInfo[Any]], definitions: dict[str, Any]) -> dict[str, Any]:
@@ -92,7 +109,7 @@ def _union(what: str, known: dict[str, PluginInfo[Any]], definitions: dict[str, 
         branches.append({"if": chosen, "then": {"$ref": f"#/$defs/{name}"}})
     schema: dict[str, Any] = {
         "type": "object",
-        "properties": {"kind": {"anyOf": [{"enum": sorted(known)}, {"$ref": "#/$defs/parameter"}]}},
+        "properties": {"kind": _word_or_parameter(sorted(known))},
         "required": ["kind"],
     }
     return {**schema, "allOf": branches} if branches else schema

@@ -15,13 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvpolicy.errors import CacheError, PluginError, RecipeError
+from kvpolicy.checked import calibrated, check_fit
+from kvpolicy.errors import CacheError, RecipeError
 from kvpolicy.packing import dequantize, pack
 from kvpolicy.pages import FULL, Pages, at_once, gather_tokens
 from kvpolicy.quantizer import AffineQuantizer, Quantizer, TensorQuantizer
 from kvpolicy.store import LARGE, ExactStore, Ints, NamedStore, Store
 
-__all__ = ["ExactStore", "NamedStore", "PackedStore", "Store", "group_size_of", "make_store"]
+__all__ = ["ExactStore", "NamedStore", "PackedStore", "Store", "group_size_of", "make_store", "try_store"]
 
 
 def group_size_of(quantizer: AffineQuantizer, head_dim: int) -> int:
@@ -38,28 +39,56 @@ def group_size_of(quantizer: AffineQuantizer, head_dim: int) -> int:
     if quantizer.per == "channel":
         return 32 if size == "auto" else head_dim if size == "head" else int(size)
     if size == "auto":
-        return max(d for d in range(1, min(64, head_dim) + 1) if head_dim % d == 0)
+        return _best_size(quantizer.nbits, head_dim)
     if size == "head":
         return head_dim
     if head_dim % int(size):
-        fits = [d for d in range(1, head_dim + 1) if head_dim % d == 0]
         raise RecipeError(
             f"group_size must divide head_dim with per: token, found group_size {size} and head_dim {head_dim}; "
-            f"use auto or one of {fits}"
+            f"use auto or one of {_divisors(head_dim)}"
         )
     return int(size)
 
 
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def _best_size(nbits: int, head_dim: int) -> int:
+    """The largest divisor up to 64, or the next one if a scale and an offset of 32 bits would outweigh the codes."""
+    sizes = _divisors(head_dim)
+    largest = max(d for d in sizes if d <= 64)
+    return next((d for d in sizes if d >= largest and d * nbits >= 64), head_dim)
+
+
 def make_store(spec: Quantizer | str, head_dim: int) -> Store | None:
-    """The store for `full`, a quantizer, or `evict` (None)."""
+    """The store for `full`, a quantizer, or `evict` (None).
+
+    Raises:
+        RecipeError: the quantizer's options don't fit `head_dim` channels.
+        PluginError: the quantizer misbehaves.
+    """
     if spec == "evict":
         return None
     if isinstance(spec, AffineQuantizer):
         return PackedStore(spec, head_dim)
-    if isinstance(spec, TensorQuantizer):
-        spec.check(head_dim)
-        return NamedStore(spec)
-    return ExactStore()
+    return NamedStore(spec, head_dim) if isinstance(spec, TensorQuantizer) else ExactStore()
+
+
+def try_store(quantizer: Quantizer, head_dim: int) -> None:
+    """Encode and decode a few numbers, so that a quantizer that can't work fails at once and by name.
+
+    Raises:
+        RecipeError, PluginError: as `make_store`, and where what it returns is not what it must be.
+    """
+    store = make_store(quantizer, head_dim)
+    assert store is not None
+    with torch.no_grad():
+        x = torch.linspace(-1.0, 1.0, 128 * head_dim, device="cpu").view(1, 1, 128, head_dim)
+        for part in x.split([96, 32], dim=2):
+            store.append(part)
+        for _ in store.decoded(LARGE, x.dtype):
+            pass
 
 
 class PackedStore(Store):
@@ -71,7 +100,7 @@ class PackedStore(Store):
     """
 
     def __init__(self, quantizer: AffineQuantizer, head_dim: int) -> None:
-        quantizer.check(head_dim)
+        check_fit(quantizer, head_dim)
         self.quantizer, self.head_dim = quantizer, head_dim
         self.group_size = group_size_of(quantizer, head_dim)
         self.by_channel = quantizer.per == "channel"
@@ -96,7 +125,18 @@ class PackedStore(Store):
     def length(self) -> int:
         return self.parts["codes"].length + self.parts["exact"].length
 
+    def params_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Type of scale and offset for numbers of type `dtype`.
+
+        A scale is a small part of the numbers' range: that of numbers that float16 holds may be less than float16
+        holds, and its error counts as often as the highest code says.
+        """
+        small = dtype == torch.float16 and self.quantizer.nbits > 2
+        return torch.float32 if small or self.quantizer.scale_dtype == "float32" else dtype
+
     def append(self, x: Tensor, empty: Tensor | None = None) -> None:
+        if not x.shape[2]:
+            return
         if not self.by_channel:
             x = self._separated(x)
             self._append_codes(x, x.reshape(-1, self.group_size))
@@ -108,10 +148,10 @@ class PackedStore(Store):
             return
         if waiting.length:
             x = torch.cat([waiting.slice(0, waiting.length), x], dim=2)
-            self.parts["exact"] = Pages(waiting.whole)
         x = x if empty is None else _filled(x, empty)
         whole = x.shape[2] // size * size
         self._append_groups(x[:, :, :whole], size)
+        self.parts["exact"] = Pages(waiting.whole)
         if whole < x.shape[2]:
             self.parts["exact"].append(x[:, :, whole:])
 
@@ -129,8 +169,9 @@ class PackedStore(Store):
         if not self.quantizer.channel_separable:
             return x
         if self.channels is None:
-            root = x.float().abs().amax(2, keepdim=True).sqrt()
-            root = torch.where(root.isfinite(), root, 0.0)
+            magnitude = x.float().abs()
+            # What is not finite says nothing of its channel, nor of the others by way of the mean.
+            root = torch.where(magnitude.isfinite(), magnitude, 0.0).amax(2, keepdim=True).sqrt()
             # A channel that happens to be near zero in a few first tokens must not blow later ones up.
             root = root.clamp(min=0.25 * root.mean(3, keepdim=True))
             self.parts["channels"].append(torch.where(root > 0, root, 1.0).to(x.dtype))
@@ -202,27 +243,19 @@ class PackedStore(Store):
 
     def _append_codes(self, x: Tensor, groups: Tensor) -> None:
         batch, heads, n, dim = x.shape
-        affine = self.quantizer.calibrate(groups)
-        if [t.shape for t in affine] != [groups.shape, (len(groups), 1), (len(groups), 1)]:
-            raise PluginError(
-                f"quantizer {self.quantizer.kind!r} must give codes {tuple(groups.shape)} and scale and offset "
-                f"{(len(groups), 1)}, found {[tuple(t.shape) for t in affine]}"
-            )
+        affine = calibrated(self.quantizer, groups)
         codes = affine.codes
-        if codes.dtype != torch.uint8:
-            raise PluginError(f"quantizer {self.quantizer.kind!r} must give codes as uint8, found {codes.dtype}")
         if self.by_channel:
             size = groups.shape[1]
             codes = codes.view(batch, heads, n // size, dim, size).transpose(3, 4)
             params = [p.view(batch, heads, n // size, dim) for p in affine[1:]]
         else:
             params = [p.view(batch, heads, n, dim // self.group_size) for p in affine[1:]]
-        dtype = torch.float32 if self.quantizer.scale_dtype == "float32" else x.dtype
-        self.parts["codes"].append(pack(codes.reshape(batch, heads, n, dim), self.quantizer.nbits))
-        kept = torch.cat(params, dim=-1)
+        kept, dtype = torch.cat(params, dim=-1), self.params_dtype(x.dtype)
         if dtype == torch.float16:  # a range that float16 holds may have a scale that it doesn't
             limit = torch.finfo(dtype).max
             kept = torch.where(kept.isfinite(), kept.clamp(-limit, limit), kept)
+        self.parts["codes"].append(pack(codes.reshape(batch, heads, n, dim), self.quantizer.nbits))
         self.parts["params"].append(kept.to(dtype))
 
     def drop(self, index: Ints) -> None:

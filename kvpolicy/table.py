@@ -48,8 +48,8 @@ class Table:
     Positions are slots of the padded text. All rows and heads have the same number of places; a place may be `EMPTY`.
     """
 
-    def __init__(self, lines: tuple[int, int], device: torch.device, scored: bool) -> None:
-        self.lines, self.device = lines, device
+    def __init__(self, lines: tuple[int, int], device: torch.device, scored: bool, tier_dtype: torch.dtype) -> None:
+        self.lines, self.device, self.tier_dtype = lines, device, tier_dtype
         self.parts = {name: Pages(whole=True) for name in ("positions", "tiers", *(["scores"] if scored else []))}
         self.gaps = False
         """Whether some place may be empty."""
@@ -71,8 +71,8 @@ class Table:
 
     @property
     def tiers(self) -> Tensor:
-        """`[batch, kv_heads or 1, places]`, int8."""
-        return self._view("tiers", torch.int8)
+        """`[batch, kv_heads or 1, places]`, int8, or int16 where there are so many tiers."""
+        return self._view("tiers", self.tier_dtype)
 
     @property
     def scores(self) -> Tensor | None:
@@ -82,7 +82,7 @@ class Table:
 
     def append(self, positions: Tensor, tiers: Tensor, scores: Tensor | None) -> None:
         self.parts["positions"].append(positions.to(torch.int32).unsqueeze(3))
-        self.parts["tiers"].append(tiers.to(torch.int8).unsqueeze(3))
+        self.parts["tiers"].append(tiers.to(self.tier_dtype).unsqueeze(3))
         if "scores" in self.parts:
             assert scores is not None
             self.parts["scores"].append(scores)

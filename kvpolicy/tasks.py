@@ -9,17 +9,32 @@ by `score`.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import random
 import re
 import sysconfig
+import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Final
 
 from kvpolicy.errors import TaskError
+from kvpolicy.samples import Sample, from_jsonl
+from kvpolicy.words import clip, in_words, quoted, suggest
+
+__all__ = [
+    "Sample",
+    "arithmetic",
+    "check_name",
+    "check_size",
+    "code",
+    "from_jsonl",
+    "lines",
+    "load_task",
+    "score",
+    "split_of",
+    "stdlib_files",
+]
 
 KEYS: Final = 704
 """Keys `<k0>` to `<k703>` are single tokens of the bundled tokenizer."""
@@ -35,6 +50,11 @@ LINES_HEADER: Final = "Keys and values:\n"
 ARITHMETIC_HEADER: Final = "Arithmetic modulo 10:\n"
 CHARACTERS_PER_TOKEN: Final = 2.5
 """Characters of Python source per token of the bundled tokenizer, less a margin for dense text."""
+DEFAULT_TOKENS: Final = 1024
+MAX_TOKENS: Final = 1 << 20
+"""Tokens of a generated sample."""
+MAX_TOTAL: Final = 1 << 27
+"""Tokens of all generated samples together."""
 ANSWER_CHARACTERS: Final = 192
 """Characters of a `code` answer, about 64 tokens of the bundled tokenizer."""
 
@@ -48,22 +68,7 @@ _EXCLUDED_NAMES: Final = ("config-", "_sysconfigdata", "stringprep.")
 _STATED = re.compile(r"^(<k\d+>)[ =](?:\S*=)?(\S+)$", re.MULTILINE)
 
 
-@dataclass(frozen=True)
-class Sample:
-    """One prompt and the answer expected of greedy decoding.
-
-    Attributes:
-        task: Name of the task the sample belongs to; it selects the scoring rule.
-        prompt: Text the model reads.
-        answer: Text that should follow the prompt.
-    """
-
-    task: str
-    prompt: str
-    answer: str
-
-
-def lines(n: int, seed: int, tokens: int = 1024) -> list[Sample]:
+def lines(n: int, seed: int, tokens: int = DEFAULT_TOKENS) -> list[Sample]:
     """Key-value line retrieval: distinct keys with values, then a request for four of them.
 
     The prompt holds lines such as `<k17> <v93>` and ends with the request
@@ -77,9 +82,9 @@ def lines(n: int, seed: int, tokens: int = 1024) -> list[Sample]:
             longer are single tokens of the bundled tokenizer.
 
     Raises:
-        TaskError: If `n` is negative or `tokens` leaves no room for four lines.
+        TaskError: If `n` is negative, or `tokens` is out of range or leaves no room for four lines.
     """
-    _check_count("lines", n)
+    check_size("lines", n, tokens)
     overhead = _HEADER_TOKENS + 2 + 2 * QUERIES + 3 * QUERIES
     count = (tokens - overhead) // 3
     if count < QUERIES:
@@ -113,9 +118,9 @@ def arithmetic(n: int, seed: int, tokens: int = 512) -> list[Sample]:
         tokens: Approximate length of prompt and answer.
 
     Raises:
-        TaskError: If `n` is negative or `tokens` leaves no room for one chain.
+        TaskError: If `n` is negative, or `tokens` is out of range or leaves no room for one chain.
     """
-    _check_count("arithmetic", n)
+    check_size("arithmetic", n, tokens)
     overhead = _HEADER_TOKENS + 2 + 2 * STEPS + 8 * STEPS
     chains = (tokens - overhead) // (6 * STEPS)
     if chains < 1:
@@ -161,7 +166,7 @@ def _apply(operator: str, left: int, right: int) -> int:
     return results[operator] % MODULUS
 
 
-def code(n: int, seed: int, tokens: int = 1024, split: str = "test") -> list[Sample]:
+def code(n: int, seed: int, tokens: int = DEFAULT_TOKENS, split: str = "test") -> list[Sample]:
     """Continuation of Python source, from the standard library of the running interpreter.
 
     A sample starts at a line of a randomly drawn file; its answer is the text that
@@ -177,7 +182,7 @@ def code(n: int, seed: int, tokens: int = 1024, split: str = "test") -> list[Sam
     Raises:
         TaskError: If an argument is out of range or no file is long enough.
     """
-    _check_count("code", n)
+    check_size("code", n, tokens)
     if tokens < 128:
         raise TaskError(f"code: tokens must be at least 128, found {tokens}; ask for a longer context")
     length = int(tokens * CHARACTERS_PER_TOKEN)
@@ -248,68 +253,6 @@ def stdlib_files(split: str, root: Path | None = None) -> Iterator[tuple[str, st
             continue
 
 
-def from_jsonl(path: str | Path) -> list[Sample]:
-    """Read samples from a JSON Lines file: one object per line with `prompt` and `answer`.
-
-    Blank lines are skipped. Answers are scored by exact match.
-
-    Args:
-        path: The file, UTF-8 text.
-
-    Raises:
-        TaskError: If the file cannot be read as text, holds no row, or a row is not an
-            object with a string `prompt` and a string `answer`, both non-empty.
-    """
-    file = Path(path)
-    try:
-        if file.exists() and not file.is_file() and not file.is_dir():
-            raise ValueError("something that is no regular file")
-        raw = file.read_bytes()
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise TaskError(f"{file}: must be a readable file of JSON Lines, found {reason!r}; check the path") from error
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise TaskError(
-            f"{file}, line {line}: must be UTF-8 text, found the byte "
-            f"0x{raw[error.start]:02x}; save the file as UTF-8 JSON Lines"
-        ) from error
-    samples = [
-        _row(f"{file}, line {number}", row) for number, row in enumerate(text.split("\n"), start=1) if row.strip()
-    ]
-    if not samples:
-        raise TaskError(
-            f'{file}: must hold at least one row, found none; write one JSON object with "prompt" and "answer" per line'
-        )
-    return samples
-
-
-def _row(place: str, text: str) -> Sample:
-    try:
-        row = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise _bad_row(place, "must be a JSON object", str(error)) from error
-    if not isinstance(row, dict):
-        raise _bad_row(place, "must be a JSON object", f"a {type(row).__name__}")
-    for field in ("prompt", "answer"):
-        value = row.get(field)
-        if not isinstance(value, str):
-            found = f"a {type(value).__name__}" if field in row else "none"
-            raise _bad_row(place, f'"{field}" must be a string', found)
-        if not value:
-            raise _bad_row(place, f'"{field}" must not be empty', '""')
-        if re.search("[\ud800-\udfff]", value):
-            raise _bad_row(place, f'"{field}" must be Unicode text', "a lone surrogate")
-    return Sample("jsonl", row["prompt"], row["answer"])
-
-
-def _bad_row(place: str, rule: str, found: str) -> TaskError:
-    remedy = 'write {"prompt": "...", "answer": "..."}'
-    return TaskError(f"{place}: {rule}, found {found}; {remedy}")
-
-
 TASKS: Final[dict[str, Callable[..., list[Sample]]]] = {
     "lines": lines,
     "arithmetic": arithmetic,
@@ -334,16 +277,33 @@ def load_task(name_or_path: str, n: int, seed: int, tokens: int | None = None) -
     generator = TASKS.get(name_or_path)
     if generator is not None:
         return generator(n, seed) if tokens is None else generator(n, seed, tokens=tokens)
-    if not name_or_path.endswith((".jsonl", ".json")) and not os.path.exists(name_or_path):
-        raise TaskError(
-            f"task must be one of {', '.join(TASKS)} or the path of a JSON Lines file, found {name_or_path!r}"
-        )
-    _check_count(name_or_path, n)
+    check_size(name_or_path, n)
+    check_name(name_or_path)
     samples = from_jsonl(name_or_path)
+    if n > len(samples):
+        warnings.warn(
+            f"{clip(name_or_path, 300)} holds {len(samples)} row{'s' if len(samples) > 1 else ''}, "
+            f"fewer than the {n} samples asked for (-n): each is used once",
+            stacklevel=2,
+        )
     if n >= len(samples):
         return samples
     chosen = random.Random(seed).sample(range(len(samples)), n)
     return [samples[index] for index in sorted(chosen)]
+
+
+def check_name(name_or_path: str) -> None:
+    """Refuse what is neither the name of a task nor the path of a file.
+
+    Raises:
+        TaskError: If it is neither.
+    """
+    if name_or_path in TASKS or name_or_path.endswith((".jsonl", ".json")) or os.path.exists(name_or_path):
+        return
+    raise TaskError(
+        f"task must be one of {', '.join(TASKS)} or the path of a JSON Lines file, "
+        f"found {quoted(name_or_path)}{suggest(name_or_path, TASKS)}"
+    )
 
 
 def score(task: str, answer: str, generated: str) -> float:
@@ -381,6 +341,23 @@ def score(task: str, answer: str, generated: str) -> float:
     return float("\n".join(found.split("\n")[: wanted.count("\n") + 1]).rstrip() == wanted)
 
 
-def _check_count(task: str, n: int) -> None:
+def check_size(task: str, n: int, tokens: int | None = None) -> None:
+    """Refuse numbers of samples and tokens that would take hours, before anything is made.
+
+    Raises:
+        TaskError: If `n` is negative, `tokens` is above 1,048,576, or both together are above 134,217,728.
+    """
+    shown = clip(task, 300)
     if n < 0:
-        raise TaskError(f"{task}: the number of samples must be at least 0, found {n}")
+        raise TaskError(f"{shown}: the number of samples must be at least 0, found {n}")
+    if task not in TASKS:
+        return
+    if tokens is not None and tokens > MAX_TOKENS:
+        raise TaskError(
+            f"{shown}: tokens must be at most {MAX_TOKENS:,}, found {in_words(tokens)}; ask for shorter samples"
+        )
+    if n * (tokens or DEFAULT_TOKENS) > MAX_TOTAL:
+        raise TaskError(
+            f"{shown}: samples times tokens must be at most {MAX_TOTAL:,}, found {in_words(n)} times "
+            f"{tokens or DEFAULT_TOKENS}; ask for fewer samples"
+        )

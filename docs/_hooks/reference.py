@@ -13,6 +13,8 @@ from typing import Any
 __all__ = ["GENERATED", "on_page_markdown", "render"]
 
 _MARK = re.compile(r"<!-- generated: ([a-z-]+) -->")
+_NOTE = re.compile(r"<!-- in the repository -->\n.*?<!-- /in the repository -->\n+", re.DOTALL)
+"""For readers of the pages as they lie in the repository; the site needs it not."""
 
 
 def _cell(text: Any) -> str:
@@ -26,6 +28,11 @@ def _table(head: tuple[str, ...], rows: Iterable[tuple[Any, ...]]) -> str:
 
 def _type(schema: dict[str, Any]) -> str:
     """A JSON schema in words."""
+    if "else" in schema:
+        named = [part for part in (schema["then"], schema["else"]) if part and "parameter" not in part.get("$ref", "")]
+        if schema["then"] == {}:  # of the type that is asked for, such as null
+            return _type(schema["else"])
+        return " or ".join(map(_type, named))
     if "const" in schema:
         return f"`{schema['const']}`"
     if "enum" in schema:
@@ -54,7 +61,7 @@ def recipe_fields() -> str:
     from kvpolicy.schema import recipe_schema
 
     schema = recipe_schema()
-    one_of = [key for branch in schema["anyOf"] for key in branch["required"]]
+    one_of = [*schema["else"]["required"], *schema["if"]["required"]]
     words = "one of " + ", ".join(f"`{key}`" for key in one_of)
     return _fields(schema["properties"], dict.fromkeys(one_of, words))
 
@@ -177,8 +184,8 @@ GENERATED: dict[str, Callable[[], str]] = {
 
 
 def render(markdown: str) -> str:
-    """`markdown` with every mark replaced by what it names."""
-    return _MARK.sub(lambda match: GENERATED[match[1]](), markdown)
+    """`markdown` with every mark replaced by what it names, and without what is said to readers of the repository."""
+    return _MARK.sub(lambda match: GENERATED[match[1]](), _NOTE.sub("", markdown))
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:

@@ -18,7 +18,7 @@ from kvpolicy.plugins import PluginInfo, registry
 from kvpolicy.policy import Policy
 from kvpolicy.quantizer import AffineQuantizer, Quantizer
 
-__all__ = ["Block", "TwoTier", "name_of", "policies", "quantizers", "tensor"]
+__all__ = ["Block", "TwoTier", "name_of", "policies", "quantizers", "required_options", "tensor"]
 
 C = TypeVar("C", bound=Component)
 NUMBERS = (0, 1, 2, 3, 7, 32, 0.3, True, False)
@@ -54,10 +54,15 @@ def _choices(annotation: Any) -> list[Any]:
     return list(NUMBERS) if annotation in (int, float, bool) else []
 
 
+def required_options(cls: type[Component]) -> dict[str, Any]:
+    """What a class must be given: the first example of each required option."""
+    fields = cls.model_fields.items()
+    return {name: field.examples[0] for name, field in fields if field.examples and field.is_required()}
+
+
 def _variants(cls: type[C]) -> Iterator[C]:
     """The defaults, then variations of one option that the class accepts."""
-    required = {name: field.examples[0] for name, field in cls.model_fields.items() if field.examples}
-    base = {name: value for name, value in required.items() if cls.model_fields[name].is_required()}
+    base = required_options(cls)
     seen: set[str] = set()
     tries: list[dict[str, Any]] = [base]
     for name, field in cls.model_fields.items():
@@ -66,7 +71,7 @@ def _variants(cls: type[C]) -> Iterator[C]:
     for options in tries:
         try:
             made = cls.model_validate(options, strict=True)
-        except (ValidationError, KvpolicyError):
+        except Exception:  # whether the defaults work is a test of its own
             continue
         if repr(made) not in seen:
             seen.add(repr(made))

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from kvpolicy.contracts.samples import required_options
 from kvpolicy.plugins import PluginInfo, registry
 
 INFOS: list[PluginInfo[Any]] = [*registry().policies.values(), *registry().quantizers.values()]
@@ -38,3 +39,15 @@ def test_required_options_have_examples(info: PluginInfo[Any]) -> None:
 @EVERY
 def test_the_class_has_a_summary(info: PluginInfo[Any]) -> None:
     assert (info.cls.__doc__ or "").strip(), f"{info.kind}: write a docstring that says what it does"
+
+
+@EVERY
+def test_the_defaults_are_accepted(info: PluginInfo[Any]) -> None:
+    made = info.cls.model_validate(required_options(info.cls))
+    again = info.cls.model_validate_json(made.model_dump_json())
+    assert again == made, f"{info.kind} must be the same after it was written and read"
+
+
+@EVERY
+def test_options_have_a_schema(info: PluginInfo[Any]) -> None:
+    assert info.cls.model_json_schema()["properties"].keys() == info.cls.model_fields.keys()

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from kvpolicy.contracts.samples import Block, TwoTier, name_of, policies
 from kvpolicy.placement import Placement, State, history
-from kvpolicy.policy import NEVER, Policy, RankPolicy
+from kvpolicy.policy import NEVER, Policy, RankPolicy, Scores
 
 Ints = NDArray[np.int64]
 POLICIES = policies()
@@ -49,8 +49,21 @@ def test_keep_is_pure(policy: Policy) -> None:
 
 
 @EVERY
+def test_a_capacity_is_a_number_of_tokens(policy: Policy) -> None:
+    for seen in range(1, TOKENS):
+        capacity = policy.capacity(seen)
+        assert isinstance(capacity, int | np.integer), f"capacity must return an integer, found {capacity!r}"
+        assert not isinstance(capacity, bool), f"capacity must return an integer, found {capacity}"
+        assert capacity >= 0, f"capacity must return 0 or more, found {capacity}"
+
+
+@EVERY
 def test_all_tokens_stay_within_the_capacity(policy: Policy) -> None:
-    for positions, seen in _cases():
+    cases = _cases()
+    for seen in (1, 10, 100, TOKENS):
+        most = min(seen, int(policy.capacity(seen)))
+        cases += [(np.arange(most), seen), (np.arange(seen - most, seen), seen), (np.arange(seen)[::seen], seen)]
+    for positions, seen in cases:
         if len(positions) <= policy.capacity(seen):
             assert policy.keep(positions, seen).all(), "no token may leave while no more than capacity(seen) are held"
 
@@ -59,7 +72,8 @@ def _one_by_one(policy: Policy, positions: Ints, arrivals: Ints, start: int, sto
     left = np.full(len(positions), NEVER, dtype=np.int64)
     for seen in range(start + 1, stop + 1):
         held = np.flatnonzero((np.maximum(arrivals, start) <= seen) & (left == NEVER))
-        left[held[~policy.keep(positions[held], seen)]] = seen
+        if len(held):
+            left[held[~policy.keep(positions[held], seen)]] = seen
     return left
 
 
@@ -72,8 +86,31 @@ def test_departures_equal_calling_keep_one_by_one(policy: Policy, block: int) ->
     here = arrivals <= stop
     positions, arrivals = positions[here], arrivals[here]
     expected = _one_by_one(policy, positions, arrivals, start, stop)
-    found = policy.departures(positions.copy(), arrivals.copy(), start, stop)
+    _check_departures(policy, positions, arrivals, (start, stop), expected)
+
+
+@EVERY
+@pytest.mark.parametrize("block", [1, 8, 42])
+def test_departures_go_on_from_what_is_held(policy: Policy, block: int) -> None:
+    start, stop = 150, 260
+    positions = np.arange(stop, dtype=np.int64)
+    arrivals = (positions // block + 1) * block
+    left = _one_by_one(policy, positions[arrivals <= start], arrivals[arrivals <= start], 0, start)
+    held = np.concatenate([left == NEVER, (arrivals > start)[len(left) :]]) & (arrivals <= stop)
+    positions, arrivals = positions[held], np.maximum(arrivals[held], start)
+    expected = _one_by_one(policy, positions, arrivals, start, stop)
+    _check_departures(policy, positions, arrivals, (start, stop), expected)
+
+
+def _check_departures(policy: Policy, positions: Ints, arrivals: Ints, steps: tuple[int, int], expected: Ints) -> None:
+    shown = positions.copy(), arrivals.copy()
+    found = policy.departures(*shown, *steps)
+    assert isinstance(found, np.ndarray), f"departures must return a numpy array, found {type(found).__name__}"
+    assert np.issubdtype(found.dtype, np.signedinteger), f"departures must return integers, found {found.dtype}"
+    assert found.shape == positions.shape, f"departures must return {positions.shape}, found {found.shape}"
     assert np.array_equal(found, expected), f"departures must equal keep, found token {_first(found, expected)}"
+    same = np.array_equal(shown[0], positions) and np.array_equal(shown[1], arrivals)
+    assert same, "departures must not change what it is shown"
 
 
 def _first(found: Ints, expected: Ints) -> str:
@@ -120,19 +157,43 @@ def test_tokens_are_ranked_each_for_itself(policy: RankPolicy) -> None:
     generator = torch.Generator().manual_seed(0)
     attention = torch.rand(2, 3, 50, generator=generator) * 20
     queries = torch.randint(0, 30, (2, 3, 50), generator=generator).float()
-    ages = torch.arange(50, 0, -1).expand(2, 3, -1)
-    rank = policy.rank(attention.clone(), queries.clone(), ages)
+    ages = torch.arange(50, 0, -1).repeat(2, 3, 1)
+    shown = attention.clone(), queries.clone(), ages.clone()
+    rank = policy.rank(*shown)
     assert isinstance(rank, torch.Tensor), f"rank must return a tensor, found {type(rank).__name__}"
     assert rank.is_floating_point(), f"rank must return floats, found {rank.dtype}"
     assert rank.shape == attention.shape, f"rank must return {tuple(attention.shape)}, found {tuple(rank.shape)}"
+    assert rank.device == attention.device, f"rank must return a tensor on {attention.device}, found {rank.device}"
+    assert not rank.isnan().any(), "rank must return numbers for numbers, found nan"
+    same = all(torch.equal(x, y) for x, y in zip(shown, (attention, queries, ages), strict=True))
+    assert same, "rank must not change what it is given"
     order = torch.randperm(50, generator=generator)
     moved = policy.rank(attention[..., order], queries[..., order], ages[..., order])
     torch.testing.assert_close(moved, rank[..., order], msg="rank must not depend on the order of the tokens")
 
 
 @pytest.mark.parametrize("policy", RANKS, ids=[name_of(policy) for policy in RANKS])
+def test_tokens_that_no_counted_query_saw_are_ranked(policy: RankPolicy) -> None:
+    for ages in (torch.arange(6, 0, -1), torch.zeros(6, dtype=torch.int64)):
+        rank = policy.rank(torch.zeros(1, 1, 6), torch.zeros(1, 1, 6), ages.view(1, 1, -1))
+        assert not rank[ages.view(1, 1, -1) > 0].isnan().any(), "rank must return numbers without attention, found nan"
+
+
+@pytest.mark.parametrize("policy", RANKS, ids=[name_of(policy) for policy in RANKS])
 def test_a_budget_is_a_number_of_tokens_that_never_falls(policy: RankPolicy) -> None:
     budgets = [policy.budget_tokens(seen, min(seen, 100)) for seen in range(1, TOKENS)]
-    assert all(isinstance(budget, int) and budget >= 0 for budget in budgets), "a budget must be an integer, 0 or more"
+    for budget in budgets:
+        assert isinstance(budget, int | np.integer), f"a budget must be an integer, found {budget!r}"
+        assert not isinstance(budget, bool), f"a budget must be an integer, found {budget}"
+        assert budget >= 0, f"a budget must be 0 or more, found {budget}"
     assert budgets == sorted(budgets), "a budget must not fall as more tokens are seen: tokens that left do not return"
-    assert hash(policy.scores()) == hash(policy.scores()), "scores must be the same each time"
+
+
+@pytest.mark.parametrize("policy", RANKS, ids=[name_of(policy) for policy in RANKS])
+def test_scores_are_the_same_each_time(policy: RankPolicy) -> None:
+    asked = [policy.scores() for _ in range(3)]
+    assert all(isinstance(scores, Scores) for scores in asked), (
+        f"scores must return kvpolicy.Scores, found {asked[0]!r}"
+    )
+    assert asked[0] == asked[1] == asked[2], "scores must be the same each time"
+    assert type(policy).model_validate(policy.model_dump()).scores() == asked[0], "scores must depend on options alone"

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from models import bundled, ids, llama, tiny
+from words import CACHE
 
 from kvpolicy import CompressedCache, make_cache, tasks
 
@@ -41,7 +42,7 @@ def generate(cache: CompressedCache, tokens: torch.Tensor, **options: Any) -> to
         result = model.generate(
             tokens,
             attention_mask=torch.ones_like(tokens),
-            past_key_values=cache,
+            **{CACHE: cache},
             max_new_tokens=40,
             min_new_tokens=40,
             do_sample=False,
@@ -106,7 +107,7 @@ def test_an_assistant_that_is_mostly_wrong_leaves_the_placement_of_plain_decodin
             model.generate(
                 tokens,
                 attention_mask=torch.ones_like(tokens),
-                past_key_values=cache,
+                **{CACHE: cache},
                 max_new_tokens=50,
                 do_sample=False,
                 **options,
@@ -123,15 +124,15 @@ def test_rejected_tokens_leave_the_logits_of_what_follows_unchanged(name: str, r
     clean, used = (make_cache(name, model, **options) for _ in range(2))
     with torch.no_grad():
         for cache in (clean, used):
-            model(ids(150), past_key_values=cache)
+            model(ids(150), **{CACHE: cache})
         junk = ids(1 + rejected, seed=9)
-        model(junk, past_key_values=used)
+        model(junk, **{CACHE: used})
         used.crop(-rejected)
-        model(junk[:, :1], past_key_values=clean)
+        model(junk[:, :1], **{CACHE: clean})
         assert clean.get_seq_length() == used.get_seq_length() == 151
         for t in range(40):
             step = ids(1, seed=t)
-            a, b = model(step, past_key_values=clean).logits, model(step, past_key_values=used).logits
+            a, b = model(step, **{CACHE: clean}).logits, model(step, **{CACHE: used}).logits
             # The kept token was computed in a chunk, so its last bits differ.
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
     assert held(clean, 191) == held(used, 191)

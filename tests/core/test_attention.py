@@ -14,11 +14,12 @@ import transformers
 from models import FAMILIES, bundled, exact, ids, llama, tiny
 from recipes import BY_POSITION
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, StaticCache
+from words import CACHE, cache_of
 
 import kvpolicy
 from kvpolicy import attach, load_recipe, make_cache
-from kvpolicy.cache import TieredLayer
 from kvpolicy.errors import CacheError
+from kvpolicy.tiered_layer import TieredLayer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -41,7 +42,7 @@ def logits(model: PreTrainedModel, cache: Any, tokens: torch.Tensor, prompt: int
     found = []
     for a, b in itertools.pairwise(cuts):
         given = {k: v[:, :b] for k, v in options.items()}
-        found.append(model(tokens[:, a:b], past_key_values=cache, **given).logits)
+        found.append(model(tokens[:, a:b], **{CACHE: cache}, **given).logits)
     return torch.cat(found, dim=1)
 
 
@@ -112,7 +113,7 @@ def test_generation_gives_the_tokens_of_the_unattached_model(name: str, use: str
     def run(cache: Any) -> torch.Tensor:
         transformers.set_seed(1)
         arguments: dict[str, Any] = {"do_sample": False, "max_new_tokens": 60, **options}
-        return model.generate(tokens, past_key_values=cache, attention_mask=torch.ones_like(tokens), **arguments)
+        return model.generate(tokens, **{CACHE: cache}, attention_mask=torch.ones_like(tokens), **arguments)
 
     expected = run(cache_for(name, model))
     plain = run(exact(model))
@@ -184,7 +185,7 @@ def test_attaching_twice_is_refused_and_two_models_at_once_work() -> None:
                 attach(model)
         for model in (one, other):
             cache = make_cache("logquant", model)
-            model.generate(ids(100), past_key_values=cache, max_new_tokens=5, do_sample=False)
+            model.generate(ids(100), **{CACHE: cache}, max_new_tokens=5, do_sample=False)
     with attach(one.model):
         pass
 
@@ -193,27 +194,27 @@ def test_calls_without_a_cache_get_one_of_the_recipe() -> None:
     model = tiny("llama")
     tokens = ids(100)
     options = {"max_new_tokens": 30, "do_sample": False, "return_dict_in_generate": True}
-    expected = model.generate(tokens, past_key_values=make_cache("logquant", model, window=20), **options)
+    expected = model.generate(tokens, **{CACHE: make_cache("logquant", model, window=20)}, **options)
     with attach(model, recipe="logquant", window=20):
         found = model.generate(tokens, **options)
-        assert found.past_key_values.recipe.name == "logquant"
+        assert cache_of(found).recipe.name == "logquant"
         assert torch.equal(found.sequences, expected.sequences)
         again = model.generate(tokens, **options)
-        assert again.past_key_values is not found.past_key_values
-        assert type(model(tokens).past_key_values).__name__ == "CompressedCache"
-        assert model(tokens, use_cache=False).past_key_values is None
+        assert cache_of(again) is not cache_of(found)
+        assert type(cache_of(model(tokens))).__name__ == "CompressedCache"
+        assert cache_of(model(tokens, use_cache=False)) is None
         mine = exact(model)
-        assert model.generate(tokens, past_key_values=mine, **options).past_key_values is mine
+        assert cache_of(model.generate(tokens, **{CACHE: mine}, **options)) is mine
         nothing = model.generate(tokens, use_cache=False, **options)
-        assert nothing.past_key_values is None
-    assert type(model.generate(tokens, **options).past_key_values).__name__ == "DynamicCache"
+        assert cache_of(nothing) is None
+    assert type(cache_of(model.generate(tokens, **options))).__name__ == "DynamicCache"
 
 
 def test_a_pipeline_gets_the_recipe() -> None:
     model, tokenizer = bundled()
     pipe = transformers.pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")
     options = {"max_new_tokens": 20, "do_sample": False}
-    expected = pipe("def add(a, b):", past_key_values=make_cache("balanced", model), **options)
+    expected = pipe("def add(a, b):", **{CACHE: make_cache("balanced", model)}, **options)
     with attach(model, recipe="balanced"):
         assert pipe("def add(a, b):", **options) == expected
 
@@ -222,7 +223,7 @@ def test_nothing_is_decoded_to_a_dense_copy() -> None:
     model = tiny("llama")
     cache = make_cache("logquant", model)
     with attach(model):
-        model.generate(ids(300), past_key_values=cache, max_new_tokens=50, do_sample=False)
+        model.generate(ids(300), **{CACHE: cache}, max_new_tokens=50, do_sample=False)
     assert cache.scratch.bytes == 0
     assert all(row.type == "kvpolicy" for row in cache.summary().layers)
 
@@ -231,7 +232,7 @@ def test_models_that_compute_on_what_they_are_given_get_tensors_and_the_summary_
     model = tiny("deepseek_v3")
     cache = make_cache("logquant", model)
     with attach(model):
-        model.generate(ids(100), past_key_values=cache, max_new_tokens=5, do_sample=False)
+        model.generate(ids(100), **{CACHE: cache}, max_new_tokens=5, do_sample=False)
     assert all("dense" in row.type for row in cache.summary().layers)
 
 
@@ -243,19 +244,19 @@ def test_layers_may_keep_different_numbers_of_tokens_if_attached() -> None:
         make_cache(recipe, model)
     with attach(model):
         cache = make_cache(recipe, model)
-        model.generate(ids(100), past_key_values=cache, max_new_tokens=20, do_sample=False)
+        model.generate(ids(100), **{CACHE: cache}, max_new_tokens=20, do_sample=False)
         assert [len(cache.positions(i).positions) for i in (0, 1)] == [119, 31]
     with pytest.raises(CacheError, match="attach"):
-        model(ids(1), past_key_values=cache)
+        model(ids(1), **{CACHE: cache})
 
 
 def test_a_step_after_an_error_goes_on() -> None:
     model = tiny("llama")
     cache = make_cache("logquant", model)
     with attach(model):
-        model(ids(100), past_key_values=cache)
+        model(ids(100), **{CACHE: cache})
         with pytest.raises(CacheError, match="a column for each"):
-            model(ids(1), past_key_values=cache, attention_mask=torch.ones(1, 1, 1, 50, dtype=torch.bool))
+            model(ids(1), **{CACHE: cache}, attention_mask=torch.ones(1, 1, 1, 50, dtype=torch.bool))
     assert not any(layer.attached for layer in cache.layers if isinstance(layer, TieredLayer))
 
 
@@ -279,12 +280,12 @@ def test_training_and_attention_weights_are_refused() -> None:
     model = copy.deepcopy(tiny("llama"))
     with attach(model):
         cache = make_cache("logquant", model)
-        model(ids(80), past_key_values=cache)
+        model(ids(80), **{CACHE: cache})
         with pytest.raises(CacheError, match=r"model.eval\(\)"):
-            model.train()(ids(1), past_key_values=cache)
+            model.train()(ids(1), **{CACHE: cache})
         model.eval()
         with pytest.raises(CacheError, match="output_attentions"):
-            model(ids(1), past_key_values=cache, output_attentions=True)
+            model(ids(1), **{CACHE: cache}, output_attentions=True)
 
 
 @pytest.mark.parametrize("name", ["h2o", "zipcache"])
@@ -292,19 +293,19 @@ def test_policies_by_attention_are_refused_unattached_before_any_token(name: str
     model = tiny("llama")
     cache = make_cache(name, model)
     with pytest.raises(CacheError, match=r"policy 'attention' selects tokens by the attention.*kvpolicy.attach"):
-        model.generate(ids(100), past_key_values=cache, max_new_tokens=5)
+        model.generate(ids(100), **{CACHE: cache}, max_new_tokens=5)
     with pytest.raises(CacheError, match="policy 'attention'"):
         cache.update(torch.zeros(1, 2, 3, 32), torch.zeros(1, 2, 3, 32), 0)
     assert cache.get_seq_length() == 0
     with attach(model):
-        model.generate(ids(100), past_key_values=cache, max_new_tokens=5)
+        model.generate(ids(100), **{CACHE: cache}, max_new_tokens=5)
     assert cache.get_seq_length() == 104
 
 
 def test_policies_by_attention_are_refused_where_models_compute_on_keys() -> None:
     model = tiny("deepseek_v3")
     with attach(model), pytest.raises(CacheError, match="'attention' must see attention, and this model computes on"):
-        model(ids(100), past_key_values=make_cache("h2o", model))
+        model(ids(100), **{CACHE: make_cache("h2o", model)})
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family not in ("deepseek_v3", "mistral")])
@@ -313,7 +314,7 @@ def test_policies_by_attention_on_every_family(family: str, name: str) -> None:
     model = tiny(family)
     with attach(model):
         cache = make_cache(name, model)
-        found = model.generate(ids(130, batch=2), past_key_values=cache, max_new_tokens=90, do_sample=False)
+        found = model.generate(ids(130, batch=2), **{CACHE: cache}, max_new_tokens=90, do_sample=False)
     assert found.shape == (2, 220)
     layer = next(i for i, x in enumerate(cache.layers) if isinstance(x, TieredLayer))
     assert cache.positions(layer).positions.shape[:2] == (2, 2)
@@ -325,10 +326,10 @@ def test_beams_and_assisted_decoding_with_policies_by_attention(name: str) -> No
     model = tiny("llama")
     tokens = ids(12).repeat(1, 20)
     with attach(model):
-        greedy = model.generate(tokens, past_key_values=make_cache(name, model), max_new_tokens=40, do_sample=False)
+        greedy = model.generate(tokens, **{CACHE: make_cache(name, model)}, max_new_tokens=40, do_sample=False)
         for options in ({"num_beams": 3}, {"prompt_lookup_num_tokens": 5}):
             cache = make_cache(name, model)
-            found = model.generate(tokens, past_key_values=cache, max_new_tokens=40, do_sample=False, **options)
+            found = model.generate(tokens, **{CACHE: cache}, max_new_tokens=40, do_sample=False, **options)
             assert found.shape == greedy.shape
             assert cache.get_seq_length() == 279
 
@@ -343,7 +344,7 @@ def test_what_selects_together(select: str) -> None:
     ]
     cache = make_cache({"tiers": tiers}, model)
     with attach(model):
-        model.generate(ids(130, batch=2), past_key_values=cache, max_new_tokens=40, do_sample=False)
+        model.generate(ids(130, batch=2), **{CACHE: cache}, max_new_tokens=40, do_sample=False)
     cache.settle()
     one, other = (cache.positions(layer).positions for layer in (0, 1))
     assert one.shape == other.shape == (2, 2 if select == "head" else 1, 28)

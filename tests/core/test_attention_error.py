@@ -14,13 +14,14 @@ from models import VOCAB, build, exact, ids, llama, tiny
 from torch import Tensor
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from words import CACHE
 
 from kvpolicy import attach, load_recipe, make_cache
 from kvpolicy.attention_distance import Distances, Profile, fit_power_law
 from kvpolicy.attention_error import AttentionErrors, Watcher
-from kvpolicy.cache import TieredLayer
 from kvpolicy.layer import DROPPED, EXACT, QUANTIZED, Tiers
 from kvpolicy.placement import simulate
+from kvpolicy.tiered_layer import TieredLayer
 
 PROMPT, STEPS = 90, 30
 SMALL = {
@@ -47,7 +48,7 @@ def watched(
     with attach(model):
         for first, last in [(0, PROMPT), *((i, i + 1) for i in range(PROMPT, PROMPT + STEPS))]:
             with watcher.update(measure=prompt or first > 0) as watch, watch():
-                model(tokens[:, first:last], past_key_values=cache)
+                model(tokens[:, first:last], **{CACHE: cache})
     return watcher.result()
 
 
@@ -66,7 +67,7 @@ class Truth:
         cache = exact(model)
         for first, last in [(0, PROMPT), *((i, i + 1) for i in range(PROMPT, PROMPT + STEPS))]:
             self.step = first
-            model(tokens[:, first:last], past_key_values=cache)
+            model(tokens[:, first:last], **{CACHE: cache})
 
     def attention(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
@@ -180,10 +181,10 @@ def test_errors_of_quantization_are_those_of_decoded_tokens(recipe: str) -> None
     AttentionInterface.register("spy", spy)
     spied = copy.deepcopy(model)
     spied.set_attn_implementation("spy")
-    spied(tokens, past_key_values=plain)
+    spied(tokens, **{CACHE: plain})
     keys, values = (x.double() for x in (plain.layers[0].keys, plain.layers[0].values))
     off = total = kept = 0.0
-    model(tokens[:, :PROMPT], past_key_values=cache)
+    model(tokens[:, :PROMPT], **{CACHE: cache})
     for i in range(PROMPT, PROMPT + STEPS):
         cache.settle()
         pairs = zip(cache.dense(0), (keys, values), strict=True)
@@ -199,7 +200,7 @@ def test_errors_of_quantization_are_those_of_decoded_tokens(recipe: str) -> None
         off += (outputs[0][0] - outputs[1][0]).abs().sum().item()
         total += outputs[0][0].abs().sum().item()
         kept += outputs[0][1][..., exactly].sum().item() / 4
-        model(tokens[:, i : i + 1], past_key_values=cache)
+        model(tokens[:, i : i + 1], **{CACHE: cache})
     found = watched(model, recipe, **SMALL[recipe]).layers
     assert found["l1"][0] == pytest.approx(off / total, rel=1e-4)
     assert off / total > 0.01

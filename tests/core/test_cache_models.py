@@ -12,9 +12,10 @@ import transformers
 from models import FAMILIES, bundled, exact, ids, llama, tiny
 from recipes import BY_POSITION
 from transformers import PreTrainedModel
+from words import CACHE, cache_of
 
 from kvpolicy import load_recipe, make_cache
-from kvpolicy.cache import TieredLayer
+from kvpolicy.tiered_layer import TieredLayer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -53,26 +54,26 @@ def generate(model: PreTrainedModel, cache: Any, tokens: torch.Tensor, new: int 
     options = {"do_sample": False, "attention_mask": torch.ones_like(tokens), **options}
     result = model.generate(
         tokens,
-        past_key_values=cache,
+        **{CACHE: cache},
         max_new_tokens=new,
         return_dict_in_generate=True,
         output_logits=True,
         **options,
     )
-    assert result.past_key_values is cache
+    assert cache_of(result) is cache
     return [result.sequences, list(result.logits)]
 
 
 def stepwise(model: PreTrainedModel, cache: Any) -> Any:
     tokens = ids(110, batch=2)
-    found = [model(tokens[:, :70], past_key_values=cache).logits]
-    found += [model(tokens[:, t : t + 1], past_key_values=cache).logits for t in range(70, 110)]
+    found = [model(tokens[:, :70], **{CACHE: cache}).logits]
+    found += [model(tokens[:, t : t + 1], **{CACHE: cache}).logits for t in range(70, 110)]
     return found
 
 
 def chunks(model: PreTrainedModel, cache: Any) -> Any:
     tokens = ids(130, batch=2)
-    return [model(tokens[:, a:b], past_key_values=cache).logits for a, b in [(0, 30), (30, 95), (95, 96), (96, 130)]]
+    return [model(tokens[:, a:b], **{CACHE: cache}).logits for a, b in [(0, 30), (30, 95), (95, 96), (96, 130)]]
 
 
 def prefill_chunks(model: PreTrainedModel, cache: Any) -> Any:
@@ -107,13 +108,13 @@ def self_assisted(model: PreTrainedModel, cache: Any) -> Any:
 
 
 def repeat_and_select(model: PreTrainedModel, cache: Any) -> Any:
-    found = [model(ids(40, batch=2), past_key_values=cache).logits]
+    found = [model(ids(40, batch=2), **{CACHE: cache}).logits]
     cache.batch_repeat_interleave(3)
-    found.append(model(ids(5, batch=6, seed=1), past_key_values=cache).logits)
+    found.append(model(ids(5, batch=6, seed=1), **{CACHE: cache}).logits)
     cache.batch_select_indices(torch.tensor([5, 0, 2]))
-    found.append(model(ids(1, batch=3, seed=2), past_key_values=cache).logits)
+    found.append(model(ids(1, batch=3, seed=2), **{CACHE: cache}).logits)
     cache.reorder_cache(torch.tensor([2, 2, 0]))
-    found.append(model(ids(3, batch=3, seed=3), past_key_values=cache).logits)
+    found.append(model(ids(3, batch=3, seed=3), **{CACHE: cache}).logits)
     return found
 
 
@@ -137,39 +138,39 @@ def left_padded(model: PreTrainedModel, cache: Any) -> Any:
 
 def cropped(model: PreTrainedModel, cache: Any) -> Any:
     # Within the sliding window: what has left it can't be cropped by any cache.
-    found = [model(ids(20), past_key_values=cache).logits]
+    found = [model(ids(20), **{CACHE: cache}).logits]
     cache.crop(-5)
-    found.append(model(ids(3, seed=1), past_key_values=cache).logits)
+    found.append(model(ids(3, seed=1), **{CACHE: cache}).logits)
     cache.crop(-2)
     cache.crop(0)
-    found.append(model(ids(1, seed=2), past_key_values=cache).logits)
+    found.append(model(ids(1, seed=2), **{CACHE: cache}).logits)
     assert cache.get_seq_length() == 17
     return found
 
 
 def copied(model: PreTrainedModel, cache: Any) -> Any:
-    model(ids(60), past_key_values=cache)
+    model(ids(60), **{CACHE: cache})
     found = []
     for seed in range(3):
         branch = copy.deepcopy(cache)
-        found += [model(ids(4, seed=seed), past_key_values=branch).logits for _ in range(3)]
+        found += [model(ids(4, seed=seed), **{CACHE: branch}).logits for _ in range(3)]
     assert cache.get_seq_length() == 60
-    found.append(model(ids(1), past_key_values=cache).logits)
+    found.append(model(ids(1), **{CACHE: cache}).logits)
     return found
 
 
 def autograd_on(model: PreTrainedModel, cache: Any) -> Any:
     with torch.enable_grad():
-        found = [model(ids(70), past_key_values=cache).logits.detach()]
-        return [*found, model(ids(2, seed=1), past_key_values=cache).logits.detach()]
+        found = [model(ids(70), **{CACHE: cache}).logits.detach()]
+        return [*found, model(ids(2, seed=1), **{CACHE: cache}).logits.detach()]
 
 
 def inference_mode(model: PreTrainedModel, cache: Any) -> Any:
     """Made in inference mode, continued outside it."""
     with torch.inference_mode():
-        found = [model(ids(70), past_key_values=cache).logits.clone()]
-        found.append(model(ids(70, seed=1), past_key_values=cache).logits.clone())
-    return [*found, model(ids(2, seed=1), past_key_values=cache).logits]
+        found = [model(ids(70), **{CACHE: cache}).logits.clone()]
+        found.append(model(ids(70, seed=1), **{CACHE: cache}).logits.clone())
+    return [*found, model(ids(2, seed=1), **{CACHE: cache}).logits]
 
 
 USES: list[Run] = [
@@ -213,11 +214,11 @@ def test_heads_of_every_shape(head_dim: int, heads: int, kv_heads: int, dtype: t
     check_equal(model, stepwise)
     tokens = ids(90)
     expected = exact(model)
-    model(tokens, past_key_values=expected)
+    model(tokens, **{CACHE: expected})
     for name in ("logquant", "kivi", "balanced"):
         cache = compressed(name, model)
-        logits = model(tokens, past_key_values=cache).logits
-        assert model(ids(1), past_key_values=cache).logits.isfinite().all()
+        logits = model(tokens, **{CACHE: cache}).logits
+        assert model(ids(1), **{CACHE: cache}).logits.isfinite().all()
         assert torch.equal(logits, model(tokens, use_cache=False).logits), "a prompt sees itself exactly"
         cache.crop(90)
         keys, values = cache.dense(0)
@@ -271,8 +272,8 @@ def test_evicted_tokens_are_those_that_a_mask_would_hide(family: str, name: str)
         visible = torch.zeros(1, 1, n, seen + n, dtype=torch.bool)
         visible[..., cache.positions(0).positions] = True
         visible[..., seen:] = torch.ones(n, n, dtype=torch.bool).tril()
-        expected = model(tokens, past_key_values=full, attention_mask=visible).logits
-        found = model(tokens, past_key_values=cache).logits
+        expected = model(tokens, **{CACHE: full}, attention_mask=visible).logits
+        found = model(tokens, **{CACHE: cache}).logits
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert len(cache.positions(0).positions) < cache.get_seq_length() - 50
 
@@ -282,7 +283,7 @@ def test_only_full_attention_layers_are_compressed_and_the_summary_says_which(fa
     model = tiny(family)
     cache = make_cache("logquant", model)
     library = exact(model)
-    model(ids(80), past_key_values=cache)
+    model(ids(80), **{CACHE: cache})
     types = [type(layer).__name__ for layer in library.layers]
     for row, layer, theirs in zip(cache.summary().layers, cache.layers, types, strict=True):
         if theirs == "DynamicLayer":
@@ -313,9 +314,9 @@ def test_reset_forgets_everything(family: str) -> None:
 def test_latent_attention_keeps_keys_and_values_of_different_width() -> None:
     model = tiny("deepseek_v3")
     cache = make_cache("logquant", model)
-    model(ids(150), past_key_values=cache)
+    model(ids(150), **{CACHE: cache})
     theirs = exact(model)
-    model(ids(150), past_key_values=theirs)
+    model(ids(150), **{CACHE: theirs})
     keys, values = cache.dense(0)
     assert keys.shape == theirs.layers[0].keys.shape
     assert values.shape == theirs.layers[0].values.shape
@@ -327,7 +328,7 @@ def test_pipeline() -> None:
     pipe = transformers.pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")
     texts = []
     for cache in (make_cache("full", model), exact(model), make_cache("balanced", model)):
-        out = pipe("def add(a, b):", past_key_values=cache, max_new_tokens=20, do_sample=False)
+        out = pipe("def add(a, b):", **{CACHE: cache}, max_new_tokens=20, do_sample=False)
         assert cache.get_seq_length() > 20
         texts.append(out[0]["generated_text"])
     assert texts[0] == texts[1]
@@ -371,7 +372,7 @@ def test_offload_and_prefetch_change_nothing() -> None:
     for t in range(3):
         cache.layers[0].offload()
         cache.layers[0].prefetch()
-        a, b = (model(ids(60, seed=t), past_key_values=c).logits for c in (cache, plain))
+        a, b = (model(ids(60, seed=t), **{CACHE: c}).logits for c in (cache, plain))
         assert torch.equal(a, b)
 
 
@@ -380,13 +381,13 @@ def test_beam_search_of_a_lossy_recipe_is_that_of_one_row_for_each_beam() -> Non
     model = tiny("llama")
     cache = make_cache("kivi", model, residual=32)
     tokens = ids(100, batch=3)
-    model(tokens, past_key_values=cache)
+    model(tokens, **{CACHE: cache})
     rows = torch.tensor([2, 0, 0])
     cache.reorder_cache(rows)
     other = make_cache("kivi", model, residual=32)
-    model(tokens[rows], past_key_values=other)
+    model(tokens[rows], **{CACHE: other})
     step = ids(1, batch=3)
-    a, b = (model(step, past_key_values=c).logits for c in (cache, other))
+    a, b = (model(step, **{CACHE: c}).logits for c in (cache, other))
     torch.testing.assert_close(a, b)
 
 

@@ -34,6 +34,129 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
     assert time.perf_counter() - start < 2
 
 
+LONG = "a" * 3000
+CARELESS = [
+    (("show", "logquant", "window=64"), "write logquant:window=64"),
+    (("show", "logquant", "window=64", "--tokens", "9", "nbits=4"), "write logquant:window=64,nbits=4"),
+    (("show", "logquant:window=64", "nbits=4"), "write logquant:window=64,nbits=4"),
+    (("show", "logquant:", "window=64"), "write logquant:window=64"),
+    (("show", "window=64", "logquant"), "write NAME:window=64"),
+    (("show", "logquant", "kivi"), "one recipe is expected, found also 'kivi'"),
+    (("show", "logquant:window:64"), "NAME:key=value,key=value, found 'window:64'"),
+    (
+        ("show", "--window", "64", "logquant"),
+        "a recipe's parameters are written NAME:key=value; see kvpolicy show --help",
+    ),
+    (("show", "LogQuant"), "did you mean 'logquant'?"),
+    (("show", "logquant:Window=3"), "did you mean 'window'?"),
+    (("Show", "logquant"), "show"),
+    (("show", "Logquant.yaml"), "no such file; the bundled recipe is 'logquant'"),
+    (("show",), "RECIPE"),
+    (("show", "empty.yaml"), "found an empty file"),
+    (("show", "binary.yaml"), "found byte 0x89"),
+    (("show", "directory"), "found a directory"),
+    (("show", LONG), "no recipe 'aaa"),
+    (("show", LONG + ".yaml"), "no such file"),
+    (("show", "дом"), "no recipe 'дом'"),
+    (("show", "full", "--tokens", "10000000"), "1048576"),
+    (("show", "full", "--tokens", "many"), "--tokens"),
+    (("show", "full", "--plot", "x.xyz"), "must end in one of"),
+    (("show", "full", "--plot", "missing/x.png"), "there is no directory missing"),
+    (("show", "full", "--plot", "directory"), "found a directory"),
+    (("show", "full", "--plot", LONG + ".png"), "can't be written"),
+    (("validate", "logquant", "window=64"), "write logquant:window=64"),
+    (("validate", "kiwi"), "did you mean 'kivi'?"),
+    (("generate", "--recipe", "logquant", "window=64", "--prompt", "x"), "write logquant:window=64"),
+    (("generate", "--recipe", "kiwi", "--prompt", "x"), "did you mean 'kivi'?"),
+    (("generate", "--recipe", "full", "--prompt", ""), "must not be empty"),
+    (("generate", "--recipe", "full", "--prompt", "x" * 99, "--max-new-tokens", "99999"), "2048, found 99999"),
+    (("generate", "--recipe", "full", "--prompt", "x", "--device", "cudda"), "did you mean 'cuda'?"),
+    (("generate", "--recipe", "full", "--prompt", "x", "--device", "cuda:x"), "found 'cuda:x'"),
+    (("generate", "--recipe", "full", "--prompt", "x", "--model", "binary"), "config.json must be JSON"),
+    (("generate", "--recipe", "full", "--prompt", "x", "--model", "empty"), "config.json must be JSON"),
+    (("generate", "--recipe", "full", "--prompt", "x", "--model", "directory"), "must hold config.json"),
+    (("generate", "--recipe", "full", "--prompt", "x", "--model", "empty.yaml"), "found no directory"),
+    (("generate", "--recipe", "full", "--prompt", "x", "--model", LONG), "model must be"),
+    (("generate", "full", "--prompt", "x"), "--recipe"),
+    (("compare", "logquant", "window=64"), "write logquant:window=64"),
+    (("compare", "full", "logquant", "window=64", "kivi", "nbits=4"), "write logquant:window=64 kivi:nbits=4"),
+    (("compare", "kiwi", "Full"), "did you mean 'full'?"),
+    (("compare", "full", "--task", "Lines"), "did you mean 'lines'?"),
+    (("compare", "full", "--task", "missing.jsonl"), "No such file"),
+    (("compare", "full", "--task", "empty.yaml"), "at least one row"),
+    (("compare", "full", "--task", "binary.yaml"), "UTF-8"),
+    (("compare", "full", "--task", "directory"), "a directory"),
+    (("compare", "full", "--task", LONG), "task must be one of"),
+    (("compare", "full", "--tokens", "10000000"), "at most 1,048,576, found 10000000"),
+    (("compare", "full", "--tokens", "9000"), "max_position_embeddings, 2048, found 9000"),
+    (("compare", "full", "-n", "1000000000"), "at most 134,217,728"),
+    (("compare", "full", "-n", "0"), "at least 1, found 0"),
+    (("compare", "full", "--out", "empty.yaml"), "found a file"),
+    (("compare", "full", "--out", "empty.yaml/x"), "empty.yaml is a file"),
+    (("compare", "full", "--out", LONG), "can't be written"),
+    (("recipes", "x"), "unexpected extra argument"),
+    (("nonsense",), "nonsense"),
+]
+
+
+def test_what_a_careless_user_types_is_answered_before_torch_is_loaded(tmp_path: Path) -> None:
+    """All of them in one process, which ends with neither torch nor transformers."""
+    (tmp_path / "empty.yaml").touch()
+    (tmp_path / "binary.yaml").write_bytes(b"\x89PNG\xff\x00")
+    for name in ("directory", "binary", "empty"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "binary" / "config.json").write_bytes(b"\x89PNG\xff\x00")
+    (tmp_path / "empty" / "config.json").touch()
+    code = (
+        "import contextlib, io, json, sys\nfrom kvpolicy.cli import main\nfound = []\n"
+        "for arguments in json.loads(sys.stdin.read()):\n"
+        "    out, err = io.StringIO(), io.StringIO()\n    sys.argv = ['kvpolicy', *arguments]\n"
+        "    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):\n"
+        "        try:\n            main()\n            status = None\n"
+        "        except SystemExit as stop:\n            status = stop.code\n"
+        "    heavy = sorted({'torch', 'transformers', 'matplotlib'} & set(sys.modules))\n"
+        "    found.append((status, out.getvalue(), err.getvalue(), heavy))\n"
+        "print(json.dumps(found))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        input=json.dumps([arguments for arguments, _ in CARELESS]),
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env={**os.environ, "COLUMNS": "200"},
+    )
+    assert done.returncode == 0, done.stderr
+    for (arguments, expected), (status, out, err, heavy) in zip(CARELESS, json.loads(done.stdout), strict=True):
+        shown = " ".join(arguments)[:80]
+        assert (status, out, heavy) == (2, "", []), (shown, status, out, err, heavy)
+        assert expected in err, (shown, err)
+        assert all(line.startswith("error: ") and len(line) < 1_000 for line in err.splitlines()), (shown, err)
+        assert err.count("\n") == (2 if arguments[:2] == ("compare", "kiwi") else 1), (shown, err)
+
+
+def test_an_error_of_a_name_takes_no_time() -> None:
+    best = 9.0
+    for _ in range(3):
+        before = os.times()
+        assert run("compare", "logqant").returncode == 2
+        after = os.times()
+        best = min(best, after.children_user - before.children_user + after.children_system - before.children_system)
+    assert best < 0.5
+
+
+def test_a_disk_that_is_full_is_one_message() -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full")
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "kvpolicy", "recipes"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert "No space left" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_recipes_lists_every_bundled_recipe() -> None:
     result = run("recipes")
     assert result.returncode == 0, result.stderr

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
+from words import CACHE
 
 from kvpolicy import compare, load_recipe, make_cache, tasks
 from kvpolicy.cli import app, main
@@ -88,8 +89,8 @@ def test_likelihood_and_divergence_are_those_of_plain_decoding(
     answer = tokenizer(sample.answer).input_ids
 
     def decode(cache: Any) -> torch.Tensor:
-        rows = [model(prompt, past_key_values=cache).logits[0, -1]]
-        rows += [model(torch.tensor([[token]]), past_key_values=cache).logits[0, -1] for token in answer[:-1]]
+        rows = [model(prompt, **{CACHE: cache}).logits[0, -1]]
+        rows += [model(torch.tensor([[token]]), **{CACHE: cache}).logits[0, -1] for token in answer[:-1]]
         return torch.stack(rows).log_softmax(-1)
 
     with torch.inference_mode():
@@ -111,7 +112,7 @@ def test_greedy_text_is_that_of_generate(result: Comparison, loaded: tuple[Any, 
         prompt = tokenizer(sample.prompt, return_tensors="pt").input_ids
         new = len(tokenizer(sample.answer).input_ids)
         cache = make_cache(arm, model)
-        output = model.generate(prompt, past_key_values=cache, max_new_tokens=new, do_sample=False)
+        output = model.generate(prompt, **{CACHE: cache}, max_new_tokens=new, do_sample=False)
         row = result.rows[3 * number + ARMS.index(arm)]
         assert row["generated"] == tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True)
         assert row["score"] == tasks.score("lines", sample.answer, row["generated"])
@@ -394,6 +395,15 @@ def test_on_the_shell(tmp_path: Path) -> None:
     assert "n = 2 samples" in done.stdout
     assert "wrote samples.jsonl" in done.stderr
     assert len((out / "samples.jsonl").read_text().splitlines()) == 4
+
+
+def test_fewer_rows_are_said_once_on_the_shell(tmp_path: Path) -> None:
+    file = tmp_path / "one.jsonl"
+    file.write_text('{"prompt": "import os\\n", "answer": "import"}\n', encoding="utf-8")
+    done = CliRunner().invoke(app, ["compare", "full", "--task", str(file), "-n", "16", "--unattached"])
+    assert done.exit_code == 0, done.output
+    assert done.stderr.count("holds 1 row, fewer than the 16 samples asked for") == 1
+    assert done.stderr.startswith("warning: ")
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import torch
 from layers import Layer, random_tokens
 from models import ids, tiny
 from recipes import BY_POSITION
+from words import CACHE
 
 from kvpolicy import CompressedCache, attach, load_recipe, make_cache
 from kvpolicy.recipe import bundled_names
@@ -61,7 +62,7 @@ def test_attached_and_unattached_agree(name: str, dtype: torch.dtype) -> None:
         cache = make_cache(name, model, **options(name))
         handle = attach(model) if attached else None
         steps = [(0, 150), *((i, i + 1) for i in range(150, 200))]
-        found = [model(tokens[:, a:b], past_key_values=cache).logits[:, -1] for a, b in steps]
+        found = [model(tokens[:, a:b], **{CACHE: cache}).logits[:, -1] for a, b in steps]
         logits.append(torch.stack(found).float())
         if handle is not None:
             handle.detach()
@@ -77,12 +78,12 @@ def test_padded_generation_saving_and_beams(name: str, tmp_path: Path) -> None:
     mask[1, :60] = 0
     with attach(model):
         cache = make_cache(name, model)
-        found = model.generate(tokens, attention_mask=mask, past_key_values=cache, max_new_tokens=40, do_sample=False)
+        found = model.generate(tokens, attention_mask=mask, **{CACHE: cache}, max_new_tokens=40, do_sample=False)
         cache.save(tmp_path / "cache")
         loaded = CompressedCache.load(tmp_path / "cache", model)
         step = found[:, -1:]
-        a, b = (model(step, past_key_values=c).logits for c in (loaded, cache))
+        a, b = (model(step, **{CACHE: c}).logits for c in (loaded, cache))
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
         beams = make_cache(name, model)
-        model.generate(tokens, attention_mask=mask, past_key_values=beams, max_new_tokens=20, num_beams=3)
+        model.generate(tokens, attention_mask=mask, **{CACHE: beams}, max_new_tokens=20, num_beams=3)
     model.to("cpu")

@@ -9,6 +9,7 @@ import torch
 from models import ids, llama, tiny
 from recipes import named
 from transformers import LlamaConfig, T5Config
+from words import CACHE
 
 from kvpolicy import load_recipe, make_cache
 from kvpolicy.errors import CacheError, KvpolicyError, RecipeError
@@ -43,7 +44,7 @@ def test_latent_attention_whose_width_does_not_fit_fails_at_its_first_update() -
     model = tiny("deepseek_v3")
     cache = make_cache("kivi", model, group_size=32)
     with torch.no_grad(), pytest.raises(RecipeError, match="group_size 32 and head_dim 16"):
-        model(ids(5), past_key_values=cache)
+        model(ids(5), **{CACHE: cache})
 
 
 def test_encoder_decoder() -> None:
@@ -83,7 +84,7 @@ def test_layers_that_keep_different_numbers_of_tokens() -> None:
     cache = make_cache({"tiers": list(evicting), "layers": {"0": same}}, tiny("llama"))
     with torch.no_grad():
         for _ in range(3):
-            assert tiny("llama")(ids(30), past_key_values=cache).logits.isfinite().all()
+            assert tiny("llama")(ids(30), **{CACHE: cache}).logits.isfinite().all()
     # Only the full-attention layers count: layers 0 and 2 are the library's own.
     make_cache({"tiers": list(evicting), "layers": {"0": "full", "2": "full"}}, tiny("gemma3_text"))
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from typer.testing import CliRunner
+from words import CACHE
 
 from kvpolicy import make_cache, tasks
 from kvpolicy.cli import app, main
@@ -31,7 +32,7 @@ def test_text_goes_to_stdout_and_memory_to_stderr(loaded: tuple[Any, Any]) -> No
     assert done.stdout == sample.answer + "\n"
     cache = make_cache("kivi", model)
     with torch.inference_mode():
-        model.generate(**tokenizer(sample.prompt, return_tensors="pt"), past_key_values=cache, max_new_tokens=new)
+        model.generate(**tokenizer(sample.prompt, return_tensors="pt"), **{CACHE: cache}, max_new_tokens=new)
     assert f"{cache.memory().bytes:,} bytes" in done.stderr
     length = len(tokenizer(sample.prompt).input_ids)
     assert f"kivi: prompt of {length} tokens, {new} new" in done.stderr
@@ -72,6 +73,20 @@ def test_errors_are_one_line_and_status_2(
     assert found.err.startswith("error: ")
     assert text in found.err
     assert found.err.count("\n") == 1
+
+
+def test_a_model_that_fails_is_one_line(
+    loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("out of memory\nby far")
+
+    monkeypatch.setattr(type(loaded[0]), "generate", fail)
+    monkeypatch.setattr("sys.argv", ["kvpolicy", "generate", "--recipe", "full", "--prompt", "a"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == "error: the model can't be run: OutOfMemoryError: out of memory\\nby far\n"
 
 
 def test_a_prompt_that_is_not_text_is_refused() -> None:

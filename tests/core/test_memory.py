@@ -12,10 +12,11 @@ import pytest
 import torch
 from models import exact, ids, llama, tiny
 from recipes import NAMED, named
+from words import CACHE
 
 from kvpolicy import CompressedCache, attach, make_cache
-from kvpolicy.cache import TieredLayer
 from kvpolicy.placement import Placement, simulate
+from kvpolicy.tiered_layer import TieredLayer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -50,9 +51,9 @@ def storages(tensors: Any) -> dict[int, int]:
 
 def filled(recipe: Any, model: Any, tokens: int = 300, batch: int = 1) -> CompressedCache:
     cache = make_cache(recipe, model)
-    model(ids(tokens, batch), past_key_values=cache)
+    model(ids(tokens, batch), **{CACHE: cache})
     for t in range(3):
-        model(ids(1, batch, seed=t), past_key_values=cache)
+        model(ids(1, batch, seed=t), **{CACHE: cache})
     return cache
 
 
@@ -63,9 +64,9 @@ def test_bytes_are_those_of_the_tensors_held(name: str, dtype: torch.dtype) -> N
     memory = cache.memory()
     scratch = storages(reachable(cache.scratch))
     held = storages(reachable(cache.layers))
-    placements = {id(x.tiers.placement) for x in cache.layers if isinstance(x, TieredLayer)}
-    layouts = storages(t for x in cache.layers for t in reachable(x.tiers.placement))
-    assert len(placements) >= 1
+    steps = {id(x.tiers.step) for x in cache.layers if isinstance(x, TieredLayer)}
+    layouts = storages(t for x in cache.layers for t in reachable(x.tiers.step))
+    assert len(steps) == len({id(x.tiers.placement) for x in cache.layers if isinstance(x, TieredLayer)})
     pages = sum(n for at, n in held.items() if at not in scratch and at not in layouts)
     assert pages == sum(s.reserved for s in memory.stores)
     assert sum(scratch.values()) + sum(layouts.values()) == memory.scratch
@@ -80,7 +81,7 @@ def test_bytes_are_those_of_the_tensors_held(name: str, dtype: torch.dtype) -> N
     assert used == memory.bytes - index
     assert memory.bytes == sum(memory.total(kind) for kind in ("codes", "scales", "zeros", "exact", "indices"))
     theirs = exact(tiny("llama", dtype))
-    tiny("llama", dtype)(ids(303, 2), past_key_values=theirs)
+    tiny("llama", dtype)(ids(303, 2), **{CACHE: theirs})
     assert memory.exact_bytes == sum(t.nbytes for layer in theirs.layers for t in (layer.keys, layer.values))
     assert memory.values == memory.exact_bytes // dtype.itemsize
     assert memory.ratio == memory.exact_bytes / memory.bytes
@@ -94,12 +95,12 @@ def test_bytes_of_tables_and_scores_are_those_of_the_tensors_held(name: str) -> 
     mask[1, :90] = 0
     with attach(model):
         cache = make_cache(name, model, **({"group_size": 16} if name == "kivi" else {}))
-        model(ids(300, 2), past_key_values=cache, attention_mask=mask)
+        model(ids(300, 2), **{CACHE: cache}, attention_mask=mask)
         for t in range(40):
-            model(ids(1, 2, seed=t), past_key_values=cache)
+            model(ids(1, 2, seed=t), **{CACHE: cache})
     memory = cache.memory()
     held = storages(reachable(cache.layers))
-    layouts = storages(t for x in cache.layers for t in reachable(x.tiers.placement))
+    layouts = storages(t for x in cache.layers for t in reachable(x.tiers.step))
     tensors = sum(n for at, n in held.items() if at not in layouts)
     assert tensors == sum(s.reserved + s.indices for s in memory.stores)
     assert sum(layouts.values()) == memory.scratch
@@ -112,10 +113,10 @@ def test_nothing_is_stored_twice_or_kept_alive_by_a_view(name: str) -> None:
     model = tiny("llama")
     cache = make_cache(named(name), model)
     for tokens in (700, 1, 90, 1):
-        model(ids(tokens, 2), past_key_values=cache)
+        model(ids(tokens, 2), **{CACHE: cache})
         own = [x for x in vars(cache).values() if x is not cache.scratch]
-        placements = tuple(id(x.tiers.placement) for x in cache.layers)
-        tensors = [t for t in reachable(own, (id(cache.scratch), *placements)) if t.numel()]
+        steps = tuple(id(x.tiers.step) for x in cache.layers)
+        tensors = [t for t in reachable(own, (id(cache.scratch), *steps)) if t.numel()]
         assert len(tensors) == len(storages(tensors)), "two tensors share a storage"
         for t in tensors:
             assert t.untyped_storage().nbytes() == t.numel() * t.element_size(), "a view keeps more alive"
@@ -179,30 +180,30 @@ def test_evicted_tokens_cost_nothing() -> None:
 
 def test_positions_are_kept_and_planned_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    advance = Placement._advance
+    advance = Placement.advance
 
     def counted(self: Placement, *args: Any) -> Any:
         calls.append(self)
         return advance(self, *args)
 
-    monkeypatch.setattr(Placement, "_advance", counted)
+    monkeypatch.setattr(Placement, "advance", counted)
     found = {}
     for family in ("llama", "gemma3_text", "deepseek_v3"):
         model, cache = tiny(family), make_cache("logquant", tiny(family))
         calls.clear()
         for tokens in (200, 1, 1, 150, 5, 90, 1):
-            model(ids(tokens), past_key_values=cache)
+            model(ids(tokens), **{CACHE: cache})
         if family != "gemma3_text":
             cache.crop(-20)
             cache.crop(300)
-        model(ids(100), past_key_values=cache)
+        model(ids(100), **{CACHE: cache})
         copied = copy.deepcopy(cache)
         for each in (cache, copied):
-            model(ids(70), past_key_values=each)
+            model(ids(70), **{CACHE: each})
             memory = each.memory()
             tiered = [layer.tiers for layer in each.layers if isinstance(layer, TieredLayer)]
             assert len(tiered) == 2
-            assert len({id(tiers.state) for tiers in tiered}) == 1
+            assert len({id(tiers.step) for tiers in tiered}) == 1
             assert memory.shared_indices <= 4 * 470 * 2 + 8 * 200
         found[family] = len(calls)
     # 9 updates and their settling, whatever the number of layers.
@@ -231,7 +232,7 @@ def test_during_prefill_one_layer_is_exact_at_a_time(monkeypatch: pytest.MonkeyP
         cache = make_cache(options["recipe"], model)
         alive.clear()
         held.clear()
-        model(ids(tokens), past_key_values=cache)
+        model(ids(tokens), **{CACHE: cache})
         assert len(alive) == layers
         assert max(alive) <= alive[0] * 1.01, "exact tensors of earlier layers are still alive"
         steps = np.diff(held)

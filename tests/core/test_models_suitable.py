@@ -12,8 +12,8 @@ from transformers import AutoConfig, DynamicCache, MllamaConfig, MllamaForCondit
 from transformers.cache_utils import DynamicLayer
 
 from kvpolicy import attach, make_cache
-from kvpolicy.cache import TieredLayer
 from kvpolicy.errors import CacheError
+from kvpolicy.tiered_layer import TieredLayer
 from tests.support.models import COMMON, build, exact, ids, tiny
 from tests.support.words import CACHE
 

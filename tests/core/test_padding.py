@@ -13,6 +13,7 @@ from layers import Layer, random_tokens
 from models import FAMILIES, ids, tiny
 from recipes import BY_POSITION
 from torch import Tensor
+from words import CACHE
 
 from kvpolicy import Recipe, attach, load_recipe, make_cache
 from kvpolicy.errors import CacheError
@@ -68,12 +69,12 @@ def test_each_row_of_a_left_padded_batch_equals_that_row_alone(name: str, family
     tokens, mask = padded("left")
     options = {"max_new_tokens": 60, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
     with attach(model):
-        found = model.generate(tokens, attention_mask=mask, past_key_values=make_cache(recipe, model), **options)
+        found = model.generate(tokens, attention_mask=mask, **{CACHE: make_cache(recipe, model)}, **options)
         for row, pad in enumerate(PADS):
             alone = model.generate(
                 tokens[row : row + 1, pad:],
                 attention_mask=mask[row : row + 1, pad:],
-                past_key_values=make_cache(recipe, model),
+                **{CACHE: make_cache(recipe, model)},
                 **options,
             )
             assert torch.equal(found.sequences[row, PROMPT:], alone.sequences[0, PROMPT - pad :])
@@ -89,20 +90,20 @@ def test_each_row_of_a_right_padded_batch_equals_that_row_alone(name: str) -> No
     cache = make_cache(recipe, model)
     with attach(model):
         positions = mask.cumsum(1) - 1
-        model(tokens, attention_mask=mask, position_ids=positions.clamp(min=0), past_key_values=cache)
+        model(tokens, attention_mask=mask, position_ids=positions.clamp(min=0), **{CACHE: cache})
         rows: list[list[Tensor]] = [[], [], []]
         for step in range(40):
             mask = torch.cat([mask, torch.ones(3, 1, dtype=torch.long)], dim=1)
             at = mask.sum(1, keepdim=True) - 1
             step_ids = more[:, step : step + 1]
-            logits = model(step_ids, attention_mask=mask, position_ids=at, past_key_values=cache).logits[:, -1]
+            logits = model(step_ids, attention_mask=mask, position_ids=at, **{CACHE: cache}).logits[:, -1]
             for row in range(3):
                 rows[row].append(logits[row])
         for row, pad in enumerate(PADS):
             alone = make_cache(recipe, model)
-            model(tokens[row : row + 1, : PROMPT - pad], past_key_values=alone)
+            model(tokens[row : row + 1, : PROMPT - pad], **{CACHE: alone})
             for step in range(40):
-                expected = model(more[row : row + 1, step : step + 1], past_key_values=alone).logits[0, -1]
+                expected = model(more[row : row + 1, step : step + 1], **{CACHE: alone}).logits[0, -1]
                 torch.testing.assert_close(rows[row][step], expected, rtol=1e-3, atol=tolerance(recipe))
 
 
@@ -117,9 +118,7 @@ def test_no_padding_is_held_and_sinks_are_the_first_real_tokens(name: str, side:
         for n in (70, 80, 40):
             given_mask = torch.cat([mask, torch.ones(3, 190, dtype=torch.long)], dim=1)
             seen = cache.get_seq_length()
-            model(
-                ids(190, batch=3)[:, seen : seen + n], attention_mask=given_mask[:, : seen + n], past_key_values=cache
-            )
+            model(ids(190, batch=3)[:, seen : seen + n], attention_mask=given_mask[:, : seen + n], **{CACHE: cache})
             if name == "full":
                 continue
             found = cache.positions(0)
@@ -256,12 +255,12 @@ def test_every_family_with_an_evicting_recipe(family: str) -> None:
         for name in ("streaming-llm", "logquant-evict"):
             options = {"max_new_tokens": 12, "do_sample": False}
             cache = make_cache(small(name), model)
-            found = model.generate(tokens, attention_mask=mask, past_key_values=cache, **options)
+            found = model.generate(tokens, attention_mask=mask, **{CACHE: cache}, **options)
             for row, pad in enumerate(PADS):
                 given_mask = mask[row : row + 1, pad:]
                 alone = make_cache(small(name), model)
                 expected = model.generate(
-                    tokens[row : row + 1, pad:], attention_mask=given_mask, past_key_values=alone, **options
+                    tokens[row : row + 1, pad:], attention_mask=given_mask, **{CACHE: alone}, **options
                 )
                 assert torch.equal(found[row, PROMPT:], expected[0, PROMPT - pad :])
 
@@ -271,10 +270,10 @@ def test_a_padded_cache_goes_on_attached_only() -> None:
     tokens, mask = padded("left")
     cache = make_cache(small("streaming-llm"), model)
     with attach(model):
-        model(tokens, attention_mask=mask, past_key_values=cache)
-        model(tokens[:, :1], past_key_values=cache)
+        model(tokens, attention_mask=mask, **{CACHE: cache})
+        model(tokens[:, :1], **{CACHE: cache})
     with pytest.raises(CacheError, match="padded batches must go on with an attached model"):
-        model(tokens[:, :1], past_key_values=cache)
+        model(tokens[:, :1], **{CACHE: cache})
     assert cache.get_seq_length() == PROMPT + 1
 
 
@@ -285,11 +284,40 @@ def test_padding_that_comes_later_is_not_held_either() -> None:
     mask = torch.ones(2, 120, dtype=torch.long)
     mask[1, 80:95] = 0
     with attach(model):
-        model(tokens[:, :80], attention_mask=mask[:, :80], past_key_values=cache)
+        model(tokens[:, :80], attention_mask=mask[:, :80], **{CACHE: cache})
         assert cache.positions(0).positions.ndim == 1
-        model(tokens[:, 80:], attention_mask=mask, past_key_values=cache)
+        model(tokens[:, 80:], attention_mask=mask, **{CACHE: cache})
     cache.settle()
     places = cache.positions(0).positions
     assert places[0, 0].tolist() == [*range(4), *range(100, 120)]
     assert places[1, 0].tolist() == [*range(4), *range(100, 120)]
     assert not (set(range(80, 95)) & set(places[1, 0].tolist()))
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_unattached_a_padded_batch_is_refused_where_tokens_are_dropped(batch: int, side: str) -> None:
+    model, tokens = tiny("llama"), ids(40, batch=batch)
+    mask = torch.ones_like(tokens)
+    mask[0, slice(0, 6) if side == "left" else slice(-6, None)] = 0
+    for name in ("streaming-llm", "kivi-evict"):
+        cache = make_cache(name, model)
+        with pytest.raises(CacheError, match=r"found a padded batch. Attach the model"):
+            model(tokens, attention_mask=mask, **{CACHE: cache})
+        with pytest.raises(CacheError, match=r"found a padded batch. Attach the model"):
+            model.generate(tokens, attention_mask=mask, max_new_tokens=2, **{CACHE: cache})
+        assert cache.get_seq_length() == 0
+        model(tokens, attention_mask=torch.ones_like(tokens), **{CACHE: cache})
+        assert not cache.summary().notes
+        more = torch.ones(batch, 47, dtype=torch.long)
+        more[0, -3:] = 0
+        with pytest.raises(CacheError, match="padded batch"):
+            model(tokens[:, :7], attention_mask=more, **{CACHE: cache})
+        assert cache.get_seq_length() == 40
+    model(tokens, attention_mask=mask, **{CACHE: make_cache("logquant", model)})
+
+
+def test_a_cache_made_from_a_config_says_that_it_sees_no_padding() -> None:
+    config = tiny("llama").config
+    assert "padded rows can't be told apart" in str(make_cache("streaming-llm", config).summary())
+    assert not make_cache("logquant", config).summary().notes

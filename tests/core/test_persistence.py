@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from saved import rewritten
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from words import CACHE
 
 from kvpolicy import CompressedCache, Recipe, attach, load_recipe, make_cache
 from kvpolicy.errors import CacheError
@@ -35,14 +36,14 @@ def _no_grad() -> Any:
 
 def filled(recipe: Any, model: PreTrainedModel, tokens: int = 150, **params: Any) -> CompressedCache:
     cache = make_cache(recipe, model, **params)
-    model(ids(tokens, batch=2), past_key_values=cache)
+    model(ids(tokens, batch=2), **{CACHE: cache})
     for t in range(5):
-        model(ids(1, batch=2, seed=t), past_key_values=cache)
+        model(ids(1, batch=2, seed=t), **{CACHE: cache})
     return cache
 
 
 def logits(model: PreTrainedModel, cache: CompressedCache, steps: int = 20) -> torch.Tensor:
-    return torch.stack([model(ids(1, batch=2, seed=50 + t), past_key_values=cache).logits for t in range(steps)])
+    return torch.stack([model(ids(1, batch=2, seed=50 + t), **{CACHE: cache}).logits for t in range(steps)])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -116,14 +117,14 @@ def test_a_prompt_is_cached_once_and_continued_many_times(tmp_path: Path) -> Non
     model = tiny("llama")
     prompt = ids(140)
     cache = make_cache("logquant", model)
-    model(prompt, past_key_values=cache)
+    model(prompt, **{CACHE: cache})
     cache.save(tmp_path / "prompt")
     for seed in range(3):
         tokens = torch.cat([prompt, ids(10, seed=seed)], dim=1)
         results = []
         for continued in (CompressedCache.load(tmp_path / "prompt", model), copy.deepcopy(cache)):
             options = {"attention_mask": torch.ones_like(tokens), "do_sample": False, "max_new_tokens": 20}
-            results.append(model.generate(tokens, past_key_values=continued, **options))
+            results.append(model.generate(tokens, **{CACHE: continued}, **options))
             assert continued.get_seq_length() == 169
         assert torch.equal(*results)
     assert cache.get_seq_length() == 140

@@ -11,6 +11,7 @@ from models import ids, llama
 from safetensors.torch import load_file
 from saved import rewritten
 from transformers import PreTrainedModel
+from words import CACHE
 
 from kvpolicy import CompressedCache, attach, make_cache
 from kvpolicy.errors import CacheError
@@ -26,7 +27,7 @@ def _no_grad() -> Any:
 
 
 def logits(model: PreTrainedModel, cache: CompressedCache, steps: int) -> torch.Tensor:
-    return torch.stack([model(ids(1, batch=2, seed=50 + t), past_key_values=cache).logits for t in range(steps)])
+    return torch.stack([model(ids(1, batch=2, seed=50 + t), **{CACHE: cache}).logits for t in range(steps)])
 
 
 @pytest.mark.parametrize("name", [name for name in bundled_names() if name != "full"])
@@ -36,9 +37,9 @@ def test_padded_batches_survive(name: str, tmp_path: Path) -> None:
     mask[1, :60] = 0
     with attach(model):
         cache = make_cache(name, model, **({"window": 20} if name in ("logquant", "balanced") else {}))
-        model(ids(150, batch=2), past_key_values=cache, attention_mask=mask)
+        model(ids(150, batch=2), **{CACHE: cache}, attention_mask=mask)
         for t in range(40):
-            model(ids(1, batch=2, seed=t), past_key_values=cache)
+            model(ids(1, batch=2, seed=t), **{CACHE: cache})
         cache.save(tmp_path / "cache")
         loaded = CompressedCache.load(tmp_path / "cache", model)
         for a, b in zip(loaded.positions(1), cache.positions(1), strict=True):
@@ -60,7 +61,7 @@ def test_damaged_tables_are_found(entry: str, tmp_path: Path) -> None:
     mask[1, :60] = 0
     with attach(model):
         cache = make_cache("zipcache", model)
-        model(ids(250, batch=2), past_key_values=cache, attention_mask=mask)
+        model(ids(250, batch=2), **{CACHE: cache}, attention_mask=mask)
     file = tmp_path / "cache"
     cache.save(file)
     found = [name for name in load_file(file) if name.endswith(entry)]

@@ -17,6 +17,7 @@ from kvpolicy import Recipe, load_recipe
 from kvpolicy.placement import Growing, Placement, State, history, simulate
 from kvpolicy.plugins import registry
 from kvpolicy.policy import NEVER, Policy
+from kvpolicy.step import Step
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "logquant.json").read_text(encoding="utf-8"))
 BY_TOKEN = [name for name in NAMED if name != "hf-quantized"]
@@ -246,10 +247,9 @@ def test_fractions_follow_the_tokens_seen() -> None:
 
 
 def test_layers_with_the_same_tiers_share_one_plan() -> None:
-    planner = Placement(named("logquant").tiers)
-    start = planner.start()
-    assert planner.advance(start, 50)[0] is planner.advance(start, 50)[0]
-    assert planner.advance(start, 50)[0] is not planner.advance(start, 51)[0]
+    start = Step.first(Placement(named("logquant").tiers))
+    assert start.advance(50, 50, None) is start.advance(50, 50, None)
+    assert start.advance(50, 50, None) is not start.advance(51, 51, None)
 
 
 def quantized_cache(updates: list[int], residual: int) -> list[tuple[int, int]]:

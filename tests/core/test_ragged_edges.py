@@ -14,6 +14,7 @@ import torch
 from layers import HEAD_DIM, Layer, random_tokens
 from models import ids, tiny
 from torch import Tensor
+from words import CACHE
 
 from kvpolicy import attach, load_recipe, make_cache
 from kvpolicy.attend import observe
@@ -64,7 +65,7 @@ def test_scores_are_those_of_sdpa_under_eager_attention_too() -> None:
         cache = make_cache(by_attention(budget=200, score="normalised"), model)
         with attach(model), torch.no_grad():
             for first, last in [(0, 80), (80, 99), (99, 100)]:
-                model(ids(100, 2)[:, first:last], attention_mask=mask[:, :last], past_key_values=cache)
+                model(ids(100, 2)[:, first:last], attention_mask=mask[:, :last], **{CACHE: cache})
         cache.settle()
         table = cache.layers[0].tiers.ragged.live()[0]
         order = table.positions.long().argsort(2).unsqueeze(3).expand(-1, -1, -1, 2)
@@ -103,12 +104,12 @@ def test_padded_batches_of_models_that_compute_on_keys(name: str) -> None:
     with attach(model), torch.no_grad():
         cache = make_cache(name, model, **given)
         alone = make_cache(name, model, **given)
-        found = [model(tokens[:, :100], attention_mask=mask[:, :100], past_key_values=cache).logits[1, -1]]
-        expected = [model(tokens[1:, 60:100], past_key_values=alone).logits[0, -1]]
+        found = [model(tokens[:, :100], attention_mask=mask[:, :100], **{CACHE: cache}).logits[1, -1]]
+        expected = [model(tokens[1:, 60:100], **{CACHE: alone}).logits[0, -1]]
         for i in range(100, 150):
             step = tokens[:, i : i + 1]
-            found.append(model(step, attention_mask=mask[:, : i + 1], past_key_values=cache).logits[1, -1])
-            expected.append(model(step[1:], past_key_values=alone).logits[0, -1])
+            found.append(model(step, attention_mask=mask[:, : i + 1], **{CACHE: cache}).logits[1, -1])
+            expected.append(model(step[1:], **{CACHE: alone}).logits[0, -1])
     torch.testing.assert_close(torch.stack(found), torch.stack(expected), rtol=0.05, atol=0.05)
     assert all("dense" in row.type for row in cache.summary().layers)
 
@@ -145,7 +146,7 @@ def test_the_first_update_has_gradients_attached_as_unattached() -> None:
     for name, attached in (("logquant", False), ("logquant", True), ("h2o", True)):
         embedded = model.get_input_embeddings()(ids(90)).detach().requires_grad_()
         handle = attach(model) if attached else None
-        model(inputs_embeds=embedded, past_key_values=make_cache(name, model)).logits.sum().backward()
+        model(inputs_embeds=embedded, **{CACHE: make_cache(name, model)}).logits.sum().backward()
         if handle is not None:
             handle.detach()
         grads.append(embedded.grad)
@@ -157,7 +158,7 @@ def test_a_refused_model_leaves_the_cache_empty() -> None:
     model = tiny("deepseek_v3")
     cache = make_cache("h2o", model)
     with attach(model), pytest.raises(CacheError, match="must see attention"), torch.no_grad():
-        model(ids(100), past_key_values=cache)
+        model(ids(100), **{CACHE: cache})
     assert [layer.get_seq_length() for layer in cache.layers] == [0, 0]
 
 
@@ -166,8 +167,7 @@ def test_masks_and_caches_may_be_given_by_place() -> None:
     tokens, mask = ids(60, batch=2), torch.ones(2, 60, dtype=torch.long)
     mask[1, :20] = 0
     names = list(inspect.signature(model.model.forward).parameters)
-    assert names[:3] == ["input_ids", "attention_mask", "position_ids"]
-    assert names[3] in ("cache", "past_key_values")
+    assert names[:4] == ["input_ids", "attention_mask", "position_ids", CACHE]
     cache = make_cache("h2o", model)
     with attach(model), torch.no_grad():
         model.model(tokens, mask, None, cache)
@@ -182,9 +182,9 @@ def test_padding_that_was_taken_for_tokens_is_refused() -> None:
     mask[1, :20] = 0
     cache = make_cache("streaming-llm", model)
     with torch.no_grad():
-        model(tokens, attention_mask=mask[:, :60], past_key_values=cache)
+        model(tokens, attention_mask=mask[:, :60], **{CACHE: cache})
         with attach(model), pytest.raises(CacheError, match="took padding for tokens"):
-            model(tokens[:, :1], attention_mask=mask, past_key_values=cache)
+            model(tokens[:, :1], attention_mask=mask, **{CACHE: cache})
 
 
 @pytest.mark.parametrize("attached", [False, True])
@@ -192,10 +192,10 @@ def test_another_number_of_rows_is_refused(attached: bool) -> None:
     model = tiny("llama")
     cache = make_cache("logquant", model)
     with torch.no_grad():
-        model(ids(80, batch=2), past_key_values=cache)
+        model(ids(80, batch=2), **{CACHE: cache})
         handle = attach(model) if attached else None
         with pytest.raises(CacheError, match="must have the rows of the cache, 2, found 3"):
-            model(ids(1, batch=3), past_key_values=cache)
+            model(ids(1, batch=3), **{CACHE: cache})
         if handle is not None:
             handle.detach()
     assert cache.get_seq_length() == 80
@@ -246,6 +246,6 @@ def test_gradient_checkpointing_while_training_is_refused() -> None:
     cache = make_cache("logquant", model)
     with attach(model):
         with pytest.raises(CacheError, match=r"model.eval\(\)"):
-            model.train()(ids(80), past_key_values=cache)
-        model.eval()(ids(80), past_key_values=cache)
+            model.train()(ids(80), **{CACHE: cache})
+        model.eval()(ids(80), **{CACHE: cache})
     assert cache.get_seq_length() == 80

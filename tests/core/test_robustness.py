@@ -11,13 +11,14 @@ import torch
 import transformers
 from models import exact, ids, llama, tiny
 from transformers import AutoConfig, AutoModelForCausalLM
+from words import CACHE
 
 from kvpolicy import Policy, load_recipe, make_cache
-from kvpolicy.cache import TieredLayer
 from kvpolicy.errors import CacheError, PluginError, RecipeError
 from kvpolicy.pages import Pages
 from kvpolicy.placement import Placement, simulate
 from kvpolicy.stores import PackedStore
+from kvpolicy.tiered_layer import TieredLayer
 
 VERSION = tuple(map(int, transformers.__version__.split(".")[:2]))
 
@@ -56,9 +57,9 @@ def test_gradients_reach_the_new_tokens_as_with_the_exact_cache(heads: tuple[int
     found = []
     for cache in (make_cache("full", model), exact(model)):
         with torch.no_grad():
-            model(ids(50), past_key_values=cache)
+            model(ids(50), **{CACHE: cache})
         model.zero_grad()
-        model(ids(7, seed=1), past_key_values=cache).logits.square().mean().backward()
+        model(ids(7, seed=1), **{CACHE: cache}).logits.square().mean().backward()
         found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
     assert len(found[0]) > 10
     for a, b in zip(*found, strict=True):
@@ -77,16 +78,16 @@ def test_an_interrupted_update_is_not_continued_silently(monkeypatch: pytest.Mon
         encode(self, *args)
 
     with torch.no_grad():
-        model(ids(40), past_key_values=cache)
+        model(ids(40), **{CACHE: cache})
         monkeypatch.setattr(PackedStore, "_append_codes", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            model(ids(1), past_key_values=cache)
+            model(ids(1), **{CACHE: cache})
         monkeypatch.undo()
-        for use in (lambda: model(ids(1), past_key_values=cache), cache.dense, cache.memory, lambda: cache.save("x")):
+        for use in (lambda: model(ids(1), **{CACHE: cache}), cache.dense, cache.memory, lambda: cache.save("x")):
             with pytest.raises(CacheError, match=r"interrupted; reset\(\) the cache"):
                 use()
         cache.reset()
-        model(ids(40), past_key_values=cache)
+        model(ids(40), **{CACHE: cache})
         assert len(cache.positions().positions) == 40
 
 
@@ -95,11 +96,11 @@ def test_a_copy_made_in_inference_mode_goes_on_outside(name: str) -> None:
     model = tiny("llama")
     cache = make_cache(name, model)
     with torch.inference_mode():
-        model(ids(70), past_key_values=cache)
+        model(ids(70), **{CACHE: cache})
         copied = copy.deepcopy(cache)
     with torch.no_grad():
         for t in range(3):
-            a, b = (model(ids(60, seed=t), past_key_values=c).logits for c in (copied, cache))
+            a, b = (model(ids(60, seed=t), **{CACHE: c}).logits for c in (copied, cache))
             assert torch.equal(a, b)
 
 
@@ -129,9 +130,9 @@ def test_layers_of_different_shape() -> None:
     with torch.no_grad():
         ours, theirs = make_cache("full", model), exact(model)
         for cut in (70, 20, 1, 1):
-            a, b = (model(ids(cut), past_key_values=c).logits for c in (ours, theirs))
+            a, b = (model(ids(cut), **{CACHE: c}).logits for c in (ours, theirs))
             assert torch.equal(a, b)
-        assert model(ids(150), past_key_values=make_cache("balanced", model)).logits.isfinite().all()
+        assert model(ids(150), **{CACHE: make_cache("balanced", model)}).logits.isfinite().all()
 
 
 @pytest.mark.parametrize("key", ["0", "0-0", "-2"])
@@ -228,9 +229,9 @@ def test_rows_may_be_counted_from_the_end() -> None:
     ours, theirs = make_cache("full", model), exact(model)
     with torch.no_grad():
         for cache in (ours, theirs):
-            model(ids(30, batch=3), past_key_values=cache)
+            model(ids(30, batch=3), **{CACHE: cache})
             cache.batch_select_indices(torch.tensor([-1, 0]))
-        a, b = (model(ids(1, batch=2), past_key_values=c).logits for c in (ours, theirs))
+        a, b = (model(ids(1, batch=2), **{CACHE: c}).logits for c in (ours, theirs))
     assert torch.equal(a, b)
 
 

@@ -97,6 +97,10 @@ def test_a_standard_library_without_sources_is_reported(tmp_path: Path, monkeypa
         (lambda: tasks.code(1, 0, tokens=5), "code: tokens must be at least 128, found 5"),
         (lambda: tasks.code(1, 0, split="dev"), "must be 'test' or 'train', found 'dev'"),
         (lambda: tasks.lines(-1, 0), "number of samples must be at least 0, found -1"),
+        (lambda: tasks.lines(1, 0, tokens=10**7), "lines: tokens must be at most 1,048,576, found 10000000"),
+        (lambda: tasks.arithmetic(1, 0, tokens=10**7), "tokens must be at most 1,048,576, found 10000000"),
+        (lambda: tasks.code(1, 0, tokens=10**7), "tokens must be at most 1,048,576, found 10000000"),
+        (lambda: tasks.load_task("lines", 10**9, 0), "must be at most 134,217,728, found 1000000000 times 1024"),
         (lambda: tasks.load_task("line", 1, 0), "one of lines, arithmetic, code or .*'line'"),
         (lambda: tasks.load_task("x" * 5000, 1, 0), "one of lines, arithmetic, code or "),
         (lambda: tasks.load_task("a\0.jsonl", 1, 0), "must be a readable file of JSON Lines"),
@@ -122,7 +126,8 @@ def test_jsonl_rows_are_read_in_order(tmp_path: Path) -> None:
     drawn = tasks.load_task(str(file), 3, seed=1)
     assert drawn == tasks.load_task(str(file), 3, seed=1)
     assert [samples.index(sample) for sample in drawn] == sorted(map(samples.index, drawn))
-    assert tasks.load_task(str(file), 50, seed=1) == samples
+    with pytest.warns(UserWarning, match="holds 5 rows, fewer than the 50 samples"):
+        assert tasks.load_task(str(file), 50, seed=1) == samples
 
 
 GOOD = b'{"prompt": "p", "answer": "a"}\n'

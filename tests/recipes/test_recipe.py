@@ -92,11 +92,11 @@ def test_anchors_and_merge_keys_work() -> None:
 
 
 def test_a_child_overrides_keys_and_merges_params(tmp_path: Path) -> None:
-    (tmp_path / "base.yaml").write_text("extends: logquant\nsummary: Mine.\nparams: {nbits: 4}\n")
     sub = tmp_path / "sub"
     sub.mkdir()
-    (sub / "child.yaml").write_text('extends: ../base.yaml\nparams: {window: 7}\nlayers: {"0": full}\n')
-    child = load_recipe(sub / "child.yaml")
+    (sub / "base.yaml").write_text("extends: logquant\nsummary: Mine.\nparams: {nbits: 4}\n")
+    (tmp_path / "child.yaml").write_text('extends: sub/base.yaml\nparams: {window: 7}\nlayers: {"0": full}\n')
+    child = load_recipe(tmp_path / "child.yaml")
     assert (child.name, child.summary) == ("child", "Mine.")
     assert child.params == {"window": 7, "nbits": 4, "quantizer": "int"}
     assert child.tiers == load_recipe("logquant:window=7,nbits=4").tiers

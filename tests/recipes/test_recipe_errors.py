@@ -99,7 +99,7 @@ BAD = {
     "tiers mapping": ("tiers: {a: 1}\n", ":1: tiers: tiers must be a list of at least one tier, found a mapping"),
     "tier is a word": (tiers("full"), ":2: tiers[0]: a tier must be a mapping with policy and store, found 'full'"),
     "no store": (
-        tiers("{policy: {kind: recent}}"),
+        tiers("{}"),
         ":2: tiers[0]: a tier must have either store, or keys and values, found none",
     ),
     "store and keys": (tiers("{store: full, keys: full}"), "either store, or keys and values, found store, keys"),
@@ -300,7 +300,7 @@ def test_parameters_that_are_unknown_or_do_not_fit() -> None:
     ):
         load_recipe("kivi", nbit=2)
     with pytest.raises(
-        RecipeError, match=rf"^{kivi}:\d+: tiers\[1\].keys.nbits: .* found 7 \(from parameter 'nbits'\)"
+        RecipeError, match=rf"^{kivi}:\d+: parameter 'nbits': must be 1, 2, .* found 7 \(at tiers\[1\].keys.nbits\)$"
     ):
         load_recipe("kivi", nbits=7)
     with pytest.raises(RecipeError, match="must be a number, a word or true/false, found a list"):
@@ -337,7 +337,7 @@ def test_bad_python_sources() -> None:
             load_recipe(source)
     with pytest.raises(RecipeError, match=r"^<mapping>: tiers\[0\].store: a quantizer must be a mapping"):
         load_recipe({"tiers": [{"store": object()}]})
-    with pytest.raises(RecipeError, match="a key must be a word, found None"):
+    with pytest.raises(RecipeError, match="<mapping>: a key must be a word, found nothing"):
         load_recipe({None: 1})
     cyclic: dict[str, Any] = {}
     cyclic["tiers"] = cyclic

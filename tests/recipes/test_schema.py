@@ -6,6 +6,7 @@ from typing import Any
 
 import jsonschema
 import pytest
+from jsonschema.exceptions import best_match
 from ruamel.yaml import YAML
 
 from kvpolicy.plugins import registry
@@ -73,6 +74,55 @@ def test_good_ones_validate(text: str) -> None:
 @pytest.mark.parametrize("case", BAD)
 def test_bad_ones_do_not_validate(case: str) -> None:
     assert not VALIDATOR.is_valid(parsed(BAD[case]))
+
+
+POINTS = {
+    "{tiers: [{store: {kind: int, nbits: 5}}]}": ("$.tiers[0].store.nbits", "5 is not one of"),
+    "{tiers: [{keys: {kind: int, nbits: 9}, values: full}]}": ("$.tiers[0].keys.nbits", "9 is not one of"),
+    "{tiers: [{store: {kind: int, nbits: 2, group_size: 0}}]}": ("$.tiers[0].store.group_size", "0 is less than"),
+    "{tiers: [{store: {kind: itn, nbits: 2}}]}": ("$.tiers[0].store.kind", "'itn' is not one of ['hqq', 'int'"),
+    "{tiers: [{store: {kind: int, bits: 2}}]}": ("$.tiers[0].store", "'bits' was unexpected"),
+    "{tiers: [{store: {nbits: 2}}]}": ("$.tiers[0].store", "'kind' is a required property"),
+    "{tiers: [{store: ful}]}": ("$.tiers[0].store", "'ful' is not one of ['full', 'evict']"),
+    "{tiers: [{policy: {kind: recent, flush: 0}, store: full}, {store: evict}]}": (
+        "$.tiers[0].policy.flush",
+        "0 is less",
+    ),
+    "{tiers: [{policy: {kind: recent, window: many}, store: full}, {store: evict}]}": (
+        "$.tiers[0].policy.window",
+        "many",
+    ),
+    "{tiers: [{policy: {kind: attention, heads: x}, store: full}, {store: evict}]}": (
+        "$.tiers[0].policy.heads",
+        "'x' is not",
+    ),
+    "{tiers: [{policy: {kind: recnt}, store: full}, {store: evict}]}": (
+        "$.tiers[0].policy.kind",
+        "'recnt' is not one of",
+    ),
+    "{tiers: [{store: full}], layers: {'0': [{store: {kind: int, nbits: 9}}]}}": (
+        "$.layers['0'][0].store.nbits",
+        "9 is not",
+    ),
+    "{tiers: [{store: full}], layers: {'0': ful}}": ("$.layers['0']", "'full' was expected"),
+    "{tiers: [{store: full, keys: full}]}": ("$.tiers[0].keys", ""),
+    "{placement: later, tiers: [{store: full}]}": ("$.placement", "'later' is not one of ['token', 'update']"),
+    "{name: x}": ("$", "'tiers' is a required property"),
+}
+
+
+@pytest.mark.parametrize("text", POINTS)
+def test_errors_point_at_the_option(text: str) -> None:
+    error = best_match(VALIDATOR.iter_errors(parsed(text)))
+    path, message = POINTS[text]
+    assert error.json_path == path
+    assert message in error.message
+
+
+def test_editors_are_offered_the_words() -> None:
+    assert SCHEMA["$defs"]["store"]["examples"] == ["full", "evict"]
+    for what, known in (("policy", registry().policies), ("quantizer", registry().quantizers)):
+        assert SCHEMA["$defs"][what]["properties"]["kind"]["examples"] == sorted(known)
 
 
 def test_every_installed_kind_and_option_is_described() -> None:

@@ -49,7 +49,7 @@ class Layer:
             whole = torch.ones(keys.shape[0], seen + n, dtype=torch.long)
             if real is not None:
                 whole[:, seen:] = real
-            self.cache.note_padding(whole, n)
+            self.cache.guard.note_padding(whole, n)
             shown = whole > 0 if self.cache.padding is None else torch.from_numpy(self.cache.padding.real)
             causal = torch.arange(seen + n) <= torch.arange(seen, seen + n)[:, None]
             mask = (shown[:, None, None] & causal).to(keys.device)

@@ -1,0 +1,152 @@
+"""Arguments that are checked before torch is loaded: what can't be right is refused at once."""
+
+from __future__ import annotations
+
+import os
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from kvpolicy.errors import CompareError
+from kvpolicy.words import clip, in_words, quoted, suggest
+
+__all__ = [
+    "RESULTS",
+    "check_comparison",
+    "check_device",
+    "check_generation",
+    "check_picture",
+    "check_prompt",
+    "check_results",
+    "check_room",
+]
+
+RESULTS = ("samples.jsonl", "summary.json", "comparison.png", "attention.png")
+"""Files that a comparison writes."""
+CHARACTERS_PER_POSITION = 64
+"""Characters that no tokenizer puts into one token on average: a longer text is refused without being read."""
+TOKENS_PER_POSITION = 4
+"""Tokens of the bundled tokenizer that no other puts into one on average."""
+MAX_PROMPT = 1 << 24
+"""Characters of a prompt for a model that names no bound."""
+_PICTURES = (
+    "avif", "eps", "gif", "jpeg", "jpg", "pdf", "pgf", "png", "ps", "raw", "rgba", "svg", "svgz", "tif", "tiff", "webp",
+)  # fmt: skip
+_DEVICES = (
+    "cpu", "cuda", "fpga", "hip", "hpu", "ideep", "ipu", "lazy", "maia", "meta", "mkldnn", "mps", "mtia", "opencl",
+    "opengl", "ve", "vulkan", "xla", "xpu",
+)  # fmt: skip
+
+
+def check_comparison(n: Any, seed: Any, tokens: Any, task: Any, out: Any) -> None:
+    """Arguments of `compare` that are of the wrong kind, or out of range for every model.
+
+    Raises:
+        CompareError: naming the argument.
+    """
+    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+        raise CompareError(f"n, the number of samples, must be an integer of at least 1, found {in_words(n)}")
+    if not isinstance(task, str | os.PathLike):
+        raise CompareError(f"task must be a name or the path of a .jsonl file, found {in_words(task)}")
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise CompareError(f"seed must be an integer of at least 0, found {in_words(seed)}")
+    if tokens is not None and (isinstance(tokens, bool) or not isinstance(tokens, int)):
+        raise CompareError(f"tokens, the length of a sample, must be an integer, found {in_words(tokens)}")
+    if out is not None and (not isinstance(out, str | os.PathLike) or not os.fspath(out)):
+        raise CompareError(f"out must be the path of a directory, found {in_words(out)}")
+
+
+def check_room(tokens: int | None, limit: int | None) -> None:
+    """Refuse a length of samples that a model with `limit` positions can't hold, whatever its tokenizer."""
+    if tokens is not None and limit is not None and tokens > TOKENS_PER_POSITION * limit:
+        raise CompareError(
+            f"tokens, the length of a sample, must fit the model's max_position_embeddings, {limit}, found {tokens}; "
+            "ask for shorter samples (--tokens)"
+        )
+
+
+def check_prompt(what: str, text: str, limit: int | None) -> None:
+    """Refuse a text that a model with `limit` positions can't hold, before it is cut into tokens."""
+    most = MAX_PROMPT if limit is None else min(MAX_PROMPT, CHARACTERS_PER_POSITION * limit)
+    if len(text) > most:
+        bound = "" if limit is None else f" to fit the model's max_position_embeddings, {limit}"
+        raise CompareError(f"{what} must have at most {most:,} characters{bound}, found {len(text):,}; shorten it")
+
+
+def check_generation(prompt: str, tokens: int, limit: int | None) -> None:
+    """Refuse a prompt or a number of new tokens that can't be right for a model with `limit` positions."""
+    if tokens < 1:
+        raise CompareError(
+            f"max_new_tokens (on the shell --max-new-tokens) must be at least 1, found {in_words(tokens)}"
+        )
+    if any("\ud800" <= c <= "\udfff" for c in prompt):
+        raise CompareError("the prompt must be text, found bytes that are no UTF-8")
+    if not prompt:
+        raise CompareError("the prompt must not be empty; give a text, or - to read it from stdin")
+    check_prompt("the prompt", prompt, limit)
+    if limit is not None and tokens > limit:
+        raise CompareError(
+            f"max_new_tokens (on the shell --max-new-tokens) must fit the model's max_position_embeddings, {limit}, "
+            f"found {in_words(tokens)}; give a smaller one"
+        )
+
+
+def check_device(device: str | None) -> None:
+    """Refuse what is no name of a device, before torch is there to say so; whether there is such a device it says."""
+    if device is None:
+        return
+    kind, colon, index = device.partition(":")
+    # An extension of torch that is loaded with it may bring kinds of its own.
+    known = kind in _DEVICES or (kind.isidentifier() and bool(entry_points(group="torch.backends")))
+    if not known or (colon and not (index.isascii() and index.isdigit())):
+        raise CompareError(
+            f"device must be a name such as cpu, cuda or cuda:1, found {quoted(device)}{suggest(kind, _DEVICES)}"
+        )
+
+
+def check_picture(path: Path) -> None:
+    """Refuse the path of a picture that can't be written.
+
+    Raises:
+        CompareError: its ending is no format, it is a directory, or its directory is missing.
+    """
+    name = clip(str(path), 300)
+    try:
+        there, home = path.is_dir(), path.parent.is_dir()
+    except (OSError, ValueError) as error:
+        raise CompareError(f"{name}: the picture can't be written: {_reason(error)}") from error
+    if there:
+        raise CompareError(f"{name}: a picture is a file, found a directory; name a file in it such as picture.png")
+    if path.suffix.lstrip(".").lower() not in _PICTURES:
+        raise CompareError(f"{name}: a picture must end in one of {', '.join(_PICTURES)}, found {quoted(path.suffix)}")
+    if not home:
+        raise CompareError(f"{name}: the picture can't be written: there is no directory {clip(str(path.parent))}")
+
+
+def check_results(path: Path, overwrite: bool) -> Path:
+    """Refuse early what can't hold the results; nothing is touched yet.
+
+    Raises:
+        CompareError: it is no directory, can't be made or written, or holds an earlier comparison.
+    """
+    name = clip(str(path), 300)
+    try:
+        if path.exists() and not path.is_dir():
+            raise CompareError(f"{name}: the results go into a directory, found a file; choose another name")
+        earlier = [file for file in RESULTS if (path / file).exists()]
+        above = next((home for home in (path, *path.parents) if home.exists()), None)
+        if above is not None and not (above.is_dir() and os.access(above, os.W_OK | os.X_OK)):
+            what = "directory that can't be written" if above.is_dir() else "file"
+            raise CompareError(f"{name}: the results can't be written there: {clip(str(above))} is a {what}")
+    except (OSError, ValueError) as error:
+        raise CompareError(f"{name}: the results can't be written there: {_reason(error)}") from error
+    if earlier and not overwrite:
+        raise CompareError(
+            f"{name}: the directory must not hold an earlier comparison, found {earlier[0]}; "
+            "choose another directory, or replace it (overwrite=True, on the shell --overwrite)"
+        )
+    return path
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)

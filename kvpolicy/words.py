@@ -1,0 +1,62 @@
+"""Words of error messages: what was found, shortened, and what may have been meant."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Collection, Iterable
+from itertools import islice
+from typing import Any
+
+__all__ = ["clip", "in_words", "listed", "quoted", "suggest"]
+
+LONGEST = 80
+"""Characters of a name or a value that a message repeats."""
+_COMPARED = 200
+"""Names that a mistyped one is compared with."""
+
+
+def clip(text: str, longest: int = LONGEST) -> str:
+    """`text`, on one line and at most `longest` characters long."""
+    line = text if text.isprintable() else repr(text)[1:-1]
+    return line if len(line) <= longest else line[: longest - 3] + "..."
+
+
+def quoted(text: str) -> str:
+    """A name in quotes, shortened."""
+    return repr(text) if len(text) <= LONGEST - 2 else repr(text[: LONGEST - 5]) + "..."
+
+
+def in_words(value: Any) -> str:
+    """What stands in the place of something else, in words."""
+    if isinstance(value, str):
+        return repr(value) if len(value) <= LONGEST - 2 else f"a text of {len(value):,} characters"
+    if isinstance(value, float) and math.isnan(value):
+        return "nan"
+    if isinstance(value, list | dict) and not value:
+        return "an empty list" if isinstance(value, list) else "an empty mapping"
+    named = {dict: "a mapping", list: "a list", type(None): "nothing"}
+    return named.get(type(value)) or clip(_repr(value))
+
+
+def _repr(value: Any) -> str:
+    try:
+        return repr(value)
+    except Exception:  # an integer of thousands of digits, an object of somebody's
+        return f"a value of type {type(value).__name__}"
+
+
+def listed(names: Collection[str], most: int = 40) -> str:
+    """Names in a row, not too many of them."""
+    shown = [clip(name, 40) for name in islice(names, most)]
+    return ", ".join(shown) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def suggest(name: str, allowed: Iterable[str]) -> str:
+    """` (did you mean 'x'?)`, or nothing."""
+    known: dict[str, str] = {}
+    for word in islice(allowed, _COMPARED):
+        if len(word) <= LONGEST:
+            known.setdefault(word.lower(), word)
+    close = difflib.get_close_matches(name[:LONGEST].lower(), known, n=1, cutoff=0.5)
+    return f" (did you mean {known[close[0]]!r}?)" if close else ""

@@ -1,0 +1,336 @@
+"""A step that is interrupted anywhere: tried again it gives what a clean step gives, or the cache refuses."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from typing import Any
+
+import pytest
+import torch
+from models import VOCAB, ids, tiny
+from transformers import LlamaConfig
+from words import CACHE
+
+import kvpolicy
+from kvpolicy import CompressedCache, make_cache
+from kvpolicy.errors import CacheError, PluginError
+
+QUANT: list[Any] = [
+    {"policy": {"kind": "recent", "window": 8}, "store": "full"},
+    {"store": {"kind": "int", "nbits": 4}},
+]
+EVICT: list[Any] = [
+    {"policy": {"kind": "sink", "tokens": 2}, "store": "full"},
+    {"policy": {"kind": "recent", "window": 8}, "store": "full"},
+    {"store": "evict"},
+]
+HEADS: list[Any] = [
+    {"policy": {"kind": "recent", "window": 4}, "store": "full"},
+    {"policy": {"kind": "attention", "budget": 6}, "store": "full"},
+    {"store": {"kind": "int", "nbits": 4}},
+]
+SHARED: list[Any] = [
+    {"policy": {"kind": "recent", "window": 4}, "store": "full"},
+    {"policy": {"kind": "attention", "budget": 6, "select": "shared"}, "store": "full"},
+    {"store": "evict"},
+]
+PLACES = ("kvpolicy", "kvpolicy_", "transformers", "torch/nn/modules/module.py")
+
+
+class Stop(Exception):
+    """What interrupts."""
+
+
+@contextmanager
+def interrupted(at: int, error: type[BaseException]) -> Iterator[list[int]]:
+    """Raise an error at the `at`-th line that runs in kvpolicy, its plugins, or the model."""
+    count = [0]
+    mine = threading.get_ident()
+
+    def lines(frame: Any, event: str, arg: Any) -> Any:
+        if event == "line":
+            count[0] += 1
+            if count[0] == at:
+                sys.settrace(None)
+                raise error("interrupted")
+        return lines
+
+    def calls(frame: Any, event: str, arg: Any) -> Any:
+        inside = any(place in frame.f_code.co_filename for place in PLACES)
+        return lines if inside and threading.get_ident() == mine else None
+
+    before = sys.gettrace()
+    sys.settrace(calls)
+    try:
+        yield count
+    finally:
+        sys.settrace(before)
+
+
+def mask_of(seen: int) -> torch.Tensor:
+    mask = torch.ones(2, seen, dtype=torch.long)
+    mask[0, :5] = 0
+    return mask
+
+
+class Case:
+    """A model and a cache that holds a prompt and some decoded tokens; steps of it."""
+
+    def __init__(self, tiers: list[Any], padded: bool) -> None:
+        self.model, self.padded = tiny("llama"), padded
+        self.recipe = {"name": "case", "tiers": tiers}
+        self.tokens = ids(60, batch=2, seed=3)
+
+    def step(self, cache: Any, start: int, n: int) -> torch.Tensor:
+        more: dict[str, Any] = {CACHE: cache}
+        if self.padded:
+            more["attention_mask"] = mask_of(start + n)
+            more["position_ids"] = (mask_of(start + n).cumsum(1) - 1).clamp(min=0)[:, start:]
+        logits: torch.Tensor = self.model(self.tokens[:, start : start + n], **more).logits
+        return logits
+
+    def filled(self) -> CompressedCache:
+        cache = make_cache(self.recipe, self.model)
+        for start, n in ((0, 30), (30, 1), (31, 1)):
+            self.step(cache, start, n)
+        return cache
+
+    def after(self, cache: Any, n: int, done: int = 0) -> list[torch.Tensor]:
+        """The interrupted step, whole unless it is `done`, and two more."""
+        return [self.step(cache, start, m) for start, m in ((32, n), (32 + n, 1), (33 + n, 1))[done:]]
+
+
+def lengths(cache: CompressedCache) -> list[int]:
+    return [layer.get_seq_length() for layer in cache.layers]
+
+
+def outcome(case: Case, cache: CompressedCache, want: list[torch.Tensor], n: int, before: Any) -> str:
+    """What an interrupted cache does: it is as before the step, or as after it, or it refuses."""
+    try:
+        done = int(cache.get_seq_length() == 32 + n)
+        got = case.after(cache, n, done)
+    except CacheError as error:
+        message = str(error)
+    else:
+        assert all(map(torch.equal, got, want[done:]))
+        assert len(set(lengths(cache))) == 1
+        return "done" if done else "right"
+    assert "interrupted" in message
+    for use in (cache.memory, lambda: case.step(cache, 32, n)):
+        with pytest.raises(CacheError, match="interrupted"):
+            use()
+    cache.reset()
+    fresh = [case.step(cache, start, m) for start, m in ((0, 30), (30, 1), (31, 1))]
+    assert all(map(torch.equal, fresh, before))
+    return "refused"
+
+
+CASES: dict[str, tuple[list[Any], bool, bool]] = {
+    "unattached": (QUANT, False, False),
+    "unattached-evict": (EVICT, False, False),
+    "attached": (QUANT, True, False),
+    "attached-evict": (EVICT, True, False),
+    "heads": (HEADS, True, False),
+    "shared": (SHARED, True, False),
+    "padded": (QUANT, True, True),
+    "padded-evict": (EVICT, True, True),
+    "padded-heads": (HEADS, True, True),
+}
+
+
+def sweep(name: str, n: int, lines: Callable[[int], Any], error: type[BaseException]) -> dict[str, int]:
+    """Interrupt a step of `n` tokens at some of its lines."""
+    tiers, attached, padded = CASES[name]
+    case, found = Case(tiers, padded), {"right": 0, "refused": 0, "done": 0}
+    with torch.no_grad(), kvpolicy.attach(case.model) if attached else nullcontext():
+        whole = case.filled()
+        want = case.after(copy.deepcopy(whole), n)
+        before = [
+            case.step(c, s, m) for c in [make_cache(case.recipe, case.model)] for s, m in ((0, 30), (30, 1), (31, 1))
+        ]
+        with interrupted(-1, error) as count:
+            case.step(copy.deepcopy(whole), 32, n)
+        for at in lines(count[0]):
+            cache = copy.deepcopy(whole)
+            with interrupted(at, error), suppress(error, PluginError):  # the latter where a plugin was interrupted
+                case.step(cache, 32, n)
+            found[outcome(case, cache, want, n, before)] += 1
+    return found
+
+
+@pytest.mark.parametrize("error", [Stop, KeyboardInterrupt])
+@pytest.mark.parametrize("name", CASES)
+def test_a_step_interrupted_at_any_line(name: str, error: type[BaseException]) -> None:
+    first = list(CASES).index(name)  # other lines of each case
+    found = sweep(name, 1, lambda count: range(1 + first, count + 1, 97), error)
+    assert found["right"] > found["refused"] + found["done"]
+
+
+@pytest.mark.parametrize("name", ["unattached", "attached-evict", "heads", "padded-heads"])
+def test_a_longer_update_interrupted(name: str) -> None:
+    found = sweep(name, 25, lambda count: range(3, count + 1, 149), Stop)
+    assert found["right"]
+
+
+@pytest.mark.parametrize("tiers", [QUANT, EVICT])
+@pytest.mark.parametrize("attached", [False, True])
+def test_a_first_update_that_fails_leaves_an_empty_cache(tiers: list[Any], attached: bool) -> None:
+    case = Case(tiers, False)
+    with torch.no_grad(), kvpolicy.attach(case.model) if attached else nullcontext():
+        want = case.step(make_cache(case.recipe, case.model), 0, 40)
+        cache = make_cache(case.recipe, case.model)
+        stop = case.model.model.layers[1].mlp.register_forward_pre_hook(fail)
+        with pytest.raises(Stop):
+            case.step(cache, 0, 40)
+        stop.remove()
+        assert lengths(cache) == [0, 0]
+        assert torch.equal(case.step(cache, 0, 40), want)
+
+
+def fail(*args: Any) -> None:
+    raise Stop
+
+
+def random_update(cache: CompressedCache, layer: int, n: int) -> None:
+    cache.update(*torch.randn(2, 1, 2, n, 16), layer)
+
+
+def config_cache(layers: int = 3) -> CompressedCache:
+    config = LlamaConfig(
+        num_hidden_layers=layers, hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=16
+    )
+    return make_cache({"name": "q", "tiers": QUANT}, config)
+
+
+def test_layers_of_unequal_length_are_refused_until_cropped() -> None:
+    cache = config_cache()
+    for n in (20, 1):
+        for layer in range(3):
+            random_update(cache, layer, n)
+    random_update(cache, 0, 1)
+    assert lengths(cache) == [22, 21, 21]
+    for use in (cache.memory, cache.summary, cache.settle, lambda: cache.crop(-1), lambda: random_update(cache, 0, 1)):
+        with pytest.raises(CacheError, match=r"crop\(21\)"):
+            use()
+    with pytest.raises(CacheError, match="length that all layers had"):
+        cache.crop(22)
+    cache.crop(21)
+    assert lengths(cache) == [21, 21, 21]
+    for layer in range(3):
+        random_update(cache, layer, 1)
+    placed = {tuple(cache.positions(i).positions) for i in range(3)}
+    assert len(placed) == 1
+    assert cache.memory().bytes
+
+
+def test_crop_to_a_positive_length_crops_every_layer_to_it() -> None:
+    cache = config_cache()
+    for layer in range(3):
+        random_update(cache, layer, 30)
+    random_update(cache, 0, 1)
+    cache.crop(12)
+    assert lengths(cache) == [12, 12, 12]
+
+
+def test_tokens_that_left_their_places_for_good_are_not_cropped_back() -> None:
+    cache = config_cache()
+    for layer in range(3):
+        random_update(cache, layer, 20)
+    random_update(cache, 0, 100)  # 36 of them are let in at once
+    with pytest.raises(CacheError, match="reset"):
+        cache.crop(20)
+    cache.reset()
+    assert lengths(cache) == [0, 0, 0]
+
+
+def test_two_threads_with_one_cache_are_refused() -> None:
+    model = tiny("llama")
+    cache = make_cache("logquant", model)
+    inside, go = threading.Event(), threading.Event()
+
+    def wait(*args: Any) -> None:
+        inside.set()
+        go.wait(30)
+
+    hook = model.model.layers[1].register_forward_pre_hook(wait)
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            with torch.no_grad():
+                model(ids(20), **{CACHE: cache})
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    inside.wait(30)
+    hook.remove()
+    with torch.no_grad(), pytest.raises(CacheError, match="another thread"):
+        model(ids(5), **{CACHE: cache})
+    with pytest.raises(CacheError, match="another thread"):
+        cache.memory()
+    go.set()
+    thread.join()
+    assert not failures
+    assert lengths(cache) == [20, 20]
+    with torch.no_grad():
+        model(ids(5), **{CACHE: cache})
+    assert lengths(cache) == [25, 25]
+
+
+def test_rows_of_some_layers_only_are_refused() -> None:
+    cache = config_cache()
+    for layer in range(3):
+        cache.update(*torch.randn(2, 4, 2, 20, 16), layer)
+    cache.layers[1].tiers.stores["keys"][0].select = fail
+    with pytest.raises(Stop):
+        cache.reorder_cache(torch.tensor([1, 0, 2, 2]))
+    with pytest.raises(CacheError, match="reorder_cache was interrupted"):
+        cache.positions()
+    cache.reset()
+    random_update(cache, 0, 3)
+
+
+@pytest.mark.parametrize(("rows", "found"), [([5], "5"), ([-3], "-3"), ([[0]], "0")])
+def test_rows_out_of_range_are_refused(rows: Any, found: str) -> None:
+    cache = config_cache()
+    for layer in range(3):
+        cache.update(*torch.randn(2, 2, 2, 20, 16), layer)
+    for use in (cache.batch_select_indices, cache.reorder_cache):
+        with pytest.raises(CacheError, match=f"rows must be in .*{found}"):
+            use(torch.tensor(rows))
+    cache.batch_select_indices(torch.tensor([-1]))
+    assert cache.layers[2].batch_size == 1
+
+
+def test_a_sliding_layer_goes_back_as_well() -> None:
+    model = tiny("gemma3_text")
+    tokens = ids(60, seed=5) % VOCAB
+    with torch.no_grad(), kvpolicy.attach(model):
+        cache = make_cache("logquant", model, window=8)
+        model(tokens[:, :40], **{CACHE: cache})
+        other = copy.deepcopy(cache)
+        want = [model(tokens[:, i : i + 1], **{CACHE: other}).logits for i in range(40, 43)]
+        for layer in range(4):
+            stop = model.model.layers[layer].mlp.register_forward_pre_hook(fail)
+            with pytest.raises(Stop):
+                model(tokens[:, 40:41], **{CACHE: cache})
+            stop.remove()
+        got = [model(tokens[:, i : i + 1], **{CACHE: cache}).logits for i in range(40, 43)]
+    assert all(map(torch.equal, got, want))
+
+
+def all_lines() -> None:
+    """Every line of every case: some ten minutes. Run by hand."""
+    for (name, error), n in itertools.product(itertools.product(CASES, (Stop, KeyboardInterrupt)), (1, 25)):
+        print(name, error.__name__, n, sweep(name, n, lambda count: range(1, count + 1), error), flush=True)
+
+
+if __name__ == "__main__":
+    all_lines()
