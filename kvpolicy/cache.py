@@ -256,7 +256,8 @@ def make_cache(recipe: Any, model_or_config: Any, *, strict: bool = False, **par
         recipe: what `load_recipe` takes: a bundled name, a path, a mapping or a `Recipe`.
         model_or_config: a transformers decoder model, or its config. A model tells its caches of each forward pass
             and of padding; the hooks for that are gone with the last of these caches.
-        strict: raise an error where the recipe would compress nothing; by default a `UserWarning` says so.
+        strict: raise an error where the recipe would compress nothing of this model; by default a `UserWarning`
+            says so.
         **params: parameters of the recipe.
 
     Returns:
@@ -272,7 +273,10 @@ def make_cache(recipe: Any, model_or_config: Any, *, strict: bool = False, **par
     config = config_of(model_or_config)
     text = config.get_text_config(decoder=True)
     layers = list(DynamicCache(config=config).layers)
-    compressed = compressible(layers, config)
+    if not layers:
+        raise CacheError(f"the config must say how many layers the model has; {type(config).__name__} gives none")
+    set_apart(layers, text)
+    compressed = compressible(layers)
     check_selectors(loaded, layers, compressed)
     scratch, reading = None if getattr(text, "num_kv_shared_layers", 0) else Scratch(), Reading()
     chosen = {i: loaded.tiers_of(i, len(layers)) for i in compressed}

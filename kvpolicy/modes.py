@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvpolicy.errors import CacheError
 
-__all__ = ["ATTACHED", "barred", "joined", "precise", "uncompiled", "wants_gradients"]
+__all__ = ["ATTACHED", "HELD", "barred", "precise", "uncompiled", "wants_gradients"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -62,15 +62,3 @@ def barred(why: str, out: Tensor, *through: Tensor) -> Tensor:
     """
     found: Tensor = _Barred.apply(why, out, *through)  # type: ignore[no-untyped-call]
     return found
-
-
-def joined(dense: Tensor, new: Tensor, lost: bool) -> Tensor:
-    """Decoded keys or values whose last tokens are `new`, which gradients reach.
-
-    Args:
-        dense: `[batch, kv_heads, tokens, head_dim]`, decoded without gradients.
-        new: `[batch, kv_heads, new tokens, head_dim]`, as they came.
-        lost: whether earlier tokens came with gradients too; `backward` then raises a `CacheError`.
-    """
-    out = torch.cat([dense[:, :, : dense.shape[2] - new.shape[2]], new], dim=2)
-    return barred(HELD, out) if lost else out

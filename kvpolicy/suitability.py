@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from kvpolicy.errors import CacheError
 from kvpolicy.recipe import Recipe
 
-__all__ = ["CrossAttentionLayer", "check_effect", "check_positions", "compressible"]
+__all__ = ["CrossAttentionLayer", "check_effect", "check_positions", "compressible", "set_apart"]
 
 CACHE = frozenset({"cache", "past_key_values", "past_key_value", "layer_past"})
 """What the forward of an attention module calls the cache."""
@@ -31,22 +31,19 @@ class CrossAttentionLayer(DynamicLayer):  # type: ignore[misc]
         pass
 
 
-def compressible(layers: list[Any], config: Any) -> list[int]:
-    """The layers whose keys and values a recipe can keep: those of full attention.
+def set_apart(layers: list[Any], text: Any) -> None:
+    """Give the layers that attend to something other than the text a cache of their own, in place.
 
-    Layers that attend to something other than the text, which its config names in `cross_attention_layers`, are given a
-    cache of their own, in place. Their keys have no positions in the text, so no policy could choose among them, and
-    models read them from the cache as they came.
-
-    Raises:
-        CacheError: there are no layers.
+    The text's config names them in `cross_attention_layers`. Their keys have no positions in the text, so no policy
+    could choose among them, and models read them from the cache as they came.
     """
-    if not layers:
-        raise CacheError(f"the config must say how many layers the model has; {type(config).__name__} gives none")
-    text = config.get_text_config(decoder=True)
     for i in getattr(text, "cross_attention_layers", None) or ():
         if i < len(layers) and type(layers[i]) is DynamicLayer:
             layers[i] = CrossAttentionLayer()
+
+
+def compressible(layers: list[Any]) -> list[int]:
+    """The layers whose keys and values a recipe can keep."""
     return [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
 
 

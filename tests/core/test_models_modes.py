@@ -188,13 +188,14 @@ def test_compiled(side: str, whole: bool, monkeypatch: pytest.MonkeyPatch) -> No
     """The logits are the same, and the cache's own code is not compiled, which torch can't."""
     model = build("llama", torch.float32, num_hidden_layers=1, head_dim=32)
     tokens, sizes, seen = ids(42), (40, 1, 1), []
-    add = Tiers.add
+    name = "look" if side == "attached" else "update"
+    update = getattr(Tiers, name)
 
-    def spy(tiers: Tiers, keys: torch.Tensor, values: torch.Tensor) -> None:
+    def spy(tiers: Tiers, keys: torch.Tensor, values: torch.Tensor) -> Any:
         seen.append(torch.compiler.is_compiling())
-        add(tiers, keys, values)
+        return update(tiers, keys, values)
 
-    monkeypatch.setattr(Tiers, "add", spy)
+    monkeypatch.setattr(Tiers, name, spy)
     torch.compiler.reset()
     with torch.no_grad(), ready(model, side):
         want = turns(model, make_cache(QUANTIZE, model), tokens, sizes)
