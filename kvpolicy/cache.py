@@ -23,7 +23,7 @@ from kvpolicy.placement import Placement
 from kvpolicy.recipe import Recipe, load_recipe
 from kvpolicy.report import Memory, Summary, measure, summarize
 from kvpolicy.step import Step
-from kvpolicy.suitability import check_effect, check_positions, compressible
+from kvpolicy.suitability import check_effect, check_positions, compressible, set_apart
 from kvpolicy.tiered_layer import TieredLayer, rows_within
 from kvpolicy.transaction import BY_REFERENCE, Guard
 from kvpolicy.views import Scratch

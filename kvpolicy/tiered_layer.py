@@ -10,7 +10,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from kvpolicy.errors import CacheError
 from kvpolicy.layer import Reading, Tiers
-from kvpolicy.modes import ATTACHED, barred, joined, precise, uncompiled, wants_gradients
+from kvpolicy.modes import ATTACHED, HELD, barred, precise, uncompiled, wants_gradients
 from kvpolicy.policy import RankPolicy
 from kvpolicy.step import Step
 from kvpolicy.views import DenseAccess, Scratch
@@ -83,7 +83,12 @@ class TieredLayer(DenseAccess, CacheLayerMixin):
         if linked and held and views:
             return barred(ATTACHED, keys, key_states), barred(ATTACHED, values, value_states)
         if linked and held:
-            keys, values = (joined(*x, self.unlinked) for x in ((keys, key_states), (values, value_states)))
+            keys, values = (
+                torch.cat([x[:, :, : x.shape[2] - new.shape[2]], new], dim=2)
+                for x, new in ((keys, key_states), (values, value_states))
+            )
+            if self.unlinked:
+                keys, values = barred(HELD, keys), barred(HELD, values)
         self.unlinked = self.unlinked or linked
         return keys, values
 
