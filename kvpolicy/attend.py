@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from kvpolicy.layer import Tiers
     from kvpolicy.scores import Observer
 
-__all__ = ["ALL", "as_mask", "attend", "exponentials", "mask_scores", "observe"]
+__all__ = ["ALL", "as_mask", "attend", "exponentials", "gathered", "mask_scores", "observe"]
 
 SCORES = 1 << 24
 """Scores computed at a time; more queries than fit take another turn over the stores."""
@@ -61,6 +61,13 @@ def attend(
     Raises:
         CacheError: the mask has another number of columns.
     """
+    if query.device.type == "cuda":
+        from kvpolicy import cuda
+
+        if not cuda.refuses(tiers, query, new):
+            found = cuda.attend(tiers, query, new, mask, scaling, softcap, sinks, observer)
+            if found is not None:
+                return found
     batch, heads, queries, dim = query.shape
     keys, values = new
     kv_heads = keys.shape[1]
@@ -150,7 +157,7 @@ def as_mask(mask: Tensor | None, seen: int, kv_heads: int) -> Tensor | None:
     return mask.unsqueeze(2) if mask.shape[1] == 1 else mask.unflatten(1, (kv_heads, -1))
 
 
-def _gathered(mask: Tensor | None, columns: Columns, new: int) -> Tensor | None:
+def gathered(mask: Tensor | None, columns: Columns, new: int) -> Tensor | None:
     """The mask's columns in the order of the scores'."""
     if not columns.width:
         return mask if mask is None else mask[..., mask.shape[-1] - new :]
@@ -179,7 +186,7 @@ def mask_scores(scores: Tensor, mask: Tensor | None, at: Tensor, columns: Column
         scores[..., -new:].masked_fill_(later, -torch.inf)
     if mask is not None and mask.shape[3] == queries and queries > 1:
         mask = mask.index_select(3, at.to(mask.device))
-    part = _gathered(mask, columns, new)
+    part = gathered(mask, columns, new)
     if part is None:
         return
     if part.shape[-1] < scores.shape[-1]:

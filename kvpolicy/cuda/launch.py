@@ -1,0 +1,340 @@
+"""One layer's attention in one launch."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+import struct
+import warnings
+from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvpolicy.cuda.compile import FEW, MANY, Variant, compiled, missing, resources
+from kvpolicy.cuda.sources import EXACT, Format, Run, format_of, kind_of, lay_out, new_piece, refuses_store
+
+if TYPE_CHECKING:
+    from kvpolicy.layer import Tiers
+    from kvpolicy.placement import Placement
+    from kvpolicy.scores import Observer
+
+__all__ = ["HEAD_DIMS", "attend", "refuses"]
+
+HEAD_DIMS = (64, 80, 96, 128, 256)
+MOST_ROWS = 256
+"""Query rows of a KV head (queries x query heads) at most; with more it is faster to decode the tokens once."""
+KINDS = 6
+WARPS = 4
+LOG2E = math.log2(math.e)
+HEADER, KIND, RUN = struct.Struct("<8q7q6i2f"), struct.Struct("<2q6i"), struct.Struct("<6q2i6q2i4i")
+
+
+class _Layer(NamedTuple):
+    """What all layers of a placement have in common, for one type and shape of keys and values."""
+
+    reasons: list[str]
+    forms: dict[str, list[Format]]
+    kinds: list[str]
+
+
+class _Kernel(NamedTuple):
+    function: Any
+    shared: int
+    slots: int
+    """Blocks that the card holds at once."""
+
+
+_layers: WeakKeyDictionary[Placement, dict[Any, _Layer]] = WeakKeyDictionary()
+_counters: dict[tuple[int, int], Tensor] = {}
+
+
+def refuses(tiers: Tiers, query: Tensor, new: tuple[Tensor, Tensor]) -> list[str]:
+    """Why the kernels can't serve a layer; empty if they can, unless keys and values lie in too different orders."""
+    found = _layer(tiers, query, new).reasons
+    rows = query.shape[2] * (query.shape[1] // new[0].shape[1])
+    return [*found, f"{rows} query rows for a KV head, more than {MOST_ROWS}"] if rows > MOST_ROWS else found
+
+
+def _layer(tiers: Tiers, query: Tensor, new: tuple[Tensor, Tensor]) -> _Layer:
+    memo = _layers.setdefault(tiers.placement, {})
+    key = (query.dtype, new[0].shape[3], new[1].shape[3], query.device)
+    found = memo.get(key)
+    if found is None:
+        found = memo[key] = _examine(tiers, query, new)
+    return found
+
+
+def _examine(tiers: Tiers, query: Tensor, new: tuple[Tensor, Tensor]) -> _Layer:
+    reasons = _reasons(query, new)
+    dims = {"keys": new[0].shape[3], "values": new[1].shape[3]}
+    specs = tiers.placement.specs
+    if not reasons:
+        for side, dim in dims.items():
+            found = {refuses_store(spec, dim, side) for spec in specs[side]}
+            reasons += sorted(f"{side}: {reason}" for reason in found if reason)
+    if reasons:
+        return _Layer(reasons, {}, [])
+    placement = tiers.placement
+    forms = {
+        side: [format_of(placement.store_spec(side, s), dims[side], query.dtype) for s in range(len(first))]
+        for side, first in placement.first_tier.items()
+    }
+    by_tier = (
+        (format_of(k, dims["keys"], query.dtype), format_of(v, dims["values"], query.dtype))
+        for k, v in zip(specs["keys"], specs["values"], strict=True)
+        if k != "evict"
+    )
+    return _Layer([], forms, sorted({kind_of(k, v)[0] for k, v in [(EXACT, EXACT), *by_tier]}))
+
+
+def _reasons(query: Tensor, new: tuple[Tensor, Tensor]) -> list[str]:
+    reasons = []
+    dim = new[0].shape[3]
+    if query.device.type != "cuda" or torch.version.cuda is None:
+        return [f"device {query.device}"]
+    if query.dtype not in (torch.float16, torch.bfloat16):
+        reasons.append(f"type {query.dtype}")
+    if dim not in HEAD_DIMS or new[1].shape[3] != dim:
+        reasons.append(f"head_dim {dim} of keys and {new[1].shape[3]} of values")
+    if torch.cuda.get_device_capability(query.device) < (8, 0):
+        reasons.append("a card before compute capability 8.0")
+    absent = missing()
+    if absent and not reasons:
+        reasons.append(absent)
+        warnings.warn(
+            f"attention on compressed stores is slow on this GPU, since {absent}; use: pip install 'kvpolicy[cuda]'",
+            stacklevel=2,
+        )
+    return reasons
+
+
+def attend(
+    tiers: Tiers,
+    query: Tensor,
+    new: tuple[Tensor, Tensor],
+    mask: Tensor | None,
+    scaling: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    observer: Observer | None,
+) -> Tensor | None:
+    """What `kvpolicy.attend.attend` returns, of the same arguments; None where keys and values lie in too many runs."""
+    layer = _layer(tiers, query, new)
+    runs = lay_out(tiers, layer.forms)
+    if runs is None:
+        return None
+    keys, values = _aligned(new[0]), _aligned(new[1])
+    batch, heads, queries, dim = query.shape
+    kv_heads, tokens = keys.shape[1:3]
+    end = tiers.settled + tokens  # above all positions held
+    runs.append(Run(end, tokens, new_piece(keys, end), new_piece(values, end)))
+    shown, causal, places = _masked(tiers, mask, queries, tokens, kv_heads, observer is not None)
+    groups = heads // kv_heads
+    rows = groups * queries
+    size = 4 if rows <= 4 else 8
+    laid = _by_kind(runs, layer.kinds, places, tokens - queries if causal else -1)
+    if laid is None:
+        return None
+    tiles, kinds_and_runs, count = laid
+    kind = 0 if shown is None else 1 if shown.dtype == torch.uint8 else 2
+    bfloat = query.dtype == torch.bfloat16
+    variant = Variant(
+        dim, size, bfloat, tuple(layer.kinds), count, kind, causal, softcap is not None, observer is not None
+    )
+    device = query.device.index
+    kernel = _kernel(variant, device)
+    lines, turns = batch * kv_heads, -(-rows // size)
+    parts = _parts(lines * turns, tiles, kernel.slots)
+    query = _aligned(query)
+    out = query.new_empty((batch, queries, heads, dim))
+    slot = size * dim + 2 * size
+    stream = torch.cuda.current_stream(query.device).cuda_stream
+    partial = counters = None
+    if parts > 1:
+        partial = query.new_empty(lines * turns * parts * slot, dtype=torch.float32)
+        counters = _counter(query, stream, lines * turns)
+    scores = sums = None
+    columns = places.width if places is not None else 0
+    if observer is not None:
+        scores = query.new_empty((batch, kv_heads, rows, columns), dtype=torch.float32)
+        sums = query.new_empty((batch, kv_heads, rows), dtype=torch.float32)
+    sinks = None if sinks is None else sinks.float().contiguous()
+    pointers = [0 if x is None else x.data_ptr() for x in (query, shown, out, partial, scores, sums, sinks, counters)]
+    strides = [0] * 4
+    if shown is not None:
+        strides = [n if size > 1 else 0 for n, size in zip(shown.stride()[:4], shown.shape[:4], strict=True)]
+    scale = (dim**-0.5 if scaling is None else scaling) * LOG2E
+    header = HEADER.pack(
+        *pointers, *query.stride()[:3], *strides, kv_heads, groups, queries, parts, columns, 0, scale, (softcap or 0.0) * LOG2E
+    )
+    _launch(kernel, header + kinds_and_runs, (parts, lines, turns), stream, device)
+    if observer is not None:
+        assert scores is not None and sums is not None
+        shaped = scores.view(batch, kv_heads, groups, queries, columns)
+        visible = shaped > -torch.inf
+        weights = shaped.sub_(sums.view(batch, kv_heads, groups, queries, 1)).exp2_()
+        observer.watch(torch.arange(queries) + tokens - queries, weights, visible, slice(0, kv_heads), kv_heads)
+    return out
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """`x` as the kernels read it: 16 bytes at a time."""
+    row, head, token, one = x.stride()
+    fine = one == 1 and not (row % 8 or head % 8 or token % 8) and x.data_ptr() % 16 == 0
+    return x if fine else x.clone(memory_format=torch.contiguous_format)
+
+
+class _Places(NamedTuple):
+    """The columns of mask and scores."""
+
+    width: int
+    sorted: Any
+    """Where runs stand by position: the positions held, ascending. None: they stand in columns."""
+
+
+def _masked(
+    tiers: Tiers, mask: Tensor | None, queries: int, new: int, kv_heads: int, scored: bool
+) -> tuple[Tensor | None, bool, _Places | None]:
+    """The mask in order of columns, whether later tokens are hidden, and the columns, where anything needs them."""
+    from kvpolicy.attend import as_mask, gathered
+
+    shaped = as_mask(mask, tiers.settled + new, kv_heads)
+    causal = queries > 1 and (shaped is None or shaped.shape[3] != queries)
+    gaps = tiers.ragged is not None and any(t is not None and t.gaps for t in tiers.ragged.tables["keys"])
+    if shaped is None and not gaps and not scored:
+        return None, causal, None
+    columns = tiers.columns()
+    by_position = tiers.ragged is None and not tiers.placement.alike
+    places = _Places(columns.width + new, columns.positions().numpy() if by_position else None)
+    part = gathered(shaped, columns, new)
+    if part is None:
+        return None, causal, places
+    if part.shape[-1] < places.width:
+        part = torch.nn.functional.pad(part, (0, places.width - part.shape[-1]), value=True)
+    if part.dtype == torch.bool:
+        part = part.contiguous().view(torch.uint8)
+    else:
+        hidden = part <= torch.finfo(part.dtype).min / 2
+        part = part.float().masked_fill_(hidden, -torch.inf).contiguous()
+    return part, causal, places
+
+
+def _by_kind(
+    runs: list[Run], kinds: list[str], places: _Places | None, causal: int
+) -> tuple[int, bytes, int] | None:
+    """Tiles in all, kinds and runs as the kernel reads them, and for how many runs it is compiled."""
+    sets: dict[str, list[tuple[Run, int]]] = {kind: [] for kind in kinds}
+    for number, run in enumerate(runs):
+        kind, tile = _kind(run.keys.form, run.values.form)
+        if kind not in sets:
+            kinds.append(kind)
+            sets[kind] = []
+        sets[kind].append((run, tile if number + 1 < len(runs) else -tile))
+    if len(sets) > KINDS or len(runs) > MANY:
+        return None
+    count = FEW if len(runs) <= FEW else MANY
+    heads, bodies, first, tiles = [], [], 0, 0
+    for kind in kinds:
+        own = sets[kind]
+        of_kind = 0
+        for run, tile in own:
+            later = causal if tile < 0 and causal >= 0 else 1 << 30
+            bodies.append(_pack(run, of_kind, _column(run, tile < 0, places), later))
+            of_kind += -(-run.tokens // abs(tile))
+        k, v = (own[0][0].keys.channels, own[0][0].values.channels) if own else ((0, 0), (0, 0))
+        heads.append(KIND.pack(k[0], v[0], k[1], v[1], first, first + len(own), of_kind, _weight(kind)))
+        first, tiles = first + len(own), tiles + of_kind
+    return tiles, b"".join(heads + bodies).ljust(KIND.size * len(kinds) + RUN.size * count, b"\0"), count
+
+
+@functools.lru_cache(maxsize=256)
+def _weight(kind: str) -> int:
+    """What a tile costs, about: with exact tokens there are more bytes, and fewer tiles on their way."""
+    return 8 if kind.count("Exact") == 2 else 6 if "Exact" in kind else 4
+
+
+_kind = functools.lru_cache(maxsize=256)(kind_of)
+
+
+def _column(run: Run, last: bool, places: _Places | None) -> int:
+    if places is None:
+        return 0
+    if last:
+        return places.width - run.tokens
+    return run.at if places.sorted is None else int(np.searchsorted(places.sorted, run.at))
+
+
+def _pack(run: Run, tile: int, column: int, causal: int) -> bytes:
+    k, v = run.keys, run.values
+    return RUN.pack(
+        k.data, k.params, *k.strides, k.token, k.group, v.data, v.params, *v.strides, v.token, v.group,
+        run.tokens, tile, column, causal,
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=256)
+def _parts(lines: int, tiles: int, slots: int) -> int:
+    """Into how many blocks the tokens of a head are split: what a simple account of time finds best.
+
+    A tile takes a warp some 0.7 us where a card is full, and a block some 3 us apart from them.
+    """
+    best, least = 1, math.inf
+    for parts in range(1, max(1, min(256, -(-tiles // WARPS))) + 1):
+        waves = -(-lines * parts // slots)
+        time = waves * (3.0 + 0.7 * -(-tiles // (parts * WARPS))) + 0.01 * parts
+        if time < least:
+            best, least = parts, time
+    return best
+
+
+def _counter(like: Tensor, stream: int, lines: int) -> Tensor:
+    """A zero for each line, to which the kernel returns them; one set for each stream."""
+    key = (like.device.index, stream)
+    found = _counters.get(key)
+    if found is None or found.numel() < lines:
+        with torch.inference_mode(False):
+            found = _counters[key] = torch.zeros(max(lines, 4096), dtype=torch.int32, device=like.device)
+    return found
+
+
+@functools.lru_cache(maxsize=None)
+def _kernel(variant: Variant, device: int) -> _Kernel:
+    from cuda.bindings import driver
+
+    major, minor = torch.cuda.get_device_capability(device)
+    cubin = compiled(variant, f"sm_{major}{minor}")
+    shared = resources(cubin).shared
+    with torch.cuda.device(device):
+        library = _checked(driver.cuLibraryLoadData(cubin, [], [], 0, [], [], 0))
+        function = _checked(driver.cuKernelGetFunction(_checked(driver.cuLibraryGetKernel(library, b"attend"))))
+        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        _checked(driver.cuFuncSetAttribute(function, attribute, shared))
+        blocks = _checked(driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(function, 32 * WARPS, shared))
+    count = torch.cuda.get_device_properties(device).multi_processor_count
+    return _Kernel(function, shared, max(1, blocks) * count)
+
+
+def _launch(kernel: _Kernel, plan: bytes, grid: tuple[int, int, int], stream: int, device: int) -> None:
+    from cuda.bindings import driver
+
+    buffer = ctypes.create_string_buffer(plan, len(plan))
+    arguments = (ctypes.c_void_p * 1)(ctypes.addressof(buffer))
+    where = (32 * WARPS, 1, 1, kernel.shared, stream, ctypes.addressof(arguments), 0)
+    if torch.cuda.current_device() != device:
+        with torch.cuda.device(device):
+            _checked(driver.cuLaunchKernel(kernel.function, *grid, *where))
+        return
+    _checked(driver.cuLaunchKernel(kernel.function, *grid, *where))
+
+
+def _checked(result: tuple[Any, ...]) -> Any:
+    from cuda.bindings import driver
+
+    if result[0] != driver.CUresult.CUDA_SUCCESS:
+        _, text = driver.cuGetErrorString(result[0])
+        raise RuntimeError(f"CUDA: {text.decode() if text else result[0]}")
+    return result[1] if len(result) > 1 else None
