@@ -260,6 +260,10 @@ class Tiers:
         """The tokens that arrive in a store, decoded, in order: a tensor for each run."""
         runs: dict[int, list[Tensor]] = {}
         for source, index, run in plan.arrivals:
+            if source == NEW and len(index) == 1:
+                at = int(index[0])
+                runs.setdefault(run, []).append(new[:, :, at : at + 1])
+                continue
             first, last = int(index.min()), int(index.max())
             if source != NEW:
                 store = stores[source]

@@ -17,6 +17,9 @@ FULL = 4096
 FEWER = 16
 """How many times as large both are on other devices than a CPU, where each page costs a launch of every kernel."""
 
+ALIGNED = 128
+"""On these, pages are of a multiple of this many tokens."""
+
 
 class Pages:
     """A tensor `[batch, kv_heads, tokens, width]` in pages of 64 to 4,096 tokens (on a CPU).
@@ -30,6 +33,8 @@ class Pages:
         self.pages: list[Tensor] = []
         self.start = 0
         self.length = 0
+        self.places: Any = None
+        """What was found out about where the tokens lie; forgotten when they move, come or go."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Pages:
         copied = Pages(self.whole)
@@ -45,6 +50,7 @@ class Pages:
 
     def append(self, x: Tensor) -> None:
         done, n = 0, x.shape[2]
+        self.places = None
         while done < n:
             free = self.capacity - self.start - self.length
             if free == 0 and self.whole:
@@ -53,6 +59,8 @@ class Pages:
             if free == 0:
                 most = at_once(x)
                 size = max(min(most * LARGEST // FULL, max(SMALLEST, self.length // 4)), min(most, n - done))
+                if x.device.type != "cpu":  # rows of a page begin where memory is read at once
+                    size = -(-size // ALIGNED) * ALIGNED
                 # An inference tensor could not be written to once inference mode is left.
                 with torch.inference_mode(False):
                     self.pages.append(torch.empty((*x.shape[:2], size, x.shape[3]), dtype=x.dtype, device=x.device))
@@ -65,6 +73,7 @@ class Pages:
             self.length += take
 
     def _regrow(self, like: Tensor, tokens: int) -> None:
+        self.places = None
         with torch.inference_mode(False):
             shape = (*like.shape[:2], tokens + max(tokens // 8, 8), like.shape[3])
             page = torch.empty(shape, dtype=like.dtype, device=like.device)
@@ -166,7 +175,7 @@ class Pages:
                 block[:, :, :n] = x[:, :, offset : offset + n]
 
     def _truncate(self, length: int) -> None:
-        self.length = length
+        self.length, self.places = length, None
         if length == 0:
             self.pages, self.start = [], 0
         while self.pages and self.start >= self.pages[0].shape[2]:
@@ -176,10 +185,12 @@ class Pages:
 
     def select(self, rows: Tensor) -> None:
         """Keep the batch rows `rows`, in that order, repeats included."""
+        self.places = None
         with torch.inference_mode(False):
             self.pages = [page.index_select(0, rows.to(page.device)) for page in self.pages]
 
     def to(self, device: torch.device) -> None:
+        self.places = None
         self.pages = [page.to(device, non_blocking=True) for page in self.pages]
 
     def used(self) -> int:

@@ -4,29 +4,38 @@
 // the subnormal float16 code * 2^(shift - 24), exactly: codes become operands without shifts or conversions. What comes
 // before this file defines HEAD_DIM, ROWS (4 or 8 columns for query heads), BFLOAT (the model's type), KINDS, KIND_i,
 // RUNS, STAGES, BLOCKS, MASK (0 none, 1 bytes, 2 float32), CAUSAL, SOFTCAP and SCORES.
-#include "attend.cuh"
+#include "plan.cuh"
+#include "operands.cuh"
+#include "keys.cuh"
+#include "values.cuh"
+#include "merge.cuh"
 
-// The next tile of a kind to be fetched, of one side.
+// The next tile of a kind to be fetched, of one side. The warps of a block take turns, so that it reads on in one place.
 template <class S> struct Cursor {
   S source;
-  int run, done, left;
-  __device__ __forceinline__ void start(const Plan& plan, const Kind& kind, bool keys, int tile, int tokens, const Warp& w) {
-    run = kind.first;
+  int run, done, left, tile, next;  // next: the first tile of the next run
+  __device__ __forceinline__ void find(const Plan& plan, const Kind& kind, bool keys, int tokens, const Warp& w) {
     while (run + 1 < kind.last && plan.runs[run + 1].tile <= tile) run++;
+    next = run + 1 < kind.last ? plan.runs[run + 1].tile : 1 << 30;
     done = (tile - plan.runs[run].tile) * tokens;
     left = plan.runs[run].tokens - done;
-    source.start(w.lane);
     source.open(keys ? plan.runs[run].k : plan.runs[run].v, w, done);
   }
-  __device__ __forceinline__ void fetch(const Plan& plan, bool keys, int tokens, bool more, u32 to, u32 to_params, const Warp& w) {
+  __device__ __forceinline__ void start(const Plan& plan, const Kind& kind, bool keys, int first, int tokens, const Warp& w) {
+    run = kind.first;
+    tile = first;
+    source.start(w.lane);
+    find(plan, kind, keys, tokens, w);
+  }
+  __device__ __forceinline__ void fetch(const Plan& plan, const Kind& kind, bool keys, int tokens, u32 to, u32 to_params, const Warp& w) {
     source.fetch(to, to_params, done, left, w.lane);
-    done += tokens;
-    left -= tokens;
-    if (left <= 0 && more) {
-      run++;
-      done = 0;
-      left = plan.runs[run].tokens;
-      source.open(keys ? plan.runs[run].k : plan.runs[run].v, w, 0);
+    tile += WARPS;
+    if (tile < next) {
+      done += WARPS * tokens;
+      left -= WARPS * tokens;
+      source.skip(WARPS);
+    } else {
+      find(plan, kind, keys, tokens, w);
     }
   }
 };
@@ -35,19 +44,19 @@ template <class P> __device__ __forceinline__ void attend_kind(const Plan& plan,
   using K = typename P::K;
   using V = typename P::V;
   constexpr int TS = P::TOKENS, NB = TS / 16, NS = R == 8 ? NB : 1, ST = P::STAGES_;
-  const int n = last - first;
+  const int n = (last - first + WARPS - 1) / WARPS;
   typename K::State ks;
   typename V::State vs;
   Cursor<typename K::Source> kf;
   Cursor<typename V::Source> vf;
   kf.start(plan, kind, true, first, TS, w);
   vf.start(plan, kind, false, first, TS, w);
-  int now = kf.run, seen = kf.done, left = kf.left, slot = 0;  // of the next scores; slot: where the next tile goes
+  int now = kf.run, seen = kf.done, left = kf.left, tile = first, next = kf.next, slot = 0;  // of the next scores; slot: where the next tile goes
   auto fetch = [&](int i) {
     if (i < n) {
       const u32 to = w.ring + slot * P::STAGE;
-      kf.fetch(plan, true, TS, i + 1 < n, to, to + P::KEY_PARAMS, w);
-      vf.fetch(plan, false, TS, i + 1 < n, to + P::VALUES, to + P::VALUE_PARAMS, w);
+      kf.fetch(plan, kind, true, TS, to, to + P::KEY_PARAMS, w);
+      vf.fetch(plan, kind, false, TS, to + P::VALUES, to + P::VALUE_PARAMS, w);
       slot = slot + 1 == ST ? 0 : slot + 1;
     }
     commit();
@@ -56,9 +65,9 @@ template <class P> __device__ __forceinline__ void attend_kind(const Plan& plan,
 #pragma unroll
     for (int i = 0; i < ST - 1; i++) fetch(i);
   } else {  // keys of a tile are on their way while the last one is at its values, and the other way round
-    kf.fetch(plan, true, TS, 1 < n, w.ring, w.ring + P::KEY_PARAMS, w);
+    kf.fetch(plan, kind, true, TS, w.ring, w.ring + P::KEY_PARAMS, w);
     commit();
-    vf.fetch(plan, false, TS, 1 < n, w.ring + P::VALUES, w.ring + P::VALUE_PARAMS, w);
+    vf.fetch(plan, kind, false, TS, w.ring + P::VALUES, w.ring + P::VALUE_PARAMS, w);
     commit();
   }
   ks.start(plan, kind, w);
@@ -76,12 +85,14 @@ template <class P> __device__ __forceinline__ void attend_kind(const Plan& plan,
     }
     if (MASK || CAUSAL || (NB == 1 && R == 4) || left < TS) hide<NS, NB>(plan, plan.runs[now], seen, left, w, s);
     if (SCORES) keep<NS, NB>(plan, plan.runs[now].column + seen, left, w, s);
-    seen += TS;
-    left -= TS;
-    if (left <= 0 && it + 1 < n) {
-      now++;
-      seen = 0;
-      left = plan.runs[now].tokens;
+    tile += WARPS;
+    seen += WARPS * TS;
+    left -= WARPS * TS;
+    if (tile >= next) {
+      while (now + 1 < kind.last && plan.runs[now + 1].tile <= tile) now++;
+      next = now + 1 < kind.last ? plan.runs[now + 1].tile : 1 << 30;
+      seen = (tile - plan.runs[now].tile) * TS;
+      left = plan.runs[now].tokens - seen;
     }
     float top[2] = {s[0][0], s[0][1]};
 #pragma unroll
@@ -103,7 +114,7 @@ template <class P> __device__ __forceinline__ void attend_kind(const Plan& plan,
       fetch(it + ST - 1);
       wait<(ST > 1 ? ST - 2 : 0)>();
     } else {
-      if (it + 1 < n) kf.fetch(plan, true, TS, it + 2 < n, keys, keys + P::KEY_PARAMS, w);
+      if (it + 1 < n) kf.fetch(plan, kind, true, TS, keys, keys + P::KEY_PARAMS, w);
       commit();
       wait<1>();
       __syncwarp();
@@ -124,7 +135,7 @@ template <class P> __device__ __forceinline__ void attend_kind(const Plan& plan,
     } else {
       vs.add(values + P::VALUES, values + P::VALUE_PARAMS, w, p);
       __syncwarp();
-      if (it + 1 < n) vf.fetch(plan, false, TS, it + 2 < n, values + P::VALUES, values + P::VALUE_PARAMS, w);
+      if (it + 1 < n) vf.fetch(plan, kind, false, TS, values + P::VALUES, values + P::VALUE_PARAMS, w);
       commit();
       wait<1>();
       ks.convert(keys + P::KEY_PARAMS, w);
@@ -137,10 +148,10 @@ template <class P> __device__ __forceinline__ void attend_kind(const Plan& plan,
   vs.finish(plan, kind, w, m, l);
 }
 
-// All tiles of a head stand in a line, as long as they cost; a warp takes those that begin in its stretch of it.
+// All tiles of a head stand in a line, as long as they cost; a block takes those that begin in its stretch of it.
 template <class P> __device__ __forceinline__ void share(const Plan& plan, const Kind& kind, i64 at, i64 begin, i64 end, Warp& w) {
   auto tile = [&](i64 x) { return (int)(x <= at ? 0 : x >= at + (i64)kind.tiles * kind.weight ? kind.tiles : (x - at + kind.weight - 1) / kind.weight); };
-  const int first = tile(begin), last = tile(end);
+  const int first = tile(begin) + (threadIdx.x >> 5), last = tile(end);
   if (first < last) attend_kind<P>(plan, kind, first, last, w);
 }
 
@@ -159,8 +170,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) attend(const __
   w.scratch = w.ring + RING - SCRATCH;
   i64 at = 0, total = 0;
   for (int k = 0; k < KINDS; k++) total += (i64)plan.kinds[k].tiles * plan.kinds[k].weight;
-  const int me = blockIdx.x * WARPS + warp, warps = plan.parts * WARPS;
-  const i64 begin = total * me / warps, end = total * (me + 1) / warps;
+  const i64 begin = total * blockIdx.x / plan.parts, end = total * (blockIdx.x + 1) / plan.parts;
   share<KIND_0>(plan, plan.kinds[0], at, begin, end, w);
   at += (i64)plan.kinds[0].tiles * plan.kinds[0].weight;
 #if KINDS > 1

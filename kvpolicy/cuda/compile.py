@@ -12,11 +12,14 @@ from typing import NamedTuple
 
 __all__ = ["FEW", "MANY", "Resources", "Variant", "cache_directory", "compiled", "missing", "resources", "source"]
 
-STAGES = 5
+STAGES = 6
 """Tiles of a warp on their way or at work."""
+MEMORY = {"sm_80": 160, "sm_90": 224, "sm_100": 224, "sm_103": 224}
+"""KB of shared memory of a multiprocessor that blocks can have; 98 for others."""
 FEW, MANY = 28, 240
 """Runs that a launch's arguments hold: 4 KB of them, or nearly the 32 KB that CUDA 12.1 allows."""
 OPTIONS = ("-std=c++17",)
+HEADERS = ("plan.cuh", "operands.cuh", "keys.cuh", "values.cuh", "merge.cuh")
 
 
 class Variant(NamedTuple):
@@ -28,7 +31,7 @@ class Variant(NamedTuple):
     bfloat: bool
     """Whether the model's type is bfloat16, or float16."""
     kinds: tuple[str, ...]
-    """The kinds of runs, as types of `attend.cuh`."""
+    """The kinds of runs, as types of `the headers`."""
     runs: int = FEW
     mask: int = 0
     """0: none, 1: boolean, 2: additive, float32."""
@@ -40,10 +43,7 @@ class Variant(NamedTuple):
     @property
     def blocks(self) -> int:
         """Blocks that a multiprocessor is to hold at once."""
-        if any("<3," in kind for kind in self.kinds):
-            return 2 if self.head_dim <= 128 else 1
-        many = any(f", {group}, " in kind for kind in self.kinds for group in range(16, self.head_dim // 8 + 1))
-        return 2 if self.head_dim > 128 or many else 3
+        return 1 if self.head_dim > 128 and any("<3," in kind for kind in self.kinds) else 2
 
 
 class Resources(NamedTuple):
@@ -66,8 +66,8 @@ def missing() -> str | None:
     return None
 
 
-def source(variant: Variant) -> str:
-    """The source of a variant, whole."""
+def source(variant: Variant, arch: str) -> str:
+    """The source of a variant for an architecture, whole."""
     folder = Path(__file__).parent
     values = {
         "HEAD_DIM": variant.head_dim,
@@ -76,6 +76,7 @@ def source(variant: Variant) -> str:
         "KINDS": len(variant.kinds),
         "RUNS": variant.runs,
         "STAGES": STAGES,
+        "MEMORY": MEMORY.get(arch, 98),
         "BLOCKS": variant.blocks,
         "MASK": variant.mask,
         "CAUSAL": int(variant.causal),
@@ -84,7 +85,8 @@ def source(variant: Variant) -> str:
         **{f"KIND_{i}": kind for i, kind in enumerate(variant.kinds)},
     }
     text = (folder / "attend.cu").read_text(encoding="utf-8")
-    text = text.replace('#include "attend.cuh"\n', (folder / "attend.cuh").read_text(encoding="utf-8"))
+    for name in HEADERS:
+        text = text.replace(f'#include "{name}"\n', (folder / name).read_text(encoding="utf-8"))
     return "".join(f"#define {name} {value}\n" for name, value in values.items()) + text
 
 
@@ -97,19 +99,19 @@ def cache_directory() -> Path:
     return Path(base) / "kvpolicy" / "cuda"
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _compiler() -> str:
     from cuda.bindings import nvrtc
 
     return ".".join(map(str, nvrtc.nvrtcVersion()[1:]))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def compiled(variant: Variant, arch: str) -> bytes:
     """The cubin of a variant for an architecture such as `sm_90`; from disk where it was compiled before."""
     from cuda.core import Program, ProgramOptions
 
-    text = source(variant)
+    text = source(variant, arch)
     key = hashlib.sha256("\0".join([text, arch, _compiler(), *OPTIONS]).encode()).hexdigest()
     path = cache_directory() / f"{key}.cubin"
     try:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy.cuda.compile import FEW, MANY, Variant, compiled, missing, resources
-from kvpolicy.cuda.sources import EXACT, Format, Run, format_of, kind_of, lay_out, new_piece, refuses_store
+from kvpolicy.cuda.sources import EXACT, Format, Run, format_of, kind_of, lay_out, new_piece, refuses_store, run_of
 
 if TYPE_CHECKING:
     from kvpolicy.layer import Tiers
@@ -30,7 +30,9 @@ MOST_ROWS = 256
 KINDS = 6
 WARPS = 4
 LOG2E = math.log2(math.e)
-HEADER, KIND, RUN = struct.Struct("<8q7q6i2f"), struct.Struct("<2q6i"), struct.Struct("<6q2i6q2i4i")
+HEADER, KIND = struct.Struct("<8q7q6i2f"), struct.Struct("<2q6i")
+_LAST = struct.Struct("<4i")
+RUN_BYTES = 128
 
 
 class _Layer(NamedTuple):
@@ -124,61 +126,58 @@ def attend(
 ) -> Tensor | None:
     """What `kvpolicy.attend.attend` returns, of the same arguments; None where keys and values lie in too many runs."""
     layer = _layer(tiers, query, new)
-    runs = lay_out(tiers, layer.forms)
-    if runs is None:
+    held = lay_out(tiers, layer.forms)
+    if held is None:
         return None
-    keys, values = _aligned(new[0]), _aligned(new[1])
+    query, keys, values = _aligned(query), _aligned(new[0]), _aligned(new[1])
     batch, heads, queries, dim = query.shape
     kv_heads, tokens = keys.shape[1:3]
     end = tiers.settled + tokens  # above all positions held
-    runs.append(Run(end, tokens, new_piece(keys, end), new_piece(values, end)))
+    runs = [*held, run_of(end, tokens, new_piece(keys, end), new_piece(values, end))]
     shown, causal, places = _masked(tiers, mask, queries, tokens, kv_heads, observer is not None)
-    groups = heads // kv_heads
-    rows = groups * queries
-    size = 4 if rows <= 4 else 8
     laid = _by_kind(runs, layer.kinds, places, tokens - queries if causal else -1)
     if laid is None:
         return None
-    tiles, kinds_and_runs, count = laid
-    kind = 0 if shown is None else 1 if shown.dtype == torch.uint8 else 2
-    bfloat = query.dtype == torch.bfloat16
-    variant = Variant(
-        dim, size, bfloat, tuple(layer.kinds), count, kind, causal, softcap is not None, observer is not None
-    )
-    device = query.device.index
-    kernel = _kernel(variant, device)
+    tiles, body, count = laid
+    rows = heads // kv_heads * queries
+    size = 4 if rows <= 4 else 8
+    masked = 0 if shown is None else 1 if shown.dtype == torch.uint8 else 2
+    flags = (masked, causal, softcap is not None, observer is not None)
+    variant = Variant(dim, size, query.dtype == torch.bfloat16, tuple(layer.kinds), count, *flags)
+    kernel = _kernel(variant, query.device.index)
+    if kernel is None:
+        return None
     lines, turns = batch * kv_heads, -(-rows // size)
     parts = _parts(lines * turns, tiles, kernel.slots)
-    query = _aligned(query)
     out = query.new_empty((batch, queries, heads, dim))
-    slot = size * dim + 2 * size
+    partial = counters = scores = sums = None
     stream = torch.cuda.current_stream(query.device).cuda_stream
-    partial = counters = None
     if parts > 1:
-        partial = query.new_empty(lines * turns * parts * slot, dtype=torch.float32)
+        partial = query.new_empty(lines * turns * parts * size * (dim + 2), dtype=torch.float32)
         counters = _counter(query, stream, lines * turns)
-    scores = sums = None
-    columns = places.width if places is not None else 0
     if observer is not None:
-        scores = query.new_empty((batch, kv_heads, rows, columns), dtype=torch.float32)
-        sums = query.new_empty((batch, kv_heads, rows), dtype=torch.float32)
+        assert places is not None
+        scores = query.new_empty((batch, kv_heads, rows, places.width), dtype=torch.float32)
+        sums = query.new_empty((batch, kv_heads, rows, 1), dtype=torch.float32)
     sinks = None if sinks is None else sinks.float().contiguous()
     pointers = [0 if x is None else x.data_ptr() for x in (query, shown, out, partial, scores, sums, sinks, counters)]
-    strides = [0] * 4
-    if shown is not None:
-        strides = [n if size > 1 else 0 for n, size in zip(shown.stride()[:4], shown.shape[:4], strict=True)]
-    scale = (dim**-0.5 if scaling is None else scaling) * LOG2E
-    header = HEADER.pack(
-        *pointers, *query.stride()[:3], *strides, kv_heads, groups, queries, parts, columns, 0, scale, (softcap or 0.0) * LOG2E
-    )
-    _launch(kernel, header + kinds_and_runs, (parts, lines, turns), stream, device)
-    if observer is not None:
-        assert scores is not None and sums is not None
-        shaped = scores.view(batch, kv_heads, groups, queries, columns)
+    numbers = (kv_heads, heads // kv_heads, queries, parts, places.width if places is not None else 0, 0)
+    scales = ((dim**-0.5 if scaling is None else scaling) * LOG2E, (softcap or 0.0) * LOG2E)
+    header = HEADER.pack(*pointers, *query.stride()[:3], *_strides(shown), *numbers, *scales)
+    _launch(kernel, header + body, (parts, lines, turns), stream, query.device.index)
+    if observer is not None and scores is not None and sums is not None:
+        shaped = scores.view(batch, kv_heads, -1, queries, scores.shape[3])
         visible = shaped > -torch.inf
-        weights = shaped.sub_(sums.view(batch, kv_heads, groups, queries, 1)).exp2_()
-        observer.watch(torch.arange(queries) + tokens - queries, weights, visible, slice(0, kv_heads), kv_heads)
+        scores.sub_(sums).exp2_()
+        observer.watch(torch.arange(queries) + tokens - queries, shaped, visible, slice(0, kv_heads), kv_heads)
     return out
+
+
+def _strides(mask: Tensor | None) -> list[int]:
+    """Elements from row to row, KV head, query head and query of a mask; 0 where it is the same for all."""
+    if mask is None:
+        return [0] * 4
+    return [step if size > 1 else 0 for step, size in zip(mask.stride()[:4], mask.shape[:4], strict=True)]
 
 
 def _aligned(x: Tensor) -> Tensor:
@@ -223,17 +222,14 @@ def _masked(
     return part, causal, places
 
 
-def _by_kind(
-    runs: list[Run], kinds: list[str], places: _Places | None, causal: int
-) -> tuple[int, bytes, int] | None:
+def _by_kind(runs: list[Run], kinds: list[str], places: _Places | None, causal: int) -> tuple[int, bytes, int] | None:
     """Tiles in all, kinds and runs as the kernel reads them, and for how many runs it is compiled."""
-    sets: dict[str, list[tuple[Run, int]]] = {kind: [] for kind in kinds}
-    for number, run in enumerate(runs):
-        kind, tile = _kind(run.keys.form, run.values.form)
-        if kind not in sets:
-            kinds.append(kind)
-            sets[kind] = []
-        sets[kind].append((run, tile if number + 1 < len(runs) else -tile))
+    sets: dict[str, list[Run]] = {kind: [] for kind in kinds}
+    for run in runs:
+        if run.kind not in sets:
+            kinds.append(run.kind)
+            sets[run.kind] = []
+        sets[run.kind].append(run)
     if len(sets) > KINDS or len(runs) > MANY:
         return None
     count = FEW if len(runs) <= FEW else MANY
@@ -241,14 +237,15 @@ def _by_kind(
     for kind in kinds:
         own = sets[kind]
         of_kind = 0
-        for run, tile in own:
-            later = causal if tile < 0 and causal >= 0 else 1 << 30
-            bodies.append(_pack(run, of_kind, _column(run, tile < 0, places), later))
-            of_kind += -(-run.tokens // abs(tile))
-        k, v = (own[0][0].keys.channels, own[0][0].values.channels) if own else ((0, 0), (0, 0))
-        heads.append(KIND.pack(k[0], v[0], k[1], v[1], first, first + len(own), of_kind, _weight(kind)))
+        for run in own:
+            last = run is runs[-1]
+            later = causal if last and causal >= 0 else 1 << 30
+            bodies += [run.where, _LAST.pack(run.tokens, of_kind, _column(run, last, places), later)]
+            of_kind += -(-run.tokens // run.tile)
+        channels = own[0].channels if own else (0, 0, 0, 0)
+        heads.append(KIND.pack(*channels, first, first + len(own), of_kind, _weight(kind)))
         first, tiles = first + len(own), tiles + of_kind
-    return tiles, b"".join(heads + bodies).ljust(KIND.size * len(kinds) + RUN.size * count, b"\0"), count
+    return tiles, b"".join(heads + bodies).ljust(KIND.size * len(kinds) + RUN_BYTES * count, b"\0"), count
 
 
 @functools.lru_cache(maxsize=256)
@@ -257,23 +254,12 @@ def _weight(kind: str) -> int:
     return 8 if kind.count("Exact") == 2 else 6 if "Exact" in kind else 4
 
 
-_kind = functools.lru_cache(maxsize=256)(kind_of)
-
-
 def _column(run: Run, last: bool, places: _Places | None) -> int:
     if places is None:
         return 0
     if last:
         return places.width - run.tokens
     return run.at if places.sorted is None else int(np.searchsorted(places.sorted, run.at))
-
-
-def _pack(run: Run, tile: int, column: int, causal: int) -> bytes:
-    k, v = run.keys, run.values
-    return RUN.pack(
-        k.data, k.params, *k.strides, k.token, k.group, v.data, v.params, *v.strides, v.token, v.group,
-        run.tokens, tile, column, causal,
-    )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=256)
@@ -301,21 +287,24 @@ def _counter(like: Tensor, stream: int, lines: int) -> Tensor:
     return found
 
 
-@functools.lru_cache(maxsize=None)
-def _kernel(variant: Variant, device: int) -> _Kernel:
+@functools.cache
+def _kernel(variant: Variant, device: int) -> _Kernel | None:
+    """None where the card has too little shared memory."""
     from cuda.bindings import driver
 
     major, minor = torch.cuda.get_device_capability(device)
     cubin = compiled(variant, f"sm_{major}{minor}")
     shared = resources(cubin).shared
+    limit = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+    if shared > _checked(driver.cuDeviceGetAttribute(limit, _checked(driver.cuDeviceGet(device)))):
+        return None
     with torch.cuda.device(device):
         library = _checked(driver.cuLibraryLoadData(cubin, [], [], 0, [], [], 0))
         function = _checked(driver.cuKernelGetFunction(_checked(driver.cuLibraryGetKernel(library, b"attend"))))
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         _checked(driver.cuFuncSetAttribute(function, attribute, shared))
         blocks = _checked(driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(function, 32 * WARPS, shared))
-    count = torch.cuda.get_device_properties(device).multi_processor_count
-    return _Kernel(function, shared, max(1, blocks) * count)
+    return _Kernel(function, shared, max(1, blocks) * torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def _launch(kernel: _Kernel, plan: bytes, grid: tuple[int, int, int], stream: int, device: int) -> None:
