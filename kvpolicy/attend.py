@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from kvpolicy.layer import Tiers
     from kvpolicy.scores import Observer
 
-__all__ = ["ALL", "as_mask", "attend", "exponentials", "gathered", "mask_scores", "observe"]
+__all__ = ["ALL", "as_mask", "attend", "exponentials", "gathered", "mask_scores", "observe", "reference"]
 
 SCORES = 1 << 24
 """Scores computed at a time; more queries than fit take another turn over the stores."""
@@ -68,6 +68,20 @@ def attend(
             found = cuda.attend(tiers, query, new, mask, scaling, softcap, sinks, observer)
             if found is not None:
                 return found
+    return reference(tiers, query, new, mask, scaling, softcap, sinks, observer)
+
+
+def reference(
+    tiers: Tiers,
+    query: Tensor,
+    new: tuple[Tensor, Tensor],
+    mask: Tensor | None = None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    observer: Observer | None = None,
+) -> Tensor:
+    """The same, anywhere and for every store."""
     batch, heads, queries, dim = query.shape
     keys, values = new
     kv_heads = keys.shape[1]

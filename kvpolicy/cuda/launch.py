@@ -304,7 +304,8 @@ def _kernel(variant: Variant, device: int) -> _Kernel | None:
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         _checked(driver.cuFuncSetAttribute(function, attribute, shared))
         blocks = _checked(driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(function, 32 * WARPS, shared))
-    return _Kernel(function, shared, max(1, blocks) * torch.cuda.get_device_properties(device).multi_processor_count)
+    blocks = max(1, min(blocks, variant.blocks))  # more of them read in too many places at once
+    return _Kernel(function, shared, blocks * torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def _launch(kernel: _Kernel, plan: bytes, grid: tuple[int, int, int], stream: int, device: int) -> None:

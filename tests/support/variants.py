@@ -21,7 +21,7 @@ def variant(
     head_dim: int, *pairs: tuple[Format, Format], rows: int = 4, bfloat: bool = True, **flags: object
 ) -> Variant:
     kinds = sorted({kind_of(k, v)[0] for k, v in [(EXACT, EXACT), *pairs]})
-    return Variant(head_dim, rows, bfloat, tuple(kinds), **flags)  # type: ignore[arg-type]
+    return Variant(head_dim, rows, bfloat, tuple(kinds), **flags)
 
 
 LOGQUANT = (token(2, 64), token(2, 64))
