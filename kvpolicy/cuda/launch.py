@@ -107,11 +107,17 @@ def _reasons(query: Tensor, new: tuple[Tensor, Tensor]) -> list[str]:
     absent = missing()
     if absent and not reasons:
         reasons.append(absent)
-        warnings.warn(
-            f"attention on compressed stores is slow on this GPU, since {absent}; use: pip install 'kvpolicy[cuda]'",
-            stacklevel=2,
-        )
+        _warn(absent)
     return reasons
+
+
+@functools.cache
+def _warn(absent: str) -> None:
+    """Once in a process."""
+    warnings.warn(
+        f"attention on compressed stores is slow on this GPU, since {absent}; use: pip install 'kvpolicy[cuda]'",
+        stacklevel=2,
+    )
 
 
 def attend(
