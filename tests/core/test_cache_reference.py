@@ -32,7 +32,8 @@ CONFIG = LlamaConfig(
 
 def once(q: AffineQuantizer, groups: torch.Tensor) -> torch.Tensor:
     codes, scale, offset = q.calibrate(groups)
-    kept = torch.float32 if q.scale_dtype == "float32" else groups.dtype
+    small = groups.dtype == torch.float16 and q.nbits > 2  # float16 would lose small scales
+    kept = torch.float32 if q.scale_dtype == "float32" or small else groups.dtype
     return (scale.to(kept).float() * codes.float() + offset.to(kept).float()).to(groups.dtype)
 
 
