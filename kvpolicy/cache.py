@@ -190,7 +190,8 @@ class CompressedCache(PassAware, Cache):
         removed = min(length - max(known, self.guard.seen), 0)
         with self.guard.tearing("crop"):
             for number, layer in enumerate(self.layers):  # these first: they may refuse
-                if not isinstance(layer, TieredLayer) and removed:
+                # One that records the past lets go of what is behind its window even if nothing is removed.
+                if not isinstance(layer, TieredLayer) and (removed or getattr(layer, "record_past", False)):
                     self._crop_own(number, layer, length, removed)
             for layer in self.layers:
                 if isinstance(layer, TieredLayer):
