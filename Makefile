@@ -6,10 +6,11 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 CONSTRAINTS ?= constraints.txt
 OUT ?= out/demo
 ARMS := full logquant partial-logquant kivi zipcache h2o logquant-evict kivi-evict
-# What moves from one end of transformers' range to the other, and the tests that are run at the oldest.
+# What moves from one end of transformers' range to the other, and the tests that are run at the oldest: those of cache,
+# attention, padding and generation that meet its models.
 MOVING := ^(transformers|huggingface-hub|tokenizers)==
 OLDEST_TESTS := $(wildcard $(patsubst %,tests/core/test_%*.py,\
-	assisted attach attend attention cache generate padding ragged))
+	assisted attach attention cache_models generate multimodal override padding passes ragged_edges))
 
 .PHONY: help demo test test-oldest test-newest lint docs bench clean
 
