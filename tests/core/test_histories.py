@@ -104,7 +104,8 @@ class History:
         settled.cache.settle()
         expected = reference(settled, parts[0], (parts[1], parts[2]), real, first) if first else None
         found = self.layer(*parts, real)
-        # The update that brings the first padding settles what waited row by row, the reference above for all rows.
+        # The update that brings the first padding settles what waited row by row, the reference above for all rows at
+        # once: tokens that come from two stores then fill groups of channels in another order, and get other codes.
         if expected is not None and self.reads and (spread or self.layer.tiers.ragged is None):
             shown = real[:, :, None, None].expand_as(found)
             torch.testing.assert_close(found.double()[shown], expected[shown], rtol=1e-4, atol=1e-4)
