@@ -226,7 +226,7 @@ def test_few_blocks_of_many_are_looked_at_and_views_are_read_as_they_are() -> No
 def test_layers_of_unequal_length_are_not_saved(tmp_path: Path) -> None:
     cache = filled(tiny("llama"))
     cache.layers[1].crop(-1)
-    with pytest.raises(CacheError, match=r"all layers of a cache must have seen the same tokens, found \[60, 59\]"):
+    with pytest.raises(CacheError, match=r"must hold the same tokens.*\[60, 59\]"):
         cache.save(tmp_path / "cache")
     assert not list(tmp_path.iterdir())
 
