@@ -178,7 +178,8 @@ class Ragged:
                 inside[..., first:end] = False
             index = indices_of(inside)
             if index is not None:
-                arriving.append((s, table, index))
+                grouped = any(getattr(stores[name][s], "by_channel", False) for name in self.sides(side))
+                arriving.append((s, table, _by_position(index, work.positions) if grouped else index))
         for s, table, index in arriving:
             for name in self.sides(side):
                 store = stores[name][s]
@@ -314,6 +315,12 @@ class Ragged:
             return like[:, :, :0]
         order, positions = in_order([t for t, _ in held])
         return gather_tokens(torch.cat(parts, dim=2), order).masked_fill((positions < 0).unsqueeze(3), 0.0)
+
+
+def _by_position(index: Tensor, positions: Tensor) -> Tensor:
+    """`index` in the order of the text, as neighbours share a group of channels; empty places last."""
+    places = positions.gather(2, index.clamp(min=0)).masked_fill(index < 0, torch.iinfo(positions.dtype).max)
+    return index.gather(2, places.argsort(dim=2, stable=True))
 
 
 def _empty(store: Store, table: Table, index: Tensor | None = None) -> Tensor | None:
