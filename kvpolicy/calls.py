@@ -85,8 +85,9 @@ class Call:
         return self.args, {**{k: v for k, v in self.kwargs.items() if k not in WORDS}, word: cache}
 
     def mask(self) -> Tensor | None:
+        """Its attention mask, 2-D or 4-D."""
         found = self.get("attention_mask")
-        return found if isinstance(found, Tensor) and found.ndim == 2 else None
+        return found if isinstance(found, Tensor) and found.ndim in (2, 4) else None
 
     def tokens(self) -> int:
         """Tokens of a row that the call brings."""

@@ -93,6 +93,11 @@ class Tiers:
         return self.reading.padding if self.told_apart else None
 
     @property
+    def evicts(self) -> bool:
+        """Whether its last tier drops tokens."""
+        return bool(self.placement.specs["keys"][-1] == "evict")
+
+    @property
     def waiting(self) -> int:
         return self.pending["keys"].shape[2] if self.pending else 0
 

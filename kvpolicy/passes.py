@@ -194,13 +194,15 @@ class Hooked:
                 self.attachment.check(module, call)
             cache.begin(tokens, mask, self.attachment is not None)
         carried = None if cache is None else weakref.ref(cache)
-        found = Pass(weakref.ref(module), frame, carried, running, tokens, mask is not None)
+        masked = mask is not None and mask.ndim == 2
+        found = Pass(weakref.ref(module), frame, carried, running, tokens, masked)
         self.passes[threading.get_ident()] = found
         return added
 
     def _again(self, running: Pass, call: Call) -> None:
         """Announce a pass anew where an inner model is told what an outer one was not: more tokens, or the mask."""
         mask, tokens, cache = call.mask(), call.tokens(), running.cache
+        mask = mask if mask is not None and mask.ndim == 2 else None
         known = running.masked or mask is None
         if cache is None or not tokens or (known and tokens == running.tokens):
             return

@@ -18,7 +18,7 @@ __all__ = ["LayerSummary", "Memory", "StoreMemory", "Summary", "measure", "summa
 
 UNSEEN = (
     "no model tells this cache of padding while it is not attached, so that padded rows can't be told apart; make it "
-    "for the model itself: make_cache(recipe, model)"
+    "for the model that runs: make_cache(recipe, model)"
 )
 KINDS = ("codes", "scales", "zeros", "exact", "indices", "scores")
 
@@ -223,5 +223,5 @@ def summarize(cache: CompressedCache) -> Summary:
             rows.append(LayerSummary(number, kept, tiers, layer.tiers.held_after_settling()))
         else:
             rows.append(LayerSummary(number, f"transformers' {type(layer).__name__}", (), 0))
-    blind = cache.guard.evicts and cache.lease is None
+    blind = cache.guard.evicts and (cache.lease is None or cache.guard.untold)
     return Summary(cache.recipe.name, tuple(rows), (UNSEEN,) if blind else ())

@@ -90,6 +90,8 @@ class Guard:
         """What was done to the rows of some layers only."""
         self._user: dict[str, int] = {}
         """The thread that is updating a layer right now."""
+        self.untold = False
+        """Whether tokens came outside any pass that a model announced."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_pass": None, "_user": {}}
@@ -102,7 +104,7 @@ class Guard:
     @property
     def evicts(self) -> bool:
         """Whether tokens are dropped in any layer."""
-        return any(tiers.placement.specs["keys"][-1] == "evict" for tiers in self.tiers)
+        return any(tiers.evicts for tiers in self.tiers)
 
     @property
     def selects_together(self) -> bool:
@@ -131,7 +133,7 @@ class Guard:
 
         Args:
             tokens: how many.
-            mask: the pass's 2-D attention mask over all tokens, if it has one, which tells padding.
+            mask: the pass's attention mask, if it has one. One over all tokens, 2-D, tells padding.
             attached: whether the model reads the stores itself.
 
         Raises:
@@ -139,12 +141,24 @@ class Guard:
         """
         self.whole()
         before, padding = self.seen, self.reading.padding
+        if isinstance(mask, Tensor) and mask.ndim == 4 and self.evicts and not attached:
+            self._check_columns(mask, tokens)
         coming = self._padding_with(mask, tokens, before, attached)
         own = {i: _kept(x) for i, x in enumerate(self.layers) if not isinstance(x, TieredLayer)}
         if attached and self.selects_together:
             self.settle()
         self._pass = Transaction(before, padding, own, _caller())
         self.reading.padding, self.reading.attached = coming, attached
+
+    def _check_columns(self, mask: Tensor, tokens: int) -> None:
+        """Refuse a 4-D mask that speaks of tokens which were dropped."""
+        held = next(tiers.held_after_settling() for tiers in self.tiers if tiers.evicts)
+        if mask.shape[3] != held + tokens:
+            raise CacheError(
+                f"a 4-D attention mask must have a column for each of the {held + tokens} tokens that the layers of "
+                f"recipe {self.recipe!r} show while its model is not attached, found {mask.shape[3]}; attach the "
+                "model: its masks then speak of all tokens seen"
+            )
 
     def finish(self, failed: bool = False) -> None:
         """The forward pass has ended; if it `failed`, what it did is taken back, as far as that can be done."""
@@ -269,6 +283,7 @@ class Guard:
         tiered = self.layers[layer]
         if not isinstance(tiered, TieredLayer):
             return
+        self.untold = True
         seen = tiered.tiers.seen
         if seen > min([seen, *self._lengths()]):
             self.whole()
@@ -357,7 +372,7 @@ class Guard:
         """All layers are reset, which mends whatever was broken."""
         if self._pass is not None and self._pass.elsewhere and self._pass.alive():
             self.whole()
-        self._torn = "reset"
+        self._torn, self.untold = "reset", False
         yield
         self.reading.padding, self.reading.attached = None, False
         self._pass = self._torn = None

@@ -337,3 +337,25 @@ def test_one_call_with_a_recipe_begins_one_pass(model: PreTrainedModel, monkeypa
     with attach(model, recipe="logquant"):
         assert cache_of(model(ids(30))).recipe.name == "logquant"
     assert count == [30]
+
+
+def test_a_mask_of_tokens_that_were_dropped_is_refused_by_name() -> None:
+    model = tiny("llama")
+    with torch.no_grad():
+        cache = make_cache("streaming-llm", model, window=8)
+        model(ids(40), **{CACHE: cache})
+        with pytest.raises(CacheError, match=r"column for each of the 13 tokens .* found 41; attach the model: its"):
+            model(ids(1), attention_mask=torch.zeros(1, 1, 1, 41), **{CACHE: cache})
+        model(ids(1), attention_mask=torch.zeros(1, 1, 1, 13), **{CACHE: cache})
+    assert cache.get_seq_length() == 41
+
+
+def test_the_summary_says_where_another_model_than_its_own_runs_with_a_cache() -> None:
+    model = tiny("llama")
+    with torch.no_grad():
+        cache = make_cache("streaming-llm", model, window=8)
+        copy.deepcopy(model)(ids(40), **{CACHE: cache})
+        assert "can't be told apart" in str(cache.summary())
+        cache.reset()
+        model(ids(40), **{CACHE: cache})
+        assert "can't be told apart" not in str(cache.summary())
