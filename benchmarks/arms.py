@@ -17,7 +17,7 @@ from transformers import DynamicCache, LlamaConfig, QuantizedCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from kvpolicy import make_cache
-from kvpolicy.attention import attention_forward
+from kvpolicy.hf.attach import attention_forward
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 RESIDUAL = 128

@@ -20,7 +20,7 @@ from arms import DTYPES, clock, machine
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import kvpolicy
-from kvpolicy.models import cache_word
+from kvpolicy.hf.models import cache_word
 
 
 def model(options: argparse.Namespace, dtype: str) -> LlamaForCausalLM:

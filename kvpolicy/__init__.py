@@ -6,21 +6,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kvpolicy.attention import Attached as Attached
-    from kvpolicy.attention import attach as attach
-    from kvpolicy.cache import CompressedCache as CompressedCache
-    from kvpolicy.cache import make_cache as make_cache
-    from kvpolicy.comparison import compare as compare
+    from kvpolicy.experiment.comparison import compare as compare
+    from kvpolicy.hf.attach import Attached as Attached
+    from kvpolicy.hf.attach import attach as attach
+    from kvpolicy.hf.cache import CompressedCache as CompressedCache
+    from kvpolicy.hf.cache import make_cache as make_cache
     from kvpolicy.hookspecs import hookimpl as hookimpl
-    from kvpolicy.policy import Policy as Policy
-    from kvpolicy.policy import RankPolicy as RankPolicy
-    from kvpolicy.policy import Scores as Scores
-    from kvpolicy.quantizer import Affine as Affine
-    from kvpolicy.quantizer import AffineQuantizer as AffineQuantizer
-    from kvpolicy.quantizer import Quantizer as Quantizer
-    from kvpolicy.quantizer import TensorQuantizer as TensorQuantizer
-    from kvpolicy.recipe import Recipe as Recipe
-    from kvpolicy.recipe import load_recipe as load_recipe
+    from kvpolicy.interfaces.policy import Policy as Policy
+    from kvpolicy.interfaces.policy import RankPolicy as RankPolicy
+    from kvpolicy.interfaces.policy import Scores as Scores
+    from kvpolicy.interfaces.quantizer import Affine as Affine
+    from kvpolicy.interfaces.quantizer import AffineQuantizer as AffineQuantizer
+    from kvpolicy.interfaces.quantizer import Quantizer as Quantizer
+    from kvpolicy.interfaces.quantizer import TensorQuantizer as TensorQuantizer
+    from kvpolicy.recipe.load import Recipe as Recipe
+    from kvpolicy.recipe.load import load_recipe as load_recipe
 
     __version__: str
 
@@ -45,21 +45,21 @@ __all__ = [
 
 # Loaded at first use: torch and transformers take seconds, and `kvpolicy --help` needs neither.
 _HOMES = {
-    "Affine": "quantizer",
-    "AffineQuantizer": "quantizer",
-    "Attached": "attention",
-    "CompressedCache": "cache",
-    "Policy": "policy",
-    "Quantizer": "quantizer",
-    "RankPolicy": "policy",
-    "Recipe": "recipe",
-    "Scores": "policy",
-    "TensorQuantizer": "quantizer",
-    "attach": "attention",
-    "compare": "comparison",
+    "Affine": "interfaces.quantizer",
+    "AffineQuantizer": "interfaces.quantizer",
+    "Attached": "hf.attach",
+    "CompressedCache": "hf.cache",
+    "Policy": "interfaces.policy",
+    "Quantizer": "interfaces.quantizer",
+    "RankPolicy": "interfaces.policy",
+    "Recipe": "recipe.load",
+    "Scores": "interfaces.policy",
+    "TensorQuantizer": "interfaces.quantizer",
+    "attach": "hf.attach",
+    "compare": "experiment.comparison",
     "hookimpl": "hookspecs",
-    "load_recipe": "recipe",
-    "make_cache": "cache",
+    "load_recipe": "recipe.load",
+    "make_cache": "hf.cache",
 }
 
 

@@ -1,6 +1,6 @@
 """`python -m kvpolicy`."""
 
-from kvpolicy.cli import main
+from kvpolicy.cli.main import main
 
 if __name__ == "__main__":
     main()

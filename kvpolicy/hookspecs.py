@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pluggy
 
-from kvpolicy.policy import Policy
-from kvpolicy.quantizer import Quantizer
+from kvpolicy.interfaces.policy import Policy
+from kvpolicy.interfaces.quantizer import Quantizer
 
 __all__ = ["hookimpl", "hookspec", "kvpolicy_policies", "kvpolicy_quantizers"]
 

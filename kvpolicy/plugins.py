@@ -16,10 +16,10 @@ from typing import Any, Generic, TypeVar, get_args
 import pluggy
 
 from kvpolicy import hookspecs
-from kvpolicy.component import Component
 from kvpolicy.errors import PluginError, RecipeError
-from kvpolicy.policy import Policy
-from kvpolicy.quantizer import AffineQuantizer, Quantizer, TensorQuantizer
+from kvpolicy.interfaces.component import Component
+from kvpolicy.interfaces.policy import Policy
+from kvpolicy.interfaces.quantizer import AffineQuantizer, Quantizer, TensorQuantizer
 from kvpolicy.words import listed, quoted, suggest
 
 __all__ = ["GROUP", "BrokenPlugin", "PluginInfo", "Registry", "registry"]

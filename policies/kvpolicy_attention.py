@@ -8,9 +8,9 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from kvpolicy.component import MOST, Budget, budget_tokens
 from kvpolicy.hookspecs import hookimpl
-from kvpolicy.policy import Policy, Queries, RankPolicy, Scores
+from kvpolicy.interfaces.component import MOST, Budget, budget_tokens
+from kvpolicy.interfaces.policy import Policy, Queries, RankPolicy, Scores
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 

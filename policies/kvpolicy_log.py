@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from kvpolicy.component import Budget, budget_tokens
 from kvpolicy.hookspecs import hookimpl
-from kvpolicy.policy import Policy
+from kvpolicy.interfaces.component import Budget, budget_tokens
+from kvpolicy.interfaces.policy import Policy
 
 
 class Log(Policy):

@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from kvpolicy.component import MOST
 from kvpolicy.hookspecs import hookimpl
-from kvpolicy.policy import NEVER, Policy
+from kvpolicy.interfaces.component import MOST
+from kvpolicy.interfaces.policy import NEVER, Policy
 
 Ints = NDArray[np.int64]
 

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 
 from kvpolicy.hookspecs import hookimpl
-from kvpolicy.quantizer import Affine, AffineQuantizer, Quantizer
+from kvpolicy.interfaces.quantizer import Affine, AffineQuantizer, Quantizer
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from kvpolicy.errors import MissingDependencyError
 from kvpolicy.hookspecs import hookimpl
-from kvpolicy.quantizer import Affine, AffineQuantizer, Quantizer, unit_factor
+from kvpolicy.interfaces.quantizer import Affine, AffineQuantizer, Quantizer, unit_factor
 
 if TYPE_CHECKING:
     from torch import Tensor

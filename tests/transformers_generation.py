@@ -56,8 +56,8 @@ class Plugin:
         from transformers import DynamicCache, GenerationMixin
 
         import kvpolicy
-        from kvpolicy.attention import is_attached
-        from kvpolicy.models import cache_word
+        from kvpolicy.hf.attach import is_attached
+        from kvpolicy.hf.models import cache_word
 
         prepare, generate = GenerationMixin._prepare_cache_for_generation, GenerationMixin.generate
 

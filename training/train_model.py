@@ -25,7 +25,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from kvpolicy import tasks
+from kvpolicy.experiment import tasks
 
 VOCABULARY = 3072
 CONTEXT = 2048
@@ -97,7 +97,7 @@ class Batch:
 
 
 class Rows:
-    """Training rows as token ids, in the layout of the generators in `kvpolicy.tasks`."""
+    """Training rows as token ids, in the layout of the generators in `kvpolicy.experiment.tasks`."""
 
     def __init__(self, tokenizer: Any, device: str, seed: int) -> None:
         self.tokenizer = tokenizer

@@ -58,7 +58,7 @@ def _fields(properties: dict[str, Any], required: dict[str, str]) -> str:
 
 def recipe_fields() -> str:
     """The keys of a recipe."""
-    from kvpolicy.schema import recipe_schema
+    from kvpolicy.recipe.schema import recipe_schema
 
     schema = recipe_schema()
     one_of = [*schema["else"]["required"], *schema["if"]["required"]]
@@ -68,7 +68,7 @@ def recipe_fields() -> str:
 
 def tier_fields() -> str:
     """The keys of a tier."""
-    from kvpolicy.schema import recipe_schema
+    from kvpolicy.recipe.schema import recipe_schema
 
     both = "yes, unless `store` is given"
     required = {"policy": "in all tiers but the last", "store": "yes, unless `keys` and `values` are given"}
@@ -77,7 +77,7 @@ def tier_fields() -> str:
 
 def _options(what: str) -> str:
     from kvpolicy.plugins import registry
-    from kvpolicy.schema import recipe_schema
+    from kvpolicy.recipe.schema import recipe_schema
 
     definitions = recipe_schema()["$defs"]
     parts = []
@@ -112,7 +112,7 @@ def quantizers() -> str:
 
 def bundled() -> str:
     """The bundled recipes."""
-    from kvpolicy.recipe import bundled_names, load_recipe
+    from kvpolicy.recipe.load import bundled_names, load_recipe
 
     loaded = [load_recipe(name) for name in bundled_names()]
     return _table(
@@ -128,7 +128,7 @@ def cli() -> str:
     """Every command with its arguments and options."""
     import typer
 
-    from kvpolicy.cli import app
+    from kvpolicy.cli.main import app
 
     root: Any = typer.main.get_command(app)
     parts = []

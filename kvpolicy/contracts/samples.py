@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 from torch import Tensor
 
-from kvpolicy.component import Component
 from kvpolicy.errors import KvpolicyError
+from kvpolicy.interfaces.component import Component
+from kvpolicy.interfaces.policy import Policy
+from kvpolicy.interfaces.quantizer import AffineQuantizer, Quantizer
 from kvpolicy.plugins import PluginInfo, registry
-from kvpolicy.policy import Policy
-from kvpolicy.quantizer import AffineQuantizer, Quantizer
 
 __all__ = ["Block", "TwoTier", "name_of", "policies", "quantizers", "required_options", "tensor"]
 

@@ -8,8 +8,8 @@ import torch
 from numpy.typing import NDArray
 
 from kvpolicy.contracts.samples import Block, TwoTier, name_of, policies
-from kvpolicy.placement import Placement, State, history
-from kvpolicy.policy import NEVER, Policy, RankPolicy, Scores
+from kvpolicy.interfaces.policy import NEVER, Policy, RankPolicy, Scores
+from kvpolicy.placement.planner import Placement, State, history
 
 Ints = NDArray[np.int64]
 POLICIES = policies()

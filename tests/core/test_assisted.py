@@ -14,7 +14,8 @@ import torch
 from models import bundled, ids, llama, tiny
 from words import CACHE
 
-from kvpolicy import CompressedCache, make_cache, tasks
+from kvpolicy import CompressedCache, make_cache
+from kvpolicy.experiment import tasks
 
 SAME_TEXT = ("full", "logquant", "balanced", "streaming-quant")
 """Recipes that on this prompt leave no doubt about the next token."""

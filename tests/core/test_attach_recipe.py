@@ -86,8 +86,8 @@ def test_layers_that_keep_different_numbers_of_tokens(model: PreTrainedModel) ->
 
 
 def test_a_recipe_that_does_not_fit_leaves_the_model_alone(model: PreTrainedModel) -> None:
-    from kvpolicy.attention import is_attached
     from kvpolicy.errors import RecipeError
+    from kvpolicy.hf.attach import is_attached
 
     before = {k: repr(v) for k, v in vars(model).items()}
     with pytest.raises(RecipeError):

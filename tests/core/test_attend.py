@@ -12,9 +12,11 @@ from recipes import NAMED, named, recipes
 from torch import Tensor
 from transformers import LlamaConfig
 
-from kvpolicy import Recipe, attend, make_cache, products
+from kvpolicy import Recipe, make_cache
+from kvpolicy.attention import attend
+from kvpolicy.attention import reference as products
 from kvpolicy.errors import CacheError
-from kvpolicy.layer import Tiers
+from kvpolicy.layer.layer import Tiers
 
 BATCH, KV_HEADS, GROUPS, DIM = 2, 2, 3, 16
 CONFIG = LlamaConfig(num_hidden_layers=3, hidden_size=96, num_attention_heads=6, num_key_value_heads=2, head_dim=DIM)

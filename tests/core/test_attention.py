@@ -19,7 +19,7 @@ from words import CACHE, cache_of
 import kvpolicy
 from kvpolicy import attach, load_recipe, make_cache
 from kvpolicy.errors import CacheError
-from kvpolicy.tiered_layer import TieredLayer
+from kvpolicy.hf.layer import TieredLayer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

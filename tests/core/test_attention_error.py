@@ -17,11 +17,11 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from words import CACHE
 
 from kvpolicy import attach, load_recipe, make_cache
-from kvpolicy.attention_distance import Distances, Profile, fit_power_law
-from kvpolicy.attention_error import AttentionErrors, Watcher
-from kvpolicy.layer import DROPPED, EXACT, QUANTIZED, Tiers
-from kvpolicy.placement import simulate
-from kvpolicy.tiered_layer import TieredLayer
+from kvpolicy.experiment.attention_distance import Distances, Profile, fit_power_law
+from kvpolicy.experiment.attention_error import AttentionErrors, Watcher
+from kvpolicy.hf.layer import TieredLayer
+from kvpolicy.layer.layer import DROPPED, EXACT, QUANTIZED, Tiers
+from kvpolicy.placement.planner import simulate
 
 PROMPT, STEPS = 90, 30
 SMALL = {

@@ -10,7 +10,7 @@ import torch
 from layers import HEAD_DIM, Layer, random_tokens
 from torch import Tensor
 
-from kvpolicy.scores import counted_queries
+from kvpolicy.layer.attention_scores import counted_queries
 
 SCALE = HEAD_DIM**-0.5
 

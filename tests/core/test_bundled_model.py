@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kvpolicy
-from kvpolicy import tasks
+from kvpolicy.experiment import tasks
 
 DIRECTORY = Path(kvpolicy.__file__).parent / "model"
 

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from kvpolicy import CompressedCache, TensorQuantizer
 from kvpolicy.errors import CacheError
-from kvpolicy.pages import Pages
 from kvpolicy.plugins import PluginInfo, registry
-from kvpolicy.stores import NamedStore, make_store
+from kvpolicy.storage.make import NamedStore, make_store
+from kvpolicy.storage.pages import Pages
 
 TYPES = [
     torch.float8_e4m3fn,

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from words import CACHE, cache_of
 
 from kvpolicy import load_recipe, make_cache
-from kvpolicy.tiered_layer import TieredLayer
+from kvpolicy.hf.layer import TieredLayer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -21,8 +21,8 @@ from recipes import NAMED, named, one_lossy_store, recipes
 from transformers import LlamaConfig
 
 from kvpolicy import CompressedCache, Recipe, load_recipe, make_cache
-from kvpolicy.quantizer import AffineQuantizer
-from kvpolicy.stores import group_size_of
+from kvpolicy.interfaces.quantizer import AffineQuantizer
+from kvpolicy.storage.make import group_size_of
 
 LAYERS, HEADS, DIM, PENDING = 3, 2, 16, 64
 CONFIG = LlamaConfig(

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from kvpolicy.cli import main
-from kvpolicy.recipe import bundled_names, load_recipe, load_yaml
+from kvpolicy.cli.main import main
+from kvpolicy.recipe.load import bundled_names, load_recipe, load_yaml
 
 
 def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -108,7 +108,7 @@ def test_what_a_careless_user_types_is_answered_before_torch_is_loaded(tmp_path:
     (tmp_path / "binary" / "config.json").write_bytes(b"\x89PNG\xff\x00")
     (tmp_path / "empty" / "config.json").touch()
     code = (
-        "import contextlib, io, json, sys\nfrom kvpolicy.cli import main\nfound = []\n"
+        "import contextlib, io, json, sys\nfrom kvpolicy.cli.main import main\nfound = []\n"
         "for arguments in json.loads(sys.stdin.read()):\n"
         "    out, err = io.StringIO(), io.StringIO()\n    sys.argv = ['kvpolicy', *arguments]\n"
         "    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):\n"

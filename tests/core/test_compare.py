@@ -13,12 +13,13 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 from words import CACHE
 
-from kvpolicy import compare, load_recipe, make_cache, tasks
-from kvpolicy.cli import app, main
-from kvpolicy.compare_result import Comparison, estimate
-from kvpolicy.compare_run import Runner
+from kvpolicy import compare, load_recipe, make_cache
+from kvpolicy.cli.main import app, main
 from kvpolicy.errors import CompareError, RecipeError, TaskError
-from kvpolicy.models import BUNDLED, load_model
+from kvpolicy.experiment import tasks
+from kvpolicy.experiment.result import Comparison, estimate
+from kvpolicy.experiment.run import Runner
+from kvpolicy.hf.models import BUNDLED, load_model
 
 ARMS = ["full", "logquant:window=8", "kivi-evict:residual=24"]
 FIELDS = {
@@ -138,7 +139,7 @@ def test_summary_and_picture_are_written(result: Comparison, directory: Path) ->
 
 
 def load_recipe_text(text: str) -> Any:
-    from kvpolicy.recipe import load_yaml
+    from kvpolicy.recipe.load import load_yaml
 
     return load_yaml(text)
 
@@ -369,7 +370,7 @@ def test_many_labels_do_not_overlap(result: Comparison, tmp_path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from kvpolicy.compare_plot import _draw, _extent, _label, _overlap, _Point
+    from kvpolicy.experiment.plot import _draw, _extent, _label, _overlap, _Point
 
     figure = Figure(figsize=(6, 5), dpi=144)
     canvas = FigureCanvasAgg(figure)

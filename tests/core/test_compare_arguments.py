@@ -12,16 +12,16 @@ from typing import Any
 import pytest
 
 import kvpolicy
-import kvpolicy.comparison as comparison
-from kvpolicy.arguments import check_prompt, check_room
-from kvpolicy.compare_run import encode
+import kvpolicy.experiment.comparison as comparison
 from kvpolicy.errors import CompareError, KvpolicyError, RecipeError, TaskError
-from kvpolicy.models import load_model
-from kvpolicy.tasks import Sample
+from kvpolicy.experiment.arguments import check_prompt, check_room
+from kvpolicy.experiment.run import encode
+from kvpolicy.experiment.tasks import Sample
+from kvpolicy.hf.models import load_model
 
 
 def test_the_function_stays_a_function_when_its_module_is_imported() -> None:
-    from kvpolicy.comparison import Comparison
+    from kvpolicy.experiment.comparison import Comparison
 
     assert Comparison is not None
     assert callable(kvpolicy.compare)

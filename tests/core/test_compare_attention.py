@@ -15,13 +15,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from kvpolicy import attach, compare
-from kvpolicy.attention import is_attached, watching
-from kvpolicy.attention_error import Watcher
-from kvpolicy.cli import app
-from kvpolicy.compare_result import Comparison
-from kvpolicy.compare_run import Runner
+from kvpolicy.cli.main import app
 from kvpolicy.errors import CacheError, CompareError, KvpolicyError
-from kvpolicy.models import load_model
+from kvpolicy.experiment.attention_error import Watcher
+from kvpolicy.experiment.result import Comparison
+from kvpolicy.experiment.run import Runner
+from kvpolicy.hf.attach import is_attached, watching
+from kvpolicy.hf.models import load_model
 
 ARMS = ["full", "logquant:window=8", "kivi-evict:residual=24"]
 METRICS = ("l1", "l2", "exact_mass", "quantized_mass", "dropped_mass")

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from kvpolicy import load_recipe
-from kvpolicy.component import Component
 from kvpolicy.errors import PluginError, RecipeError
+from kvpolicy.interfaces.component import Component
+from kvpolicy.interfaces.quantizer import AffineQuantizer
 from kvpolicy.plugins import registry
-from kvpolicy.quantizer import AffineQuantizer
-from kvpolicy.recipe import Recipe, load_yaml
+from kvpolicy.recipe.load import Recipe, load_yaml
 
 POLICY, QUANTIZER = registry().policies, registry().quantizers
 

@@ -13,7 +13,7 @@ from recipes import BY_POSITION
 from words import CACHE
 
 from kvpolicy import CompressedCache, attach, load_recipe, make_cache
-from kvpolicy.recipe import bundled_names
+from kvpolicy.recipe.load import bundled_names
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),

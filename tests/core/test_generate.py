@@ -9,9 +9,10 @@ import torch
 from typer.testing import CliRunner
 from words import CACHE
 
-from kvpolicy import make_cache, tasks
-from kvpolicy.cli import app, main
-from kvpolicy.models import load_model
+from kvpolicy import make_cache
+from kvpolicy.cli.main import app, main
+from kvpolicy.experiment import tasks
+from kvpolicy.hf.models import load_model
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +101,7 @@ def test_the_model_is_attached_unless_told_otherwise(
 ) -> None:
     from transformers import LlamaForCausalLM
 
-    from kvpolicy.attention import is_attached
+    from kvpolicy.hf.attach import is_attached
 
     generate, seen = LlamaForCausalLM.generate, []
 
@@ -115,9 +116,9 @@ def test_the_model_is_attached_unless_told_otherwise(
 
 
 def test_a_model_that_can_not_be_attached_generates_unattached(monkeypatch: pytest.MonkeyPatch) -> None:
-    import kvpolicy.attention
+    import kvpolicy.hf.attach
 
-    monkeypatch.setattr(kvpolicy.attention, "SERVED", ())
+    monkeypatch.setattr(kvpolicy.hf.attach, "SERVED", ())
     done = run("--recipe", "logquant:window=8", "--prompt", "import os\n" * 20, "--max-new-tokens", "4")
     assert done.exit_code == 0, done.output
     assert done.stderr.startswith("warning: the model runs unattached: attach serves the attention implementations")

@@ -17,13 +17,13 @@ from layers import HEAD_DIM, Layer, random_tokens
 from liars import LIARS, Good, GoodPolicy, GoodRank, GoodTensors, lying, raising
 
 from kvpolicy import Policy, RankPolicy, Scores
-from kvpolicy.component import Component
 from kvpolicy.contracts import test_policies, test_quantizers
 from kvpolicy.errors import KvpolicyError, MissingDependencyError, PluginError, RecipeError
-from kvpolicy.policy import NEVER
-from kvpolicy.quantizer import AffineQuantizer, Quantizer
-from kvpolicy.ranking import ranked
-from kvpolicy.stores import make_store
+from kvpolicy.interfaces.component import Component
+from kvpolicy.interfaces.policy import NEVER
+from kvpolicy.interfaces.quantizer import AffineQuantizer, Quantizer
+from kvpolicy.placement.selection import ranked
+from kvpolicy.storage.make import make_store
 
 GOOD = {"affine": Good, "tensors": GoodTensors, "policy": GoodPolicy, "rank": GoodRank}
 
@@ -269,7 +269,7 @@ def test_what_is_checked_waits_for_no_device(quantizer: Quantizer, dtype: torch.
 
 def test_codes_beyond_nbits_never_reach_their_neighbours() -> None:
     """Where no device is asked for them, packing cuts them off."""
-    from kvpolicy.packing import pack, unpack
+    from kvpolicy.storage.packing import pack, unpack
 
     codes = torch.randint(256, (5, 2 * HEAD_DIM), dtype=torch.uint8)
     for nbits in (1, 2, 3, 4, 8):

@@ -15,8 +15,8 @@ from recipes import NAMED, named
 from words import CACHE
 
 from kvpolicy import CompressedCache, attach, make_cache
-from kvpolicy.placement import Placement, simulate
-from kvpolicy.tiered_layer import TieredLayer
+from kvpolicy.hf.layer import TieredLayer
+from kvpolicy.placement.planner import Placement, simulate
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -10,10 +10,10 @@ import torch
 from transformers import DynamicCache
 
 from kvpolicy import attach, make_cache
-from kvpolicy.attend import attend
+from kvpolicy.attention.attend import attend
 from kvpolicy.errors import CacheError
-from kvpolicy.layer import Tiers
-from kvpolicy.modes import precise
+from kvpolicy.hf.modes import precise
+from kvpolicy.layer.layer import Tiers
 from tests.support.models import build, exact, ids, tiny
 from tests.support.words import CACHE, cache_of
 

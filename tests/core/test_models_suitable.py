@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicLayer
 
 from kvpolicy import attach, make_cache
 from kvpolicy.errors import CacheError
-from kvpolicy.tiered_layer import TieredLayer
+from kvpolicy.hf.layer import TieredLayer
 from tests.support.models import COMMON, build, exact, ids, tiny
 from tests.support.words import CACHE
 

@@ -17,8 +17,8 @@ from words import CACHE
 
 from kvpolicy import Recipe, attach, load_recipe, make_cache
 from kvpolicy.errors import CacheError
-from kvpolicy.placement import simulate
-from kvpolicy.recipe import bundled_names
+from kvpolicy.placement.planner import simulate
+from kvpolicy.recipe.load import bundled_names
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 PADS = (0, 37, 90)

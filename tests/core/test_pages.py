@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvpolicy.pages import FULL, LARGEST, SMALLEST, Pages
+from kvpolicy.storage.pages import FULL, LARGEST, SMALLEST, Pages
 
 
 def numbered(n: int, first: int = 0, width: int = 3, batch: int = 2) -> torch.Tensor:

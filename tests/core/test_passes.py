@@ -15,10 +15,11 @@ from models import ids, tiny
 from transformers import PreTrainedModel
 from words import CACHE, cache_of
 
-from kvpolicy import CompressedCache, attach, attention, make_cache
-from kvpolicy.calls import Call, names_of
+from kvpolicy import CompressedCache, attach, make_cache
 from kvpolicy.errors import CacheError
-from kvpolicy.transaction import Guard
+from kvpolicy.hf import attach as attention
+from kvpolicy.hf.calls import Call, names_of
+from kvpolicy.hf.transaction import Guard
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
 QUANTIZED = {

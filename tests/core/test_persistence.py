@@ -22,8 +22,8 @@ from words import CACHE
 
 from kvpolicy import CompressedCache, Recipe, attach, load_recipe, make_cache
 from kvpolicy.errors import CacheError
-from kvpolicy.policy import RankPolicy
-from kvpolicy.recipe import bundled_names
+from kvpolicy.interfaces.policy import RankPolicy
+from kvpolicy.recipe.load import bundled_names
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -24,7 +24,7 @@ from words import CACHE
 
 from kvpolicy import CompressedCache, attach, make_cache
 from kvpolicy.errors import CacheError, MissingDependencyError
-from kvpolicy.persistence import _checksum
+from kvpolicy.hf.saving import _checksum
 
 CASES = int(os.environ.get("KVPOLICY_FUZZ_CASES", "350"))
 """Mutations in all; 10,000 take some ten minutes."""
@@ -282,7 +282,7 @@ def attempt(sample: str, seed: int, folder: Path) -> bool:
 
 
 def load_recipe_text(text: str) -> Any:
-    from kvpolicy.recipe import load_yaml
+    from kvpolicy.recipe.load import load_yaml
 
     return load_yaml(text).tiers, load_yaml(text).layers
 

@@ -25,7 +25,7 @@ from words import CACHE
 
 from kvpolicy import CompressedCache, make_cache
 from kvpolicy.errors import CacheError
-from kvpolicy.fingerprint import differences, fingerprint_of
+from kvpolicy.hf.fingerprint import differences, fingerprint_of
 
 OTHERS = "must be loaded for the model that made it, found another one"
 

@@ -15,7 +15,7 @@ from words import CACHE
 
 from kvpolicy import CompressedCache, attach, make_cache
 from kvpolicy.errors import CacheError
-from kvpolicy.recipe import bundled_names
+from kvpolicy.recipe.load import bundled_names
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvpolicy.persistence_header import Damaged, Held
-from kvpolicy.persistence_stores import fill_stores, save_stores
-from kvpolicy.quantizer import TensorQuantizer
-from kvpolicy.stores import make_store
+from kvpolicy.interfaces.quantizer import TensorQuantizer
+from kvpolicy.layer.save_header import Damaged, Held
+from kvpolicy.layer.save_stores import fill_stores, save_stores
+from kvpolicy.storage.make import make_store
 
 
 class Book(TensorQuantizer):

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from recipes import NAMED, named, recipes
 
 from kvpolicy import Recipe, load_recipe
-from kvpolicy.placement import Growing, Placement, State, history, simulate
+from kvpolicy.interfaces.policy import NEVER, Policy
+from kvpolicy.placement.planner import Growing, Placement, State, history, simulate
+from kvpolicy.placement.step import Step
 from kvpolicy.plugins import registry
-from kvpolicy.policy import NEVER, Policy
-from kvpolicy.step import Step
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "logquant.json").read_text(encoding="utf-8"))
 BY_TOKEN = [name for name in NAMED if name != "hf-quantized"]

@@ -12,7 +12,7 @@ from torch import Tensor
 from words import CACHE
 
 from kvpolicy import attach, make_cache
-from kvpolicy.tasks import lines
+from kvpolicy.experiment.tasks import lines
 
 RECENT = {"policy": {"kind": "recent", "window": 8}, "store": "full"}
 STREAM: dict[str, Any] = {"name": "s", "tiers": [RECENT, {"store": "evict"}]}

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from kvpolicy.plots import _DROPPED, _EXACT, _QUANTIZED, _colours, _label, _title, plot_placement
-from kvpolicy.recipe import bundled_names, load_recipe
+from kvpolicy.recipe.load import bundled_names, load_recipe
+from kvpolicy.recipe.plot import _DROPPED, _EXACT, _QUANTIZED, _colours, _label, _title, plot_placement
 
 COLOURS = {
     "full": [_EXACT[0]],

@@ -17,7 +17,7 @@ from torch import Tensor
 from words import CACHE
 
 from kvpolicy import attach, load_recipe, make_cache
-from kvpolicy.attend import observe
+from kvpolicy.attention.attend import observe
 from kvpolicy.errors import CacheError, RecipeError
 
 pytestmark = pytest.mark.filterwarnings("ignore")

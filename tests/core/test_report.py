@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvpolicy.report import LayerSummary, Memory, StoreMemory, Summary
+from kvpolicy.layer.report import LayerSummary, Memory, StoreMemory, Summary
 
 
 def test_equal_consecutive_layers_share_a_line() -> None:

@@ -15,10 +15,10 @@ from words import CACHE
 
 from kvpolicy import Policy, load_recipe, make_cache
 from kvpolicy.errors import CacheError, PluginError, RecipeError
-from kvpolicy.pages import Pages
-from kvpolicy.placement import Placement, simulate
-from kvpolicy.stores import PackedStore
-from kvpolicy.tiered_layer import TieredLayer
+from kvpolicy.hf.layer import TieredLayer
+from kvpolicy.placement.planner import Placement, simulate
+from kvpolicy.storage.make import PackedStore
+from kvpolicy.storage.pages import Pages
 
 VERSION = tuple(map(int, transformers.__version__.split(".")[:2]))
 
@@ -199,7 +199,7 @@ def test_small_budgets_are_placed_without_looking_at_every_token_each_time(
     window: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The work of placing is the tokens that a tier holds, not those of the context."""
-    import kvpolicy.policy
+    import kvpolicy.interfaces.policy
 
     looked = [0]
     kept = Policy._kept
@@ -208,7 +208,7 @@ def test_small_budgets_are_placed_without_looking_at_every_token_each_time(
         looked[0] += len(positions)
         return kept(self, positions, seen)
 
-    monkeypatch.setattr(kvpolicy.policy.Policy, "_kept", counting)
+    monkeypatch.setattr(kvpolicy.interfaces.policy.Policy, "_kept", counting)
     Placement(load_recipe("logquant", window=window).tiers).advance(
         Placement(load_recipe("logquant", window=window).tiers).start(), 20_000
     )

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvpolicy.errors import CacheError, PluginError, RecipeError
-from kvpolicy.packing import packed_width
+from kvpolicy.interfaces.quantizer import Affine, AffineQuantizer, TensorQuantizer
 from kvpolicy.plugins import registry
-from kvpolicy.quantizer import Affine, AffineQuantizer, TensorQuantizer
-from kvpolicy.stores import PackedStore, Store, group_size_of, make_store
+from kvpolicy.storage.make import PackedStore, Store, group_size_of, make_store
+from kvpolicy.storage.packing import packed_width
 
 HEADS, DIM = 2, 16
 

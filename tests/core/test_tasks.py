@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvpolicy import tasks
 from kvpolicy.errors import KvpolicyError, TaskError
+from kvpolicy.experiment import tasks
 
 
 @pytest.mark.parametrize("name", ["lines", "arithmetic", "code"])

@@ -22,7 +22,7 @@ from words import CACHE
 import kvpolicy
 from kvpolicy import hookspecs
 from kvpolicy.plugins import registry
-from kvpolicy.recipe import bundled_names
+from kvpolicy.recipe.load import bundled_names
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -180,7 +180,7 @@ def test_the_sample_of_the_comparison_is_what_the_model_would_say(tmp_path: Path
 def test_every_command_is_documented(reference: ModuleType) -> None:
     import typer
 
-    from kvpolicy.cli import app
+    from kvpolicy.cli.main import app
 
     text = rendered(reference, "reference/cli.md")
     root: Any = typer.main.get_command(app)
@@ -201,7 +201,7 @@ def test_the_command_line_says_what_is_required(reference: ModuleType) -> None:
 
 
 def test_every_recipe_key_and_option_is_documented(reference: ModuleType) -> None:
-    from kvpolicy.schema import recipe_schema
+    from kvpolicy.recipe.schema import recipe_schema
 
     text = rendered(reference, "reference/recipe.md")
     schema = recipe_schema()
@@ -222,7 +222,9 @@ def test_every_bundled_recipe_has_a_section() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for recipe in bundled_names():
         section = text.partition(f"\n## {recipe}\n")[2].partition("\n## ")[0]
-        assert f'"kvpolicy/recipes/{recipe}.yaml"' in section, f"docs/explanation/recipes.md must explain {recipe}"
+        assert f'"kvpolicy/recipe/bundled/{recipe}.yaml"' in section, (
+            f"docs/explanation/recipes.md must explain {recipe}"
+        )
         assert f"`{recipe}`" in readme, f"the table of README.md must name {recipe}"
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from kvpolicy_int import Int
 from torch import Tensor
 
-from kvpolicy.quantizer import Affine
+from kvpolicy.interfaces.quantizer import Affine
 
 BITS = [1, 2, 3, 4, 8]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

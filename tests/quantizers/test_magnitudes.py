@@ -14,9 +14,9 @@ from kvpolicy_int import Int
 from kvpolicy_quanto import Quanto
 from torch import Tensor
 
-from kvpolicy.packing import packed_width
-from kvpolicy.quantizer import AffineQuantizer, unit_factor
-from kvpolicy.stores import group_size_of, make_store
+from kvpolicy.interfaces.quantizer import AffineQuantizer, unit_factor
+from kvpolicy.storage.make import group_size_of, make_store
+from kvpolicy.storage.packing import packed_width
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BITS = [1, 2, 3, 4, 8]

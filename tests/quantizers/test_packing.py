@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvpolicy import packing
-from kvpolicy.packing import dequantize, pack, packed_width, planes, unpack
+from kvpolicy.storage import packing
+from kvpolicy.storage.packing import dequantize, pack, packed_width, planes, unpack
 
 BITS = [1, 2, 3, 4, 8]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kvpolicy.placement import simulate
-from kvpolicy.quantizer import AffineQuantizer
-from kvpolicy.recipe import Recipe, bundled_names, load_recipe, load_yaml
+from kvpolicy.interfaces.quantizer import AffineQuantizer
+from kvpolicy.placement.planner import simulate
+from kvpolicy.recipe.load import Recipe, bundled_names, load_recipe, load_yaml
 
 NAMES = bundled_names()
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from kvpolicy.errors import RecipeError
 from kvpolicy.plugins import registry
-from kvpolicy.recipe import Recipe, Tier, load_recipe, load_yaml
+from kvpolicy.recipe.load import Recipe, Tier, load_recipe, load_yaml
 
 INT = registry().quantizers["int"].cls
 RECENT = registry().policies["recent"].cls

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
 from kvpolicy.errors import RecipeError
-from kvpolicy.recipe import load_recipe, load_yaml
-from kvpolicy.recipe_build import BUNDLED
+from kvpolicy.recipe.build import BUNDLED
+from kvpolicy.recipe.load import load_recipe, load_yaml
 
 UPPER = "  - {policy: {kind: recent, window: 8}, store: full}\n"
 LAST = "  - store: {kind: int, nbits: 2}\n"

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvpolicy.errors import RecipeError
-from kvpolicy.recipe import load_recipe, load_yaml
-from kvpolicy.recipe_build import BUNDLED
-from kvpolicy.recipe_inherit import MAX_CHAIN
-from kvpolicy.recipe_spec import find_overlaps
-from kvpolicy.recipe_yaml import MAX_PROBLEMS
+from kvpolicy.recipe.build import BUNDLED
+from kvpolicy.recipe.inherit import MAX_CHAIN
+from kvpolicy.recipe.load import load_recipe, load_yaml
+from kvpolicy.recipe.spec import find_overlaps
+from kvpolicy.recipe.yaml import MAX_PROBLEMS
 
 EXAMPLES = int(os.environ.get("EXAMPLES", "200"))
 FULL = "tiers: [{store: full}]\n"

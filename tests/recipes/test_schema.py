@@ -10,9 +10,9 @@ from jsonschema.exceptions import best_match
 from ruamel.yaml import YAML
 
 from kvpolicy.plugins import registry
-from kvpolicy.recipe import bundled_names, load_recipe
-from kvpolicy.recipe_build import BUNDLED
-from kvpolicy.schema import recipe_schema
+from kvpolicy.recipe.build import BUNDLED
+from kvpolicy.recipe.load import bundled_names, load_recipe
+from kvpolicy.recipe.schema import recipe_schema
 
 SCHEMA = recipe_schema()
 VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)

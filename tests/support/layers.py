@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from kvpolicy import make_cache
-from kvpolicy.attention import attention_forward
+from kvpolicy.hf.attach import attention_forward
 
 __all__ = ["HEAD_DIM", "Layer", "random_tokens"]
 

@@ -12,8 +12,8 @@ from pydantic import Field
 from torch import Tensor
 
 from kvpolicy import Affine, AffineQuantizer, Policy, RankPolicy, Scores, TensorQuantizer
-from kvpolicy.component import Component
-from kvpolicy.policy import NEVER
+from kvpolicy.interfaces.component import Component
+from kvpolicy.interfaces.policy import NEVER
 
 __all__ = ["LIARS", "Good", "GoodPolicy", "GoodRank", "GoodTensors", "Liar"]
 

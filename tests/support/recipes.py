@@ -7,8 +7,8 @@ from typing import Any
 from hypothesis import strategies as st
 
 from kvpolicy import Recipe, load_recipe
-from kvpolicy.policy import RankPolicy
-from kvpolicy.recipe import bundled_names
+from kvpolicy.interfaces.policy import RankPolicy
+from kvpolicy.recipe.load import bundled_names
 
 __all__ = ["BY_POSITION", "NAMED", "named", "one_lossy_store", "recipes"]
 

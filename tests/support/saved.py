@@ -8,7 +8,7 @@ from typing import Any
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from kvpolicy.persistence import _checksum
+from kvpolicy.hf.saving import _checksum
 
 __all__ = ["rewritten"]
 

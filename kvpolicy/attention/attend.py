@@ -1,0 +1,205 @@
+"""Attention straight from the stores: keys and values are read where they lie, packed codes plane by plane.
+
+Softmax(QK^T)V does not depend on the order of the tokens, so nothing is sorted back. Scores of all stores stand side
+by side as columns, in float32; each store then adds its share of the output.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from kvpolicy.attention.reference import add_values, key_scores
+from kvpolicy.errors import CacheError
+from kvpolicy.placement.token_table import Columns
+
+if TYPE_CHECKING:
+    from kvpolicy.layer.attention_scores import Observer
+    from kvpolicy.layer.layer import Tiers
+
+__all__ = ["ALL", "as_mask", "attend", "exponentials", "mask_scores", "observe"]
+
+SCORES = 1 << 24
+"""Scores computed at a time; more queries than fit take another turn over the stores."""
+ALL = Columns([], [], 0, False, lambda: torch.empty(0, dtype=torch.int64))
+"""Columns where all tokens are new ones, in order."""
+OBSERVED = 1 << 19
+"""Scores of a prompt computed at a time on a CPU for policies that ask for them, ..."""
+KEYS = 2048
+"""... and keys of a head converted at a time."""
+
+
+def attend(
+    tiers: Tiers,
+    query: Tensor,
+    new: tuple[Tensor, Tensor],
+    mask: Tensor | None = None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    observer: Observer | None = None,
+) -> Tensor:
+    """Attention of queries over what a layer holds and the tokens that are just coming in.
+
+    Args:
+        tiers: the layer, its pending tokens settled.
+        query: `[batch, heads, queries, head_dim]`, the newest `queries` of the new tokens.
+        new: keys and values `[batch, kv_heads, tokens, head_dim]` of the new tokens, not yet in the layer.
+        mask: boolean (True attends) or additive, `[batch or 1, heads or 1, queries, tokens seen]`, or boolean
+            `[batch, tokens seen]`, its columns being positions in the context. None: causal.
+        scaling: factor of the products; by default 1 / sqrt(head_dim).
+        softcap: scores become `softcap * tanh(scores / softcap)`.
+        sinks: a score per head that takes part in the softmax and adds nothing: `[heads]`.
+        observer: is told of the attention weights.
+
+    Returns:
+        `[batch, queries, heads, head_dim of values]` in the type of `query`. Rows that may attend nothing are zero.
+
+    Raises:
+        CacheError: the mask has another number of columns.
+    """
+    batch, heads, queries, dim = query.shape
+    keys, values = new
+    kv_heads = keys.shape[1]
+    grouped = query.float().mul(dim**-0.5 if scaling is None else scaling).unflatten(1, (kv_heads, -1))
+    groups = grouped.shape[2]
+    columns = tiers.columns()
+    held = columns.width
+    width = held + keys.shape[2]
+    mask = as_mask(mask, tiers.settled + keys.shape[2], kv_heads)
+    out = query.new_empty((batch, queries, heads, values.shape[3]))
+    step = max(1, SCORES // (batch * heads * width))
+    for first in range(0, queries, step):
+        last = min(first + step, queries)
+        rows = grouped[:, :, :, first:last].flatten(2, 3)
+        shape = (batch, kv_heads, rows.shape[2], width)
+        scores = rows.new_zeros(shape) if columns.gaps else rows.new_empty(shape)
+        for store, where in zip(tiers.stores["keys"], columns.keys, strict=True):
+            if store is not None and store.length:
+                key_scores(store, rows, scores, where)
+        scores[..., held:] = rows @ keys.float().transpose(2, 3)
+        shaped = scores.unflatten(2, (groups, last - first))
+        if softcap is not None:
+            scores.div_(softcap).tanh_().mul_(softcap)
+        at = torch.arange(first, last)
+        mask_scores(shaped, mask, at, columns, queries, keys.shape[2])
+        visible = shaped > -torch.inf if observer is not None else None
+        total = exponentials(shaped, sinks)
+        result = scores[..., held:] @ values.float()
+        for store, where in zip(tiers.stores["values"], columns.values, strict=True):
+            if store is not None and store.length:
+                add_values(store, scores, result, where)
+        result = result.unflatten(2, (groups, last - first)).div_(total)
+        out[:, first:last] = result.flatten(1, 2).transpose(1, 2)
+        if observer is not None:
+            observer.watch(at + keys.shape[2] - queries, shaped.div_(total), visible, slice(0, kv_heads), kv_heads)
+    return out
+
+
+def observe(
+    query: Tensor,
+    keys: Tensor,
+    observer: Observer,
+    mask: Tensor | None = None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> None:
+    """Tell an observer what the queries of a first update attend to, a few at a time: `attend` without values.
+
+    Arguments as in `attend`; `keys` are all there are. Only queries that count for a policy are computed.
+    """
+    batch, heads, queries, dim = query.shape
+    kv_heads, tokens = keys.shape[1:3]
+    groups = heads // kv_heads
+    scale = dim**-0.5 if scaling is None else scaling
+    mask = as_mask(mask, tokens, kv_heads)
+    most = OBSERVED if query.device.type == "cpu" else SCORES
+    counted = torch.tensor(observer.queries, dtype=torch.int64).split(max(1, most // (batch * groups * tokens)))
+    for head, at in product(range(kv_heads), counted if observer.queries else ()):
+        stop = tokens if mask is not None else int(at[-1]) + 1 + tokens - queries
+        rows = query[:, head * groups : (head + 1) * groups, at.to(query.device)].float().mul(scale).flatten(1, 2)
+        scores = rows.new_empty((batch, 1, groups, len(at), stop))
+        for first in range(0, stop, KEYS):
+            part = keys[:, head, first : min(first + KEYS, stop)].float().transpose(1, 2)
+            scores[..., first : first + KEYS] = (rows @ part).view(batch, 1, groups, len(at), -1)
+        if softcap is not None:
+            scores.div_(softcap).tanh_().mul_(softcap)
+        own = slice(head, head + 1)
+        shown = mask if mask is None or mask.shape[1] == 1 else mask[:, own]
+        mask_scores(scores, shown, at, ALL, queries, stop)
+        visible = scores > -torch.inf
+        total = exponentials(scores, None if sinks is None else sinks[head * groups : (head + 1) * groups])
+        observer.watch(at + tokens - queries, scores.div_(total), visible, own, kv_heads)
+
+
+def as_mask(mask: Tensor | None, seen: int, kv_heads: int) -> Tensor | None:
+    """A mask as `[batch or 1, kv_heads or 1, groups or 1, queries or 1, tokens seen]`."""
+    if mask is None:
+        return None
+    if mask.shape[-1] != seen:
+        raise CacheError(
+            f"the attention mask must have a column for each of the {seen} tokens seen, found {mask.shape[-1]}; "
+            "give generate a mask of the whole text so far, or none"
+        )
+    if mask.ndim == 2:
+        return mask[:, None, None, None].bool()
+    return mask.unsqueeze(2) if mask.shape[1] == 1 else mask.unflatten(1, (kv_heads, -1))
+
+
+def _gathered(mask: Tensor | None, columns: Columns, new: int) -> Tensor | None:
+    """The mask's columns in the order of the scores'."""
+    if not columns.width:
+        return mask if mask is None else mask[..., mask.shape[-1] - new :]
+    if mask is None and not columns.gaps:
+        return None
+    places = columns.positions()
+    if mask is None:
+        return (places >= 0)[:, :, None, None]
+    seen = mask.shape[-1] - new
+    places = places.to(mask.device)
+    if places.ndim == 1:
+        return torch.cat([mask.index_select(-1, places), mask[..., seen:]], dim=-1)
+    batch, kv_heads = (max(a, b) for a, b in zip(mask.shape[:2], places.shape[:2], strict=True))
+    wide = mask.expand(batch, kv_heads, *mask.shape[2:])
+    index = places[:, :, None, None].long().expand(batch, kv_heads, *mask.shape[2:4], -1)
+    absent = False if mask.dtype == torch.bool else -torch.inf
+    held = wide.gather(4, index.clamp(min=0)).masked_fill(index < 0, absent)
+    return torch.cat([held, wide[..., seen:]], dim=-1)
+
+
+def mask_scores(scores: Tensor, mask: Tensor | None, at: Tensor, columns: Columns, queries: int, new: int) -> None:
+    """Mask scores `[batch, kv_heads, groups, queries, columns]` of the queries `at`, in place."""
+    if queries > 1 and (mask is None or mask.shape[3] != queries):
+        query = at.to(scores.device)[:, None] + (new - queries)
+        later = torch.arange(new, device=scores.device) > query
+        scores[..., -new:].masked_fill_(later, -torch.inf)
+    if mask is not None and mask.shape[3] == queries and queries > 1:
+        mask = mask.index_select(3, at.to(mask.device))
+    part = _gathered(mask, columns, new)
+    if part is None:
+        return
+    if part.shape[-1] < scores.shape[-1]:
+        scores = scores[..., : part.shape[-1]]
+    if part.dtype == torch.bool:
+        scores.masked_fill_(~part, -torch.inf)
+    else:
+        scores.add_(part)
+        # What models write for minus infinity would else count as seen.
+        scores.masked_fill_(part <= torch.finfo(part.dtype).min / 2, -torch.inf)
+
+
+def exponentials(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """Replace scores by their exponentials; returns what divides them: `[batch, kv_heads, groups, queries, 1]`."""
+    largest = scores.amax(-1, keepdim=True)
+    if sinks is not None:
+        sinks = sinks.float().view(1, *scores.shape[1:3], 1, 1)
+        largest = torch.maximum(largest, sinks)
+    largest.masked_fill_(largest == -torch.inf, 0.0)
+    total = scores.sub_(largest).exp_().sum(-1, keepdim=True)
+    if sinks is not None:
+        total += (sinks - largest).exp_()
+    return total.masked_fill_(total == 0, 1.0)

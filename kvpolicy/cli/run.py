@@ -1,0 +1,198 @@
+"""The commands that run a model: `kvpolicy compare` and `kvpolicy generate`."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+__all__ = ["compare", "generate", "register"]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to an app."""
+    app.command()(compare)
+    app.command(context_settings={"allow_extra_args": True})(generate)
+
+
+def compare(
+    arms: Annotated[list[str], typer.Argument(metavar="ARM...", help="Recipes, NAME:key=value,...; `full` is exact.")],
+    model: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A local Hugging Face model directory; default: the bundled one.")
+    ] = None,
+    task: Annotated[
+        str, typer.Option(help="lines, arithmetic, code, or a .jsonl file whose rows carry prompt and answer.")
+    ] = "lines",
+    n: Annotated[int, typer.Option("-n", "--samples", help="Samples, the same for every arm.")] = 16,
+    seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
+    tokens: Annotated[int | None, typer.Option(help="Approximate length of a generated sample.")] = None,
+    out: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Write samples.jsonl, summary.json and pictures here.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier comparison in --out.")] = False,
+    device: Annotated[str | None, typer.Option(help="Such as cpu or cuda:1; default: CUDA if there is one.")] = None,
+    unattached: Annotated[
+        bool, typer.Option("--unattached", help="Decode the stores for the model's own attention at each step.")
+    ] = False,
+    no_errors: Annotated[
+        bool, typer.Option("--no-errors", help="Don't watch attention, which keeps an exact copy of the cache.")
+    ] = False,
+) -> None:
+    """Compare recipes on the same samples, each against the exact cache."""
+    _quiet()
+    with warnings.catch_warnings():
+        warnings.showwarning = _warner()
+        _check_comparison(arms, model, task, n, seed, tokens, out, overwrite, device)
+        from kvpolicy.experiment.comparison import compare as run
+
+        try:
+            result = run(
+                arms,
+                model=model,
+                task=task,
+                n=n,
+                seed=seed,
+                tokens=tokens,
+                out=out,
+                overwrite=overwrite,
+                device=device,
+                attach=not unattached,
+                errors=not no_errors,
+            )
+        except KeyboardInterrupt:
+            typer.echo(f"interrupted{_kept(out)}", err=True)
+            raise typer.Exit(130) from None
+    _print(result)
+    if out is not None:
+        from kvpolicy.experiment.arguments import RESULTS
+
+        *most, last = [name for name in RESULTS if (Path(out) / name).exists()]
+        typer.echo(f"wrote {', '.join(most)} and {last} into {out}", err=True)
+    if result.failures:
+        raise typer.Exit(1)
+
+
+def _check_comparison(
+    arms: list[str],
+    model: Path | None,
+    task: str,
+    n: int,
+    seed: int,
+    tokens: int | None,
+    out: str | None,
+    overwrite: bool,
+    device: str | None,
+) -> None:
+    """Refuse what can't be right before torch is loaded, which takes seconds."""
+    from kvpolicy.experiment.arguments import check_comparison, check_device, check_results, check_room
+    from kvpolicy.experiment.tasks import TASKS, check_name, check_size, load_task
+    from kvpolicy.hf.models import check_model
+    from kvpolicy.recipe.source import check_sources
+
+    check_comparison(n, seed, tokens, task, out)
+    check_sources(arms)
+    check_name(task)
+    check_size(task, n, tokens)
+    check_device(device)
+    check_room(tokens, check_model(model))
+    if out is not None:
+        check_results(Path(out), overwrite)
+    if task not in TASKS:
+        load_task(task, n, seed)
+
+
+def generate(
+    context: typer.Context,
+    recipe: Annotated[str, typer.Option(metavar="RECIPE", help="A bundled name or a file, NAME:key=value,...")],
+    prompt: Annotated[str, typer.Option(metavar="TEXT|-", help="The prompt; - reads it from stdin.")],
+    model: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A local Hugging Face model directory; default: the bundled one.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 128,
+    device: Annotated[str | None, typer.Option(help="Such as cpu or cuda:1; default: CUDA if there is one.")] = None,
+    unattached: Annotated[
+        bool, typer.Option("--unattached", help="Decode the stores for the model's own attention at each step.")
+    ] = False,
+) -> None:
+    """Continue a prompt greedily: the text on stdout, what the cache takes on stderr."""
+    _quiet()
+    from kvpolicy.experiment.arguments import check_device, check_generation
+    from kvpolicy.hf.models import check_model
+    from kvpolicy.recipe.source import check_one
+
+    check_one(recipe, context.args)
+    check_device(device)
+    limit = check_model(model)
+    text = _read_stdin() if prompt == "-" else prompt
+    check_generation(text, max_new_tokens, limit)
+    from kvpolicy.hf.generation import generate_text
+
+    with warnings.catch_warnings():
+        warnings.showwarning = _warner()
+        try:
+            memory = generate_text(text, recipe, model, max_new_tokens, device, sys.stdout, attach=not unattached)
+        except KeyboardInterrupt:
+            typer.echo("\ninterrupted", err=True)
+            raise typer.Exit(130) from None
+    typer.echo(memory, err=True)
+
+
+def _kept(out: str | None) -> str:
+    try:
+        rows = 0 if out is None else (Path(out) / "samples.jsonl").read_bytes().count(b"\n")
+    except OSError:
+        rows = 0
+    return f"; finished rows in {out}/samples.jsonl: {rows}" if rows else ""
+
+
+def _read_stdin() -> str:
+    from kvpolicy.errors import CompareError
+    from kvpolicy.experiment.arguments import MAX_PROMPT
+
+    if sys.stdin is None:
+        raise CompareError("the prompt comes from stdin, which is closed; pipe a text into the command")
+    raw = sys.stdin.buffer.read(4 * MAX_PROMPT + 1)
+    if len(raw) > 4 * MAX_PROMPT:
+        raise CompareError(f"the prompt on stdin must have at most {4 * MAX_PROMPT:,} bytes, found more; shorten it")
+    if not raw:
+        raise CompareError("the prompt from stdin must not be empty; pipe a text into the command")
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        message = f"the prompt on stdin must be UTF-8 text, found {error.reason} at byte {error.start}"
+        raise CompareError(message) from error
+
+
+def _quiet() -> None:
+    """No advice of transformers between the lines; what goes wrong is raised."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+def _warner() -> Callable[..., None]:
+    """Shows warnings on a line each, and each once: what is checked early is checked again with the model at hand."""
+    shown: set[str] = set()
+
+    def warn(message: Warning | str, *_: Any, **__: Any) -> None:
+        if str(message) not in shown:
+            shown.add(str(message))
+            typer.echo(f"warning: {message}", err=True)
+
+    return warn
+
+
+def _print(result: Any) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=result.width)
+    for table in result.tables():
+        console.print(table)
+        console.print()
+    console.print(Text(result.notes()), width=min(console.width, 120))

@@ -1,0 +1,329 @@
+"""What a comparison found: means with confidence intervals, paired differences, tables."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from kvpolicy.errors import CompareError
+from kvpolicy.experiment.attention_distance import Distances
+from kvpolicy.words import in_words
+
+if TYPE_CHECKING:
+    from kvpolicy.recipe.load import Recipe
+
+__all__ = ["EXACT", "METRICS", "Comparison", "Estimate", "estimate", "is_exact"]
+
+METRICS = (
+    "score",
+    "nll",
+    "kl",
+    "top1",
+    "bits",
+    "peak_bytes",
+    "final_bytes",
+    "exact_bytes",
+    "prefill_seconds",
+    "step_seconds",
+    "l1",
+    "l2",
+    "exact_mass",
+    "quantized_mass",
+    "dropped_mass",
+)
+"""What `Comparison.mean` and `Comparison.difference` know."""
+EXACT = "exact"
+"""Stands for the exact cache in `Comparison.mean` (of score and nll) and `Comparison.difference`."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over samples, and the half-width of its 95% confidence interval (Student's t)."""
+
+    mean: float
+    half_width: float | None
+    """None for a single sample. 0 says that all samples gave the same value, not that the mean is certain."""
+    n: int
+
+    def __str__(self) -> str:
+        return _number(self.mean) + ("" if self.half_width is None else f" ±{_number(self.half_width)}")
+
+
+def estimate(values: Sequence[float]) -> Estimate | None:
+    """Mean and confidence interval of some values; None if there are none."""
+    n = len(values)
+    if n == 0:
+        return None
+    mean = math.fsum(values) / n
+    if n == 1:
+        return Estimate(mean, None, 1)
+    deviation = math.sqrt(math.fsum((x - mean) ** 2 for x in values) / (n - 1))
+    return Estimate(mean, _student(n - 1) * deviation / math.sqrt(n), n)
+
+
+def _student(freedom: int) -> float:
+    """The 97.5% quantile of Student's t, by its expansion around the normal one (error below 0.2%)."""
+    exact = {1: 12.7062, 2: 4.3027, 3: 3.1824, 4: 2.7764}
+    if freedom in exact:
+        return exact[freedom]
+    z = 1.959964
+    first = (z**3 + z) / 4
+    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + first / freedom + second / freedom**2 + third / freedom**3
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The result of `compare`: one row per arm and sample, and what follows from them."""
+
+    arms: dict[str, Recipe]
+    """The recipe of each arm, by its name, in the order given."""
+    rows: list[dict[str, Any]]
+    """One record per arm and sample, as in samples.jsonl."""
+    settings: dict[str, Any]
+    """Task, seed, model, number of samples, whether the model was attached, and versions."""
+    failures: dict[str, str] = field(default_factory=dict)
+    """Arms that failed midway, and why; their rows until then are kept."""
+    distances: Distances = field(default_factory=Distances)
+    """Attention by distance of the exact cache, over all samples; empty where attention was not watched."""
+
+    def values(self, arm: str, metric: str) -> dict[int, float]:
+        """A metric by sample.
+
+        Samples whose answer is one token have no nll, kl, top1 and step_seconds, and say nothing of attention (l1, l2
+        and the masses); nor do those whose attention could not be watched.
+        """
+        if metric not in METRICS:
+            raise CompareError(f"metric must be one of {', '.join(METRICS)}, found {in_words(metric)}")
+        if arm == EXACT and EXACT not in self.arms:
+            if metric not in ("score", "nll"):
+                raise CompareError(f"the exact cache has score and nll, found {in_words(metric)}; add the arm 'full'")
+            found = {row["sample"]: row[f"exact_{metric}"] for row in self.rows}
+        elif arm in self.arms:
+            found = {row["sample"]: _value(row, metric) for row in self.rows if row["arm"] == arm}
+        else:
+            raise CompareError(
+                f"arm must be one of {', '.join(dict.fromkeys([*self.arms, EXACT]))}, found {in_words(arm)}"
+            )
+        return {sample: value for sample, value in found.items() if value is not None}
+
+    def mean(self, arm: str, metric: str) -> Estimate | None:
+        """Mean of a metric over the samples of an arm."""
+        return estimate(list(self.values(arm, metric).values()))
+
+    def difference(self, arm: str, other: str = EXACT, metric: str = "score") -> Estimate | None:
+        """Mean of the paired differences, `arm` minus `other`, over the samples that both have."""
+        ours, theirs = self.values(arm, metric), self.values(other, metric)
+        return estimate([ours[sample] - theirs[sample] for sample in ours if sample in theirs])
+
+    def diverged(self, arm: str) -> tuple[int, int]:
+        """In how many samples greedy decoding left that of the exact cache, and the number of samples."""
+        found = [row["first_divergence"] is not None for row in self.rows if row["arm"] == arm]
+        return sum(found), len(found)
+
+    def summary(self) -> dict[str, Any]:
+        """All of it but the rows, as plain values for JSON."""
+        arms = {}
+        for name, recipe in self.arms.items():
+            count, n = self.diverged(name)
+            arms[name] = {
+                "recipe": recipe.to_yaml(resolved=True),
+                "samples": n,
+                **{metric: _plain(self.mean(name, metric)) for metric in METRICS},
+                "score_minus_exact": _plain(self.difference(name, metric="score")),
+                "nll_minus_exact": _plain(self.difference(name, metric="nll")),
+                "diverged": count,
+                "failure": self.failures.get(name),
+            }
+        exact = {metric: _plain(self.mean(EXACT, metric)) for metric in ("score", "nll")} if self.rows else {}
+        attention = self.distances.to_dict() if self.distances.layers else None
+        return {**self.settings, "exact": exact, "attention": attention, "arms": arms}
+
+    def plot(self, path: str | os.PathLike[str]) -> Path:
+        """Draw quality against effective bits, one point per arm."""
+        from kvpolicy.experiment.plot import plot_comparison
+
+        return plot_comparison(self, Path(path))
+
+    def plot_attention(self, path: str | os.PathLike[str]) -> Path:
+        """Draw the exact cache's mean attention per token against distance from the query, with its power law.
+
+        Both axes are logarithmic; thin lines are layers. `Distances.fit` says what is fitted.
+        """
+        from kvpolicy.experiment.attention_plot import plot_attention
+
+        return plot_attention(self, Path(path))
+
+    def tables(self) -> list[Any]:
+        """Rich tables: quality, cost, and attention unless that was not asked for."""
+        attention = [self._attention()] if self.settings.get("errors") else []
+        return [self._quality(), self._cost(), *attention]
+
+    def notes(self) -> str:
+        """How the tables are to be read."""
+        n = self.settings["n"]
+        single = sum(row["decode_steps"] == 0 for row in self.rows) // max(len(self.arms), 1)
+        lines = [
+            f"n = {n} samples, the same for all arms. ± is the half-width of a 95% confidence interval over them; "
+            "differences (Δ) to the exact cache are paired. ±0 says that all samples gave the same value, no more. "
+            "Do not rank arms by means whose intervals overlap; the paired `difference` of two arms may still tell "
+            "them apart. Arms of different bits differ in cost, too.",
+            "NLL, KL and top-1 (agreement with the exact cache) are per token of the answer after its first, which "
+            "the prefill predicts without reading a stored token.",
+        ]
+        if self.settings.get("errors"):
+            lines.append(self._attention_note())
+        if single:
+            lines.append(f"answers of a single token: {single}; the prefill gives it, so that no cache can change it.")
+        lines += [f"failed: {arm}: {cause}" for arm, cause in self.failures.items()]
+        return "\n".join(lines)
+
+    def _quality(self) -> Any:
+        differences = ("Δ score", "Δ NLL\n(nats)", "KL to exact\n(nats)", "top-1", "texts that\ndiverge")
+        table = _table(f"{self.settings['task']}: quality", ("bits per\nvalue", "score", *differences))
+        if self.rows and not any(is_exact(recipe) for recipe in self.arms.values()):
+            table.add_row("(exact cache)", "", _cell(self.mean(EXACT, "score")), *([""] * 5))
+        for arm in self.arms:
+            bits, top1 = self.mean(arm, "bits"), self.mean(arm, "top1")
+            count, n = self.diverged(arm)
+            table.add_row(
+                self._name(arm),
+                f"{bits.mean:.2f}" if bits else "-",
+                _cell(self.mean(arm, "score")),
+                _cell(self.difference(arm, metric="score"), sign=True),
+                _cell(self.difference(arm, metric="nll"), sign=True),
+                _cell(self.mean(arm, "kl")),
+                f"{100 * top1.mean:.1f}%" if top1 else "-",
+                f"{count} of {n}",
+            )
+        return table
+
+    def _cost(self) -> Any:
+        columns = ("bits per\nvalue", "smaller\nthan exact", "final\nkB", "peak\nkB", "prefill\nms", "decode\nms/token")
+        table = _table(f"{self.settings['task']}: cost", columns)
+        for arm in self.arms:
+            found = {metric: self.mean(arm, metric) for metric in METRICS}
+            final, exact = found["final_bytes"], found["exact_bytes"]
+            table.add_row(
+                self._name(arm),
+                _scaled(found["bits"], 1, 2),
+                f"{exact.mean / final.mean:.2f}x" if final and exact and final.mean else "-",
+                _scaled(final, 1e-3, 1),
+                _scaled(found["peak_bytes"], 1e-3, 1),
+                _scaled(found["prefill_seconds"], 1e3, 1),
+                _scaled(found["step_seconds"], 1e3, 2),
+            )
+        return table
+
+    def _attention(self) -> Any:
+        columns = ("L1 error", "L2 error", "attention on\nexact tokens", "on quantized\ntokens", "on dropped\ntokens")
+        table = _table(f"{self.settings['task']}: attention", columns)
+        for arm in self.arms:
+            errors = [_cell(self.mean(arm, metric)) for metric in ("l1", "l2")]
+            masses = [_percent(self.mean(arm, f"{kept}_mass")) for kept in ("exact", "quantized", "dropped")]
+            table.add_row(self._name(arm), *errors, *masses)
+        return table
+
+    def _attention_note(self) -> str:
+        if not self.settings.get("attached"):
+            return "attention is watched in attached models only; this one ran unattached."
+        if not self.distances.layers:
+            return "attention could not be watched: no answer is longer than a token."
+        text = (
+            "L1 and L2 errors are those of attention outputs, relative to exact attention of the same queries, means "
+            "over the compressed layers; beside them the shares of exact attention by how its tokens are kept."
+        )
+        if any(self.mean(arm, "kl") and not self.mean(arm, "l1") for arm in self.arms):
+            text += " -: this model computes on keys and values itself, so what it attends can't be watched."
+        return f"{text}\n{self.distances.sentence()}"
+
+    def _name(self, arm: str) -> Text:
+        n = self.diverged(arm)[1]
+        return Text(arm if n == self.settings["n"] else f"{arm} ({n} of {self.settings['n']} samples)")
+
+    @property
+    def width(self) -> int:
+        """Columns that the tables need."""
+        console = Console(width=4096)
+        return max(120, *(console.measure(table).maximum for table in self.tables()))
+
+    def __str__(self) -> str:
+        console = Console(file=io.StringIO(), width=self.width, color_system=None)
+        for table in self.tables():
+            console.print(table)
+        console.print(Text(self.notes()), width=120)
+        file = console.file
+        assert isinstance(file, io.StringIO)
+        return file.getvalue().rstrip()
+
+    def write_summary(self, path: str | os.PathLike[str]) -> Path:
+        """Write `summary` as JSON."""
+        target, text = Path(path), json.dumps(self.summary(), indent=2, allow_nan=False)
+        try:
+            target.write_text(text + "\n", encoding="utf-8")
+        except OSError as error:
+            raise CompareError(f"{target}: the summary can't be written: {error}") from error
+        return target
+
+
+def is_exact(recipe: Any) -> bool:
+    """Whether a recipe keeps every token of every layer exactly."""
+    lists = [recipe.tiers, *recipe.layers.values()]
+    return all(
+        tiers == "full" or all(tier.keys == "full" and tier.values == "full" for tier in tiers) for tiers in lists
+    )
+
+
+def _value(row: dict[str, Any], metric: str) -> float | None:
+    if metric == "step_seconds":
+        return row["decode_seconds"] / row["decode_steps"] if row["decode_steps"] else None
+    value: float | None = row[metric]
+    return value
+
+
+def _plain(found: Estimate | None) -> dict[str, Any] | None:
+    return None if found is None else {"mean": found.mean, "half_width_95": found.half_width, "n": found.n}
+
+
+def _number(value: float) -> str:
+    if value == 0:
+        return "0"
+    if abs(value) < 0.0005:
+        return f"{value:.0e}"
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+
+
+def _cell(found: Estimate | None, sign: bool = False) -> str:
+    if found is None:
+        return "-"
+    return ("+" if sign and found.mean > 0 else "") + str(found)
+
+
+def _percent(found: Estimate | None) -> str:
+    if found is None:
+        return "-"
+    half = "" if found.half_width is None else f" ±{100 * found.half_width:.1f}"
+    return f"{100 * found.mean:.1f}{half}%"
+
+
+def _scaled(found: Estimate | None, factor: float, digits: int) -> str:
+    return "-" if found is None else f"{found.mean * factor:,.{digits}f}"
+
+
+def _table(title: str, columns: Sequence[str]) -> Any:
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("arm", overflow="fold", min_width=8)
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table

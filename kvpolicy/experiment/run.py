@@ -1,0 +1,308 @@
+"""One arm on one sample: prefill, teacher-forced steps through the cache, greedy decoding, and what they cost."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from kvpolicy.errors import CompareError
+from kvpolicy.experiment.arguments import check_prompt
+from kvpolicy.experiment.attention_error import FIELDS, AttentionErrors, Watcher
+from kvpolicy.experiment.tasks import Sample, score
+from kvpolicy.hf.models import cache_word
+from kvpolicy.words import quoted
+
+if TYPE_CHECKING:
+    from kvpolicy.hf.cache import CompressedCache
+
+__all__ = ["Encoded", "Run", "Runner", "encode", "row", "unlikely"]
+
+UNLIKELY = 8.0
+"""Nats: a token of an answer that the exact cache itself finds less likely than e^-8 was hardly meant."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A sample in the tokens of a model."""
+
+    sample: Sample
+    prompt: list[int]
+    answer: list[int]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a cache did on one sample. Step 0 comes from the prefill, which reads no stored token."""
+
+    log_probs: Tensor
+    """Log-probabilities `[answer tokens, vocabulary]` of the teacher-forced steps."""
+    generated: list[int]
+    """Tokens of greedy decoding."""
+    text: str
+    score: float
+    peak_bytes: int
+    final_bytes: int
+    exact_bytes: int
+    bits: float
+    prefill_seconds: float
+    decode_seconds: float
+    attention: AttentionErrors | None = None
+    """Of the teacher-forced steps; None where it was not watched."""
+
+
+def encode(samples: Sequence[Sample], tokenizer: Any, config: Any) -> list[Encoded]:
+    """The samples in tokens.
+
+    Raises:
+        CompareError: a sample is empty, or longer than the model's positions.
+    """
+    text = config.get_text_config(decoder=True)
+    limit = getattr(text, "max_position_embeddings", None)
+    limit = limit if isinstance(limit, int) and limit > 0 else None
+    found = []
+    for number, sample in enumerate(samples):
+        check_prompt(f"sample {number}: prompt and answer", sample.prompt + sample.answer, limit)
+        prompt, answer = _tokens(sample, tokenizer)
+        if not prompt or not answer:
+            what = "answer" if prompt else "prompt"
+            raise CompareError(f"sample {number}: prompt and answer must hold a token each, found none in the {what}")
+        length = len(prompt) + len(answer)
+        if limit is not None and length > limit:
+            raise CompareError(
+                f"sample {number}: prompt and answer must fit the model's max_position_embeddings, {limit}, "
+                f"found {len(prompt)} + {len(answer)} tokens; ask for shorter samples (--tokens) or another task"
+            )
+        found.append(Encoded(sample, prompt, answer))
+    return found
+
+
+def _tokens(sample: Sample, tokenizer: Any) -> tuple[list[int], list[int]]:
+    # Encoded together where that leaves the prompt as it is: tokenizers may put a space before the first word.
+    prompt = list(tokenizer(sample.prompt, verbose=False)["input_ids"])
+    both = list(tokenizer(sample.prompt + sample.answer, verbose=False)["input_ids"])
+    if both[: len(prompt)] == prompt and len(both) > len(prompt):
+        return prompt, both[len(prompt) :]
+    return prompt, list(tokenizer(sample.answer, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+class Runner:
+    """Runs samples through a model with the caches that it is given.
+
+    Args:
+        model: a causal language model of transformers.
+        tokenizer: its tokenizer.
+        errors: whether the attention of teacher-forced steps is compared with exact attention; the model must be
+            attached.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, errors: bool = False) -> None:
+        self.model, self.tokenizer, self.errors = model, tokenizer, errors
+        self.device = torch.device(model.device)
+        self.ends, self.word = _ends(model, tokenizer), cache_word(model)
+        last_only = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self.options = {"logits_to_keep": 1} if last_only else {}
+
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        """Evaluation mode and no gradients; afterwards every module trains or not as before."""
+        training = [module for module in self.model.modules() if module.training]
+        self.model.eval()
+        try:
+            with torch.inference_mode():
+                yield
+        finally:
+            for module in training:
+                module.training = True
+
+    def warm_up(self, cache: CompressedCache) -> None:
+        """A few tokens, so that the first times measured are like the others."""
+        for tokens in ([0] * 8, [0]):
+            self._step(tokens, cache)
+
+    def run(self, cache: CompressedCache, item: Encoded) -> Run:
+        """Prefill once; then the answer token by token, and greedy decoding where it leaves the answer."""
+        watcher = Watcher(cache) if self.errors else None
+        logits, prefill = self._step(item.prompt, cache, watcher)
+        peak = cache.memory().bytes
+        rows, times, fresh = [logits], [], copy.deepcopy(cache)
+        for token in item.answer[:-1]:
+            logits, seconds = self._step([token], cache, watcher, measure=True)
+            rows.append(logits)
+            times.append(seconds)
+            peak = max(peak, cache.memory().bytes)
+        memory = cache.memory()
+        log_probs = torch.stack(rows).float().log_softmax(-1)
+        if torch.isnan(log_probs).any():
+            raise CompareError("the model's logits must be numbers, found nan")
+        generated = self._greedy(log_probs.argmax(-1).tolist(), item, fresh)
+        text = self._decode(item.prompt, generated)
+        return Run(
+            log_probs,
+            generated,
+            text,
+            score(item.sample.task, item.sample.answer, text),
+            peak,
+            memory.bytes,
+            memory.exact_bytes,
+            memory.bits_per_value,
+            prefill,
+            sum(times),
+            None if watcher is None else watcher.result(),
+        )
+
+    def _step(
+        self, tokens: list[int], cache: CompressedCache, watcher: Watcher | None = None, measure: bool = False
+    ) -> tuple[Tensor, float]:
+        """Logits after `tokens`, and the seconds that this took; descents that it causes are counted here."""
+        ids = torch.tensor([tokens], device=self.device)
+        with nullcontext(nullcontext) if watcher is None else watcher.update(measure) as watch:
+            self._synchronize()
+            noted = 0.0 if watcher is None else watcher.seconds
+            start = time.perf_counter()
+            with watch():
+                given = {self.word: cache, "use_cache": True, **self.options}
+                logits = self.model(ids, **given).logits[0, -1]
+            cache.settle()
+            self._synchronize()
+            seconds = time.perf_counter() - start
+        if watcher is not None:
+            seconds -= watcher.seconds - noted
+        return logits, seconds
+
+    def _greedy(self, best: list[int], item: Encoded, cache: CompressedCache) -> list[int]:
+        """Tokens of greedy decoding. While they are the answer's, the teacher-forced steps were the same steps."""
+        if best[:-1] == item.answer[:-1]:
+            return self._until_end(best)
+        tokens = [best[0]]
+        while len(tokens) < len(item.answer) and tokens[-1] not in self.ends:
+            tokens.append(int(self._step(tokens[-1:], cache)[0].argmax()))
+        return tokens
+
+    def _until_end(self, tokens: list[int]) -> list[int]:
+        for i, token in enumerate(tokens):
+            if token in self.ends:
+                return tokens[: i + 1]
+        return tokens
+
+    def _decode(self, prompt: list[int], generated: list[int]) -> str:
+        # With the prompt, because tokenizers strip a space before what they take for the first word.
+        options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        before = self.tokenizer.decode(prompt, **options)
+        both = self.tokenizer.decode([*prompt, *generated], **options)
+        if both.startswith(before):
+            return str(both[len(before) :])
+        return str(self.tokenizer.decode(generated, **options))
+
+    def _synchronize(self) -> None:
+        if self.device.type in ("cuda", "mps", "xpu"):
+            getattr(torch, self.device.type).synchronize()
+
+
+def _ends(model: Any, tokenizer: Any) -> set[int]:
+    config = getattr(model, "generation_config", None)
+    ends: set[int] = set()
+    for found in (getattr(config, "eos_token_id", None), getattr(tokenizer, "eos_token_id", None)):
+        ends.update(found if isinstance(found, list | tuple) else [] if found is None else [found])
+    return ends
+
+
+def unlikely(number: int, item: Encoded, exact: Run, tokenizer: Any) -> str | None:
+    """What to say of an answer that the model would not give with the exact cache; None if there is nothing.
+
+    Of the tokens below e^-8 the last one is named. Not for `code`, whose answers are text cut off somewhere, and where
+    several continuations are right.
+    """
+    nll = _nll(exact, item)
+    places = [place for place, value in enumerate(nll) if value > UNLIKELY]
+    if not places or item.sample.task == "code":
+        return None
+    place, of = places[-1], len(nll)
+    token = quoted(str(tokenizer.decode([item.answer[place]])))
+    which = f"the last of {of}" if place == of - 1 else f"token {place + 1} of {of}"
+    end = " (does it end where the model ends?)" if place == of - 1 else ""
+    return (
+        f"sample {number}: the exact cache itself gives {token}, {which} in the answer, a probability of "
+        f"{math.exp(-nll[place]):.1e}, below e^-8. The model would not write this answer, so its negative "
+        f"log-likelihood says little of a cache; check the answers{end}. Said once"
+    )
+
+
+def row(number: int, arm: str, item: Encoded, run: Run, exact: Run) -> dict[str, Any]:
+    """The record of an arm on a sample, with what the exact cache did beside it.
+
+    `nll`, `kl` and `top1` are over the answer's tokens after the first, whose prediction is the prefill's and reads
+    no stored token: `nll_first`. They are None if the answer is one token. So is what is said of attention, and also
+    where it was not watched; its lists have an entry per layer of the model, None where a layer is not compressed.
+    """
+    nll, exact_nll = _nll(run, item), _nll(exact, item)
+    read = len(nll) - 1
+    kl = _divergence(exact.log_probs, run.log_probs)
+    same = (exact.log_probs.argmax(-1) == run.log_probs.argmax(-1)).float().tolist()
+    if not all(map(math.isfinite, [*nll, *exact_nll, *kl])):
+        raise CompareError("the predictions must be finite, found a token of the answer with probability 0")
+    return {
+        "sample": number,
+        "arm": arm,
+        "task": item.sample.task,
+        "prompt_tokens": len(item.prompt),
+        "answer_tokens": len(item.answer),
+        "score": run.score,
+        "exact_score": exact.score,
+        "nll": _mean(nll[1:]),
+        "exact_nll": _mean(exact_nll[1:]),
+        "nll_first": nll[0],
+        "nll_steps": nll[1:],
+        "kl": _mean(kl[1:]),
+        "kl_steps": kl[1:],
+        "top1": _mean(same[1:]),
+        "first_divergence": _first_difference(exact.generated, run.generated),
+        "bits": run.bits,
+        "peak_bytes": run.peak_bytes,
+        "final_bytes": run.final_bytes,
+        "exact_bytes": run.exact_bytes,
+        "prefill_seconds": run.prefill_seconds,
+        "decode_seconds": run.decode_seconds,
+        "decode_steps": read,
+        **_attention(run.attention),
+        "answer": item.sample.answer,
+        "generated": run.text,
+    }
+
+
+def _attention(found: AttentionErrors | None) -> dict[str, Any]:
+    if found is None:
+        return {name: None for field in FIELDS for name in (field, f"{field}_layers")}
+    return {**found.means, **{f"{field}_layers": values for field, values in found.layers.items()}}
+
+
+def _nll(run: Run, item: Encoded) -> list[float]:
+    answer = torch.tensor(item.answer, device=run.log_probs.device)
+    found: list[float] = (-run.log_probs.gather(1, answer[:, None])[:, 0]).tolist()
+    return found
+
+
+def _divergence(exact: Tensor, other: Tensor) -> list[float]:
+    """KL(exact || other) in nats, of each step."""
+    terms = torch.where(exact > -torch.inf, exact.exp() * (exact - other), 0.0)
+    found: list[float] = terms.sum(-1).clamp(min=0).tolist()
+    return found
+
+
+def _first_difference(one: list[int], other: list[int]) -> int | None:
+    for i, (a, b) in enumerate(zip(one, other, strict=False)):
+        if a != b:
+            return i
+    return None if len(one) == len(other) else min(len(one), len(other))
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None

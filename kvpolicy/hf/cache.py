@@ -1,0 +1,313 @@
+"""Recipes as caches of transformers. The only file that touches transformers' cache classes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache
+
+from kvpolicy.errors import CacheError, RecipeError
+from kvpolicy.hf.calls import PassAware
+from kvpolicy.hf.fingerprint import Origin
+from kvpolicy.hf.layer import TieredLayer, rows_within
+from kvpolicy.hf.model_config import check_selectors, check_stores, config_of, head_dim_of, uneven_layers
+from kvpolicy.hf.modes import uncompiled
+from kvpolicy.hf.passes import Lease, check_announced, hold
+from kvpolicy.hf.suitability import check_effect, check_positions, compressible, set_apart
+from kvpolicy.hf.transaction import BY_REFERENCE, Guard
+from kvpolicy.layer.layer import Positions, Reading, Tiers
+from kvpolicy.layer.report import Memory, Summary, measure, summarize
+from kvpolicy.layer.view import Scratch
+from kvpolicy.placement.padding import Padding
+from kvpolicy.placement.planner import Placement
+from kvpolicy.placement.step import Step
+from kvpolicy.recipe.load import Recipe, load_recipe
+
+__all__ = ["CompressedCache", "make_cache"]
+
+
+class CompressedCache(PassAware, Cache):
+    """A cache that keeps the full-attention layers of a model as its recipe says.
+
+    Made by `make_cache`. Pass it to `generate(cache=...)` or to a model's forward; it serves
+    everything that transformers' `DynamicCache` does. With only `full` stores it gives the same logits.
+
+    The cache carries no gradients.
+    """
+
+    def __init__(
+        self, recipe: Recipe, layers: list[Any], scratch: Scratch | None, reading: Reading, origin: Origin
+    ) -> None:
+        super().__init__(layers=layers)
+        self.recipe, self.origin = recipe, origin
+        self.scratch, self.reading = scratch, reading
+        self.lease: Lease | None = None
+        """Keeps the hooks of the model that the cache was made for, if it was made for a model."""
+        self.guard = Guard(recipe.name, self.layers, reading)
+        self._blank = [None if isinstance(layer, TieredLayer) else copy.deepcopy(layer) for layer in layers]
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.guard.ready()
+        return self.__dict__
+
+    @property
+    def padding(self) -> Padding | None:
+        """Which tokens are padding, once an attached model was given any."""
+        return self.reading.padding
+
+    def begin(self, tokens: int, mask: Any = None, attached: bool = False) -> None:
+        """A forward pass with this cache begins; see `Guard.begin`. Called by the hooks of a model."""
+        self.guard.begin(tokens, mask, attached)
+
+    def finish(self, failed: bool = False) -> None:
+        """That pass has ended; see `Guard.finish`."""
+        self.guard.finish(failed)
+
+    @uncompiled
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Add keys and values `[batch, kv_heads, tokens, head_dim]` of a layer; see `TieredLayer.update`.
+
+        Raises:
+            CacheError: the cache is in use by another thread, or was interrupted.
+        """
+        with self.guard.updating():
+            layer = self.layers[layer_idx]
+            if not getattr(layer, "attached", True):
+                check_announced(self)
+            self.guard.expect(layer_idx, key_states)
+            found: tuple[Tensor, Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+            return found
+
+    @uncompiled
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens seen, dropped ones included."""
+        self.guard.recover()
+        return int(super().get_seq_length(layer_idx))
+
+    def __iter__(self) -> Iterator[tuple[Tensor | None, Tensor | None, Tensor | None]]:
+        """Keys, values and window of each layer, as `DynamicCache` gives them; what is compressed is decoded."""
+        for layer in self.layers:
+            yield layer.keys, layer.values, getattr(layer, "_sliding_window_tensor", None)
+
+    def _tiers(self, layer: int) -> Tiers:
+        n = len(self.layers)
+        if not -n <= layer < n:
+            raise CacheError(f"layer must be in [0, {n}), found {layer}")
+        found = self.layers[layer]
+        if not isinstance(found, TieredLayer):
+            compressed = [i for i, x in enumerate(self.layers) if isinstance(x, TieredLayer)]
+            raise CacheError(
+                f"layer {layer} is a {type(found).__name__} of transformers and has no tiers; "
+                f"ask for one of {compressed}"
+            )
+        return found.tiers
+
+    def positions(self, layer: int = 0) -> Positions:
+        """Positions and tier of every token that a layer holds; `PENDING` (-1) is the tier of pending ones."""
+        self.guard.ready(alike=False)
+        return self._tiers(layer).positions()
+
+    def dense(self, layer: int = 0) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer, decoded, in token order: two tensors `[batch, kv_heads, tokens, head_dim]`."""
+        self.guard.ready(alike=False)
+        tiers = self._tiers(layer)
+        if not tiers.stores:
+            raise CacheError(f"layer {layer} holds no tokens yet; run the model with this cache first")
+        with torch.no_grad():
+            return tiers.dense()
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Let the pending tokens into the tiers; `crop` of them is no exact rollback afterwards."""
+        self.guard.ready()
+        self.guard.settle()
+
+    def memory(self) -> Memory:
+        """Bytes by layer, side and store, counted from the tensors held. Settles pending tokens first."""
+        self.settle()
+        return measure(self)
+
+    def summary(self) -> Summary:
+        """Which layer is kept how, and what it holds. Settles pending tokens first."""
+        self.settle()
+        return summarize(self)
+
+    def save(self, path: str | Path) -> None:
+        """Write the cache as safetensors. Settles pending tokens first.
+
+        The header holds the recipe, versions, and a fingerprint of the model that the cache was made for: what of its
+        config decides what keys and values mean, and a hash of a few numbers of its weights. Of a cache made from a
+        config, or whose model is gone, the weights are unknown.
+
+        The file is written beside its place and then moved there: what interrupts that leaves the old file, or none.
+
+        Raises:
+            CacheError: nothing is cached, layers have seen different numbers of tokens, a layer can't be saved, or the
+                file can't be written.
+        """
+        from kvpolicy.hf.saving import save_cache
+
+        self.settle()
+        save_cache(self, path)
+
+    @classmethod
+    def load(cls, path: str | Path, model: Any, *, any_model: bool = False) -> CompressedCache:
+        """Read what `save` wrote, each layer onto the device of the model's layer.
+
+        Args:
+            path: the file.
+            model: the model that made the cache, or its config. A config has no weights to be compared: then another
+                model of the same config goes unnoticed.
+            any_model: take a cache of another model, too, whose layers and heads have the same shapes and whose type
+                is the same. What its keys and values mean to this model is up to you.
+
+        Weights are compared as numbers: a model in another float type that holds them exactly is the same one, but
+        must compute in the type of the cache. A file that says nothing of weights (one of kvpolicy 0.1, or of a cache
+        made from a config) is read with a warning.
+
+        Raises:
+            CacheError: the file is missing, damaged, foreign, or of another model.
+            MissingDependencyError: its recipe needs a library that is not installed.
+        """
+        from kvpolicy.hf.saving import load_cache
+
+        return load_cache(path, model, any_model)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Keep the first n positions (n > 0), or remove the last -n (n <= 0), in every layer.
+
+        Exact for pending tokens (the last update's, 64 at most); a longer crop keeps past descents.
+        """
+        known = int(super().get_seq_length()) if self.layers else 0
+        length = self.guard.cropped(int(tokens_to_remove), known)
+        removed = min(length - max(known, self.guard.seen), 0)
+        with self.guard.tearing("crop"):
+            for number, layer in enumerate(self.layers):  # these first: they may refuse
+                # One that records the past lets go of what is behind its window even if nothing is removed.
+                if not isinstance(layer, TieredLayer) and (removed or getattr(layer, "record_past", False)):
+                    self._crop_own(number, layer, length, removed)
+            for layer in self.layers:
+                if isinstance(layer, TieredLayer):
+                    layer.crop(length or -layer.tiers.seen)
+            if self.reading.padding is not None:
+                self.reading.padding = self.reading.padding.crop(length)
+
+    def _crop_own(self, number: int, layer: Any, length: int, removed: int) -> None:
+        known = type(layer).__name__ in BY_REFERENCE
+        try:
+            layer.crop(min(length - layer.get_seq_length(), 0) if known else removed)
+        except (AttributeError, NotImplementedError, RuntimeError, ValueError) as error:
+            raise CacheError(
+                f"layer {number}, a {type(layer).__name__} of transformers, can't be cropped by {-removed} tokens: "
+                f"{error}; reset() the cache and fill it anew"
+            ) from error
+
+    def _existing(self, rows: Tensor) -> Tensor:
+        """`rows_within` the rows held, if any."""
+        held = next((x.batch_size for x in self.layers if isinstance(x, TieredLayer) and x.is_initialized), None)
+        return rows if held is None else rows_within(rows, held)
+
+    def _select(self, rows: Tensor) -> None:
+        if self.reading.padding is not None:
+            padding = self.reading.padding
+            self.reading.padding = padding.select(rows_within(rows, padding.batch).cpu().numpy())
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        rows = self._existing(beam_idx)
+        with self.guard.rows_of_all("reorder_cache"):
+            super().reorder_cache(rows)
+            self._select(rows)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        with self.guard.rows_of_all("batch_repeat_interleave"):
+            super().batch_repeat_interleave(repeats)
+            if self.reading.padding is not None:
+                self._select(torch.arange(self.reading.padding.batch).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        rows = self._existing(torch.as_tensor(indices))
+        with self.guard.rows_of_all("batch_select_indices"):
+            super().batch_select_indices(rows)
+            self._select(rows)
+
+    def reset(self) -> None:
+        """Forget everything, in every layer."""
+        with self.guard.emptying():
+            for i, layer in enumerate(self.layers):
+                if isinstance(layer, TieredLayer):
+                    layer.reset()
+                else:
+                    self.layers[i] = copy.deepcopy(self._blank[i])
+            self.origin.loaded = None
+            if self.scratch is not None:
+                self.scratch.buffers = {}
+
+
+def make_cache(recipe: Any, model_or_config: Any, *, strict: bool = False, **params: Any) -> CompressedCache:
+    """Make an empty cache for a model.
+
+    Args:
+        recipe: what `load_recipe` takes: a bundled name, a path, a mapping or a `Recipe`.
+        model_or_config: a transformers decoder model, or its config. A model tells its caches of each forward pass
+            and of padding; the hooks for that are gone with the last of these caches.
+        strict: raise an error where the recipe would compress nothing of this model; by default a `UserWarning`
+            says so.
+        **params: parameters of the recipe.
+
+    Returns:
+        The cache, with the recipe's tiers for each full-attention layer and the library's own layers
+        for sliding-window, chunked, linear and cross-attention.
+
+    Raises:
+        RecipeError: the recipe is not valid, or does not fit the model.
+        CacheError: the model can't use the cache, or, with `strict`, nothing would be compressed.
+        MissingDependencyError: the recipe needs a library that is not installed.
+    """
+    loaded = load_recipe(recipe, **params)
+    config = config_of(model_or_config)
+    text = config.get_text_config(decoder=True)
+    layers = list(DynamicCache(config=config).layers)
+    if not layers:
+        raise CacheError(f"the config must say how many layers the model has; {type(config).__name__} gives none")
+    set_apart(layers, text)
+    compressed = compressible(layers)
+    check_selectors(loaded, layers, compressed)
+    scratch, reading = None if getattr(text, "num_kv_shared_layers", 0) else Scratch(), Reading()
+    chosen = {i: loaded.tiers_of(i, len(layers)) for i in compressed}
+    check_effect(loaded, layers, chosen, strict)
+    starts: list[tuple[Any, int | None, Step]] = []  # no dict: options of a plugin may not be hashable
+    for i, tiers in chosen.items():
+        dim = head_dim_of(text, i)
+        start = next((step for known, _, step in starts if known == tiers), None)
+        if not any(known == tiers and dim == checked for known, checked, _ in starts):
+            try:
+                check_stores(tiers, loaded.placement, dim, i)
+            except RecipeError as error:
+                raise RecipeError(f"recipe {loaded.name}: {error}") from None
+            start = start or Step.first(Placement(tiers, loaded.placement))
+            starts.append((tiers, dim, start))
+        assert start is not None
+        layers[i] = TieredLayer(start, scratch, reading)
+    uneven = uneven_layers(chosen)
+    if not _is_attached(model_or_config):
+        check_positions(loaded, model_or_config, config, chosen)
+        if uneven is not None:
+            raise CacheError(uneven)
+    for i in compressed:
+        layers[i].uneven = uneven
+    cache = CompressedCache(loaded, layers, scratch, reading, Origin(model_or_config))
+    cache.lease = hold(model_or_config)
+    return cache
+
+
+def _is_attached(model: Any) -> bool:
+    from kvpolicy.hf.attach import is_attached
+
+    return is_attached(model)

@@ -1,0 +1,107 @@
+"""Whether a recipe fits a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kvpolicy.errors import CacheError, MissingDependencyError, RecipeError
+from kvpolicy.interfaces.quantizer import Quantizer
+from kvpolicy.recipe.load import Recipe
+from kvpolicy.recipe.spec import parse_selector
+from kvpolicy.storage.make import try_store
+
+__all__ = ["check_selectors", "check_stores", "config_of", "head_dim_of", "layer_config", "uneven_layers"]
+
+
+def check_selectors(recipe: Recipe, layers: list[Any], compressed: list[int]) -> None:
+    """Refuse `layers` entries that no layer of the model could follow."""
+    recipe.tiers_of(0, len(layers))
+    for key, tiers in recipe.layers.items():
+        first, last = (i + len(layers) if i < 0 else i for i in parse_selector(key))
+        if tiers != "full" and not any(first <= i <= last for i in compressed):
+            raise RecipeError(
+                f"recipe {recipe.name}: layers.{key} must name layers that can be compressed, which are {compressed}; "
+                f"layer {first} is a {type(layers[first]).__name__} and keeps the library's own cache"
+            )
+
+
+def config_of(model_or_config: Any) -> Any:
+    """The config of a model, or the one given; a `CacheError` if no cache can serve it."""
+    config = getattr(model_or_config, "config", model_or_config)
+    if not hasattr(config, "get_text_config"):
+        raise CacheError(
+            "make_cache needs a transformers model or its config, "
+            f"found {type(model_or_config).__name__}; pass the model itself or model.config"
+        )
+    if getattr(config, "is_encoder_decoder", False):
+        raise CacheError(
+            f"make_cache serves decoder models; {type(config).__name__} is an encoder-decoder. "
+            "Use transformers' EncoderDecoderCache for it"
+        )
+    for name, peft in (getattr(model_or_config, "peft_config", None) or {}).items():
+        if getattr(peft, "is_prompt_learning", False) and "PREFIX" in str(getattr(peft, "peft_type", "")).upper():
+            raise CacheError(
+                f"PEFT adapter {name!r} is prefix tuning, which replaces the cache that it is given by one of its own; "
+                "use an adapter that leaves the cache alone, such as LoRA"
+            )
+    return config
+
+
+def layer_config(text: Any, layer: int) -> Any:
+    """The config of one layer; where layers differ in shape (gemma4), transformers keeps one for each."""
+    return text.per_layer_config[layer] if getattr(text, "is_heterogeneous", False) else text
+
+
+def head_dim_of(text: Any, layer: int) -> int | None:
+    """Channels of a head, where the config says so; latent attention caches something else."""
+    own = layer_config(text, layer)
+    if getattr(own, "kv_lora_rank", None):
+        return None
+    dim = getattr(own, "head_dim", None)
+    heads, hidden = getattr(own, "num_attention_heads", None), getattr(own, "hidden_size", None)
+    if isinstance(dim, int):
+        return dim
+    return hidden // heads if isinstance(heads, int) and isinstance(hidden, int) and heads else None
+
+
+def check_stores(tiers: Any, placement: str, dim: int | None, layer: int) -> None:
+    """Encode a few numbers with every quantizer, so that what can't work fails now and by name."""
+    for number, tier in enumerate(tiers):
+        for side in ("keys", "values"):
+            spec = getattr(tier, side)
+            if not isinstance(spec, Quantizer):
+                continue
+            if getattr(spec, "group_size", None) == "arrival" and (number == 0 or placement == "update"):
+                raise RecipeError(
+                    f"tiers[{number}].{side} ({spec.kind}): group_size: arrival must stand below a tier whose tokens "
+                    f"leave in blocks, with placement: token; found tier {number} with placement: {placement}. "
+                    "Give a number or auto"
+                )
+            try:
+                try_store(spec, dim or 64)
+            except MissingDependencyError:
+                raise
+            except RecipeError as error:
+                if dim is None:
+                    continue
+                raise RecipeError(f"tiers[{number}].{side} ({spec.kind}), layer {layer}: {error}") from None
+
+
+def uneven_layers(chosen: dict[int, Any]) -> str | None:
+    """Why the layers can't share one mask, if they hold different numbers of tokens."""
+    shapes: list[tuple[Any, list[int]]] = []
+    for i, tiers in chosen.items():
+        shape = [tier.policy for tier in tiers] if tiers[-1].keys == "evict" else None
+        alike = next((found for known, found in shapes if known == shape), None)
+        if alike is None:
+            shapes.append((shape, [i]))
+        else:
+            alike.append(i)
+    if len(shapes) < 2:
+        return None
+    groups = " and ".join(f"layers {found}" for _, found in shapes)
+    return (
+        "all full-attention layers must hold the same number of tokens, because one attention mask serves them "
+        f"all; this recipe keeps different numbers in {groups}. Give all layers the same evicting tiers, or none, "
+        "or let the model read the cache itself: kvpolicy.attach(model)"
+    )

@@ -1,0 +1,120 @@
+"""What quantizers return, checked before a store takes it.
+
+Types, shapes and devices are compared, which costs nothing; numbers are looked at on a CPU alone, where no device
+waits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvpolicy.errors import PluginError
+from kvpolicy.interfaces.component import TRY, call
+from kvpolicy.interfaces.quantizer import Affine, AffineQuantizer, Quantizer, TensorQuantizer
+
+__all__ = ["calibrated", "check_fit", "decoded", "encoded", "versions"]
+
+
+def versions(tensors: Iterable[Tensor]) -> list[int]:
+    """How often each was written to, so that it is noticed where a plugin writes to what it is shown."""
+    return [0 if x.is_inference() else x._version for x in tensors]
+
+
+def _fail(quantizer: Quantizer, rule: str) -> PluginError:
+    return PluginError(f"quantizer {quantizer.kind!r} {rule}. {TRY}")
+
+
+def _found(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return f"{tuple(value.shape)} in {value.dtype} on {value.device}"
+
+
+def check_fit(quantizer: Quantizer, head_dim: int) -> None:
+    """Ask a quantizer whether its options fit `head_dim` channels.
+
+    Raises:
+        RecipeError: they don't.
+        PluginError: it answers otherwise than by an error.
+    """
+    answer = call(quantizer, "check", head_dim)
+    if answer is not None:
+        raise _fail(quantizer, f"must refuse by a RecipeError and return None from check, found {answer!r:.80}")
+
+
+def calibrated(quantizer: AffineQuantizer, groups: Tensor) -> Affine:
+    """Codes, scale and offset of `groups`, `[groups, group_size]`.
+
+    Raises:
+        PluginError: the quantizer raised, returned something else, or wrote to `groups`.
+    """
+    before = versions([groups])
+    found = call(quantizer, "calibrate", groups)
+    one = (len(groups), 1)
+    parts = found if isinstance(found, tuple) and all(isinstance(x, Tensor) for x in found) else ()
+    if [x.shape for x in parts] != [groups.shape, one, one]:
+        shapes = [tuple(x.shape) for x in parts] or type(found).__name__
+        raise _fail(
+            quantizer,
+            f"must give codes {tuple(groups.shape)} and scale and offset {one} from calibrate, found {shapes}",
+        )
+    codes, scale, offset = parts
+    if [x.dtype for x in parts] != [torch.uint8, torch.float32, torch.float32]:
+        raise _fail(
+            quantizer,
+            f"must give codes as uint8, and scale and offset in float32, found {[str(x.dtype) for x in parts]}",
+        )
+    if any(x.device != groups.device for x in parts):
+        raise _fail(quantizer, f"must stay on {groups.device}, found {[str(x.device) for x in parts]}")
+    if versions([groups]) != before:
+        raise _fail(quantizer, "must not change the groups that calibrate is given, found them changed")
+    if codes.device.type == "cpu" and not torch.compiler.is_compiling():
+        largest = int(codes.max()) if codes.numel() else 0
+        if largest >> quantizer.nbits:
+            raise _fail(quantizer, f"must give codes below {2**quantizer.nbits}, found {largest}")
+    return Affine(codes, scale, offset)
+
+
+def encoded(quantizer: TensorQuantizer, x: Tensor) -> dict[str, Tensor]:
+    """The tensors of `x`, `[batch, kv_heads, tokens, head_dim]`, by name.
+
+    Raises:
+        PluginError: the quantizer raised, returned something else, or wrote to `x`.
+    """
+    before = versions([x])
+    found = call(quantizer, "encode", x)
+    if not isinstance(found, dict) or not found or not all(isinstance(name, str) and name for name in found):
+        shown = [str(name) for name in found] if isinstance(found, dict) else type(found).__name__
+        raise _fail(quantizer, f"must give named tensors from encode, found {shown}")
+    for name, tensor in found.items():
+        plain = isinstance(tensor, Tensor) and tensor.layout == torch.strided and not tensor.is_quantized
+        if not plain or tensor.shape[:3] != x.shape[:3] or tensor.device != x.device:
+            raise _fail(
+                quantizer,
+                f"must give tensors [batch, kv_heads, tokens, ...] of {tuple(x.shape[:3])} on {x.device} from encode, "
+                f"found {name} of {_found(tensor)}",
+            )
+    if versions([x]) != before:
+        raise _fail(quantizer, "must not change the tensor that encode is given, found it changed")
+    return found
+
+
+def decoded(quantizer: TensorQuantizer, parts: dict[str, Tensor], dtype: torch.dtype, head_dim: int) -> Tensor:
+    """What some tokens' tensors stand for: `[batch, kv_heads, tokens, head_dim]`.
+
+    Raises:
+        PluginError: the quantizer raised, returned something else, or wrote to `parts`.
+    """
+    before = versions(parts.values())
+    like = next(iter(parts.values()))
+    shape = (*like.shape[:3], head_dim)
+    x = call(quantizer, "decode", dict(parts), dtype)
+    if not isinstance(x, Tensor) or x.shape != shape or x.dtype != dtype or x.device != like.device:
+        raise _fail(quantizer, f"must give {tuple(shape)} in {dtype} on {like.device} from decode, found {_found(x)}")
+    if versions(parts.values()) != before:
+        raise _fail(quantizer, "must not change the tensors that decode is given, found them changed")
+    return x

@@ -1,0 +1,160 @@
+"""The base classes of quantizers."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple
+
+from pydantic import Field, model_validator
+
+from kvpolicy.errors import PluginError
+from kvpolicy.interfaces.component import MOST, TRY, Component, call
+
+if TYPE_CHECKING:
+    from torch import Tensor, dtype
+
+__all__ = ["Affine", "AffineQuantizer", "Quantizer", "TensorQuantizer", "precision_of", "unit_factor"]
+
+MOST_BITS = 64
+"""Bits of the longest number that is cached."""
+
+
+class Affine(NamedTuple):
+    """Groups of numbers as `scale * code + offset`."""
+
+    codes: Tensor
+    """Integers in `[0, 2**nbits)`, uint8: `[groups, group_size]`."""
+    scale: Tensor
+    """float32: `[groups, 1]`."""
+    offset: Tensor
+    """float32, in the unit of the values (not of the codes): `[groups, 1]`."""
+
+
+class Quantizer(Component):
+    """Base of `AffineQuantizer` and `TensorQuantizer`; subclass one of these."""
+
+    requires: ClassVar[str | None] = None
+    """Name of an optional library that the quantizer imports when used (also the name of the extra), or None."""
+
+    _role: ClassVar[str] = "quantizer"
+
+    def precision(self) -> float:
+        """Nominal bits per value, by which the tiers of a recipe are ordered: above 0, and 64 at most."""
+        return float(getattr(self, "nbits", 8))
+
+    def check(self, head_dim: int) -> None:
+        """Raise a `RecipeError` where the options don't fit keys or values of `head_dim` channels; returns nothing."""
+        return
+
+
+def precision_of(quantizer: Quantizer) -> float:
+    """Nominal bits per value.
+
+    Raises:
+        PluginError: the quantizer gives no number above 0 and up to 64.
+    """
+    bits = call(quantizer, "precision")
+    if not isinstance(bits, int | float) or isinstance(bits, bool) or not 0 < bits <= MOST_BITS:
+        raise PluginError(
+            f"quantizer {quantizer.kind!r} must give its precision as a number of bits above 0 and up to {MOST_BITS}, "
+            f"found {bits!r:.80}. {TRY}"
+        )
+    return float(bits)
+
+
+def unit_factor(size: Tensor) -> Tensor:
+    """The power of two that brings positive float32 numbers into [1, 2), or as near as a factor can; exact."""
+    from torch import float32, int32
+
+    exponent = (size.contiguous().view(int32) >> 23).clamp(max=253)
+    return ((254 - exponent) << 23).view(float32)
+
+
+class TensorQuantizer(Quantizer):
+    """A quantizer that keeps whatever tensors it likes, one entry per token.
+
+    The core appends, gathers, crops, saves and counts them, as bytes: they may be of any type, float8 included. A
+    token's tensors must be decodable without its neighbours'. A quantizer with integer codes, a scale and an
+    offset is an `AffineQuantizer` instead, and shares the packed stores and everything built on them.
+    """
+
+    @abstractmethod
+    def encode(self, x: Tensor) -> dict[str, Tensor]:
+        """Encode `x` of `[batch, kv_heads, tokens, head_dim]`: tensors of `[batch, kv_heads, tokens, ...]`.
+
+        Names, types and trailing shapes are the same each time, the device is that of `x`, and `x` is not written to.
+        """
+
+    @abstractmethod
+    def decode(self, encoded: dict[str, Tensor], dtype: dtype) -> Tensor:
+        """The inverse of `encode`, as `dtype`: `[batch, kv_heads, tokens, head_dim]`.
+
+        It is given the tensors of any tokens that were encoded, in any order, and must not write to them.
+        """
+
+
+class AffineQuantizer(Quantizer):
+    """A quantizer by integer codes with a scale and an offset per group.
+
+    A subclass writes `calibrate`. The core lays the groups out, packs the codes and keeps the parameters.
+    """
+
+    nbits: Literal[1, 2, 3, 4, 8] = Field(4, description="Bits per code.")
+    group_size: Annotated[int, Field(ge=1, le=MOST)] | Literal["auto", "head", "arrival"] = Field(
+        "auto",
+        description=(
+            "Numbers that share a scale and an offset: channels of a token (per: token) or tokens of a channel "
+            "(per: channel). auto: per channel, 32; per token, the largest divisor of head_dim not above 64, or the "
+            "next one above where scales and offsets would need more room than codes. head: as many as head_dim. "
+            "arrival (per: channel only): the tokens that arrive together."
+        ),
+    )
+    per: Literal["token", "channel"] = Field(
+        "token", description="token: groups of channels within a token; channel: groups of tokens within a channel."
+    )
+    scale_dtype: Literal["model", "float32"] = Field(
+        "model",
+        description=(
+            "Type in which scale and offset are kept. model: the model's, but float32 where it computes in float16 and "
+            "codes have more than 2 bits, whose scales float16 can't hold for small numbers. float32: always that."
+        ),
+    )
+    channel_separable: bool = Field(
+        False,
+        description=(
+            "With per: token, divide each channel by the square root of its largest magnitude before encoding "
+            "(ZipCache, arXiv 2405.14256, section 4.1), found on the first tokens that reach a store; small channels "
+            "by a quarter of the mean."
+        ),
+    )
+
+    @model_validator(mode="after")
+    def _check_options(self) -> AffineQuantizer:
+        """For classes that declare these options anew."""
+        size = self.group_size
+        fits = size in ("auto", "head", "arrival") if isinstance(size, str) else type(size) is int and size >= 1
+        fits = fits and type(self.nbits) is int and self.nbits in (1, 2, 3, 4, 8)
+        if not fits or self.per not in ("token", "channel") or self.scale_dtype not in ("model", "float32"):
+            raise PluginError(
+                f"quantizer {self.kind!r} must have nbits 1, 2, 3, 4 or 8, a group_size that is a number, auto, head "
+                f"or arrival, per token or channel, and scale_dtype model or float32, found {self.nbits!r}, {size!r}, "
+                f"{self.per!r} and {self.scale_dtype!r}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_channels(self) -> AffineQuantizer:
+        if self.channel_separable and self.per == "channel":
+            raise ValueError(
+                "channel_separable must go with per: token, found per: channel, where channels are apart anyway; "
+                "remove it"
+            )
+        return self
+
+    @abstractmethod
+    def calibrate(self, groups: Tensor) -> Affine:
+        """Codes, scale and offset of `groups`, a float tensor `[groups, group_size]` in the model's dtype.
+
+        Returns:
+            `Affine`: unpacked codes, and scale and offset in float32, before any cast to `scale_dtype`.
+        """

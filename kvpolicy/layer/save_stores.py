@@ -1,0 +1,139 @@
+"""What stores save, checked before it is restored."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvpolicy.errors import CacheError, MissingDependencyError, PluginError
+from kvpolicy.interfaces.quantizer import AffineQuantizer
+from kvpolicy.layer.layer import Tiers
+from kvpolicy.layer.save_header import Damaged, Held
+from kvpolicy.storage.base import LARGE
+from kvpolicy.storage.make import ExactStore, NamedStore, PackedStore, Store, make_store
+
+__all__ = ["fill_stores", "save_stores"]
+
+Kinds = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+"""For each tensor of a store its type and what of its shape comes after batch, heads and tokens."""
+MOST = 128
+"""Tokens of a group in a sample."""
+
+
+def save_stores(tiers: Tiers, number: int, tensors: dict[str, Tensor]) -> None:
+    """Add what the stores of a layer hold to `tensors`, and an empty slice that shows its kind."""
+    for side, like in tiers.like.items():
+        tensors[f"{number}.{side}.like"] = like
+        for s, store in enumerate(tiers.stores[side]):
+            for name, tensor in (store.tensors() if store is not None else {}).items():
+                tensors[f"{number}.{side}.{s}.{name}"] = tensor
+
+
+def fill_stores(tiers: Tiers, number: int, held: Held, device: torch.device) -> None:
+    """Restore the stores of a layer, which are made and empty; its placement is known."""
+    for side, stores in tiers.stores.items():
+        for s, store in enumerate(stores):
+            parts = held.below(f"{number}.{side}.{s}.") if store is not None else {}
+            if store is None:
+                continue
+            like = tiers.like[side]
+            try:
+                _check(parts, store, like, _kinds(tiers.placement.store_spec(side, s), store, like))
+                store.restore({name: t if name == "sizes" else t.to(device) for name, t in parts.items()})
+                if isinstance(store, NamedStore):
+                    _check_decoded(store, like)
+                expected = tiers.expected_length(side, s)
+                if store.length != expected:
+                    raise CacheError(f"it must hold {expected} tokens, found {store.length}")
+            except CacheError as error:
+                raise Damaged(f"layer {number}, {side}, store {s}: {error}") from None
+
+
+def _kinds(spec: Any, store: Store, like: Tensor) -> Kinds:
+    """What the tensors of a store are like, found on a store of zeros."""
+    exact = like.dtype, (like.shape[3],)
+    if isinstance(store, ExactStore):
+        return {"exact": exact}
+    n = 1
+    if isinstance(store, PackedStore) and store.by_channel:
+        assert isinstance(spec, AffineQuantizer)
+        n = min(store.group_size or 1, MOST)
+        spec = spec.model_copy(update={"group_size": n})
+    sample = make_store(spec, like.shape[3])
+    assert sample is not None
+    if isinstance(store, PackedStore) and store.lines is not None:
+        sample.ragged((1, 1))
+    sample.append(torch.zeros((1, 1, n, like.shape[3]), dtype=like.dtype))
+    kinds: Kinds = {name: (t.dtype, tuple(t.shape[3:])) for name, t in sample.tensors().items()}
+    if isinstance(store, PackedStore) and store.by_channel:
+        kinds["exact"] = exact
+    return kinds
+
+
+def _check(parts: dict[str, Tensor], store: Store, like: Tensor, kinds: Kinds) -> None:
+    rows_and_heads = tuple(like.shape[:2])
+    for name, t in parts.items():
+        if name not in kinds:
+            raise CacheError(f"its tensors must be {sorted(kinds)}, found {name}")
+        dtype, last = kinds[name]
+        first = store.lines if isinstance(store, PackedStore) and name == "groups" else rows_and_heads
+        fits = t.ndim == 1 if name == "sizes" else tuple(t.shape) == (*(first or ()), *t.shape[2:3], *last)
+        if t.dtype != dtype or not fits:
+            raise CacheError(
+                f"{name} must be {first} of tokens of {last} in {dtype}, found {str(tuple(t.shape))[:80]} in {t.dtype}"
+            )
+    if isinstance(store, PackedStore):
+        _check_packed(parts, store)
+    elif isinstance(store, NamedStore) and parts:
+        lengths = {t.shape[2] for t in parts.values()}
+        if parts.keys() != kinds.keys() or len(lengths) > 1:
+            raise CacheError(f"{sorted(kinds)} must be of the same tokens, found {sorted(parts)} of {sorted(lengths)}")
+
+
+def _check_packed(parts: dict[str, Tensor], store: PackedStore) -> None:
+    coded, groups, exact = (parts[n].shape[2] if n in parts else 0 for n in ("codes", "params", "exact"))
+    most = store.group_size - 1 if store.by_channel else 0
+    if exact > max(most, 0):
+        raise CacheError(f"at most {max(most, 0)} tokens may wait for their group, found {exact}")
+    if store.by_channel and store.lines is None:
+        if "sizes" not in parts:
+            raise CacheError("the sizes of its groups must be there")
+        sizes = parts["sizes"].numpy()
+        largest = store.group_size or coded
+        fits = len(sizes) == groups and ((sizes >= 1) & (sizes <= largest)).all() and sizes.sum() == coded
+        if not fits:
+            raise CacheError(f"{coded} tokens must be in {groups} groups of 1 to {largest}, found {sizes.tolist()[:8]}")
+    elif store.by_channel:
+        numbers = parts.get("groups", torch.empty(0, 0, 0, 1))
+        if numbers.shape[2] != coded or (coded and not 0 <= int(numbers.min()) <= int(numbers.max()) < groups):
+            raise CacheError(f"each of {coded} tokens must belong to one of {groups} groups")
+    elif groups != coded:
+        raise CacheError(f"it must hold the parameters of {coded} tokens, found those of {groups}")
+    if store.quantizer.channel_separable:
+        _check_divisors(parts.get("channels"), coded)
+
+
+def _check_divisors(channels: Tensor | None, coded: int) -> None:
+    if channels is None:
+        fits = not coded
+    else:
+        fits = channels.shape[2] == 1 and bool((channels.isfinite() & (channels > 0)).all())
+    if not fits:
+        raise CacheError("what its channels were divided by must be there, finite and above 0")
+
+
+def _check_decoded(store: NamedStore, like: Tensor) -> None:
+    """What a quantizer keeps means something to itself alone: it must be able to read it."""
+    try:
+        for first, x in store.decoded(LARGE, like.dtype):
+            n = min(1024, store.length - first)
+            if tuple(x.shape) != (*like.shape[:2], n, like.shape[3]) or x.dtype != like.dtype:
+                raise CacheError(f"it must decode to {like.shape[3]} channels, found {tuple(x.shape)} in {x.dtype}")
+    except MissingDependencyError:
+        raise
+    except PluginError as error:  # it could write this once, so the file is not what it wrote
+        cause, kind = error.__cause__ or error, store.quantizer.kind
+        text = f"{type(cause).__name__}: {str(cause)[:120]}"
+        raise CacheError(f"quantizer {kind!r} can't decode it: {text}") from None

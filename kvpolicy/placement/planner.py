@@ -1,0 +1,343 @@
+"""Which tier, and which store, holds each token: arithmetic on integers, shared by all layers.
+
+Placement is defined as feeding tokens one by one. A chunk replays the same events, tier by tier: what a tier
+lets go, and when, depends only on what arrived in it, and when.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvpolicy.interfaces.policy import NEVER, Policy, RankPolicy
+from kvpolicy.placement.moves import NEW, Arrival, Plan, StorePlan
+from kvpolicy.placement.position_list import Growing
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+__all__ = ["NEW", "Arrival", "Growing", "Placement", "Plan", "State", "StorePlan", "history", "simulate"]
+
+Ints = NDArray[np.int64]
+Sides = Literal["keys", "values"]
+
+
+class _Tier(Protocol):
+    @property
+    def policy(self) -> Policy | None: ...
+    @property
+    def keys(self) -> Any: ...
+    @property
+    def values(self) -> Any: ...
+
+
+@dataclass(frozen=True)
+class State:
+    """Where every settled token is.
+
+    Attributes:
+        seen: tokens settled, dropped ones included.
+        tiers: positions that each tier but the last holds, ascending.
+        stores: for each side and store the positions held, in the order of the store.
+        through: positions below this go straight to the last tier (`placement: update` only).
+    """
+
+    seen: int
+    tiers: tuple[Ints, ...]
+    stores: dict[str, tuple[Growing, ...]]
+    through: int = 0
+
+
+class _Flow(NamedTuple):
+    positions: Ints
+    events: Ints
+
+
+_NOTHING: Ints = np.empty(0, dtype=np.int64)
+
+
+class Placement:
+    """Plans updates for one list of tiers. It remembers nothing; what layers share of a step is a `Step`.
+
+    Consecutive tiers with the same store on a side share one store on that side: a descent between them moves
+    nothing, and a group that is being split needs no copy of its parameters.
+    """
+
+    def __init__(self, tiers: Sequence[_Tier], mode: str = "token") -> None:
+        self.mode = mode
+        self.policies = [tier.policy for tier in tiers]
+        self.specs = {side: [getattr(tier, side) for tier in tiers] for side in ("keys", "values")}
+        self.first_tier = {
+            side: [i for i, spec in enumerate(specs) if i == 0 or spec != specs[i - 1]]
+            for side, specs in self.specs.items()
+        }
+        self.alike = self.specs["keys"] == self.specs["values"]
+        ranks = [i for i, policy in enumerate(self.policies) if isinstance(policy, RankPolicy)]
+        self.ranked = min(ranks, default=len(self.policies) - 1)
+        """The first tier that selects by attention; the tiers above it are placed by position alone."""
+        policies = [policy for policy in self.policies if isinstance(policy, RankPolicy)]
+        self.by_head = any(policy.select == "head" for policy in policies)
+        self.shared = any(policy.select == "shared" for policy in policies)
+        asked = {i: p._scores() for i, p in enumerate(self.policies) if isinstance(p, RankPolicy)}
+        self.kinds = list(dict.fromkeys(asked.values()))
+        """The attention that the policies ask for."""
+        self.kind_of = {tier: self.kinds.index(scores) for tier, scores in asked.items()}
+        """Which of `kinds` the policy of a tier asked for."""
+        self._start = self._empty()
+
+    @property
+    def tier_dtype(self) -> torch.dtype:
+        """Integers that hold a tier, or `nowhere`."""
+        import torch
+
+        return torch.int8 if self.nowhere <= torch.iinfo(torch.int8).max else torch.int16
+
+    @property
+    def nowhere(self) -> int:
+        """The tier of a place that holds no token."""
+        return len(self.policies)
+
+    def start(self) -> State:
+        """The state of an empty cache."""
+        return self._start
+
+    def _empty(self) -> State:
+        stores = {side: tuple(Growing() for _ in first) for side, first in self.first_tier.items()}
+        if self.alike:
+            stores["values"] = stores["keys"]
+        return State(0, tuple(_NOTHING for _ in self.policies[:-1]), stores)
+
+    def store_spec(self, side: str, store: int) -> Any:
+        return self.specs[side][self.first_tier[side][store]]
+
+    def tiers_of_store(self, side: str, store: int) -> range:
+        first = [*self.first_tier[side], len(self.policies)]
+        return range(first[store], first[store + 1])
+
+    def advance(self, state: State, n: int, of: int | None = None) -> tuple[State, Plan]:
+        """Settle `n` more tokens, the first ones of an update of `of` tokens (default `n`)."""
+        start, stop = state.seen, state.seen + n
+        through = self._through(state, n if of is None else of) if self.mode == "update" else 0
+        tiers, flows = self._flows(state, n, through)
+        stores: dict[str, tuple[Growing, ...]] = {}
+        plan = Plan()
+        for side, first in self.first_tier.items():
+            if side == "values" and self.alike:
+                stores[side], plan.sides[side] = stores["keys"], plan.sides["keys"]
+                break
+            stores[side], plan.sides[side] = self._plan_side(side, [flows[i] for i in first], state, start)
+        return State(stop, tiers, stores, through), plan
+
+    def advance_row(self, state: State, n: int, of: int) -> State:
+        """The tiers that are placed by position, one row of a batch alone after `n` more tokens; without stores."""
+        through = self._through(state, of) if self.mode == "update" else 0
+        tiers, _ = self._flows(state, n, through, self.ranked)
+        return State(state.seen + n, tiers, {}, through)
+
+    def crop_row(self, state: State, length: int) -> State:
+        """The tiers that are placed by position, cut to positions below `length`."""
+        tiers = tuple(tier[tier < length] for tier in state.tiers)
+        return State(min(state.seen, length), tiers, {}, min(state.through, length))
+
+    def _flows(
+        self, state: State, n: int, through: int, count: int | None = None
+    ) -> tuple[tuple[Ints, ...], list[_Flow]]:
+        start, stop = state.seen, state.seen + n
+        new = np.arange(start, stop, dtype=np.int64)
+        flow = _Flow(new, new + 1)
+        flows = [flow]
+        tiers: list[Ints] = []
+        for policy, held in zip(self.policies[:count], state.tiers, strict=False):
+            stay, flow = self._descend(policy, held, flow, start, stop, through)
+            tiers.append(stay)
+            flows.append(flow)
+        return tuple(tiers), flows
+
+    def _through(self, state: State, of: int) -> int:
+        """By update: the first one goes down whole; later all goes down once the policy lets anything go."""
+        stop = state.seen + of
+        if state.seen == 0:
+            return stop
+        if state.seen < state.through:
+            return state.through
+        policy = self.policies[0]
+        if policy is None:
+            return 0
+        held = np.concatenate([state.tiers[0], np.arange(state.seen, stop, dtype=np.int64)])
+        return 0 if policy._kept(held, stop).all() else stop
+
+    def _descend(
+        self, policy: Policy | None, held: Ints, flow: _Flow, start: int, stop: int, through: int
+    ) -> tuple[Ints, _Flow]:
+        assert policy is not None
+        if not len(held) and not len(flow.positions):
+            return held, flow
+        positions = np.concatenate([held, flow.positions])
+        arrivals = np.concatenate([np.full(len(held), start, dtype=np.int64), flow.events])
+        if len(positions) > 1 and (np.diff(positions) < 0).any():
+            order = np.argsort(positions, kind="stable")
+            positions, arrivals = positions[order], arrivals[order]
+        if self.mode == "update":
+            left = np.where(positions < through, stop, NEVER)
+        else:
+            left = policy._left(positions, arrivals, start, stop)
+        leaves = left != NEVER
+        if not leaves.any():
+            return positions, _Flow(_NOTHING, _NOTHING)
+        gone, events = positions[leaves], left[leaves]
+        order = np.lexsort((gone, events))
+        return positions[~leaves], _Flow(gone[order], events[order])
+
+    def _plan_side(
+        self, side: str, flows: list[_Flow], state: State, start: int
+    ) -> tuple[tuple[Growing, ...], list[StorePlan]]:
+        held = state.stores[side]
+        stores: list[Growing] = []
+        plans: list[StorePlan] = []
+        for s, (positions, flow) in enumerate(zip(held, flows, strict=True)):
+            below = flows[s + 1].positions if s + 1 < len(flows) else _NOTHING
+            spec = self.store_spec(side, s)
+            if spec == "evict":
+                stores.append(positions)
+                plans.append(StorePlan(_NOTHING, [], _NOTHING))
+                continue
+            old = below[below < start]
+            leaving = np.flatnonzero(np.isin(positions.array, old)) if len(old) else _NOTHING
+            kept = positions
+            if len(leaving):
+                mask = np.ones(positions.length, dtype=np.bool_)
+                mask[leaving] = False
+                kept = positions.keep(mask)
+            entering = flow.positions
+            passing = _NOTHING
+            if len(below) and len(entering):
+                passes = np.isin(entering, below)
+                grouped = getattr(spec, "per", "token") == "channel"
+                if passes.any() and grouped and self.store_spec(side, s + 1) == "evict":
+                    passing = np.flatnonzero(passes)
+                    stores.append(kept.append(entering[~passes]))
+                else:
+                    entering = entering[~passes]
+                    stores.append(kept.append(entering))
+            else:
+                stores.append(kept.append(entering))
+            runs = np.zeros(len(entering), dtype=np.int64)
+            if getattr(spec, "group_size", None) == "arrival":
+                runs = flow.events[np.isin(flow.positions, entering)]
+            plans.append(StorePlan(leaving, list(_arrivals(entering, runs, held[:s], start)), passing))
+        return tuple(stores), plans
+
+    def crop(self, state: State, length: int) -> tuple[State, dict[str, list[Ints]]]:
+        """Forget the positions from `length` on; returns the state and the indices that each store drops."""
+        drops: dict[str, list[Ints]] = {}
+        stores: dict[str, tuple[Growing, ...]] = {}
+        for side, held in state.stores.items():
+            drops[side] = [np.flatnonzero(s.array >= length) for s in held]
+            stores[side] = tuple(
+                s.keep(s.array < length) if len(d) else s for s, d in zip(held, drops[side], strict=True)
+            )
+        if self.alike:
+            stores["values"] = stores["keys"]
+        tiers = tuple(t[t < length] for t in state.tiers)
+        return State(min(state.seen, length), tiers, stores, min(state.through, length)), drops
+
+    def layout(self, state: State, side: str) -> tuple[list[int | Tensor], int]:
+        """Where in token order each store's tokens go: an offset where they stay neighbours, else an index each.
+
+        Returns:
+            That for every store, and the number of tokens held.
+        """
+        import torch
+
+        held: list[NDArray[Any]] = [store.array for store in state.stores[side]]
+        total = sum(map(len, held))
+        if total != state.seen:
+            ordered = np.sort(np.concatenate(held))
+            held = [np.searchsorted(ordered, array) for array in held]
+        where: list[int | Tensor] = []
+        for array in held:
+            if not len(array) or (np.diff(array) == 1).all():
+                where.append(int(array[0]) if len(array) else 0)
+            else:
+                where.append(torch.from_numpy(array.astype(np.int64)))
+        return where, total
+
+    def columns(
+        self, state: State, layout: Callable[[str], tuple[list[int | Tensor], int]]
+    ) -> tuple[list[int | Tensor], list[int | Tensor], Tensor]:
+        """An order of all tokens held in which each store's tokens stand together as far as possible.
+
+        Args:
+            state: where they are.
+            layout: gives the layout of a side of that state.
+
+        Returns:
+            For every store of keys, then of values, where its tokens stand in that order: an offset, or an index
+            each; and the position of each token in the order.
+        """
+        import torch
+
+        held = [store.array for store in state.stores["keys"]]
+        positions = np.concatenate(held).astype(np.int64)
+        if self.alike:
+            ends = np.cumsum([len(array) for array in held]).tolist()
+            offsets: list[int | Tensor] = [end - len(array) for end, array in zip(ends, held, strict=True)]
+            return offsets, offsets, torch.from_numpy(positions)
+        return layout("keys")[0], layout("values")[0], torch.from_numpy(np.sort(positions))
+
+    def tier_of(self, state: State, positions: Ints) -> NDArray[np.int16]:
+        """The tier that holds each of `positions`; those that no tier but the last holds are in the last."""
+        tier = np.full(len(positions), len(self.policies) - 1, dtype=np.int16)
+        for i, held in enumerate(state.tiers):
+            tier[np.isin(positions, held)] = i
+        return tier
+
+
+def _arrivals(entering: Ints, runs: Ints, above: Sequence[Growing], start: int) -> Iterator[Arrival]:
+    """Split what enters a store, in order, where its source or its entry of `runs` changes."""
+    if not len(entering):
+        return
+    source = np.full(len(entering), NEW, dtype=np.int64)
+    index = entering - start
+    old = entering < start
+    if old.any():
+        for s, store in enumerate(above):
+            array = store.array
+            order = np.argsort(array, kind="stable")
+            at = np.minimum(np.searchsorted(array, entering, sorter=order), max(len(array) - 1, 0))
+            if len(array):
+                here = old & (array[order[at]] == entering)
+                source[here], index[here] = s, order[at][here]
+    cuts = np.flatnonzero((np.diff(source) != 0) | (np.diff(runs) != 0)) + 1
+    for part, indices, run in zip(*(np.split(x, cuts) for x in (source, index, runs)), strict=True):
+        yield Arrival(int(part[0]), indices, int(run[0]))
+
+
+def simulate(tiers: Sequence[_Tier], tokens: int, placement: str = "token") -> list[Ints]:
+    """The positions that each tier holds after `tokens` tokens; an evicting last tier holds none."""
+    planner = Placement(tiers, placement)
+    state, _ = planner.advance(planner.start(), tokens)
+    evicts = planner.specs["keys"][-1] == "evict"
+    held = np.concatenate([_NOTHING, *state.tiers])
+    last = _NOTHING if evicts else np.setdiff1d(np.arange(tokens, dtype=np.int64), held)
+    return [*state.tiers, last]
+
+
+def history(tiers: Sequence[_Tier], tokens: int, placement: str = "token") -> NDArray[np.int16]:
+    """Which tier holds each position after each step, fed one by one: `[tokens, tokens]`.
+
+    Entry `[step, position]` is the index of the tier, -1 before the token was seen. Where the last tier evicts,
+    its index stands for "dropped".
+    """
+    planner = Placement(tiers, placement)
+    state = planner.start()
+    picture = np.full((tokens, tokens), -1, dtype=np.int16)
+    for step in range(tokens):
+        state, _ = planner.advance(state, 1)
+        picture[step, : step + 1] = planner.tier_of(state, np.arange(step + 1, dtype=np.int64))
+    return picture

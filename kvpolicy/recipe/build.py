@@ -1,0 +1,248 @@
+"""Builds a recipe from a document: fills in parameters, makes the policies and quantizers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from pydantic import ValidationError
+
+from kvpolicy.errors import RecipeError
+from kvpolicy.interfaces.component import Component
+from kvpolicy.interfaces.policy import Policy
+from kvpolicy.interfaces.quantizer import Quantizer
+from kvpolicy.plugins import PluginInfo, Registry, registry
+from kvpolicy.recipe.explain import explain
+from kvpolicy.recipe.inherit import BUNDLED, REFERENCE, TOP_KEYS, bundled_names, inherit, parameters
+from kvpolicy.recipe.spec import SPEC_VERSION, Recipe, Tier, find_clash, find_overlaps, find_problems
+from kvpolicy.recipe.yaml import BAD, Document, Path_, path_text
+from kvpolicy.words import clip, in_words, listed, quoted, suggest
+
+__all__ = ["BUNDLED", "TIER_KEYS", "TOP_KEYS", "build", "bundled_names"]
+
+TIER_KEYS = ("policy", "store", "keys", "values")
+
+
+def build(document: Document, given: Mapping[str, Any]) -> Recipe:
+    """The recipe that a document declares, with the parameters given.
+
+    Raises:
+        RecipeError: a line for each problem.
+    """
+    document = inherit(document)
+    values = parameters(document, given)
+    return _Builder(document, values, set(given), registry()).recipe()
+
+
+class _Row(NamedTuple):
+    """A tier as far as it is valid."""
+
+    policy: Any
+    keys: Any
+    values: Any
+
+
+class _Builder:
+    """Builds the parts of a recipe, knowing for each its path in the document; notes what is wrong, and raises once."""
+
+    def __init__(self, document: Document, values: dict[str, Any], given: set[str], plugins: Registry) -> None:
+        self.document, self.values, self.given, self.plugins = document, values, given, plugins
+        self.filled: dict[Path_, str] = {}
+        self.told: set[tuple[str, str]] = set()
+        data = {key: value for key, value in document.data.items() if key != "params"}
+        self.data: dict[str, Any] = self._fill(data, ())
+
+    def note(self, path: Path_, message: str) -> None:
+        """A problem; of a value that came as a parameter the parameter is named."""
+        name = self.filled.get(path)
+        if name is None:
+            below = {
+                self.filled[p]: None for p in self.filled if p[: len(path)] == path and self.filled[p] in self.given
+            }
+            also = f" (parameters there: {', '.join(below)})" if path and below else ""
+            self.document.note(path, message + also)
+        elif name not in self.given:
+            self.document.note(path, f"{message} (from parameter {quoted(name)})")
+        elif (name, message) not in self.told:  # once, however often the parameter is used
+            self.told.add((name, message))
+            self.document.note(path, f"{message} (at {path_text(path)})", shown=f"parameter {quoted(name)}")
+
+    def _fill(self, value: Any, path: Path_) -> Any:
+        if isinstance(value, dict):
+            return {key: self._fill(item, (*path, key)) for key, item in value.items()}
+        if isinstance(value, list):
+            return [self._fill(item, (*path, i)) for i, item in enumerate(value)]
+        match = REFERENCE.fullmatch(value) if isinstance(value, str) else None
+        if match is None:
+            return value
+        name = match[1]
+        if name not in self.values:
+            declared = listed(self.values) or "none"
+            hint = suggest(name, self.values)
+            self.note(path, f"${clip(name, 40)} must be declared in params{hint}; declared: {declared}")
+            return BAD
+        if self.values[name] is None:
+            shown = clip(name, 40)
+            self.note(path, f"parameter {shown!r} has no default and must be given, found nothing; say {shown}=...")
+            return BAD
+        self.filled[path] = name
+        return self.values[name]
+
+    def recipe(self) -> Recipe:
+        data = self.data
+        for key in ("name", "summary", "source"):
+            value = data.get(key, "")
+            if value is not BAD and (not isinstance(value, str) or (key == "name" and not value.strip())):
+                self.note((key,), f"{key} must be text, found {in_words(value)}")
+        placement = data.get("placement", "token")
+        if placement is not BAD and placement not in ("token", "update"):
+            self.note(("placement",), f"placement must be token or update, found {in_words(placement)}")
+        tiers = self._tiers(data["tiers"], ("tiers",))
+        layers = self._layers(data.get("layers"))
+        clash = find_clash(placement, [tiers, *(own for own in layers.values() if own != "full")])
+        if clash:
+            self.note(("placement",), clash)
+        self.document.check()
+        recipe = Recipe(
+            name=data["name"],
+            summary=data.get("summary", ""),
+            source=data.get("source", ""),
+            placement=placement,
+            params=self.values,
+            tiers=_built(tiers),
+            layers={key: own if own == "full" else _built(own) for key, own in layers.items()},
+        )
+        template = {key: self.document.data[key] for key in TOP_KEYS if key in self.document.data and key != "params"}
+        params = {"params": self.values} if self.values else {}
+        recipe._template = {"version": SPEC_VERSION, **{k: v for k, v in template.items() if k != "tiers"}, **params}
+        recipe._template["tiers"] = template["tiers"]
+        return recipe
+
+    def _layers(self, layers: Any) -> dict[str, Any]:
+        if layers is None or layers is BAD:
+            return {}
+        if not isinstance(layers, dict):
+            self.note(("layers",), f'layers must be a mapping such as {{"0": full}}, found {in_words(layers)}')
+            return {}
+        for key, problem in find_overlaps(layers).items():
+            self.note(("layers", key), problem)
+        built: dict[str, Any] = {}
+        for key, tiers in layers.items():
+            path = ("layers", key)
+            if isinstance(tiers, str) and tiers != "full":
+                self.note(path, f"a layer must have a list of tiers or full, found {in_words(tiers)}")
+            else:
+                built[key] = tiers if tiers == "full" else self._tiers(tiers, path)
+        return built
+
+    def _tiers(self, tiers: Any, path: Path_) -> list[_Row]:
+        if tiers is BAD:
+            return []
+        if not isinstance(tiers, list) or not tiers:
+            self.note(path, f"tiers must be a list of at least one tier, found {in_words(tiers)}")
+            return []
+        rows = [self._tier(tier, (*path, i)) for i, tier in enumerate(tiers)]
+        for place, message in find_problems(rows):
+            number, *part = place
+            assert isinstance(number, int)
+            # A tier may have given its keys and values together.
+            part = ["store"] if part and part[0] not in tiers[number] else part
+            self.note((*path, number, *part), message)
+        return rows
+
+    def _tier(self, tier: Any, path: Path_) -> _Row:
+        if not isinstance(tier, dict):
+            if tier is not BAD:
+                self.note(path, f"a tier must be a mapping with policy and store, found {in_words(tier)}")
+            return _Row(BAD, BAD, BAD)
+        unknown = [key for key in tier if key not in TIER_KEYS]
+        for key in unknown:
+            message = f"unknown key {quoted(key)} of a tier{suggest(key, TIER_KEYS)}; allowed: {', '.join(TIER_KEYS)}"
+            self.note((*path, key), message)
+        sides = [side for side in ("keys", "values") if side in tier]
+        whole = len(sides) == (0 if "store" in tier else 2)
+        if not whole and not unknown:
+            given = ", ".join(key for key in TIER_KEYS[1:] if key in tier) or "none of them"
+            self.note(path, f"a tier must have either store, or keys and values, found {given}")
+        raw = tier.get("policy")
+        policy = None if raw is None else self._component(raw, (*path, "policy"), Policy)
+        stores = {name: self._store(tier[name], (*path, name)) for name in TIER_KEYS[1:] if name in tier}
+        if not whole:
+            return _Row(policy, BAD, BAD)
+        return _Row(policy, *(stores.get(side, stores.get("store")) for side in ("keys", "values")))
+
+    def _store(self, value: Any, path: Path_) -> Any:
+        if not isinstance(value, str):
+            return self._component(value, path, Quantizer)
+        if value in ("full", "evict"):
+            return value
+        kinds = self.plugins.quantizers
+        hint = f"; write {{kind: {value}}}" if value in kinds else suggest(value, ["full", "evict", *kinds])
+        message = "a store must be full, evict or a mapping with a quantizer's kind, found"
+        self.note(path, f"{message} {in_words(value)}{hint}")
+        return BAD
+
+    def _component(self, value: Any, path: Path_, base: type[Component]) -> Any:
+        what = "policy" if issubclass(base, Policy) else "quantizer"
+        known: Mapping[str, PluginInfo[Any]] = self.plugins.policies if what == "policy" else self.plugins.quantizers
+        if isinstance(value, base) or value is BAD:
+            return value
+        if not isinstance(value, dict):
+            hint = f"; write {{kind: {value}}}" if isinstance(value, str) and value in known else ""
+            self.note(path, f"a {what} must be a mapping with kind and options, found {in_words(value)}{hint}")
+            return BAD
+        kind = value.get("kind")
+        if kind is BAD:
+            return BAD
+        if not isinstance(kind, str):
+            at = (*path, "kind") if "kind" in value else path
+            kinds = listed(sorted(known)) or "none"
+            self.note(at, f"a {what} must say its kind, found {in_words(kind)}; installed: {kinds}")
+            return BAD
+        try:
+            info = (self.plugins.policy if what == "policy" else self.plugins.quantizer)(kind)
+        except RecipeError as error:
+            self.note((*path, "kind"), str(error))
+            return BAD
+        return self._instance(info, value, path)
+
+    def _instance(self, info: PluginInfo[Any], options: dict[str, Any], path: Path_) -> Any:
+        """The plugin with its options; BAD if one of them is not valid."""
+        valid = {}
+        for name, option in options.items():
+            if _is_plain(option):
+                valid[name] = option
+            elif not _holds_bad(option):
+                self.note((*path, name), f"an option must be plain data, found {in_words(option)}")
+        spoilt = set(options) - set(valid)
+        try:
+            made = info.cls.model_validate_json(json.dumps(valid), strict=True)
+        except ValidationError as error:
+            for at, message in explain(info, error, valid, spoilt):
+                self.note((*path, *at), message)
+        except RecipeError as error:
+            self.note(path, str(error))
+        except Exception as error:
+            message = f"{info.kind!r} of {info.home} failed: {type(error).__name__}: {clip(str(error), 300)}"
+            self.note(path, message)
+        else:
+            return BAD if spoilt else made
+        return BAD
+
+
+def _built(rows: Sequence[_Row]) -> tuple[Tier, ...]:
+    return tuple(Tier(policy=row.policy, keys=row.keys, values=row.values) for row in rows)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(_is_plain(item) for item in value.values())
+    if isinstance(value, list):
+        return all(_is_plain(item) for item in value)
+    return value is None or type(value) in (str, int, float, bool)
+
+
+def _holds_bad(value: Any) -> bool:
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return value is BAD or any(map(_holds_bad, items))

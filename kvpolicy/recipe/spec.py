@@ -1,0 +1,302 @@
+"""The recipe as a value: tiers, and which layers they apply to."""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_left, insort
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, Protocol
+
+from pydantic import BaseModel, ConfigDict, Field, InstanceOf, PrivateAttr, SerializeAsAny, model_validator
+
+from kvpolicy.errors import RecipeError
+from kvpolicy.interfaces.component import Component
+from kvpolicy.interfaces.policy import Policy, RankPolicy
+from kvpolicy.interfaces.quantizer import Quantizer, precision_of
+from kvpolicy.recipe.yaml import BAD, SPEC_VERSION, Path_, dump_yaml, path_text
+from kvpolicy.words import clip, quoted
+
+__all__ = [
+    "FULL_TIERS",
+    "SPEC_VERSION",
+    "Recipe",
+    "Store",
+    "Tier",
+    "find_clash",
+    "find_overlaps",
+    "find_problems",
+    "parse_selector",
+]
+
+Store = Literal["full", "evict"] | SerializeAsAny[InstanceOf[Quantizer]]
+"""`full`, `evict`, or a quantizer."""
+_SELECTOR = re.compile(r"(-?\d{1,9})(?:-(-?\d{1,9}))?")
+
+
+class Tier(BaseModel):
+    """One stage of the descent: which tokens stay here, and how their keys and values are stored."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    policy: SerializeAsAny[InstanceOf[Policy]] | None = Field(
+        default=None, description="Which tokens stay; the others descend to the next tier. The last tier has none."
+    )
+    keys: Store = Field(description="How keys are stored: full, evict, or a quantizer.")
+    values: Store = Field(description="How values are stored: full, evict, or a quantizer.")
+
+    def plain(self) -> dict[str, Any]:
+        """As YAML writes it, every option spelt out."""
+        tier: dict[str, Any] = {} if self.policy is None else {"policy": plain(self.policy)}
+        if self.keys == self.values:
+            return {**tier, "store": plain(self.keys)}
+        return {**tier, "keys": plain(self.keys), "values": plain(self.values)}
+
+
+FULL_TIERS = (Tier(keys="full", values="full"),)
+"""The tiers of a layer that is kept exactly."""
+
+
+class Recipe(BaseModel):
+    """A cache, declared: parameters are filled in, policies and quantizers are instances."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    version: int = Field(default=SPEC_VERSION, strict=True, description="Version of the recipe format.")
+    name: str = Field(default="custom", description="Name of the recipe.")
+    summary: str = Field(default="", description="What it does, in a sentence or two.")
+    source: str = Field(default="", description="Where the method comes from, such as the address of a paper.")
+    placement: Literal["token", "update"] = Field(
+        default="token",
+        description=(
+            "token: tokens are placed as if fed one by one, however the prompt is cut. update: decided once per "
+            "update; the first update descends whole to the last tier, later everything descends as soon as the "
+            "first policy lets any token go. With update the chunking of the prompt matters."
+        ),
+    )
+    params: dict[str, str | int | float | bool] = Field(
+        default_factory=dict,
+        description="Parameters with their values. `$name` stands for one, as the whole value of a key below "
+        "tiers, layers and placement.",
+    )
+    tiers: tuple[Tier, ...] = Field(description="Tiers from the newest tokens down.")
+    layers: dict[str, Literal["full"] | tuple[Tier, ...]] = Field(
+        default_factory=dict,
+        description='Other tiers for some layers: "0", "-1" (the last) or "2-5", each a list of tiers or full.',
+    )
+
+    _template: dict[str, Any] | None = PrivateAttr(None)
+    _by_layer: list[tuple[Tier, ...]] | None = PrivateAttr(None)
+    """Tiers of each layer of the model asked for last."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Recipe:
+        lists: list[tuple[Path_, Sequence[Tier]]] = [(("tiers",), self.tiers)]
+        lists += [(("layers", key), tiers) for key, tiers in self.layers.items() if tiers != "full"]
+        found = [
+            f"{path_text((*path, *place))}: {message}"
+            for path, tiers in lists
+            for place, message in find_problems(tiers)
+        ]
+        found += find_overlaps(self.layers).values()
+        clash = find_clash(self.placement, [tiers for _, tiers in lists])
+        if found or clash:
+            problems = dict.fromkeys([*found, *([clash] if clash else [])])
+            raise RecipeError("\n".join(f"recipe {clip(self.name)}: {problem}" for problem in problems))
+        return self
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Recipe) and dict(self) == dict(other)
+
+    def __hash__(self) -> int:
+        return hash((self.name, self.tiers))
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Recipe:
+        """A copy with some fields changed. Its parameters are spent: their values stand in the tiers."""
+        if not update:
+            return super().model_copy(deep=deep)
+        copied = super().model_copy(update={"params": {}, **update}, deep=deep)
+        copied._template = copied._by_layer = None
+        return copied
+
+    def tiers_of(self, layer: int, layers: int) -> tuple[Tier, ...]:
+        """The tiers of a layer of a model that has `layers` of them."""
+        resolved = self._by_layer
+        if resolved is None or len(resolved) != layers:
+            resolved = self._by_layer = self._resolve(layers)
+        return resolved[layer]
+
+    def _resolve(self, layers: int) -> list[tuple[Tier, ...]]:
+        found = [self.tiers] * layers
+        used: dict[int, str] = {}
+        for key, tiers in self.layers.items():
+            first, last = (i + layers if i < 0 else i for i in parse_selector(key))
+            if not 0 <= first <= last < layers:
+                raise RecipeError(
+                    f"recipe {clip(self.name)}: layers.{key} must name layers of the model, which has {layers} "
+                    f"(0 to {layers - 1}, or -{layers} to -1)"
+                )
+            for i in range(first, last + 1):
+                if i in used:
+                    raise RecipeError(
+                        f"recipe {clip(self.name)}: a layer may be named once, found layer {i} of {layers} in both "
+                        f"layers.{used[i]} and layers.{key}"
+                    )
+                used[i] = key
+                found[i] = FULL_TIERS if tiers == "full" else tiers
+        return found
+
+    def to_yaml(self, resolved: bool = False) -> str:
+        """YAML that loads as an equal recipe.
+
+        Args:
+            resolved: write the values of parameters in their places, and every option of every plugin.
+        """
+        if self._template is not None and not resolved:
+            return dump_yaml(plain(self._template))
+        written: dict[str, Any] = {"version": self.version, "name": self.name}
+        written.update({k: getattr(self, k) for k in ("summary", "source") if getattr(self, k)})
+        if self.placement != "token":
+            written["placement"] = self.placement
+        written["tiers"] = [tier.plain() for tier in self.tiers]
+        if self.layers:
+            written["layers"] = {
+                key: tiers if tiers == "full" else [tier.plain() for tier in tiers]
+                for key, tiers in self.layers.items()
+            }
+        return dump_yaml(written)
+
+    @classmethod
+    def from_yaml(cls, text: str, **params: Any) -> Recipe:
+        """The recipe in a string of YAML."""
+        from kvpolicy.recipe.load import load_yaml
+
+        return load_yaml(text, **params)
+
+
+def plain(value: Any) -> Any:
+    """Instances of plugins as the mappings that YAML writes."""
+    if isinstance(value, Component):
+        return value.model_dump(mode="json")
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+class _TierLike(Protocol):
+    @property
+    def policy(self) -> Any: ...
+    @property
+    def keys(self) -> Any: ...
+    @property
+    def values(self) -> Any: ...
+
+
+def find_problems(tiers: Sequence[_TierLike]) -> Iterator[tuple[Path_, str]]:
+    """The rules that a list of tiers breaks, each with its path. What is BAD breaks none."""
+    if not tiers:
+        yield (), "a list of tiers must not be empty"
+    for i, tier in enumerate(tiers):
+        last = i == len(tiers) - 1
+        if last and tier.policy is not None and tier.policy is not BAD:
+            yield (
+                (i, "policy"),
+                "the last tier takes whatever reaches it and must have no policy, "
+                f"found {tier.policy.kind!r}; remove it, or add a tier below",
+            )
+        if not last and tier.policy is None:
+            yield (i,), "every tier but the last must have a policy, found none; without one nothing descends"
+        clash = None if last or not i else _misplaced(tiers[i - 1].policy, tier.policy)
+        if clash:
+            yield (i, "policy"), clash
+        for side in ("keys", "values"):
+            yield from _store_problems(tiers, i, side)
+    if len(tiers) == 1 and tiers[0].keys == tiers[0].values == "evict":
+        yield (0,), "the only tier must not evict: nothing would be kept"
+
+
+def _store_problems(tiers: Sequence[_TierLike], i: int, side: str) -> Iterator[tuple[Path_, str]]:
+    tier, store = tiers[i], getattr(tiers[i], side)
+    if store is BAD:
+        return
+    whole = tier.keys is not BAD and tier.values is not BAD
+    if store == "evict" and whole and (i < len(tiers) - 1 or tier.keys != tier.values):
+        yield (
+            (i, side),
+            "evict must stand in the last tier and for keys and values alike, "
+            f"found keys {_name(tier.keys)} and values {_name(tier.values)} in tier {i} of {len(tiers)}",
+        )
+    above = getattr(tiers[i - 1], side) if i else BAD
+    if above is not BAD and _precision(store) > _precision(above):
+        yield (
+            (i, side),
+            f"precision must never rise down the list, found {_name(store)} below {_name(above)}; exchange the tiers",
+        )
+
+
+def find_clash(placement: Any, lists: Sequence[Sequence[_TierLike]]) -> str | None:
+    """Why a way of placement doesn't go with tiers, if it doesn't."""
+    ranks = [tier.policy.kind for tiers in lists for tier in tiers if isinstance(tier.policy, RankPolicy)]
+    if placement == "update" and ranks:
+        return f"placement: update goes with policies by position only, found policy {ranks[0]!r}; remove placement"
+    return None
+
+
+def _misplaced(above: Any, below: Any) -> str | None:
+    """Why a policy can't stand below another, if it can't."""
+    if not isinstance(above, RankPolicy) or below is BAD:
+        return None
+    if not isinstance(below, RankPolicy):
+        kind = below.kind if below is not None else None
+        return (
+            f"below a policy by attention ({above.kind!r}) another such or the last tier must stand, found {kind!r}; "
+            "put policies by position above it"
+        )
+    order = ("shared", "layer", "head")
+    if order.index(below.select) < order.index(above.select):
+        return (
+            f"below a tier with select: {above.select} a tier must select as finely, found select: {below.select}; "
+            f"use select: {above.select} in both"
+        )
+    return None
+
+
+def _precision(store: Any) -> float:
+    return {"full": float("inf"), "evict": 0.0}[store] if isinstance(store, str) else precision_of(store)
+
+
+def _name(store: Any) -> str:
+    return store if isinstance(store, str) else f"{store.kind} ({precision_of(store):g} bits)"
+
+
+def parse_selector(key: str) -> tuple[int, int]:
+    """First and last layer of `"3"`, `"-1"` or `"2-5"`, negative ones as written."""
+    match = _SELECTOR.fullmatch(key)
+    if match is None:
+        raise RecipeError(f'a layer selector is an index or a range such as "0", "-1" or "2-5", found {quoted(key)}')
+    first = int(match[1])
+    last = first if match[2] is None else int(match[2])
+    if (first < 0) == (last < 0) and last < first:
+        raise RecipeError(f"a range of layers must ascend, found {key!r}")
+    return first, last
+
+
+def find_overlaps(keys: Iterable[str]) -> dict[str, str]:
+    """What is wrong with layer selectors, by selector, as far as it can be told without a model."""
+    problems: dict[str, str] = {}
+    taken: dict[bool, list[tuple[int, int, str]]] = {False: [], True: []}
+    """Ranges that don't overlap, in order: those counted from the start, and those from the end."""
+    for key in keys:
+        try:
+            first, last = parse_selector(key)
+        except RecipeError as error:
+            problems[key] = str(error)
+            continue
+        if (first < 0) != (last < 0):
+            continue
+        ranges = taken[first < 0]
+        place = bisect_left(ranges, first, key=lambda taken: taken[1])
+        if place < len(ranges) and ranges[place][0] <= last:
+            problems[key] = f"a layer may be named once, found {key!r} overlapping {ranges[place][2]!r}"
+        else:
+            insort(ranges, (first, last, key))
+    return problems
