@@ -12,20 +12,20 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from kvpolicy.attention.mask import as_mask, mask_scores
 from kvpolicy.attention.reference import add_values, key_scores
-from kvpolicy.errors import CacheError
-from kvpolicy.placement.token_table import Columns
+from kvpolicy.placement.token_table import ColumnMap
 
 if TYPE_CHECKING:
-    from kvpolicy.layer.attention_scores import Observer
-    from kvpolicy.layer.layer import Tiers
+    from kvpolicy.layer.layer import LayerCache
+    from kvpolicy.placement.attention_scores import Observer
 
-__all__ = ["ALL", "as_mask", "attend", "exponentials", "mask_scores", "observe"]
+__all__ = ["ALL", "attend", "exponentials", "observe"]
 
 SCORES = 1 << 24
 """Scores computed at a time; more queries than fit take another turn over the stores."""
-ALL = Columns([], [], 0, False, lambda: torch.empty(0, dtype=torch.int64))
-"""Columns where all tokens are new ones, in order."""
+ALL = ColumnMap([], [], 0, False, lambda: torch.empty(0, dtype=torch.int64))
+"""ColumnMap where all tokens are new ones, in order."""
 OBSERVED = 1 << 19
 """Scores of a prompt computed at a time on a CPU for policies that ask for them, ..."""
 KEYS = 2048
@@ -33,7 +33,7 @@ KEYS = 2048
 
 
 def attend(
-    tiers: Tiers,
+    tiers: LayerCache,
     query: Tensor,
     new: tuple[Tensor, Tensor],
     mask: Tensor | None = None,
@@ -45,7 +45,7 @@ def attend(
     """Attention of queries over what a layer holds and the tokens that are just coming in.
 
     Args:
-        tiers: the layer, its pending tokens settled.
+        tiers: the layer, its pending tokens committed.
         query: `[batch, heads, queries, head_dim]`, the newest `queries` of the new tokens.
         new: keys and values `[batch, kv_heads, tokens, head_dim]` of the new tokens, not yet in the layer.
         mask: boolean (True attends) or additive, `[batch or 1, heads or 1, queries, tokens seen]`, or boolean
@@ -69,7 +69,7 @@ def attend(
     columns = tiers.columns()
     held = columns.width
     width = held + keys.shape[2]
-    mask = as_mask(mask, tiers.settled + keys.shape[2], kv_heads)
+    mask = as_mask(mask, tiers.committed + keys.shape[2], kv_heads)
     out = query.new_empty((batch, queries, heads, values.shape[3]))
     step = max(1, SCORES // (batch * heads * width))
     for first in range(0, queries, step):
@@ -134,62 +134,6 @@ def observe(
         visible = scores > -torch.inf
         total = exponentials(scores, None if sinks is None else sinks[head * groups : (head + 1) * groups])
         observer.watch(at + tokens - queries, scores.div_(total), visible, own, kv_heads)
-
-
-def as_mask(mask: Tensor | None, seen: int, kv_heads: int) -> Tensor | None:
-    """A mask as `[batch or 1, kv_heads or 1, groups or 1, queries or 1, tokens seen]`."""
-    if mask is None:
-        return None
-    if mask.shape[-1] != seen:
-        raise CacheError(
-            f"the attention mask must have a column for each of the {seen} tokens seen, found {mask.shape[-1]}; "
-            "give generate a mask of the whole text so far, or none"
-        )
-    if mask.ndim == 2:
-        return mask[:, None, None, None].bool()
-    return mask.unsqueeze(2) if mask.shape[1] == 1 else mask.unflatten(1, (kv_heads, -1))
-
-
-def _gathered(mask: Tensor | None, columns: Columns, new: int) -> Tensor | None:
-    """The mask's columns in the order of the scores'."""
-    if not columns.width:
-        return mask if mask is None else mask[..., mask.shape[-1] - new :]
-    if mask is None and not columns.gaps:
-        return None
-    places = columns.positions()
-    if mask is None:
-        return (places >= 0)[:, :, None, None]
-    seen = mask.shape[-1] - new
-    places = places.to(mask.device)
-    if places.ndim == 1:
-        return torch.cat([mask.index_select(-1, places), mask[..., seen:]], dim=-1)
-    batch, kv_heads = (max(a, b) for a, b in zip(mask.shape[:2], places.shape[:2], strict=True))
-    wide = mask.expand(batch, kv_heads, *mask.shape[2:])
-    index = places[:, :, None, None].long().expand(batch, kv_heads, *mask.shape[2:4], -1)
-    absent = False if mask.dtype == torch.bool else -torch.inf
-    held = wide.gather(4, index.clamp(min=0)).masked_fill(index < 0, absent)
-    return torch.cat([held, wide[..., seen:]], dim=-1)
-
-
-def mask_scores(scores: Tensor, mask: Tensor | None, at: Tensor, columns: Columns, queries: int, new: int) -> None:
-    """Mask scores `[batch, kv_heads, groups, queries, columns]` of the queries `at`, in place."""
-    if queries > 1 and (mask is None or mask.shape[3] != queries):
-        query = at.to(scores.device)[:, None] + (new - queries)
-        later = torch.arange(new, device=scores.device) > query
-        scores[..., -new:].masked_fill_(later, -torch.inf)
-    if mask is not None and mask.shape[3] == queries and queries > 1:
-        mask = mask.index_select(3, at.to(mask.device))
-    part = _gathered(mask, columns, new)
-    if part is None:
-        return
-    if part.shape[-1] < scores.shape[-1]:
-        scores = scores[..., : part.shape[-1]]
-    if part.dtype == torch.bool:
-        scores.masked_fill_(~part, -torch.inf)
-    else:
-        scores.add_(part)
-        # What models write for minus infinity would else count as seen.
-        scores.masked_fill_(part <= torch.finfo(part.dtype).min / 2, -torch.inf)
 
 
 def exponentials(scores: Tensor, sinks: Tensor | None) -> Tensor:

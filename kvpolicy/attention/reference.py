@@ -11,7 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kvpolicy.storage.make import PackedStore, Store
+from kvpolicy.storage.affine import AffineStore
+from kvpolicy.storage.base import Store
 from kvpolicy.storage.packing import plane_width, planes
 
 __all__ = ["Columns", "add_values", "key_scores"]
@@ -34,7 +35,7 @@ def key_scores(store: Store, rows: Tensor, out: Tensor, columns: Columns) -> Non
         out: float32 `[batch, kv_heads, rows, columns]`.
         columns: where its tokens stand in `out`.
     """
-    if isinstance(store, PackedStore) and store.grouped:
+    if isinstance(store, AffineStore) and store.grouped:
         mapped = rows if store.channels is None else rows * store.channels.float()
         for first, codes, scale, offset in store.affine_blocks(_block(store, rows)):
             product = _channel_product if codes.ndim == 5 else _token_product
@@ -58,7 +59,7 @@ def add_values(store: Store, weights: Tensor, out: Tensor, columns: Columns) -> 
         out: float32 `[batch, kv_heads, rows, head_dim]`.
         columns: where its tokens stand in `weights`.
     """
-    if isinstance(store, PackedStore) and store.grouped:
+    if isinstance(store, AffineStore) and store.grouped:
         result = out if store.channels is None else torch.zeros_like(out)
         for first, codes, scale, offset in store.affine_blocks(_block(store, out)):
             tokens = codes.shape[2] * (codes.shape[3] if codes.ndim == 5 else 1)
@@ -73,13 +74,13 @@ def add_values(store: Store, weights: Tensor, out: Tensor, columns: Columns) -> 
 def _block(store: Store, like: Tensor) -> int:
     """Tokens to read at a time; `like` has the batch, the heads and the channels of the store."""
     most = BLOCK if like.device.type == "cpu" else ELSEWHERE
-    width = plane_width(store.head_dim, store.quantizer.nbits) if isinstance(store, PackedStore) else like.shape[3]
+    width = plane_width(store.head_dim, store.quantizer.nbits) if isinstance(store, AffineStore) else like.shape[3]
     return max(64, most // (width * like.shape[0] * like.shape[1]))
 
 
 def _dense_blocks(store: Store, like: Tensor) -> Iterator[tuple[int, Tensor]]:
     """What a store holds in no codes, in float32, with the index of each block's first token."""
-    if isinstance(store, PackedStore) and store.grouped:
+    if isinstance(store, AffineStore) and store.grouped:
         blocks, before = store.parts["exact"].blocks(), store.parts["codes"].length
     else:
         blocks, before = store.decoded(_block(store, like), torch.float32), 0
@@ -120,7 +121,7 @@ def _by_group(parameter: Tensor) -> Tensor:
     return parameter.flatten(0, 1).permute(2, 0, 1).contiguous().float()
 
 
-def _floats(store: PackedStore, codes: Tensor) -> Iterator[tuple[float, int, int, Tensor]]:
+def _floats(store: AffineStore, codes: Tensor) -> Iterator[tuple[float, int, int, Tensor]]:
     """The planes of codes as float32, each in the place of the one before."""
     buffer = None
     for factor, first, last, plane in planes(codes, store.quantizer.nbits, store.head_dim, shifted=False):
@@ -131,7 +132,7 @@ def _floats(store: PackedStore, codes: Tensor) -> Iterator[tuple[float, int, int
         yield factor, first, last, buffer
 
 
-def _token_product(store: PackedStore, rows: Tensor, codes: Tensor, scale: Tensor, offset: Tensor, out: Tensor) -> None:
+def _token_product(store: AffineStore, rows: Tensor, codes: Tensor, scale: Tensor, offset: Tensor, out: Tensor) -> None:
     count = scale.shape[3]
     size = store.head_dim // count
     scales, offsets = _by_group(scale), _by_group(offset)
@@ -152,7 +153,7 @@ def _token_product(store: PackedStore, rows: Tensor, codes: Tensor, scale: Tenso
 
 
 def _channel_product(
-    store: PackedStore, rows: Tensor, codes: Tensor, scale: Tensor, offset: Tensor, out: Tensor
+    store: AffineStore, rows: Tensor, codes: Tensor, scale: Tensor, offset: Tensor, out: Tensor
 ) -> None:
     groups, size = codes.shape[2:4]
     shifts = rows @ offset[:, :, :, 0].float().transpose(2, 3)
@@ -176,7 +177,7 @@ def _channel_product(
 
 
 def _add_by_token(
-    store: PackedStore, weights: Tensor, codes: Tensor, scale: Tensor, offset: Tensor, out: Tensor
+    store: AffineStore, weights: Tensor, codes: Tensor, scale: Tensor, offset: Tensor, out: Tensor
 ) -> None:
     count = scale.shape[3]
     size = store.head_dim // count
@@ -193,7 +194,7 @@ def _add_by_token(
 
 
 def _add_by_channel(
-    store: PackedStore, weights: Tensor, codes: Tensor, scale: Tensor, offset: Tensor, out: Tensor
+    store: AffineStore, weights: Tensor, codes: Tensor, scale: Tensor, offset: Tensor, out: Tensor
 ) -> None:
     groups, size = codes.shape[2:4]
     for factor, first, last, x in _floats(store, codes):

@@ -89,7 +89,7 @@ def show(
 
     check_one(recipe, context.args)
     if plot is not None:
-        from kvpolicy.experiment.arguments import check_picture
+        from kvpolicy.arguments import check_picture
 
         check_picture(plot)
     from kvpolicy.recipe.load import load_recipe
@@ -103,7 +103,7 @@ def show(
         typer.echo("# " + ", ".join(f"{name}={value}" for name, value in loaded.params.items()))
     typer.echo(loaded.to_yaml(resolved=True))
     fed = "a prompt of " if loaded.placement == "update" else ""
-    _print(_tiers_table(f"Tiers after {fed}{tokens} tokens", loaded, loaded.tiers, tokens), err=True)
+    _print(_tiers_table(f"LayerCache after {fed}{tokens} tokens", loaded, loaded.tiers, tokens), err=True)
     for key, own in loaded.layers.items():
         if own != "full":
             _print(_tiers_table(f"Tiers of layers {key}", loaded, own, tokens), err=True)
@@ -115,7 +115,7 @@ def _tiers_table(title: str, recipe: Recipe, tiers: Any, tokens: int) -> Any:
     from rich.text import Text
 
     from kvpolicy.interfaces.policy import RankPolicy
-    from kvpolicy.placement.planner import simulate
+    from kvpolicy.placement.simulate import simulate
     from kvpolicy.recipe.plot import describe_policy, describe_store
 
     table = _table(title, "tier", "policy", "keys", "values", "tokens", "positions")

@@ -69,7 +69,7 @@ def compare(
             raise typer.Exit(130) from None
     _print(result)
     if out is not None:
-        from kvpolicy.experiment.arguments import RESULTS
+        from kvpolicy.arguments import RESULTS
 
         *most, last = [name for name in RESULTS if (Path(out) / name).exists()]
         typer.echo(f"wrote {', '.join(most)} and {last} into {out}", err=True)
@@ -89,7 +89,7 @@ def _check_comparison(
     device: str | None,
 ) -> None:
     """Refuse what can't be right before torch is loaded, which takes seconds."""
-    from kvpolicy.experiment.arguments import check_comparison, check_device, check_results, check_room
+    from kvpolicy.arguments import check_comparison, check_device, check_results, check_room
     from kvpolicy.experiment.tasks import TASKS, check_name, check_size, load_task
     from kvpolicy.hf.models import check_model
     from kvpolicy.recipe.source import check_sources
@@ -121,7 +121,7 @@ def generate(
 ) -> None:
     """Continue a prompt greedily: the text on stdout, what the cache takes on stderr."""
     _quiet()
-    from kvpolicy.experiment.arguments import check_device, check_generation
+    from kvpolicy.arguments import check_device, check_generation
     from kvpolicy.hf.models import check_model
     from kvpolicy.recipe.source import check_one
 
@@ -151,8 +151,8 @@ def _kept(out: str | None) -> str:
 
 
 def _read_stdin() -> str:
+    from kvpolicy.arguments import MAX_PROMPT
     from kvpolicy.errors import CompareError
-    from kvpolicy.experiment.arguments import MAX_PROMPT
 
     if sys.stdin is None:
         raise CompareError("the prompt comes from stdin, which is closed; pipe a text into the command")

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 from kvpolicy.contracts.samples import Block, TwoTier, name_of, policies
 from kvpolicy.interfaces.policy import NEVER, Policy, RankPolicy, Scores
-from kvpolicy.placement.planner import Placement, State, history
+from kvpolicy.placement.planner import Placement, State
+from kvpolicy.placement.simulate import history
 
 Ints = NDArray[np.int64]
 POLICIES = policies()

@@ -11,7 +11,9 @@ from torch import Tensor
 from kvpolicy.contracts.samples import name_of, quantizers, tensor
 from kvpolicy.errors import MissingDependencyError
 from kvpolicy.interfaces.quantizer import Affine, AffineQuantizer, Quantizer, precision_of
-from kvpolicy.storage.make import Store, group_size_of, make_store
+from kvpolicy.storage.affine import group_size_of
+from kvpolicy.storage.base import Store
+from kvpolicy.storage.make import make_store
 
 QUANTIZERS = quantizers()
 AFFINE = [quantizer for quantizer in QUANTIZERS if isinstance(quantizer, AffineQuantizer)]

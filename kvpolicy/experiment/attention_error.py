@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kvpolicy.attention.attend import ALL, as_mask, exponentials, mask_scores
+from kvpolicy.attention.attend import ALL, exponentials
+from kvpolicy.attention.mask import as_mask, mask_scores
 from kvpolicy.experiment.attention_distance import Distances
 from kvpolicy.hf.attach import watching
 from kvpolicy.hf.cache import CompressedCache
@@ -60,7 +61,7 @@ class _Call(NamedTuple):
     seen: int
     """Tokens that the queries may attend, their own included."""
     kept: Tensor
-    """`Tiers.exactness` of those before."""
+    """`LayerCache.exactness` of those before."""
 
 
 class _Shadow:
@@ -115,7 +116,7 @@ class Watcher:
         Args:
             measure: whether its queries count. What they read is kept in any case.
         """
-        self.cache.settle()
+        self.cache.commit()
         self._kept = self._exactness() if measure else {}
         try:
             yield self._watch

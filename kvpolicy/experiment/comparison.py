@@ -11,8 +11,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from kvpolicy.arguments import RESULTS, check_comparison, check_results, check_room
 from kvpolicy.errors import CompareError, KvpolicyError
-from kvpolicy.experiment.arguments import RESULTS, check_comparison, check_results, check_room
 from kvpolicy.experiment.result import EXACT, Comparison, Estimate, is_exact
 from kvpolicy.experiment.run import Encoded, Run, Runner, encode, row, unlikely
 from kvpolicy.experiment.tasks import check_name, check_size, load_task

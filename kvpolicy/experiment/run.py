@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from kvpolicy.arguments import check_prompt
 from kvpolicy.errors import CompareError
-from kvpolicy.experiment.arguments import check_prompt
 from kvpolicy.experiment.attention_error import FIELDS, AttentionErrors, Watcher
 from kvpolicy.experiment.tasks import Sample, score
 from kvpolicy.hf.models import cache_word
@@ -171,7 +171,7 @@ class Runner:
             with watch():
                 given = {self.word: cache, "use_cache": True, **self.options}
                 logits = self.model(ids, **given).logits[0, -1]
-            cache.settle()
+            cache.commit()
             self._synchronize()
             seconds = time.perf_counter() - start
         if watcher is not None:

@@ -26,7 +26,7 @@ from kvpolicy.hf.layer import TieredLayer
 from kvpolicy.hf.modes import ATTACHED, barred, precise, uncompiled, wants_gradients
 from kvpolicy.hf.override import EAGER, eager_of, interface_of, override
 from kvpolicy.hf.passes import Pass, attached_pass, is_attached
-from kvpolicy.layer.layer import Tiers
+from kvpolicy.layer.layer import LayerCache
 from kvpolicy.layer.view import View
 from kvpolicy.recipe.load import Recipe, load_recipe
 
@@ -338,18 +338,18 @@ def _read(
     cache = None if current is None else current.cache
     # Layers that share another's keys may leave out queries: the scores speak of the attention of the layer itself.
     observer = tiers.observe() if cache is None or _tiers_of(cache, module.layer_idx) is tiers else None
-    settled = tiers.settled
-    if not settled:
+    committed = tiers.committed
+    if not committed:
         out = original(module, query, *new, attention_mask, *args, **kwargs)[0]
     with torch.no_grad(), precise(query.device):
-        if settled:
+        if committed:
             out = attend(tiers, query, new, attention_mask, observer=observer, **options)
         elif observer is not None:
             observe(query, new[0], observer, attention_mask, **options)
     _show(current, module, query, key, value, attention_mask, kwargs, out)
     if tiers.scratch is not None:  # no other layer reads these keys and values
-        tiers.commit()
-    if settled and wants_gradients(query, key, value):
+        tiers.hold()
+    if committed and wants_gradients(query, key, value):
         out = barred(ATTACHED, out, query, key, value)
     return out, None
 
@@ -372,10 +372,10 @@ def _of_dense(module: Any, current: Pass, key: Tensor, mask: Tensor | None) -> T
     places = tiers.visible().to(key.device)
     if places.ndim == 1:
         return mask if mask is None or mask.shape[-1] == len(places) else mask.index_select(-1, places)
-    return visible_columns(mask, places, tiers.seen - tiers.settled)
+    return visible_columns(mask, places, tiers.seen - tiers.committed)
 
 
-def _tiers_of(cache: CompressedCache, layer: int) -> Tiers | None:
+def _tiers_of(cache: CompressedCache, layer: int) -> LayerCache | None:
     """The stores of a layer; None if transformers keeps it, or it has none of its own."""
     found = cache.layers[layer] if layer < len(cache.layers) else None
     return found.tiers if isinstance(found, TieredLayer) else None

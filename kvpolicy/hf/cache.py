@@ -20,7 +20,7 @@ from kvpolicy.hf.modes import uncompiled
 from kvpolicy.hf.passes import Lease, check_announced, hold
 from kvpolicy.hf.suitability import check_effect, check_positions, compressible, set_apart
 from kvpolicy.hf.transaction import BY_REFERENCE, Guard
-from kvpolicy.layer.layer import Positions, Reading, Tiers
+from kvpolicy.layer.layer import LayerCache, Positions, Reading
 from kvpolicy.layer.report import Memory, Summary, measure, summarize
 from kvpolicy.layer.view import Scratch
 from kvpolicy.placement.padding import Padding
@@ -96,7 +96,7 @@ class CompressedCache(PassAware, Cache):
         for layer in self.layers:
             yield layer.keys, layer.values, getattr(layer, "_sliding_window_tensor", None)
 
-    def _tiers(self, layer: int) -> Tiers:
+    def _tiers(self, layer: int) -> LayerCache:
         n = len(self.layers)
         if not -n <= layer < n:
             raise CacheError(f"layer must be in [0, {n}), found {layer}")
@@ -124,23 +124,23 @@ class CompressedCache(PassAware, Cache):
             return tiers.dense()
 
     @torch.no_grad()
-    def settle(self) -> None:
+    def commit(self) -> None:
         """Let the pending tokens into the tiers; `crop` of them is no exact rollback afterwards."""
         self.guard.ready()
-        self.guard.settle()
+        self.guard.commit()
 
     def memory(self) -> Memory:
-        """Bytes by layer, side and store, counted from the tensors held. Settles pending tokens first."""
-        self.settle()
+        """Bytes by layer, side and store, counted from the tensors held. Commits pending tokens first."""
+        self.commit()
         return measure(self)
 
     def summary(self) -> Summary:
-        """Which layer is kept how, and what it holds. Settles pending tokens first."""
-        self.settle()
+        """Which layer is kept how, and what it holds. Commits pending tokens first."""
+        self.commit()
         return summarize(self)
 
     def save(self, path: str | Path) -> None:
-        """Write the cache as safetensors. Settles pending tokens first.
+        """Write the cache as safetensors. Commits pending tokens first.
 
         The header holds the recipe, versions, and a fingerprint of the model that the cache was made for: what of its
         config decides what keys and values mean, and a hash of a few numbers of its weights. Of a cache made from a
@@ -154,7 +154,7 @@ class CompressedCache(PassAware, Cache):
         """
         from kvpolicy.hf.saving import save_cache
 
-        self.settle()
+        self.commit()
         save_cache(self, path)
 
     @classmethod

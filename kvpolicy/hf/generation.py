@@ -7,8 +7,8 @@ from typing import Any, TextIO
 
 import torch
 
+from kvpolicy.arguments import check_generation
 from kvpolicy.errors import CompareError, KvpolicyError
-from kvpolicy.experiment.arguments import check_generation
 from kvpolicy.hf.cache import make_cache
 from kvpolicy.hf.models import attached, cache_word, check_model, load_model, one_thread, positions_of
 from kvpolicy.recipe.load import load_recipe

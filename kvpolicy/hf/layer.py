@@ -11,7 +11,7 @@ from transformers.cache_utils import CacheLayerMixin
 from kvpolicy.errors import CacheError
 from kvpolicy.hf.modes import ATTACHED, HELD, barred, precise, uncompiled, wants_gradients
 from kvpolicy.interfaces.policy import RankPolicy
-from kvpolicy.layer.layer import Reading, Tiers
+from kvpolicy.layer.layer import LayerCache, Reading
 from kvpolicy.layer.view import DenseAccess, Scratch
 from kvpolicy.placement.step import Step
 
@@ -27,7 +27,7 @@ class TieredLayer(DenseAccess, CacheLayerMixin):
 
     def __init__(self, start: Step, scratch: Scratch | None, reading: Reading) -> None:
         super().__init__()
-        self.tiers = Tiers(start, scratch, reading)
+        self.tiers = LayerCache(start, scratch, reading)
         self.uneven: str | None = None
         self.unlinked = False
         """Whether tokens came with gradients, which end here."""
@@ -79,7 +79,7 @@ class TieredLayer(DenseAccess, CacheLayerMixin):
             if not self.is_initialized:
                 self.lazy_initialization(key_states, value_states)
             views = self.attached and self.tiers.told_apart
-            keys, values = (self.tiers.look if views else self.tiers.update)(key_states, value_states)
+            keys, values = (self.tiers.stage if views else self.tiers.update)(key_states, value_states)
         if linked and held and views:
             return barred(ATTACHED, keys, key_states), barred(ATTACHED, values, value_states)
         if linked and held:
@@ -102,7 +102,7 @@ class TieredLayer(DenseAccess, CacheLayerMixin):
         self.check_attached()
         if self.uneven is not None:
             raise CacheError(self.uneven)
-        held = self.tiers.held_after_settling()
+        held = self.tiers.held_after_commit()
         return held + query_length, self.tiers.seen - held
 
     def get_max_length(self) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kvpolicy.errors import CacheError
 from kvpolicy.hf.layer import TieredLayer
-from kvpolicy.layer.layer import MAX_APART, Reading, Tiers
+from kvpolicy.layer.layer import MAX_APART, LayerCache, Reading
 from kvpolicy.placement.padding import Padding
 from kvpolicy.placement.selection import together
 
@@ -97,7 +97,7 @@ class Guard:
         return {**self.__dict__, "_pass": None, "_user": {}}
 
     @property
-    def tiers(self) -> list[Tiers]:
+    def tiers(self) -> list[LayerCache]:
         """Of the layers that the recipe keeps."""
         return [layer.tiers for layer in self.layers if isinstance(layer, TieredLayer)]
 
@@ -146,13 +146,13 @@ class Guard:
         coming = self._padding_with(mask, tokens, before, attached)
         own = {i: _kept(x) for i, x in enumerate(self.layers) if not isinstance(x, TieredLayer)}
         if attached and self.selects_together:
-            self.settle()
+            self.commit()
         self._pass = Transaction(before, padding, own, _caller())
         self.reading.padding, self.reading.attached = coming, attached
 
     def _check_columns(self, mask: Tensor, tokens: int) -> None:
         """Refuse a 4-D mask that speaks of tokens which were dropped."""
-        held = next(tiers.held_after_settling() for tiers in self.tiers if tiers.evicts)
+        held = next(tiers.held_after_commit() for tiers in self.tiers if tiers.evicts)
         if mask.shape[3] != held + tokens:
             raise CacheError(
                 f"a 4-D attention mask must have a column for each of the {held + tokens} tokens that the layers of "
@@ -169,9 +169,9 @@ class Guard:
                 self.take_back()
             return
         for tiers in self.tiers:
-            tiers.commit()
+            tiers.hold()
         if self.selects_together and self.pending > MAX_APART:
-            self.settle()
+            self.commit()
         self.reading.attached = False
         self._pass = None  # last: until here an interruption takes the pass back
 
@@ -263,8 +263,8 @@ class Guard:
                 "a forward pass with this cache was interrupted after tokens had left their places for good; reset() "
                 "the cache, or make a new one"
             )
-        if len({tiers.settled for tiers in self.tiers}) > 1:
-            self.settle()
+        if len({tiers.committed for tiers in self.tiers}) > 1:
+            self.commit()
         self._pass = None
 
     def expect(self, layer: int, keys: Tensor) -> None:
@@ -314,15 +314,15 @@ class Guard:
     @torch.no_grad()
     def _level(self, length: int, seen: list[int]) -> None:
         """Let all layers have let in the same tokens, where one has seen more, so that a crop leaves them alike."""
-        most = max((tiers.settled for tiers in self.tiers), default=0)
-        behind = [tiers for tiers in self.tiers if tiers.settled < most]
-        if min(seen) < length or self.selects_together or any(t.settled + t.waiting != most for t in behind):
+        most = max((tiers.committed for tiers in self.tiers), default=0)
+        behind = [tiers for tiers in self.tiers if tiers.committed < most]
+        if min(seen) < length or self.selects_together or any(t.committed + t.waiting != most for t in behind):
             raise CacheError(
                 "crop must lead to a length that all layers had, and an update was interrupted: they have seen "
                 f"{seen}, found {length}; reset() the cache, or make a new one"
             )
         for tiers in behind:
-            tiers.settle()
+            tiers.commit()
 
     @contextmanager
     def rows_of_all(self, what: str) -> Iterator[None]:
@@ -358,14 +358,14 @@ class Guard:
         if self._pass is not None and not self._pass.alive():
             self.take_back()
 
-    def settle(self) -> None:
+    def commit(self) -> None:
         """Let the pending tokens into the tiers, in all layers."""
-        groups: dict[int, list[Tiers]] = {}
+        groups: dict[int, list[LayerCache]] = {}
         for number, tiers in enumerate(self.tiers):
             placement = tiers.placement
             groups.setdefault(id(placement) if placement.shared else -1 - number, []).append(tiers)
         for group in groups.values():
-            together([tiers.settling() for tiers in group])
+            together([tiers.committing() for tiers in group])
 
     @contextmanager
     def emptying(self) -> Iterator[None]:

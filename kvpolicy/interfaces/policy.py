@@ -210,7 +210,7 @@ class RankPolicy(Policy):
     where the sum alone does not rank tokens, `rank`.
 
     Tokens are selected once per update, after its last token, not token by token; an update of more than 24 tokens
-    settles as a whole at once.
+    commits as a whole at once.
 
     Example:
         A policy that keeps the n tokens with the most attention so far::

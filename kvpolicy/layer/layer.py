@@ -14,17 +14,18 @@ from torch import Tensor
 
 from kvpolicy.errors import CacheError
 from kvpolicy.interfaces.policy import RankPolicy
-from kvpolicy.layer.attention_scores import Observer
 from kvpolicy.layer.view import Scratch, View
+from kvpolicy.placement.attention_scores import Observer
 from kvpolicy.placement.padding import Padding
-from kvpolicy.placement.per_head import Ragged
-from kvpolicy.placement.planner import NEW, StorePlan
+from kvpolicy.placement.per_head import PerHeadPlacement
+from kvpolicy.placement.planner import NEW, Moves
 from kvpolicy.placement.selection import Selection, alone
 from kvpolicy.placement.step import Step
-from kvpolicy.placement.token_table import EMPTY, Columns
-from kvpolicy.storage.make import Store, make_store
+from kvpolicy.placement.token_table import EMPTY, ColumnMap
+from kvpolicy.storage.base import Store
+from kvpolicy.storage.make import make_store
 
-__all__ = ["DROPPED", "EXACT", "MAX_APART", "PENDING", "QUANTIZED", "Positions", "Reading", "Tiers"]
+__all__ = ["DROPPED", "EXACT", "MAX_APART", "PENDING", "QUANTIZED", "LayerCache", "Positions", "Reading"]
 
 Ints = NDArray[np.int64]
 SIDES = ("keys", "values")
@@ -35,7 +36,7 @@ MAX_APART = 24
 PENDING = -1
 """The tier that `positions` gives for pending tokens."""
 EXACT, QUANTIZED, DROPPED = 0, 1, 2
-"""What `Tiers.exactness` says of a token."""
+"""What `LayerCache.exactness` says of a token."""
 
 
 class Positions(NamedTuple):
@@ -48,7 +49,7 @@ class Positions(NamedTuple):
     tokens]`, positions of padding not held, and -1 first in rows that hold fewer tokens than others.
     """
     tiers: NDArray[np.int16]
-    """The tier of each, counted from 0; `PENDING` (-1) for those not yet settled. Of the shape of `positions`."""
+    """The tier of each, counted from 0; `PENDING` (-1) for those not yet committed. Of the shape of `positions`."""
 
 
 @dataclass
@@ -61,7 +62,7 @@ class Reading:
     """Which of all tokens are padding, those of the pass included, once some are."""
 
 
-class Tiers:
+class LayerCache:
     """One layer: stores for keys and values, where their tokens are, and the pending tokens."""
 
     def __init__(self, start: Step, scratch: Scratch | None, reading: Reading) -> None:
@@ -76,13 +77,13 @@ class Tiers:
         self.broken = True
         self.step = self.first
         """Where the tokens are that were let in; the same value in all layers with the same tiers."""
-        self.ragged: Ragged | None = None
+        self.ragged: PerHeadPlacement | None = None
         """Tables by row and head, once tokens differ so."""
         self.observer: Observer | None = None
         self.stores: dict[str, list[Store | None]] = {}
         self.pending: dict[str, Tensor] = {}
         self.like: dict[str, Tensor] = {}
-        self.incoming: dict[str, Tensor] = {}
+        self.staged: dict[str, Tensor] = {}
         self.decoded: dict[str, Tensor] = {}
         self.densely = False
         self.broken = False
@@ -102,13 +103,13 @@ class Tiers:
         return self.pending["keys"].shape[2] if self.pending else 0
 
     @property
-    def settled(self) -> int:
+    def committed(self) -> int:
         """Tokens that were let into the tiers, dropped ones included."""
         return self.step.seen
 
     @property
     def seen(self) -> int:
-        return self.settled + self.waiting + (self.incoming["keys"].shape[2] if self.incoming else 0)
+        return self.committed + self.waiting + (self.staged["keys"].shape[2] if self.staged else 0)
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
@@ -117,8 +118,8 @@ class Tiers:
         yield
         self.broken = before
 
-    def held_after_settling(self) -> int:
-        """Tokens that the stores will hold once the pending ones are settled; where rows differ, those held now."""
+    def held_after_commit(self) -> int:
+        """Tokens that the stores will hold once the pending ones are committed; where rows differ, those held now."""
         if self.ragged is not None:
             return self.waiting + sum(store.length for store in self.stores["keys"] if store is not None)
         step = self._next() if self.waiting else self.step
@@ -158,33 +159,33 @@ class Tiers:
         if not self.stores:
             self.start(keys, values)
         self._check_rows(keys)
-        self.settle()
+        self.commit()
         new = {"keys": keys, "values": values}
-        dense = (keys, values) if self.settled == 0 else self._dense(new, self.scratch)
+        dense = (keys, values) if self.committed == 0 else self._dense(new, self.scratch)
         self.add(keys, values)
         return dense
 
-    def look(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Add tokens, once `commit` is called; returns views of all, for attention to read until then."""
+    def stage(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Add tokens, once `hold` is called; returns views of all, for attention to read until then."""
         if not self.stores:
             self.start(keys, values)
         self._check_rows(keys)
-        self.settle()
-        if self.settled == 0 and keys.shape[2] and not self.placement.kinds:
+        self.commit()
+        if self.committed == 0 and keys.shape[2] and not self.placement.kinds:
             self.add(keys, values)
             return keys, values
-        incoming = {"keys": keys.detach(), "values": values.detach()}
+        staged = {"keys": keys.detach(), "values": values.detach()}
         held = sum(s.length for s in self.step.state.stores["keys"]) if self.ragged is None else self.ragged.width
-        first = self.settled == 0  # gradients reach the tokens of a first update
-        shown = {"keys": keys, "values": values} if first else incoming
+        first = self.committed == 0  # gradients reach the tokens of a first update
+        shown = {"keys": keys, "values": values} if first else staged
         if keys.shape[2]:
-            self.incoming = incoming
+            self.staged = staged
         return View(self, "keys", shown["keys"], held), View(self, "values", shown["values"], held)
 
     def densified(self) -> dict[str, Tensor]:
-        """What the views of `look` stand for, for models that compute on it."""
+        """What the views of `stage` stand for, for models that compute on it."""
         if self.placement.kinds:
-            self.incoming = {}
+            self.staged = {}
             kinds = ", ".join(repr(p.kind) for p in self.placement.policies if isinstance(p, RankPolicy))
             raise CacheError(
                 f"policy {kinds} must see attention, and this model computes on keys and values before its attention; "
@@ -192,52 +193,52 @@ class Tiers:
             )
         if not self.decoded:
             self.densely = True
-            self.decoded = dict(zip(SIDES, self._dense(self.incoming, self.scratch), strict=True))
+            self.decoded = dict(zip(SIDES, self._dense(self.staged, self.scratch), strict=True))
         return self.decoded
 
     def visible(self) -> Tensor:
-        """Positions of what the views of `look` show, in token order; `[batch, 1, tokens]` where rows differ."""
+        """Positions of what the views of `stage` show, in token order; `[batch, 1, tokens]` where rows differ."""
         if self.ragged is not None:
             found = self.ragged.places()[0]
-            new = torch.arange(self.settled, self.seen, device=found.device)
+            new = torch.arange(self.committed, self.seen, device=found.device)
             return torch.cat([found.long(), new.expand(*found.shape[:2], -1)], dim=2)
         held = np.sort(np.concatenate([s.array for s in self.step.state.stores["keys"]])).astype(np.int64)
-        return torch.from_numpy(np.concatenate([held, np.arange(self.settled, self.seen, dtype=np.int64)]))
+        return torch.from_numpy(np.concatenate([held, np.arange(self.committed, self.seen, dtype=np.int64)]))
 
-    def columns(self) -> Columns:
+    def columns(self) -> ColumnMap:
         """Where attention finds the tokens of each store."""
         if self.ragged is not None:
-            return self.ragged.columns(self.settled)
+            return self.ragged.columns(self.committed)
         keys, values, positions = self.step.columns()
-        return Columns(keys, values, len(positions), False, lambda: positions)
+        return ColumnMap(keys, values, len(positions), False, lambda: positions)
 
     def observe(self) -> Observer | None:
-        """What is to be told of the attention of the tokens of `look`, if any policy asks for it."""
+        """What is to be told of the attention of the tokens of `stage`, if any policy asks for it."""
         if not self.placement.kinds:
             return None
         if self.observer is None:
             self._scatter()
             assert self.ragged is not None
-            tokens = self.incoming["keys"].shape[2]
+            tokens = self.staged["keys"].shape[2]
             batch, lines = self.like["keys"].shape[0], self.ragged.lines
-            observer = Observer(self.placement.kinds, tokens, self.settled, batch, self.padding, MAX_APART, lines)
-            self.ragged.aim(observer, self.settled)
+            observer = Observer(self.placement.kinds, tokens, self.committed, batch, self.padding, MAX_APART, lines)
+            self.ragged.aim(observer, self.committed)
             self.observer = observer
         return self.observer
 
-    def commit(self) -> None:
-        """Let the tokens of `look` in; its views are no longer valid."""
+    def hold(self) -> None:
+        """Let the tokens of `stage` in; its views are no longer valid."""
         self.decoded = {}
-        if self.incoming:
+        if self.staged:
             with self._changing():
-                self._enter(self.incoming)
-                self.incoming = {}
+                self._enter(self.staged)
+                self.staged = {}
 
     def add(self, keys: Tensor, values: Tensor) -> None:
-        """Add tokens without decoding what is held: the pending ones settle, the newest of these wait."""
+        """Add tokens without decoding what is held: the pending ones commit, the newest of these wait."""
         if not self.stores:
             self.start(keys, values)
-        self.settle()
+        self.commit()
         with self._changing():
             self._enter({"keys": keys.detach(), "values": values.detach()})
 
@@ -252,14 +253,14 @@ class Tiers:
             alone(self._apply({side: x[:, :, :early] for side, x in new.items()}, early, n))
         self.pending = {side: x[:, :, early:].clone() for side, x in new.items()} if early < n else {}
 
-    def settle(self) -> None:
+    def commit(self) -> None:
         """Let the pending tokens into the tiers."""
-        alone(self.settling())
+        alone(self.committing())
 
-    def settling(self) -> Selection:
-        """Like `settle`, for layers that select tokens together."""
+    def committing(self) -> Selection:
+        """Like `commit`, for layers that select tokens together."""
         self.check_whole()
-        self.commit()
+        self.hold()
         if self.waiting:
             with self._changing():
                 yield from self._apply(self.pending, self.waiting, self.waiting)
@@ -274,9 +275,9 @@ class Tiers:
         if length == 0:
             self.clear()
             return True
-        if self.settled > length or self.settled + (0 if self.incoming else self.waiting) < length:
+        if self.committed > length or self.committed + (0 if self.staged else self.waiting) < length:
             return False
-        self.incoming, self.decoded = {}, {}
+        self.staged, self.decoded = {}, {}
         if self.seen > length:
             self.pending, self.observer = {}, None
         return True
@@ -302,7 +303,7 @@ class Tiers:
         if self.ragged is None:
             self._move(new, step)
         else:
-            yield from self.ragged.settle(new, step, self.stores, self.observer)
+            yield from self.ragged.commit(new, step, self.stores, self.observer)
             self.observer = None
         self.step = step
 
@@ -311,7 +312,7 @@ class Tiers:
         step = self._from()
         if step.spread and self.ragged is None:
             with self._changing():
-                self.ragged = Ragged(self.step, self.stores, self.like)
+                self.ragged = PerHeadPlacement(self.step, self.stores, self.like)
                 self.step = step
 
     def _move(self, new: dict[str, Tensor], step: Step) -> None:
@@ -331,7 +332,7 @@ class Tiers:
                 if len(gone):
                     store.drop(gone)
 
-    def _collect(self, plan: StorePlan, stores: list[Store | None], new: Tensor) -> list[Tensor]:
+    def _collect(self, plan: Moves, stores: list[Store | None], new: Tensor) -> list[Tensor]:
         """The tokens that arrive in a store, decoded, in order: a tensor for each run."""
         runs: dict[int, list[Tensor]] = {}
         for source, index, run in plan.arrivals:
@@ -377,29 +378,29 @@ class Tiers:
         Where rows or heads hold different tokens, each in its own order, empty places first and zero.
         """
         self.check_whole()
-        self.commit()
+        self.hold()
         return self._dense(self.pending or self.like, None)
 
     def positions(self) -> Positions:
         """Positions and tiers of all tokens held; the same for keys and values."""
-        self.commit()
+        self.hold()
         if self.stores:
             self._scatter()
         if self.ragged is not None:
             places, tiers = self.ragged.places()
-            new = torch.arange(self.settled, self.seen, device=places.device).expand(*places.shape[:2], -1)
+            new = torch.arange(self.committed, self.seen, device=places.device).expand(*places.shape[:2], -1)
             if self.padding is not None and self.padding.before(self.seen):
-                real = torch.from_numpy(self.padding.real[:, self.settled : self.seen]).to(new.device)
+                real = torch.from_numpy(self.padding.real[:, self.committed : self.seen]).to(new.device)
                 new = torch.where(real.unsqueeze(1), new, EMPTY)
             found = torch.cat([places, new], dim=2).cpu().numpy().astype(np.int64)
             waits = torch.full_like(new, PENDING).to(tiers.dtype)
             where = torch.cat([tiers.masked_fill(places < 0, PENDING), waits], dim=2)
             return Positions(found, where.cpu().numpy().astype(np.int16))
         held = np.sort(np.concatenate([s.array for s in self.step.state.stores["keys"]]))
-        waiting = np.arange(self.settled, self.seen, dtype=np.int64)
-        settled = self.placement.tier_of(self.step.state, held)
+        waiting = np.arange(self.committed, self.seen, dtype=np.int64)
+        committed = self.placement.tier_of(self.step.state, held)
         return Positions(
-            np.concatenate([held, waiting]), np.concatenate([settled, np.full(len(waiting), PENDING, dtype=np.int16)])
+            np.concatenate([held, waiting]), np.concatenate([committed, np.full(len(waiting), PENDING, dtype=np.int16)])
         )
 
     def exactness(self) -> NDArray[np.int8]:
@@ -412,27 +413,27 @@ class Tiers:
         tiers = zip(self.placement.specs["keys"], self.placement.specs["values"], strict=True)
         kept = [EXACT if k == v == "full" else DROPPED if k == "evict" else QUANTIZED for k, v in tiers]
         if self.ragged is not None:
-            held = self.ragged.by_position(kept, DROPPED, self.settled).cpu().numpy()
+            held = self.ragged.by_position(kept, DROPPED, self.committed).cpu().numpy()
         else:
-            tier = self.placement.tier_of(self.step.state, np.arange(self.settled, dtype=np.int64))
+            tier = self.placement.tier_of(self.step.state, np.arange(self.committed, dtype=np.int64))
             held = np.asarray(kept, dtype=np.int8)[tier][None, None]
-        new = self.seen - self.settled
+        new = self.seen - self.committed
         return np.pad(held, ((0, 0), (0, 0), (0, new)), constant_values=EXACT)
 
     def crop(self, length: int) -> None:
         """Forget the positions from `length` on. Exact for pending tokens; past descents are kept."""
         self.check_whole()
-        self.commit()
+        self.hold()
         with self._changing():
-            if length > self.settled:
-                self.pending = {side: x[:, :, : length - self.settled].clone() for side, x in self.pending.items()}
+            if length > self.committed:
+                self.pending = {side: x[:, :, : length - self.committed].clone() for side, x in self.pending.items()}
                 if self.observer is not None:
-                    self.observer.crop(length - self.settled)
+                    self.observer.crop(length - self.committed)
                 if any(row.through > length for row in self.step.rows):
                     self.step = self.step.crop(length)
                 return
             self.pending, self.observer = {}, None
-            if length == self.settled:
+            if length == self.committed:
                 return
             self.step = self.step.crop(length)
             if self.ragged is not None:
@@ -447,7 +448,7 @@ class Tiers:
     def select(self, rows: Tensor) -> None:
         """Keep the batch rows `rows`, in that order, repeats included."""
         self.check_whole()
-        self.commit()
+        self.hold()
         with self._changing():
             if self.step.padding is not None:
                 self.step = self.step.select(rows.cpu().numpy())
@@ -463,7 +464,7 @@ class Tiers:
                     held[side] = x.index_select(0, rows.to(x.device))
 
     def to(self, device: torch.device) -> None:
-        self.commit()
+        self.hold()
         for stores in self.stores.values():
             for store in stores:
                 if store is not None:

@@ -12,7 +12,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from kvpolicy.hf.cache import CompressedCache
-    from kvpolicy.layer.layer import Tiers
+    from kvpolicy.layer.layer import LayerCache
 
 __all__ = ["LayerSummary", "Memory", "StoreMemory", "Summary", "measure", "summarize"]
 
@@ -150,7 +150,7 @@ def _render(table: Table) -> str:
 
 
 def measure(cache: CompressedCache) -> Memory:
-    """Count the tensors of a settled cache."""
+    """Count the tensors of a committed cache."""
     from kvpolicy.hf.layer import TieredLayer
 
     stores: list[StoreMemory] = []
@@ -185,7 +185,7 @@ def measure(cache: CompressedCache) -> Memory:
     return Memory(tuple(stores), exact, values, scratch, shared)
 
 
-def _store_memory(tiers: Tiers, number: int, side: str, s: int) -> StoreMemory:
+def _store_memory(tiers: LayerCache, number: int, side: str, s: int) -> StoreMemory:
     store = tiers.stores[side][s]
     assert store is not None
     covers, used = tuple(tiers.placement.tiers_of_store(side, s)), store.bytes()
@@ -212,7 +212,7 @@ def _component(spec: Any) -> str:
 
 
 def summarize(cache: CompressedCache) -> Summary:
-    """Describe the layers of a settled cache."""
+    """Describe the layers of a committed cache."""
     from kvpolicy.hf.layer import TieredLayer
 
     rows = []
@@ -220,7 +220,7 @@ def summarize(cache: CompressedCache) -> Summary:
         if isinstance(layer, TieredLayer):
             tiers = tuple(map(_words, cache.recipe.tiers_of(number, len(cache.layers))))
             kept = "kvpolicy, dense: the model computes on keys and values" if layer.tiers.densely else "kvpolicy"
-            rows.append(LayerSummary(number, kept, tiers, layer.tiers.held_after_settling()))
+            rows.append(LayerSummary(number, kept, tiers, layer.tiers.held_after_commit()))
         else:
             rows.append(LayerSummary(number, f"transformers' {type(layer).__name__}", (), 0))
     blind = cache.guard.evicts and (cache.lease is None or cache.guard.untold)

@@ -9,10 +9,13 @@ from torch import Tensor
 
 from kvpolicy.errors import CacheError, MissingDependencyError, PluginError
 from kvpolicy.interfaces.quantizer import AffineQuantizer
-from kvpolicy.layer.layer import Tiers
+from kvpolicy.layer.layer import LayerCache
 from kvpolicy.layer.save_header import Damaged, Held
-from kvpolicy.storage.base import LARGE
-from kvpolicy.storage.make import ExactStore, NamedStore, PackedStore, Store, make_store
+from kvpolicy.storage.affine import AffineStore
+from kvpolicy.storage.base import LARGE, Store
+from kvpolicy.storage.exact import ExactStore
+from kvpolicy.storage.make import make_store
+from kvpolicy.storage.named import NamedStore
 
 __all__ = ["fill_stores", "save_stores"]
 
@@ -22,7 +25,7 @@ MOST = 128
 """Tokens of a group in a sample."""
 
 
-def save_stores(tiers: Tiers, number: int, tensors: dict[str, Tensor]) -> None:
+def save_stores(tiers: LayerCache, number: int, tensors: dict[str, Tensor]) -> None:
     """Add what the stores of a layer hold to `tensors`, and an empty slice that shows its kind."""
     for side, like in tiers.like.items():
         tensors[f"{number}.{side}.like"] = like
@@ -31,7 +34,7 @@ def save_stores(tiers: Tiers, number: int, tensors: dict[str, Tensor]) -> None:
                 tensors[f"{number}.{side}.{s}.{name}"] = tensor
 
 
-def fill_stores(tiers: Tiers, number: int, held: Held, device: torch.device) -> None:
+def fill_stores(tiers: LayerCache, number: int, held: Held, device: torch.device) -> None:
     """Restore the stores of a layer, which are made and empty; its placement is known."""
     for side, stores in tiers.stores.items():
         for s, store in enumerate(stores):
@@ -57,17 +60,17 @@ def _kinds(spec: Any, store: Store, like: Tensor) -> Kinds:
     if isinstance(store, ExactStore):
         return {"exact": exact}
     n = 1
-    if isinstance(store, PackedStore) and store.by_channel:
+    if isinstance(store, AffineStore) and store.by_channel:
         assert isinstance(spec, AffineQuantizer)
         n = min(store.group_size or 1, MOST)
         spec = spec.model_copy(update={"group_size": n})
     sample = make_store(spec, like.shape[3])
     assert sample is not None
-    if isinstance(store, PackedStore) and store.lines is not None:
+    if isinstance(store, AffineStore) and store.lines is not None:
         sample.ragged((1, 1))
     sample.append(torch.zeros((1, 1, n, like.shape[3]), dtype=like.dtype))
     kinds: Kinds = {name: (t.dtype, tuple(t.shape[3:])) for name, t in sample.tensors().items()}
-    if isinstance(store, PackedStore) and store.by_channel:
+    if isinstance(store, AffineStore) and store.by_channel:
         kinds["exact"] = exact
     return kinds
 
@@ -78,13 +81,13 @@ def _check(parts: dict[str, Tensor], store: Store, like: Tensor, kinds: Kinds) -
         if name not in kinds:
             raise CacheError(f"its tensors must be {sorted(kinds)}, found {name}")
         dtype, last = kinds[name]
-        first = store.lines if isinstance(store, PackedStore) and name == "groups" else rows_and_heads
+        first = store.lines if isinstance(store, AffineStore) and name == "groups" else rows_and_heads
         fits = t.ndim == 1 if name == "sizes" else tuple(t.shape) == (*(first or ()), *t.shape[2:3], *last)
         if t.dtype != dtype or not fits:
             raise CacheError(
                 f"{name} must be {first} of tokens of {last} in {dtype}, found {str(tuple(t.shape))[:80]} in {t.dtype}"
             )
-    if isinstance(store, PackedStore):
+    if isinstance(store, AffineStore):
         _check_packed(parts, store)
     elif isinstance(store, NamedStore) and parts:
         lengths = {t.shape[2] for t in parts.values()}
@@ -92,7 +95,7 @@ def _check(parts: dict[str, Tensor], store: Store, like: Tensor, kinds: Kinds) -
             raise CacheError(f"{sorted(kinds)} must be of the same tokens, found {sorted(parts)} of {sorted(lengths)}")
 
 
-def _check_packed(parts: dict[str, Tensor], store: PackedStore) -> None:
+def _check_packed(parts: dict[str, Tensor], store: AffineStore) -> None:
     coded, groups, exact = (parts[n].shape[2] if n in parts else 0 for n in ("codes", "params", "exact"))
     most = store.group_size - 1 if store.by_channel else 0
     if exact > max(most, 0):

@@ -10,13 +10,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kvpolicy.layer.layer import Tiers
+from kvpolicy.layer.layer import LayerCache
 from kvpolicy.layer.save_header import Damaged, Held, RaggedEntry, StateEntry, TiersEntry
 from kvpolicy.placement.padding import Padding
-from kvpolicy.placement.per_head import Ragged
-from kvpolicy.placement.planner import Growing, Placement, State
+from kvpolicy.placement.per_head import PerHeadPlacement
+from kvpolicy.placement.planner import Placement, PositionList, State
 from kvpolicy.placement.step import Step
-from kvpolicy.placement.token_table import Table
+from kvpolicy.placement.token_table import TokenTable
 
 __all__ = ["Filling", "Saving", "load_padding", "save_padding"]
 
@@ -51,7 +51,7 @@ class Saving:
         """Those by position, in the order of their numbers."""
         self._rows: list[Step] = []
 
-    def layer(self, tiers: Tiers, number: int) -> TiersEntry | RaggedEntry:
+    def layer(self, tiers: LayerCache, number: int) -> TiersEntry | RaggedEntry:
         """Add where the tokens of layer `number` are; returns what the header says of it."""
         if tiers.ragged is None:
             return TiersEntry(state=self._state(tiers.step))
@@ -66,7 +66,7 @@ class Saving:
                 self._add(f"state.{number}.{side}.", [order.array for order in orders])
         return number
 
-    def _ragged(self, ragged: Ragged, step: Step, number: int) -> RaggedEntry:
+    def _ragged(self, ragged: PerHeadPlacement, step: Step, number: int) -> RaggedEntry:
         group = next((i for i, known in enumerate(self._rows) if known is step), len(self._rows))
         if group == len(self._rows):
             self._rows.append(step)
@@ -92,14 +92,14 @@ class Filling:
         self.states, self.held = states, held
         self._made: dict[tuple[str, int], tuple[Placement, Any, Step]] = {}
 
-    def layer(self, tiers: Tiers, number: int, entry: TiersEntry | RaggedEntry) -> None:
+    def layer(self, tiers: LayerCache, number: int, entry: TiersEntry | RaggedEntry) -> None:
         """Say where the tokens of layer `number` are, whose stores are made and still empty."""
         if isinstance(entry, RaggedEntry):
             self._ragged(tiers, number, entry)
         else:
             self._state(tiers, entry.state)
 
-    def _state(self, tiers: Tiers, number: int) -> None:
+    def _state(self, tiers: LayerCache, number: int) -> None:
         placement = tiers.placement
         if number >= len(self.states):
             raise Damaged(f"it must go by one of {len(self.states)} states, found {number}")
@@ -116,11 +116,11 @@ class Filling:
             lambda: Step(placement, (_state(placement, number, entry, self.held),), entry.seen, tiers.padding),
         )
 
-    def _ragged(self, tiers: Tiers, number: int, entry: RaggedEntry) -> None:
+    def _ragged(self, tiers: LayerCache, number: int, entry: RaggedEntry) -> None:
         placement, padding = tiers.placement, tiers.padding
         if padding is None and not placement.kinds:
             raise Damaged("rows must have the same tokens where none is padded, found tables")
-        ragged = Ragged(tiers.step, tiers.stores, tiers.like)
+        ragged = PerHeadPlacement(tiers.step, tiers.stores, tiers.like)
         rows = ragged.lines[0]
         by_row = padding is not None and (padding.before(entry.seen) or entry.count > 1)
         if entry.count != (rows if by_row else 1) or entry.prompt > entry.seen:
@@ -166,7 +166,7 @@ class Filling:
         return first
 
 
-def _tables(ragged: Ragged) -> Iterator[tuple[str, int, Table]]:
+def _tables(ragged: PerHeadPlacement) -> Iterator[tuple[str, int, TokenTable]]:
     for side, tables in ragged.tables.items():
         for s, table in enumerate(tables):
             if table is not None:
@@ -199,8 +199,8 @@ def _state(placement: Placement, number: int, entry: StateEntry, held: Held) -> 
     return state
 
 
-def _growing(order: Tensor) -> Growing:
-    return Growing(order.numpy(), len(order))
+def _growing(order: Tensor) -> PositionList:
+    return PositionList(order.numpy(), len(order))
 
 
 def _check_tiers(state: State, placement: Placement) -> None:
@@ -245,7 +245,7 @@ def _rows(entry: RaggedEntry, placement: Placement, padding: Padding | None, hel
     return rows
 
 
-def _parts(parts: dict[str, Tensor], table: Table, scores: int) -> dict[str, Tensor]:
+def _parts(parts: dict[str, Tensor], table: TokenTable, scores: int) -> dict[str, Tensor]:
     """What was saved of a table, of the right types and shapes."""
     if not parts:  # no token is in it
         return {name: torch.empty((*table.lines, 0), dtype=torch.int32) for name in ("positions", "tiers")}
@@ -259,7 +259,7 @@ def _parts(parts: dict[str, Tensor], table: Table, scores: int) -> dict[str, Ten
     return {name: x if name == "scores" else x.squeeze(3) for name, x in parts.items()}
 
 
-def _check_tables(ragged: Ragged, step: Step, saved: Tables, padding: Padding | None) -> None:
+def _check_tables(ragged: PerHeadPlacement, step: Step, saved: Tables, padding: Padding | None) -> None:
     """Each row and head has the tokens of its tiers by position, and on both sides the same, each once."""
     evicts, ranked = ragged.placement.specs["keys"][-1] == "evict", ragged.placement.ranked
     for tables in saved.values():

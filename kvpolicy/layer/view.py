@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map_only
 from kvpolicy.errors import CacheError
 
 if TYPE_CHECKING:
-    from kvpolicy.layer.layer import Tiers
+    from kvpolicy.layer.layer import LayerCache
 
 __all__ = ["DenseAccess", "Scratch", "View"]
 
@@ -20,7 +20,7 @@ __all__ = ["DenseAccess", "Scratch", "View"]
 class DenseAccess:
     """Gives a compressed layer the attributes `keys` and `values` of transformers' layers."""
 
-    tiers: Tiers
+    tiers: LayerCache
     is_initialized = False
 
     @property
@@ -92,12 +92,12 @@ class View(Tensor):
     Attention reads the stores behind it. Whatever else computes on it gets the dense tensor.
     """
 
-    tiers: Tiers
+    tiers: LayerCache
     side: str
     arriving: Tensor
 
     @staticmethod
-    def __new__(cls, tiers: Tiers, side: str, new: Tensor, held: int) -> View:
+    def __new__(cls, tiers: LayerCache, side: str, new: Tensor, held: int) -> View:
         shape = (*new.shape[:2], held + new.shape[2], new.shape[3])
         view: View = Tensor._make_wrapper_subclass(cls, shape, dtype=new.dtype, device=new.device)
         view.tiers, view.side, view.arriving = tiers, side, new

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["NEW", "Arrival", "Plan", "StorePlan"]
+__all__ = ["NEW", "Arrival", "Moves", "Plan"]
 
 Ints = NDArray[np.int64]
 NEW = -1
@@ -26,7 +26,7 @@ class Arrival(NamedTuple):
     """Arrivals of one run in sequence are one group where `group_size: arrival`."""
 
 
-class StorePlan(NamedTuple):
+class Moves(NamedTuple):
     """What one store does in an update."""
 
     leaving: Ints
@@ -40,4 +40,4 @@ class StorePlan(NamedTuple):
 class Plan:
     """What every store of both sides does in an update. Empty lists: nothing moves."""
 
-    sides: dict[str, list[StorePlan]] = field(default_factory=dict)
+    sides: dict[str, list[Moves]] = field(default_factory=dict)

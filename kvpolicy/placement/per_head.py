@@ -15,20 +15,20 @@ from torch import Tensor
 from kvpolicy.interfaces.policy import RankPolicy
 from kvpolicy.placement.selection import Selection, due, highest, ranked
 from kvpolicy.placement.step import Step
-from kvpolicy.placement.token_table import EMPTY, Columns, Table, Work, in_order, indices_of
+from kvpolicy.placement.token_table import EMPTY, Candidates, ColumnMap, TokenTable, in_order, indices_of
+from kvpolicy.storage.affine import AffineStore
 from kvpolicy.storage.base import LARGE, Store
-from kvpolicy.storage.make import PackedStore
 from kvpolicy.storage.pages import gather_tokens
 
 if TYPE_CHECKING:
-    from kvpolicy.layer.attention_scores import Observer
+    from kvpolicy.placement.attention_scores import Observer
 
-__all__ = ["Ragged"]
+__all__ = ["PerHeadPlacement"]
 
 Stores = dict[str, list[Store | None]]
 
 
-class Ragged:
+class PerHeadPlacement:
     """Tables of what the stores of a layer hold, and the descent of their tokens."""
 
     def __init__(self, step: Step, stores: Stores, like: dict[str, Tensor]) -> None:
@@ -39,10 +39,10 @@ class Ragged:
         self.lines = (batch, kv_heads if placement.by_head else 1)
         self.aligned = placement.first_tier["keys"] == placement.first_tier["values"]
         device = like["keys"].device
-        self.tables: dict[str, list[Table | None]] = {}
+        self.tables: dict[str, list[TokenTable | None]] = {}
         for side in ("keys",) if self.aligned else ("keys", "values"):
             self.tables[side] = [
-                None if store is None else Table(self.lines, device, self._scored(side, s), placement.tier_dtype)
+                None if store is None else TokenTable(self.lines, device, self._scored(side, s), placement.tier_dtype)
                 for s, store in enumerate(stores[side])
             ]
             for s, table in enumerate(self.tables[side]):
@@ -71,11 +71,11 @@ class Ragged:
         """The sides that the tables of `side` speak of."""
         return ("keys", "values") if self.aligned else (side,)
 
-    def live(self) -> list[Table]:
+    def live(self) -> list[TokenTable]:
         """The tables of keys whose tokens may still descend; they come before the others."""
         return [t for s, t in enumerate(self.tables["keys"]) if t is not None and self.movable("keys", s)]
 
-    def settle(self, new: dict[str, Tensor], step: Step, stores: Stores, seen: Observer | None) -> Selection:
+    def commit(self, new: dict[str, Tensor], step: Step, stores: Stores, seen: Observer | None) -> Selection:
         """Let new tokens in, which lead to `step`."""
         n, device = new["keys"].shape[2], new["keys"].device
         start, stop = step.seen - n, step.seen
@@ -106,7 +106,7 @@ class Ragged:
 
     def _work(
         self, side: str, live: list[int], slots: Tensor, step: Step, verdict: Tensor | None, fresh: Tensor | None
-    ) -> Work:
+    ) -> Candidates:
         tables = [t for s in live if (t := self.tables[side][s]) is not None]
         positions = torch.cat([*(t.positions for t in tables), slots], dim=2)
         tiers = torch.cat([*(t.tiers for t in tables), torch.zeros_like(slots, dtype=self.placement.tier_dtype)], dim=2)
@@ -121,7 +121,7 @@ class Ragged:
         scores = None
         if fresh is not None and side == "keys":
             scores = torch.cat([*(t.scores for t in tables if t.scores is not None), fresh], dim=2)
-        return Work(live, bounds, positions, target, scores)
+        return Candidates(live, bounds, positions, target, scores)
 
     def _add_scores(self, seen: Observer | None, n: int) -> Tensor | None:
         """Add what an update's queries attended to the scores of stored tokens; returns those of the new ones."""
@@ -138,7 +138,7 @@ class Ragged:
             seen.add(fresh, at, n)
         return fresh
 
-    def _rank(self, work: Work, step: Step) -> Selection:
+    def _rank(self, work: Candidates, step: Step) -> Selection:
         for tier in range(self.placement.ranked, self.last):
             policy = self.placement.policies[tier]
             assert isinstance(policy, RankPolicy)
@@ -158,14 +158,14 @@ class Ragged:
             rank = rank.expand_as(candidates).masked_fill(~candidates, -torch.inf)
             work.target[candidates & ~highest(rank, budgets)] = tier + 1
 
-    def _verdict(self, work: Work, stop: int) -> Tensor:
+    def _verdict(self, work: Candidates, stop: int) -> Tensor:
         """The tier of each slot, where the tables of values differ from those of keys."""
         found = torch.full((*self.lines, stop + 1), self.last, dtype=work.target.dtype, device=work.target.device)
         return found.scatter_(2, torch.where(work.positions < 0, stop, work.positions).long(), work.target)
 
-    def _move(self, side: str, work: Work, new: dict[str, Tensor], stores: Stores) -> None:
+    def _move(self, side: str, work: Candidates, new: dict[str, Tensor], stores: Stores) -> None:
         contiguous = {name: new[name].contiguous() for name in self.sides(side)}
-        arriving: list[tuple[int, Table, Tensor]] = []
+        arriving: list[tuple[int, TokenTable, Tensor]] = []
         for s, table in enumerate(self.tables[side]):
             if table is None:
                 continue
@@ -191,7 +191,7 @@ class Ragged:
             if table is not None and (s in work.live or table.gaps):
                 self._close(side, s, table, stores)
 
-    def _collect(self, name: str, work: Work, index: Tensor, new: Tensor, stores: list[Store | None]) -> Tensor:
+    def _collect(self, name: str, work: Candidates, index: Tensor, new: Tensor, stores: list[Store | None]) -> Tensor:
         """The tokens at `index`, decoded; zeros in empty places."""
         out: Tensor | None = None
         for number, (first, end) in enumerate(zip(work.bounds, work.bounds[1:], strict=False)):
@@ -211,7 +211,7 @@ class Ragged:
         assert out is not None
         return out
 
-    def _enter(self, table: Table, work: Work, index: Tensor) -> None:
+    def _enter(self, table: TokenTable, work: Candidates, index: Tensor) -> None:
         place = index.clamp(min=0)
         empty = index < 0
         positions = work.positions.gather(2, place).masked_fill(empty, EMPTY)
@@ -223,7 +223,7 @@ class Ragged:
         table.append(positions, tiers, scores)
         table.gaps = table.gaps or bool(empty.any())
 
-    def _close(self, side: str, s: int, table: Table, stores: Stores) -> None:
+    def _close(self, side: str, s: int, table: TokenTable, stores: Stores) -> None:
         """Remove empty places that no row needs."""
         index = table.surplus() if table.length else None
         if index is None:
@@ -234,19 +234,19 @@ class Ragged:
             store.remove(index, _empty(store, table))
         table.remove(index)
 
-    def columns(self, seen: int) -> Columns:
+    def columns(self, seen: int) -> ColumnMap:
         """Where attention finds the tokens of each store, after `seen` slots."""
         if self.aligned:
             tables = self.tables["keys"]
             ends = np.cumsum([0 if t is None else t.length for t in tables]).tolist()
             offsets: list[int | Tensor] = [0, *ends[:-1]]
             gaps = any(t is not None and t.gaps for t in tables)
-            return Columns(offsets, offsets, ends[-1], gaps, self._positions)
+            return ColumnMap(offsets, offsets, ends[-1], gaps, self._positions)
         where: dict[str, list[int | Tensor]] = {
             side: [0 if t is None else torch.where(t.positions < 0, seen, t.positions.long()) for t in tables]
             for side, tables in self.tables.items()
         }
-        return Columns(where["keys"], where["values"], seen + 1, True, lambda: self._present(seen))
+        return ColumnMap(where["keys"], where["values"], seen + 1, True, lambda: self._present(seen))
 
     def _positions(self) -> Tensor:
         return torch.cat([t.positions for t in self.tables["keys"] if t is not None], dim=2)
@@ -297,7 +297,7 @@ class Ragged:
         for table in self._all():
             table.to(device)
 
-    def _all(self) -> list[Table]:
+    def _all(self) -> list[TokenTable]:
         return [table for tables in self.tables.values() for table in tables if table is not None]
 
     def places(self) -> tuple[Tensor, Tensor]:
@@ -323,9 +323,9 @@ def _by_position(index: Tensor, positions: Tensor) -> Tensor:
     return index.gather(2, places.argsort(dim=2, stable=True))
 
 
-def _empty(store: Store, table: Table, index: Tensor | None = None) -> Tensor | None:
+def _empty(store: Store, table: TokenTable, index: Tensor | None = None) -> Tensor | None:
     """Of a store per channel the empty ones among the tokens that wait for their group, and those coming in."""
-    if not isinstance(store, PackedStore) or not store.by_channel:
+    if not isinstance(store, AffineStore) or not store.by_channel:
         return None
     parts = [table.positions[..., store.parts["codes"].length :] < 0]
     found = torch.cat(parts if index is None else [*parts, index < 0], dim=2)

@@ -14,20 +14,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvpolicy.interfaces.policy import NEVER, Policy, RankPolicy
-from kvpolicy.placement.moves import NEW, Arrival, Plan, StorePlan
-from kvpolicy.placement.position_list import Growing
+from kvpolicy.placement.moves import NEW, Arrival, Moves, Plan
+from kvpolicy.placement.position_list import PositionList
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-__all__ = ["NEW", "Arrival", "Growing", "Placement", "Plan", "State", "StorePlan", "history", "simulate"]
+__all__ = ["NEW", "Arrival", "Moves", "Placement", "Plan", "PositionList", "State", "TierLike"]
 
 Ints = NDArray[np.int64]
 Sides = Literal["keys", "values"]
 
 
-class _Tier(Protocol):
+class TierLike(Protocol):
     @property
     def policy(self) -> Policy | None: ...
     @property
@@ -38,10 +38,10 @@ class _Tier(Protocol):
 
 @dataclass(frozen=True)
 class State:
-    """Where every settled token is.
+    """Where every committed token is.
 
     Attributes:
-        seen: tokens settled, dropped ones included.
+        seen: tokens committed, dropped ones included.
         tiers: positions that each tier but the last holds, ascending.
         stores: for each side and store the positions held, in the order of the store.
         through: positions below this go straight to the last tier (`placement: update` only).
@@ -49,7 +49,7 @@ class State:
 
     seen: int
     tiers: tuple[Ints, ...]
-    stores: dict[str, tuple[Growing, ...]]
+    stores: dict[str, tuple[PositionList, ...]]
     through: int = 0
 
 
@@ -58,7 +58,7 @@ class _Flow(NamedTuple):
     events: Ints
 
 
-_NOTHING: Ints = np.empty(0, dtype=np.int64)
+NOTHING: Ints = np.empty(0, dtype=np.int64)
 
 
 class Placement:
@@ -68,7 +68,7 @@ class Placement:
     nothing, and a group that is being split needs no copy of its parameters.
     """
 
-    def __init__(self, tiers: Sequence[_Tier], mode: str = "token") -> None:
+    def __init__(self, tiers: Sequence[TierLike], mode: str = "token") -> None:
         self.mode = mode
         self.policies = [tier.policy for tier in tiers]
         self.specs = {side: [getattr(tier, side) for tier in tiers] for side in ("keys", "values")}
@@ -107,10 +107,10 @@ class Placement:
         return self._start
 
     def _empty(self) -> State:
-        stores = {side: tuple(Growing() for _ in first) for side, first in self.first_tier.items()}
+        stores = {side: tuple(PositionList() for _ in first) for side, first in self.first_tier.items()}
         if self.alike:
             stores["values"] = stores["keys"]
-        return State(0, tuple(_NOTHING for _ in self.policies[:-1]), stores)
+        return State(0, tuple(NOTHING for _ in self.policies[:-1]), stores)
 
     def store_spec(self, side: str, store: int) -> Any:
         return self.specs[side][self.first_tier[side][store]]
@@ -120,11 +120,11 @@ class Placement:
         return range(first[store], first[store + 1])
 
     def advance(self, state: State, n: int, of: int | None = None) -> tuple[State, Plan]:
-        """Settle `n` more tokens, the first ones of an update of `of` tokens (default `n`)."""
+        """Commit `n` more tokens, the first ones of an update of `of` tokens (default `n`)."""
         start, stop = state.seen, state.seen + n
         through = self._through(state, n if of is None else of) if self.mode == "update" else 0
         tiers, flows = self._flows(state, n, through)
-        stores: dict[str, tuple[Growing, ...]] = {}
+        stores: dict[str, tuple[PositionList, ...]] = {}
         plan = Plan()
         for side, first in self.first_tier.items():
             if side == "values" and self.alike:
@@ -188,33 +188,33 @@ class Placement:
             left = policy._left(positions, arrivals, start, stop)
         leaves = left != NEVER
         if not leaves.any():
-            return positions, _Flow(_NOTHING, _NOTHING)
+            return positions, _Flow(NOTHING, NOTHING)
         gone, events = positions[leaves], left[leaves]
         order = np.lexsort((gone, events))
         return positions[~leaves], _Flow(gone[order], events[order])
 
     def _plan_side(
         self, side: str, flows: list[_Flow], state: State, start: int
-    ) -> tuple[tuple[Growing, ...], list[StorePlan]]:
+    ) -> tuple[tuple[PositionList, ...], list[Moves]]:
         held = state.stores[side]
-        stores: list[Growing] = []
-        plans: list[StorePlan] = []
+        stores: list[PositionList] = []
+        plans: list[Moves] = []
         for s, (positions, flow) in enumerate(zip(held, flows, strict=True)):
-            below = flows[s + 1].positions if s + 1 < len(flows) else _NOTHING
+            below = flows[s + 1].positions if s + 1 < len(flows) else NOTHING
             spec = self.store_spec(side, s)
             if spec == "evict":
                 stores.append(positions)
-                plans.append(StorePlan(_NOTHING, [], _NOTHING))
+                plans.append(Moves(NOTHING, [], NOTHING))
                 continue
             old = below[below < start]
-            leaving = np.flatnonzero(np.isin(positions.array, old)) if len(old) else _NOTHING
+            leaving = np.flatnonzero(np.isin(positions.array, old)) if len(old) else NOTHING
             kept = positions
             if len(leaving):
                 mask = np.ones(positions.length, dtype=np.bool_)
                 mask[leaving] = False
                 kept = positions.keep(mask)
             entering = flow.positions
-            passing = _NOTHING
+            passing = NOTHING
             if len(below) and len(entering):
                 passes = np.isin(entering, below)
                 grouped = getattr(spec, "per", "token") == "channel"
@@ -229,13 +229,13 @@ class Placement:
             runs = np.zeros(len(entering), dtype=np.int64)
             if getattr(spec, "group_size", None) == "arrival":
                 runs = flow.events[np.isin(flow.positions, entering)]
-            plans.append(StorePlan(leaving, list(_arrivals(entering, runs, held[:s], start)), passing))
+            plans.append(Moves(leaving, list(_arrivals(entering, runs, held[:s], start)), passing))
         return tuple(stores), plans
 
     def crop(self, state: State, length: int) -> tuple[State, dict[str, list[Ints]]]:
         """Forget the positions from `length` on; returns the state and the indices that each store drops."""
         drops: dict[str, list[Ints]] = {}
-        stores: dict[str, tuple[Growing, ...]] = {}
+        stores: dict[str, tuple[PositionList, ...]] = {}
         for side, held in state.stores.items():
             drops[side] = [np.flatnonzero(s.array >= length) for s in held]
             stores[side] = tuple(
@@ -298,7 +298,7 @@ class Placement:
         return tier
 
 
-def _arrivals(entering: Ints, runs: Ints, above: Sequence[Growing], start: int) -> Iterator[Arrival]:
+def _arrivals(entering: Ints, runs: Ints, above: Sequence[PositionList], start: int) -> Iterator[Arrival]:
     """Split what enters a store, in order, where its source or its entry of `runs` changes."""
     if not len(entering):
         return
@@ -316,28 +316,3 @@ def _arrivals(entering: Ints, runs: Ints, above: Sequence[Growing], start: int) 
     cuts = np.flatnonzero((np.diff(source) != 0) | (np.diff(runs) != 0)) + 1
     for part, indices, run in zip(*(np.split(x, cuts) for x in (source, index, runs)), strict=True):
         yield Arrival(int(part[0]), indices, int(run[0]))
-
-
-def simulate(tiers: Sequence[_Tier], tokens: int, placement: str = "token") -> list[Ints]:
-    """The positions that each tier holds after `tokens` tokens; an evicting last tier holds none."""
-    planner = Placement(tiers, placement)
-    state, _ = planner.advance(planner.start(), tokens)
-    evicts = planner.specs["keys"][-1] == "evict"
-    held = np.concatenate([_NOTHING, *state.tiers])
-    last = _NOTHING if evicts else np.setdiff1d(np.arange(tokens, dtype=np.int64), held)
-    return [*state.tiers, last]
-
-
-def history(tiers: Sequence[_Tier], tokens: int, placement: str = "token") -> NDArray[np.int16]:
-    """Which tier holds each position after each step, fed one by one: `[tokens, tokens]`.
-
-    Entry `[step, position]` is the index of the tier, -1 before the token was seen. Where the last tier evicts,
-    its index stands for "dropped".
-    """
-    planner = Placement(tiers, placement)
-    state = planner.start()
-    picture = np.full((tokens, tokens), -1, dtype=np.int16)
-    for step in range(tokens):
-        state, _ = planner.advance(state, 1)
-        picture[step, : step + 1] = planner.tier_of(state, np.arange(step + 1, dtype=np.int64))
-    return picture

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Growing"]
+__all__ = ["PositionList"]
 
 Ints = NDArray[np.int64]
 
 
-class Growing:
+class PositionList:
     """An immutable array of positions whose appended successor shares its buffer: O(1) per token."""
 
     def __init__(self, buffer: Any = None, length: int = 0, fill: list[int] | None = None) -> None:
@@ -25,21 +25,21 @@ class Growing:
         """The positions; not to be written to."""
         return self.buffer[: self.length]
 
-    def append(self, items: Ints) -> Growing:
+    def append(self, items: Ints) -> PositionList:
         if not len(items):
             return self
         stop = self.length + len(items)
         if self.fill[0] != self.length or stop > len(self.buffer):
             buffer = np.empty(max(64, stop + stop // 8), dtype=np.int32)
             buffer[: self.length] = self.array
-            grown = Growing(buffer, self.length)
+            grown = PositionList(buffer, self.length)
         else:
             grown = self
         grown.buffer[self.length : stop] = items
         grown.fill[0] = stop
-        return Growing(grown.buffer, stop, grown.fill)
+        return PositionList(grown.buffer, stop, grown.fill)
 
-    def keep(self, mask: NDArray[np.bool_]) -> Growing:
+    def keep(self, mask: NDArray[np.bool_]) -> PositionList:
         """The positions where `mask` is True, in a buffer of their own."""
         kept = self.array[mask]
-        return Growing(kept, len(kept))
+        return PositionList(kept, len(kept))

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from kvpolicy.storage.pages import Pages
 
-__all__ = ["EMPTY", "Columns", "Table", "Work", "in_order", "indices_of"]
+__all__ = ["EMPTY", "Candidates", "ColumnMap", "TokenTable", "in_order", "indices_of"]
 
 EMPTY = -1
 """The position of a place that holds no token: rows shorter than others have such."""
 
 
-class Columns(NamedTuple):
+class ColumnMap(NamedTuple):
     """The order in which attention has the tokens of a layer side by side."""
 
     keys: list[int | Tensor]
@@ -29,7 +29,7 @@ class Columns(NamedTuple):
     """The position of each column, `EMPTY` where no token is: `[columns]` or `[batch, kv_heads or 1, columns]`."""
 
 
-class Work(NamedTuple):
+class Candidates(NamedTuple):
     """The tokens that may move in an update, side by side: those of some stores, then the new ones."""
 
     live: list[int]
@@ -42,7 +42,7 @@ class Work(NamedTuple):
     scores: Tensor | None
 
 
-class Table:
+class TokenTable:
     """Position and tier of each token of a store, by row and head, and the attention it received.
 
     Positions are slots of the padded text. All rows and heads have the same number of places; a place may be `EMPTY`.
@@ -136,7 +136,7 @@ def indices_of(mask: Tensor) -> Tensor | None:
     return index
 
 
-def in_order(tables: list[Table]) -> tuple[Tensor, Tensor]:
+def in_order(tables: list[TokenTable]) -> tuple[Tensor, Tensor]:
     """The tokens of all tables by position, and the positions; of empty places only as many as some row needs."""
     positions = torch.cat([t.positions for t in tables], dim=2)
     order = positions.argsort(dim=2, stable=True)

@@ -79,7 +79,7 @@ def plot_placement(recipe: Recipe, tokens: int, path: str | Path) -> Path:
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    from kvpolicy.placement.planner import history
+    from kvpolicy.placement.simulate import history
 
     if not 1 <= tokens <= MAX_TOKENS:
         raise RecipeError(f"tokens must lie between 1 and {MAX_TOKENS} for a picture, found {tokens}")

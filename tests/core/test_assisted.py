@@ -54,12 +54,12 @@ def generate(cache: CompressedCache, tokens: torch.Tensor, **options: Any) -> to
 
 
 def held(cache: CompressedCache, length: int) -> list[Any]:
-    """Positions and tiers of every layer once `length` tokens have been seen and settled."""
-    settled = copy.deepcopy(cache)
-    assert 0 <= settled.get_seq_length() - length <= 1
-    settled.crop(length)
-    settled.settle()
-    return [[x.tolist() for x in settled.positions(i)] for i in range(len(settled.layers))]
+    """Positions and tiers of every layer once `length` tokens have been seen and committed."""
+    committed = copy.deepcopy(cache)
+    assert 0 <= committed.get_seq_length() - length <= 1
+    committed.crop(length)
+    committed.commit()
+    return [[x.tolist() for x in committed.positions(i)] for i in range(len(committed.layers))]
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -91,8 +91,8 @@ def test_greedy_decoding_with_candidates_leaves_what_plain_decoding_leaves(
     if name in SAME_TEXT:
         assert torch.equal(found, expected)
         assisted.crop(length)
-        assisted.settle()
-        plain.settle()
+        assisted.commit()
+        plain.commit()
         # A token of a chunk differs in its last bits, so a code may be its neighbour here and there.
         for a, b in zip(assisted.dense(0), plain.dense(0), strict=True):
             assert ((a - b).abs() < 1e-3).float().mean() > 0.999

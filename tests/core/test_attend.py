@@ -16,18 +16,18 @@ from kvpolicy import Recipe, make_cache
 from kvpolicy.attention import attend
 from kvpolicy.attention import reference as products
 from kvpolicy.errors import CacheError
-from kvpolicy.layer.layer import Tiers
+from kvpolicy.layer.layer import LayerCache
 
 BATCH, KV_HEADS, GROUPS, DIM = 2, 2, 3, 16
 CONFIG = LlamaConfig(num_hidden_layers=3, hidden_size=96, num_attention_heads=6, num_key_value_heads=2, head_dim=DIM)
 
 
-def filled(recipe: Recipe, tokens: int, dtype: torch.dtype = torch.float32, layer: int = 1) -> Tiers:
+def filled(recipe: Recipe, tokens: int, dtype: torch.dtype = torch.float32, layer: int = 1) -> LayerCache:
     x = torch.randn(2, BATCH, KV_HEADS, tokens, DIM, generator=torch.Generator().manual_seed(tokens)).to(dtype)
-    tiers: Tiers = make_cache(recipe, CONFIG).layers[layer].tiers
+    tiers: LayerCache = make_cache(recipe, CONFIG).layers[layer].tiers
     for at in range(0, tokens, 50):
         tiers.add(x[0, :, :, at : at + 50], x[1, :, :, at : at + 50])
-    tiers.settle()
+    tiers.commit()
     return tiers
 
 
@@ -39,7 +39,7 @@ def inputs(queries: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, tu
 
 
 def reference(
-    tiers: Tiers,
+    tiers: LayerCache,
     query: Tensor,
     new: tuple[Tensor, Tensor],
     mask: Tensor | None = None,

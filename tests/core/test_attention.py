@@ -345,7 +345,7 @@ def test_what_selects_together(select: str) -> None:
     cache = make_cache({"tiers": tiers}, model)
     with attach(model):
         model.generate(ids(130, batch=2), **{CACHE: cache}, max_new_tokens=40, do_sample=False)
-    cache.settle()
+    cache.commit()
     one, other = (cache.positions(layer).positions for layer in (0, 1))
     assert one.shape == other.shape == (2, 2 if select == "head" else 1, 28)
     assert (one == other).all() == (select == "shared")

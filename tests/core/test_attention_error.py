@@ -20,8 +20,8 @@ from kvpolicy import attach, load_recipe, make_cache
 from kvpolicy.experiment.attention_distance import Distances, Profile, fit_power_law
 from kvpolicy.experiment.attention_error import AttentionErrors, Watcher
 from kvpolicy.hf.layer import TieredLayer
-from kvpolicy.layer.layer import DROPPED, EXACT, QUANTIZED, Tiers
-from kvpolicy.placement.planner import simulate
+from kvpolicy.layer.layer import DROPPED, EXACT, QUANTIZED, LayerCache
+from kvpolicy.placement.simulate import simulate
 
 PROMPT, STEPS = 90, 30
 SMALL = {
@@ -186,7 +186,7 @@ def test_errors_of_quantization_are_those_of_decoded_tokens(recipe: str) -> None
     off = total = kept = 0.0
     model(tokens[:, :PROMPT], **{CACHE: cache})
     for i in range(PROMPT, PROMPT + STEPS):
-        cache.settle()
+        cache.commit()
         pairs = zip(cache.dense(0), (keys, values), strict=True)
         decoded = [torch.cat([x.double(), y[:, :, i : i + 1]], 2) for x, y in pairs]
         outputs = []
@@ -247,12 +247,12 @@ def test_tokens_may_be_kept_differently_by_row_and_head(monkeypatch: pytest.Monk
     same = watched(tiny("llama"), "full", batch=2).layers["exact_mass"]
     assert same == [1, 1]
 
-    def exactness(self: Tiers) -> Any:
+    def exactness(self: LayerCache) -> Any:
         found = np.full((2, 2, self.seen), QUANTIZED)
         found[1, 0] = DROPPED
         return found
 
-    monkeypatch.setattr(Tiers, "exactness", exactness)
+    monkeypatch.setattr(LayerCache, "exactness", exactness)
     found = watched(tiny("llama"), "full", batch=2).layers
     for exactly, quantized, dropped in zip(
         *(found[f"{x}_mass"] for x in ("exact", "quantized", "dropped")), strict=True
@@ -270,7 +270,7 @@ def test_exactness_goes_by_tier_and_new_tokens_are_exact(recipe: str) -> None:
     x = torch.randn(1, 2, 300, 32)
     tiers.update(x, x)
     assert (tiers.exactness()[0, 0, -64:] == EXACT).all()
-    tiers.settle()
+    tiers.commit()
     found = tiers.exactness()
     assert found.shape == (1, 1, 300)
     for tier, positions in zip(cache.recipe.tiers, simulate(cache.recipe.tiers, 300), strict=True):
@@ -278,7 +278,7 @@ def test_exactness_goes_by_tier_and_new_tokens_are_exact(recipe: str) -> None:
         assert (found[0, 0, positions] == code).all()
     held = np.concatenate(simulate(cache.recipe.tiers, 300))
     assert (np.delete(found[0, 0], held) == DROPPED).all()
-    tiers.look(x[:, :, :5], x[:, :, :5])
+    tiers.stage(x[:, :, :5], x[:, :, :5])
     assert (tiers.exactness()[0, 0, 300:] == [EXACT] * 5).all()
 
 

@@ -10,7 +10,7 @@ import torch
 from layers import HEAD_DIM, Layer, random_tokens
 from torch import Tensor
 
-from kvpolicy.layer.attention_scores import counted_queries
+from kvpolicy.placement.attention_scores import counted_queries
 
 SCALE = HEAD_DIM**-0.5
 
@@ -154,7 +154,7 @@ def test_every_score_of_a_prompt_and_a_chunk(queries: str, heads: str, score: st
     layer = Layer({"tiers": tiers})
     for first, last in itertools.pairwise([0, 90, 120, 149, 150]):
         layer(*(x[:, :, first:last] for x in (query, keys, values)))
-    layer.cache.settle()
+    layer.cache.commit()
     kind = layer.tiers.placement.kinds[0]
     full = weights(query, keys, 0)
     reduced = {"mean": full.mean(1), "sum": full.sum(1), "max": full.amax(1)}[heads]

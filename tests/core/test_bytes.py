@@ -17,7 +17,8 @@ from torch import Tensor
 from kvpolicy import CompressedCache, TensorQuantizer
 from kvpolicy.errors import CacheError
 from kvpolicy.plugins import PluginInfo, registry
-from kvpolicy.storage.make import NamedStore, make_store
+from kvpolicy.storage.make import make_store
+from kvpolicy.storage.named import NamedStore
 from kvpolicy.storage.pages import Pages
 
 TYPES = [

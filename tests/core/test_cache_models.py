@@ -268,7 +268,7 @@ def test_evicted_tokens_are_those_that_a_mask_would_hide(family: str, name: str)
     cache, full = make_cache(name, model, window=20), exact(model)
     for seed, n in enumerate([100, 10, 1, 1, 30, 65, 1, 80, 2]):
         seen, tokens = full.get_seq_length(), ids(n, seed=seed)
-        cache.settle()
+        cache.commit()
         visible = torch.zeros(1, 1, n, seen + n, dtype=torch.bool)
         visible[..., cache.positions(0).positions] = True
         visible[..., seen:] = torch.ones(n, n, dtype=torch.bool).tril()

@@ -22,7 +22,7 @@ from transformers import LlamaConfig
 
 from kvpolicy import CompressedCache, Recipe, load_recipe, make_cache
 from kvpolicy.interfaces.quantizer import AffineQuantizer
-from kvpolicy.storage.make import group_size_of
+from kvpolicy.storage.affine import group_size_of
 
 LAYERS, HEADS, DIM, PENDING = 3, 2, 16, 64
 CONFIG = LlamaConfig(
@@ -99,14 +99,14 @@ class Layer:
         return self.seen + len(self.pending)
 
     def update(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        self.settle()
+        self.commit()
         self.nothing = keys[:, :, :0]
         tokens = list(zip(keys.unbind(2), values.unbind(2), strict=True))
         early = max(len(tokens) - PENDING, 0)
         self.flow(tokens[:early], len(tokens))
         self.pending = tokens[early:]
 
-    def settle(self) -> None:
+    def commit(self) -> None:
         tokens, self.pending = self.pending, []
         self.flow(tokens, len(tokens))
 
@@ -201,7 +201,7 @@ class Walk:
             x = torch.randn(2, self.batch, HEADS, n, DIM, generator=self.generator).to(self.dtype)
             keys, values = self.cache.update(x[0], x[1], i)
             keys, values = keys.clone(), values.clone()
-            layer.settle()
+            layer.commit()
             before = [layer.dense(side) for side in ("keys", "values")] if layer.length else [x[0, :, :, :0]] * 2
             assert torch.equal(keys, torch.cat([before[0], x[0]], dim=2))
             assert torch.equal(values, torch.cat([before[1], x[1]], dim=2))
@@ -231,9 +231,9 @@ class Walk:
         for layer in self.layers:
             layer.select(rows)
 
-    def settle(self) -> None:
+    def commit(self) -> None:
         for layer in self.layers:
-            layer.settle()
+            layer.commit()
 
     def do(self, name: str, n: int) -> None:
         if name == "update":
@@ -256,13 +256,13 @@ class Walk:
                 with tempfile.TemporaryDirectory() as folder:
                     self.cache.save(Path(folder) / "cache")
                     self.cache = CompressedCache.load(Path(folder) / "cache", CONFIG)
-                self.settle()
+                self.commit()
         elif name == "deepcopy":
             before, self.cache = self.cache, copy.deepcopy(self.cache)
             before.reset()
         else:
             self.cache.memory()
-            self.settle()
+            self.commit()
 
     def check(self) -> None:
         assert self.cache.get_seq_length() == self.length
@@ -359,8 +359,8 @@ def test_any_chunking_gives_the_same_codes(recipe: Recipe, cuts: list[int], n: i
     ends = [min(end, n) for end in np.cumsum(cuts).tolist() if end < n]
     for start, end in zip([0, *ends], [*ends, n], strict=True):
         feed(many, x, start, end)
-    one.settle()
-    many.settle()
+    one.commit()
+    many.commit()
     assert same(one, many)
 
 
@@ -381,10 +381,10 @@ def test_cropped_candidates_leave_no_trace(name: str, prompt: int) -> None:
         for t in range(at, at + accepted):
             feed(plain, x, t, t + 1)
         at += accepted
-        # The pending tokens differ, so both settle on copies.
+        # The pending tokens differ, so both commit on copies.
         a, b = copy.deepcopy(plain), copy.deepcopy(assisted)
-        a.settle()
-        b.settle()
+        a.commit()
+        b.commit()
         if name == "eight-then-two":
             assert states(a)[:2] == states(b)[:2]
         else:

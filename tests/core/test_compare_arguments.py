@@ -13,8 +13,8 @@ import pytest
 
 import kvpolicy
 import kvpolicy.experiment.comparison as comparison
+from kvpolicy.arguments import check_prompt, check_room
 from kvpolicy.errors import CompareError, KvpolicyError, RecipeError, TaskError
-from kvpolicy.experiment.arguments import check_prompt, check_room
 from kvpolicy.experiment.run import encode
 from kvpolicy.experiment.tasks import Sample
 from kvpolicy.hf.models import load_model

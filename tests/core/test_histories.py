@@ -64,7 +64,7 @@ class History:
     def __init__(self, recipe: Recipe, data: st.DataObject) -> None:
         self.recipe, self.data = recipe, data
         self.by_position = not any(isinstance(tier.policy, RankPolicy) for tier in recipe.tiers)
-        self.arrivals = "group_size='arrival'" in repr(recipe)
+        self.by_channel = "per='channel'" in repr(recipe)
         self.layer = Layer(recipe)
         self.seed = 0
         self.begin()
@@ -101,12 +101,12 @@ class History:
         self.seed += 1
         parts = list(random_tokens(n, self.seed, self.batch))
         first, spread = self.seen, self.layer.tiers.ragged is not None
-        settled = copy.deepcopy(self.layer)  # what an update attends is what it settles
-        settled.cache.settle()
-        expected = reference(settled, parts[0], (parts[1], parts[2]), real, first) if first else None
+        committed = copy.deepcopy(self.layer)  # what an update attends is what it commits
+        committed.cache.commit()
+        expected = reference(committed, parts[0], (parts[1], parts[2]), real, first) if first else None
         found = self.layer(*parts, real)
-        # Rows have no runs of tokens in common, so that with the first padding an arrival is all that an update brings.
-        grouped_anew = self.arrivals and not spread and self.layer.tiers.ragged is not None
+        # What waits is committed row by row once padding comes: groups of channels then hold other tokens.
+        grouped_anew = self.by_channel and not spread and self.layer.tiers.ragged is not None
         if expected is not None and self.reads and not grouped_anew:
             shown = real[:, :, None, None].expand_as(found)
             torch.testing.assert_close(found.double()[shown], expected[shown], rtol=1e-4, atol=1e-4)
@@ -164,20 +164,20 @@ class History:
     def copy(self) -> None:
         self.layer.cache = copy.deepcopy(self.layer.cache)
 
-    def settle(self) -> None:
-        self.layer.cache.settle()
+    def commit(self) -> None:
+        self.layer.cache.commit()
         for row in self.rows:
-            row.layer.cache.settle()
+            row.layer.cache.commit()
         self.last = 0
 
-    def look(self) -> None:
+    def stage(self) -> None:
         """What is held is real, and what each row alone holds."""
         if not self.seen:
             return
         held = self.layer.held()
         self.last = 0
         for row in self.rows:
-            row.layer.cache.settle()
+            row.layer.cache.commit()
         check(self.layer, self.keys, self.values, self.real)
         if not self.by_position:
             return
@@ -193,9 +193,9 @@ def test_random_histories(data: st.DataObject) -> None:
     recipe = data.draw(drawn.recipes() if by_position else ragged_recipes())
     history = History(recipe, data)
     assume(history.layer.tiers.told_apart)  # what keeps all exactly tells no padding apart
-    steps = ["update", "update", "update", "crop", "reset", "select", "copy", "settle", "look"]
+    steps = ["update", "update", "update", "crop", "reset", "select", "copy", "commit", "stage"]
     for step in data.draw(st.lists(st.sampled_from(steps), min_size=2, max_size=12), "steps"):
         getattr(history, step)()
         event(step)
     history.update()
-    history.look()
+    history.stage()

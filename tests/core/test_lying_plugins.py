@@ -48,7 +48,7 @@ def run(component: Component) -> None:
     layer = Layer({"tiers": [full, below, *([last] if isinstance(component, Policy) else [])]})
     for step, n in enumerate((40, *(1,) * 8, 30)):
         layer(*random_tokens(n, step))
-    layer.cache.settle()
+    layer.cache.commit()
     layer.cache.dense(0)
 
 

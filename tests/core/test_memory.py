@@ -16,7 +16,8 @@ from words import CACHE
 
 from kvpolicy import CompressedCache, attach, make_cache
 from kvpolicy.hf.layer import TieredLayer
-from kvpolicy.placement.planner import Placement, simulate
+from kvpolicy.placement.planner import Placement
+from kvpolicy.placement.simulate import simulate
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -206,7 +207,7 @@ def test_positions_are_kept_and_planned_once_for_all_layers(monkeypatch: pytest.
             assert len({id(tiers.step) for tiers in tiered}) == 1
             assert memory.shared_indices <= 4 * 470 * 2 + 8 * 200
         found[family] = len(calls)
-    # 9 updates and their settling, whatever the number of layers.
+    # 9 updates and their committing, whatever the number of layers.
     assert max(found.values()) <= 30
 
 

@@ -13,7 +13,7 @@ from kvpolicy import attach, make_cache
 from kvpolicy.attention.attend import attend
 from kvpolicy.errors import CacheError
 from kvpolicy.hf.modes import precise
-from kvpolicy.layer.layer import Tiers
+from kvpolicy.layer.layer import LayerCache
 from tests.support.models import build, exact, ids, tiny
 from tests.support.words import CACHE, cache_of
 
@@ -174,7 +174,7 @@ def test_arithmetic_of_a_cache_is_float32_under_autocast() -> None:
     new = torch.randn(2, 1, 2, 1, 32, generator=torch.Generator().manual_seed(0))
     query = torch.randn(1, 4, 1, 32, generator=torch.Generator().manual_seed(1))
     for tiers in layers:
-        tiers.settle()
+        tiers.commit()
     want = attend(layers[0], query, (new[0], new[1]))
     with torch.autocast("cpu", dtype=torch.bfloat16), precise(query.device):
         assert torch.equal(attend(layers[1], query, (new[0], new[1])), want)
@@ -188,14 +188,14 @@ def test_compiled(side: str, whole: bool, monkeypatch: pytest.MonkeyPatch) -> No
     """The logits are the same, and the cache's own code is not compiled, which torch can't."""
     model = build("llama", torch.float32, num_hidden_layers=1, head_dim=32)
     tokens, sizes, seen = ids(42), (40, 1, 1), []
-    name = "look" if side == "attached" else "update"
-    update = getattr(Tiers, name)
+    name = "stage" if side == "attached" else "update"
+    update = getattr(LayerCache, name)
 
-    def spy(tiers: Tiers, keys: torch.Tensor, values: torch.Tensor) -> Any:
+    def spy(tiers: LayerCache, keys: torch.Tensor, values: torch.Tensor) -> Any:
         seen.append(torch.compiler.is_compiling())
         return update(tiers, keys, values)
 
-    monkeypatch.setattr(Tiers, name, spy)
+    monkeypatch.setattr(LayerCache, name, spy)
     torch.compiler.reset()
     with torch.no_grad(), ready(model, side):
         want = turns(model, make_cache(QUANTIZE, model), tokens, sizes)
@@ -294,7 +294,7 @@ def test_keys_and_values_are_decoded_for_their_readers() -> None:
             model(part, **{CACHE: cache})
             model(part, **{CACHE: truth})
     assert cache.is_initialized
-    cache.settle()
+    cache.commit()
     for found, want, layer in zip(cache, truth, cache.layers, strict=True):
         assert found[2] is None
         for got, given, x in zip(found, (layer.keys, layer.values), want, strict=False):

@@ -81,10 +81,10 @@ class TestMultimodal:
         with attach(model):
             cache = make_cache("streaming-llm", model, window=24)
             model.generate(tokens, attention_mask=mask, **{CACHE: cache}, **GREEDY)
-            cache.settle()
+            cache.commit()
             assert cache.padding is not None
             places = cache.positions(1).positions[1, 0]
             single = make_cache("streaming-llm", model, window=24)
             model.generate(alone, **{CACHE: single}, **GREEDY)
-            single.settle()
+            single.commit()
             assert (places - 40).tolist() == single.positions(1).positions.tolist()

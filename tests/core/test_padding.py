@@ -17,7 +17,7 @@ from words import CACHE
 
 from kvpolicy import Recipe, attach, load_recipe, make_cache
 from kvpolicy.errors import CacheError
-from kvpolicy.placement.planner import simulate
+from kvpolicy.placement.simulate import simulate
 from kvpolicy.recipe.load import bundled_names
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -143,7 +143,7 @@ def test_attention_is_that_over_what_is_held_over_300_steps(name: str, pads: tup
         real[row, :pad] = False
     cuts = [0, PROMPT, PROMPT + 20, *range(PROMPT + 21, total + 1)]
     for first, last in itertools.pairwise(cuts):
-        layer.cache.settle()
+        layer.cache.commit()
         dense, places = (layer.cache.dense(0), layer.cache.positions(0).positions) if first else (None, None)
         now = slice(first, last)
         out = layer(query[:, :, now], keys[:, :, now], values[:, :, now], real[:, now] if pads else None)
@@ -287,7 +287,7 @@ def test_padding_that_comes_later_is_not_held_either() -> None:
         model(tokens[:, :80], attention_mask=mask[:, :80], **{CACHE: cache})
         assert cache.positions(0).positions.ndim == 1
         model(tokens[:, 80:], attention_mask=mask, **{CACHE: cache})
-    cache.settle()
+    cache.commit()
     places = cache.positions(0).positions
     assert places[0, 0].tolist() == [*range(4), *range(100, 120)]
     assert places[1, 0].tolist() == [*range(4), *range(100, 120)]

@@ -15,7 +15,8 @@ from recipes import NAMED, named, recipes
 
 from kvpolicy import Recipe, load_recipe
 from kvpolicy.interfaces.policy import NEVER, Policy
-from kvpolicy.placement.planner import Growing, Placement, State, history, simulate
+from kvpolicy.placement.planner import Placement, PositionList, State
+from kvpolicy.placement.simulate import history, simulate
 from kvpolicy.placement.step import Step
 from kvpolicy.plugins import registry
 
@@ -172,12 +173,12 @@ def test_departures_equal_asking_keep_at_every_step(policy: Policy, data: st.Dat
     lowest = np.maximum(positions + 1, start)
     late = np.array([data.draw(st.integers(int(low), stop)) for low in lowest], dtype=np.int64)
     arrivals = late if data.draw(st.booleans()) else np.maximum.accumulate(late)
-    settled = np.flatnonzero(arrivals <= start)
-    while len(settled) and not (keep := policy.keep(positions[settled], start)).all():
+    committed = np.flatnonzero(arrivals <= start)
+    while len(committed) and not (keep := policy.keep(positions[committed], start)).all():
         stays = np.ones(len(positions), dtype=bool)
-        stays[settled[~keep]] = False
+        stays[committed[~keep]] = False
         positions, arrivals = positions[stays], arrivals[stays]
-        settled = np.flatnonzero(arrivals <= start)
+        committed = np.flatnonzero(arrivals <= start)
     left = policy.departures(positions, arrivals, start, stop)
     expected = np.full(len(positions), NEVER, dtype=np.int64)
     for seen in range(start + 1, stop + 1):
@@ -320,7 +321,7 @@ def test_crop_removes_positions_and_keeps_past_descents(recipe: Recipe, tokens: 
 
 
 def test_growing_arrays_share_a_buffer_and_never_disturb_their_ancestors() -> None:
-    first = Growing().append(np.arange(10))
+    first = PositionList().append(np.arange(10))
     second, other = first.append(np.array([10])), first.append(np.array([99, 98]))
     assert first.array.tolist() == list(range(10))
     assert second.array.tolist() == list(range(11))

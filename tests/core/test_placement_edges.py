@@ -37,7 +37,7 @@ def run(cache: Any, tokens: Tensor, mask: Tensor) -> Tensor:
 
 
 def held(cache: Any) -> list[int]:
-    cache.settle()
+    cache.commit()
     found: list[int] = sorted(cache.positions().positions.reshape(-1).tolist())
     return found
 

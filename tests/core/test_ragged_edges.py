@@ -66,7 +66,7 @@ def test_scores_are_those_of_sdpa_under_eager_attention_too() -> None:
         with attach(model), torch.no_grad():
             for first, last in [(0, 80), (80, 99), (99, 100)]:
                 model(ids(100, 2)[:, first:last], attention_mask=mask[:, :last], **{CACHE: cache})
-        cache.settle()
+        cache.commit()
         table = cache.layers[0].tiers.ragged.live()[0]
         order = table.positions.long().argsort(2).unsqueeze(3).expand(-1, -1, -1, 2)
         found.append(table.scores.gather(2, order))
@@ -121,10 +121,10 @@ def test_an_update_of_padding_alone_leaves_the_scores_of_a_row() -> None:
     real[1, 101] = False
     with torch.no_grad():
         run(layer, tokens, [0, 100, 101], real)
-        layer.cache.settle()
+        layer.cache.commit()
         before = layer.tiers.ragged.live()[0].scores[1].sum()
         run(layer, tokens, [101, 102], real)
-        layer.cache.settle()
+        layer.cache.commit()
     assert layer.tiers.ragged.live()[0].scores[1].sum() == before > 0
 
 
@@ -171,7 +171,7 @@ def test_masks_and_caches_may_be_given_by_place() -> None:
     cache = make_cache("h2o", model)
     with attach(model), torch.no_grad():
         model.model(tokens, mask, None, cache)
-        cache.settle()
+        cache.commit()
     places = cache.positions(0).positions
     assert not (set(range(20)) & set(places[1].flatten().tolist()))
 

@@ -16,8 +16,9 @@ from words import CACHE
 from kvpolicy import Policy, load_recipe, make_cache
 from kvpolicy.errors import CacheError, PluginError, RecipeError
 from kvpolicy.hf.layer import TieredLayer
-from kvpolicy.placement.planner import Placement, simulate
-from kvpolicy.storage.make import PackedStore
+from kvpolicy.placement.planner import Placement
+from kvpolicy.placement.simulate import simulate
+from kvpolicy.storage.affine import AffineStore
 from kvpolicy.storage.pages import Pages
 
 VERSION = tuple(map(int, transformers.__version__.split(".")[:2]))
@@ -69,9 +70,9 @@ def test_gradients_reach_the_new_tokens_as_with_the_exact_cache(heads: tuple[int
 def test_an_interrupted_update_is_not_continued_silently(monkeypatch: pytest.MonkeyPatch) -> None:
     model, calls = tiny("llama"), [0]
     cache = make_cache("atom", model)
-    encode = PackedStore._append_codes
+    encode = AffineStore._append_codes
 
-    def interrupted(self: PackedStore, *args: Any) -> None:
+    def interrupted(self: AffineStore, *args: Any) -> None:
         calls[0] += 1
         if calls[0] == 2:
             raise KeyboardInterrupt
@@ -79,7 +80,7 @@ def test_an_interrupted_update_is_not_continued_silently(monkeypatch: pytest.Mon
 
     with torch.no_grad():
         model(ids(40), **{CACHE: cache})
-        monkeypatch.setattr(PackedStore, "_append_codes", interrupted)
+        monkeypatch.setattr(AffineStore, "_append_codes", interrupted)
         with pytest.raises(KeyboardInterrupt):
             model(ids(1), **{CACHE: cache})
         monkeypatch.undo()
@@ -240,5 +241,5 @@ def test_a_range_that_float16_holds_stays_finite() -> None:
     x = torch.full((1, 2, 5, 32), 60_000.0, dtype=torch.float16)
     x[..., ::2] *= -1
     cache.update(x, x, 0)
-    cache.settle()
+    cache.commit()
     assert cache.dense(0)[0].isfinite().all()

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from kvpolicy.errors import CacheError, PluginError, RecipeError
 from kvpolicy.interfaces.quantizer import Affine, AffineQuantizer, TensorQuantizer
 from kvpolicy.plugins import registry
-from kvpolicy.storage.make import PackedStore, Store, group_size_of, make_store
+from kvpolicy.storage.affine import AffineStore, group_size_of
+from kvpolicy.storage.base import Store
+from kvpolicy.storage.make import make_store
 from kvpolicy.storage.packing import packed_width
 
 HEADS, DIM = 2, 16
@@ -136,7 +138,7 @@ def check_bytes(store: Store, dtype: torch.dtype) -> None:
     pages = [page for part in store.parts.values() for page in part.pages]
     assert store.reserved() == sum(page.untyped_storage().nbytes() for page in pages)
     found = store.bytes()
-    if isinstance(store, PackedStore):
+    if isinstance(store, AffineStore):
         q, coded = store.quantizer, store.length - store.parts["exact"].length
         rows = 2 * HEADS
         assert found["codes"] == rows * coded * packed_width(DIM, q.nbits)

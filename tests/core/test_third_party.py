@@ -76,7 +76,7 @@ def test_an_installed_policy_and_quantizer_work_in_a_recipe(site: Path) -> None:
     code = """
         import torch
         from kvpolicy import load_recipe
-        from kvpolicy.placement.planner import simulate
+        from kvpolicy.placement.simulate import simulate
         from kvpolicy.storage.make import make_store
         recipe = load_recipe("./strided.yaml:n=5")
         print([part.tolist() for part in simulate(recipe.tiers, 40)][1])
@@ -137,7 +137,7 @@ def test_a_copy_of_the_log_policy_is_a_plugin_of_its_own(tmp_path: Path) -> None
     code = """
         import numpy as np
         from kvpolicy import load_recipe
-        from kvpolicy.placement.planner import simulate
+        from kvpolicy.placement.simulate import simulate
         recipe = load_recipe("logquant").to_yaml()
         mine = load_recipe("logquant").from_yaml(recipe.replace("kind: log", "kind: mylog"))
         assert mine.tiers[1].policy.kind == "mylog"

@@ -214,7 +214,7 @@ def test_layers_of_unequal_length_are_refused_until_cropped() -> None:
             random_update(cache, layer, n)
     random_update(cache, 0, 1)
     assert lengths(cache) == [22, 21, 21]
-    for use in (cache.memory, cache.summary, cache.settle, lambda: cache.crop(-1), lambda: random_update(cache, 0, 1)):
+    for use in (cache.memory, cache.summary, cache.commit, lambda: cache.crop(-1), lambda: random_update(cache, 0, 1)):
         with pytest.raises(CacheError, match=r"crop\(21\)"):
             use()
     with pytest.raises(CacheError, match="length that all layers had"):

@@ -15,7 +15,8 @@ from kvpolicy_quanto import Quanto
 from torch import Tensor
 
 from kvpolicy.interfaces.quantizer import AffineQuantizer, unit_factor
-from kvpolicy.storage.make import group_size_of, make_store
+from kvpolicy.storage.affine import group_size_of
+from kvpolicy.storage.make import make_store
 from kvpolicy.storage.packing import packed_width
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

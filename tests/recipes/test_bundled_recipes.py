@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from kvpolicy.interfaces.quantizer import AffineQuantizer
-from kvpolicy.placement.planner import simulate
+from kvpolicy.placement.simulate import simulate
 from kvpolicy.recipe.load import Recipe, bundled_names, load_recipe, load_yaml
 
 NAMES = bundled_names()

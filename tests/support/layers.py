@@ -58,8 +58,8 @@ class Layer:
         return out
 
     def held(self) -> list[list[list[list[int]]]]:
-        """For each row, head and tier but an evicting one the positions held, all tokens settled."""
-        self.cache.settle()
+        """For each row, head and tier but an evicting one the positions held, all tokens committed."""
+        self.cache.commit()
         found = self.cache.positions(0)
         places, tiers = (torch.as_tensor(x) for x in found)
         if places.ndim == 1:

@@ -1,0 +1,67 @@
+"""Attention masks over the tokens seen, brought into the order in which scores stand."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvpolicy.errors import CacheError
+from kvpolicy.placement.token_table import ColumnMap
+
+__all__ = ["as_mask", "mask_scores"]
+
+
+def as_mask(mask: Tensor | None, seen: int, kv_heads: int) -> Tensor | None:
+    """A mask as `[batch or 1, kv_heads or 1, groups or 1, queries or 1, tokens seen]`."""
+    if mask is None:
+        return None
+    if mask.shape[-1] != seen:
+        raise CacheError(
+            f"the attention mask must have a column for each of the {seen} tokens seen, found {mask.shape[-1]}; "
+            "give generate a mask of the whole text so far, or none"
+        )
+    if mask.ndim == 2:
+        return mask[:, None, None, None].bool()
+    return mask.unsqueeze(2) if mask.shape[1] == 1 else mask.unflatten(1, (kv_heads, -1))
+
+
+def _gathered(mask: Tensor | None, columns: ColumnMap, new: int) -> Tensor | None:
+    """The mask's columns in the order of the scores'."""
+    if not columns.width:
+        return mask if mask is None else mask[..., mask.shape[-1] - new :]
+    if mask is None and not columns.gaps:
+        return None
+    places = columns.positions()
+    if mask is None:
+        return (places >= 0)[:, :, None, None]
+    seen = mask.shape[-1] - new
+    places = places.to(mask.device)
+    if places.ndim == 1:
+        return torch.cat([mask.index_select(-1, places), mask[..., seen:]], dim=-1)
+    batch, kv_heads = (max(a, b) for a, b in zip(mask.shape[:2], places.shape[:2], strict=True))
+    wide = mask.expand(batch, kv_heads, *mask.shape[2:])
+    index = places[:, :, None, None].long().expand(batch, kv_heads, *mask.shape[2:4], -1)
+    absent = False if mask.dtype == torch.bool else -torch.inf
+    held = wide.gather(4, index.clamp(min=0)).masked_fill(index < 0, absent)
+    return torch.cat([held, wide[..., seen:]], dim=-1)
+
+
+def mask_scores(scores: Tensor, mask: Tensor | None, at: Tensor, columns: ColumnMap, queries: int, new: int) -> None:
+    """Mask scores `[batch, kv_heads, groups, queries, columns]` of the queries `at`, in place."""
+    if queries > 1 and (mask is None or mask.shape[3] != queries):
+        query = at.to(scores.device)[:, None] + (new - queries)
+        later = torch.arange(new, device=scores.device) > query
+        scores[..., -new:].masked_fill_(later, -torch.inf)
+    if mask is not None and mask.shape[3] == queries and queries > 1:
+        mask = mask.index_select(3, at.to(mask.device))
+    part = _gathered(mask, columns, new)
+    if part is None:
+        return
+    if part.shape[-1] < scores.shape[-1]:
+        scores = scores[..., : part.shape[-1]]
+    if part.dtype == torch.bool:
+        scores.masked_fill_(~part, -torch.inf)
+    else:
+        scores.add_(part)
+        # What models write for minus infinity would else count as seen.
+        scores.masked_fill_(part <= torch.finfo(part.dtype).min / 2, -torch.inf)

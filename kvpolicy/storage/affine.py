@@ -1,0 +1,364 @@
+"""Packed integer codes with a scale and an offset per group."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvpolicy.errors import CacheError, RecipeError
+from kvpolicy.interfaces.checks import calibrated, check_fit
+from kvpolicy.interfaces.quantizer import AffineQuantizer
+from kvpolicy.storage.base import LARGE, Ints, Store
+from kvpolicy.storage.packing import dequantize, pack
+from kvpolicy.storage.pages import FULL, Pages, at_once, gather_tokens
+
+__all__ = ["AffineStore", "group_size_of"]
+
+
+def group_size_of(quantizer: AffineQuantizer, head_dim: int) -> int:
+    """The group size that a quantizer uses for `head_dim` channels; 0 means one group per arrival.
+
+    Raises:
+        RecipeError: the size does not fit.
+    """
+    size = quantizer.group_size
+    if size == "arrival":
+        if quantizer.per != "channel":
+            raise RecipeError("group_size: arrival needs per: channel, found per: token; give a number or auto")
+        return 0
+    if quantizer.per == "channel":
+        return 32 if size == "auto" else head_dim if size == "head" else int(size)
+    if size == "auto":
+        return _best_size(quantizer.nbits, head_dim)
+    if size == "head":
+        return head_dim
+    if head_dim % int(size):
+        raise RecipeError(
+            f"group_size must divide head_dim with per: token, found group_size {size} and head_dim {head_dim}; "
+            f"use auto or one of {_divisors(head_dim)}"
+        )
+    return int(size)
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def _best_size(nbits: int, head_dim: int) -> int:
+    """The largest divisor up to 64, or the next one if a scale and an offset of 32 bits would outweigh the codes."""
+    sizes = _divisors(head_dim)
+    largest = max(d for d in sizes if d <= 64)
+    return next((d for d in sizes if d >= largest and d * nbits >= 64), head_dim)
+
+
+class AffineStore(Store):
+    """Packed integer codes per token, with a scale and an offset per group.
+
+    Per channel, a group is closed once `group_size` tokens have arrived; until then they wait exactly. The
+    tokens of a group stay neighbours, so a count per group says which token belongs to which; where tokens differ by
+    row or head they don't, and each has the number of its group.
+    """
+
+    def __init__(self, quantizer: AffineQuantizer, head_dim: int) -> None:
+        check_fit(quantizer, head_dim)
+        self.quantizer, self.head_dim = quantizer, head_dim
+        self.group_size = group_size_of(quantizer, head_dim)
+        self.by_channel = quantizer.per == "channel"
+        self.parts = {"codes": Pages(), "params": Pages(), "exact": Pages()}
+        if quantizer.channel_separable:
+            self.parts["channels"] = Pages(whole=True)
+        self.sizes = np.empty(0, dtype=np.int64)
+        self.lines: tuple[int, int] | None = None
+
+    @property
+    def grouped(self) -> bool:
+        """Whether groups of tokens are neighbours, so that `affine_blocks` can tell them apart."""
+        return not self.by_channel or self.lines is None
+
+    @property
+    def channels(self) -> Tensor | None:
+        """What each channel was divided by before encoding: `[batch, kv_heads, 1, head_dim]`."""
+        part = self.parts.get("channels")
+        return part.slice(0, 1) if part is not None and part.length else None
+
+    @property
+    def length(self) -> int:
+        return self.parts["codes"].length + self.parts["exact"].length
+
+    def params_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Type of scale and offset for numbers of type `dtype`.
+
+        A scale is a small part of the numbers' range: that of numbers that float16 holds may be less than float16
+        holds, and its error counts as often as the highest code says.
+        """
+        small = dtype == torch.float16 and self.quantizer.nbits > 2
+        return torch.float32 if small or self.quantizer.scale_dtype == "float32" else dtype
+
+    def append(self, x: Tensor, empty: Tensor | None = None) -> None:
+        if not x.shape[2]:
+            return
+        if not self.by_channel:
+            x = self._separated(x)
+            self._append_codes(x, x.reshape(-1, self.group_size))
+            return
+        size = self.group_size or x.shape[2]
+        partial = self.parts["exact"]
+        if partial.length + x.shape[2] < size:
+            partial.append(x)
+            return
+        if partial.length:
+            x = torch.cat([partial.slice(0, partial.length), x], dim=2)
+        x = x if empty is None else _filled(x, empty)
+        whole = x.shape[2] // size * size
+        self._append_groups(x[:, :, :whole], size)
+        self.parts["exact"] = Pages(partial.whole)
+        if whole < x.shape[2]:
+            self.parts["exact"].append(x[:, :, whole:])
+
+    def _append_groups(self, x: Tensor, size: int) -> None:
+        before, count = self.parts["params"].length, x.shape[2] // size
+        self._append_codes(x, x.unflatten(2, (-1, size)).transpose(3, 4).reshape(-1, size))
+        if self.lines is None:
+            self.sizes = np.concatenate([self.sizes, np.full(count, size, dtype=np.int64)])
+            return
+        numbers = torch.arange(before, before + count, dtype=torch.int32, device=x.device).repeat_interleave(size)
+        self.parts["groups"].append(numbers.view(1, 1, -1, 1).expand(*self.lines, -1, -1))
+
+    def _separated(self, x: Tensor) -> Tensor:
+        """`x` with each channel divided by the root of its largest magnitude among the first tokens that came."""
+        if not self.quantizer.channel_separable:
+            return x
+        if self.channels is None:
+            magnitude = x.float().abs()
+            # What is not finite says nothing of its channel, nor of the others by way of the mean.
+            root = torch.where(magnitude.isfinite(), magnitude, 0.0).amax(2, keepdim=True).sqrt()
+            # A channel that happens to be near zero in a few first tokens must not blow later ones up.
+            root = root.clamp(min=0.25 * root.mean(3, keepdim=True))
+            self.parts["channels"].append(torch.where(root > 0, root, 1.0).to(x.dtype))
+        assert self.channels is not None
+        return (x.float() / self.channels.float()).to(x.dtype)
+
+    def ragged(self, lines: tuple[int, int]) -> None:
+        self.lines = lines
+        if self.by_channel:
+            self.parts["groups"] = Pages()
+            if len(self.sizes):
+                numbers = torch.from_numpy(np.repeat(np.arange(len(self.sizes), dtype=np.int32), self.sizes))
+                numbers = numbers.to(self.parts["codes"].pages[0].device)
+                self.parts["groups"].append(numbers.view(1, 1, -1, 1).expand(*lines, -1, -1))
+            self.sizes = np.empty(0, dtype=np.int64)
+        super().ragged(lines)
+
+    def select(self, rows: Tensor) -> None:
+        super().select(rows)
+        if self.lines is not None:
+            self.lines = (len(rows), self.lines[1])
+
+    def gather(self, index: Tensor, dtype: torch.dtype) -> Tensor:
+        coded = self.parts["codes"].length
+        partial = self.parts["exact"]
+        if not coded:
+            return partial.gather(index)
+        at = index.clamp(max=coded - 1)
+        codes = self.parts["codes"].gather(at)
+        out = torch.empty((*codes.shape[:3], self.head_dim), dtype=dtype, device=codes.device)
+        self._decode(codes, *self._parameters(at), out)
+        if partial.length:
+            out = torch.where((index >= coded).unsqueeze(3), partial.gather((index - coded).clamp(min=0)), out)
+        return out
+
+    def _parameters(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and offset of the coded tokens at `index`."""
+        if self.by_channel:
+            index = self.parts["groups"].gather(index).squeeze(3)
+        params = self.parts["params"].gather(index)
+        half = params.shape[3] // 2
+        return params[..., :half], params[..., half:]
+
+    def remove(self, index: Tensor, empty: Tensor | None = None) -> None:
+        if not self.by_channel:
+            for name in ("codes", "params"):
+                self.parts[name].remove(index)
+            return
+        partial = self.parts["exact"]
+        if partial.length:  # rows and heads may lose different numbers of them, so they become a group of their own
+            x, self.parts["exact"] = partial.all(), Pages(whole=True)
+            self._append_groups(x if empty is None else _filled(x, empty), x.shape[2])
+        for name in ("codes", "groups"):
+            self.parts[name].remove(index)
+        self._forget_groups()
+
+    def _forget_groups(self) -> None:
+        """Drop the parameters of groups that no token belongs to any more."""
+        params, groups = self.parts["params"], self.parts["groups"]
+        if not groups.length:
+            self.parts["params"] = Pages(whole=True)
+            return
+        used = torch.zeros(params.length, dtype=torch.bool, device=groups.pages[0].device)
+        used[groups.all().flatten().long()] = True
+        if not used.all():
+            renumbered = used.cumsum(0, dtype=torch.int32) - 1
+            groups.all().copy_(renumbered[groups.all().long()])
+            params.drop((~used).nonzero()[:, 0].cpu())
+
+    def _append_codes(self, x: Tensor, groups: Tensor) -> None:
+        batch, heads, n, dim = x.shape
+        affine = calibrated(self.quantizer, groups)
+        codes = affine.codes
+        if self.by_channel:
+            size = groups.shape[1]
+            codes = codes.view(batch, heads, n // size, dim, size).transpose(3, 4)
+            params = [p.view(batch, heads, n // size, dim) for p in affine[1:]]
+        else:
+            params = [p.view(batch, heads, n, dim // self.group_size) for p in affine[1:]]
+        kept, dtype = torch.cat(params, dim=-1), self.params_dtype(x.dtype)
+        if dtype == torch.float16:  # a range that float16 holds may have a scale that it doesn't
+            limit = torch.finfo(dtype).max
+            kept = torch.where(kept.isfinite(), kept.clamp(-limit, limit), kept)
+        self.parts["codes"].append(pack(codes.reshape(batch, heads, n, dim), self.quantizer.nbits))
+        self.parts["params"].append(kept.to(dtype))
+
+    def drop(self, index: Ints) -> None:
+        coded = self.parts["codes"].length
+        packed, partial = index[index < coded], index[index >= coded] - coded
+        self.parts["exact"].drop(torch.from_numpy(partial))
+        if self.by_channel and len(packed):
+            group = np.searchsorted(np.cumsum(self.sizes), packed, side="right")
+            sizes = self.sizes - np.bincount(group, minlength=len(self.sizes))
+            self.parts["params"].drop(torch.from_numpy(np.flatnonzero(sizes == 0)))
+            self.sizes = sizes[sizes > 0]
+        elif len(packed):
+            self.parts["params"].drop(torch.from_numpy(packed))
+        self.parts["codes"].drop(torch.from_numpy(packed))
+
+    def affine_blocks(self, block: int) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+        """Index of the first token, codes, scale and offset of runs of tokens.
+
+        Per token, codes are `[batch, kv_heads, tokens, width]` and scale `[batch, kv_heads, tokens, groups]`;
+        per channel `[batch, kv_heads, groups, tokens, width]` and `[batch, kv_heads, groups, 1, head_dim]`.
+        """
+        codes, params = self.parts["codes"], self.parts["params"]
+        if not self.by_channel:
+            for (offset, c), (_, p) in zip(codes.blocks(), params.blocks(), strict=True):
+                half = p.shape[3] // 2
+                for lo in range(0, c.shape[2], block):
+                    part = p[:, :, lo : lo + block]
+                    yield offset + lo, c[:, :, lo : lo + block], part[..., :half], part[..., half:]
+            return
+        most = at_once(codes.pages[0]) if codes.length else FULL
+        cuts = [0, *(np.flatnonzero(np.diff(self.sizes)) + 1).tolist(), len(self.sizes)]
+        token = 0
+        for first, last in pairwise(cuts):
+            size = int(self.sizes[first]) if last > first else 1
+            step = max(1, min(block, most) // size)
+            for group in range(first, last, step):
+                n = min(step, last - group)
+                p = params.slice(group, group + n).unsqueeze(3)
+                c = codes.slice(token, token + n * size).unflatten(2, (n, size))
+                yield token, c, p[..., : self.head_dim], p[..., self.head_dim :]
+                token += n * size
+
+    def _blocks(self, block: int) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+        """`affine_blocks`; where groups are no neighbours with a scale and an offset for each token."""
+        if self.grouped:
+            yield from self.affine_blocks(block)
+            return
+        coded = self.parts["codes"].length
+        block = min(block, at_once(self.parts["codes"].all())) if coded else 1
+        for first in range(0, coded, block):
+            last = min(first + block, coded)
+            groups = self.parts["groups"].slice(first, last).squeeze(3)
+            params = gather_tokens(self.parts["params"].all(), groups)
+            half = params.shape[3] // 2
+            yield first, self.parts["codes"].slice(first, last), params[..., :half], params[..., half:]
+
+    def _decode(self, codes: Tensor, scale: Tensor, offset: Tensor, out: Tensor) -> None:
+        if codes.ndim == 5:
+            out = out.unflatten(2, codes.shape[2:4])
+        dequantize(codes, self.quantizer.nbits, self.head_dim, scale, offset, out)
+        if self.channels is not None:
+            out.mul_(self.channels)
+
+    def decoded(self, block: int, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+        for first, codes, scale, offset in self._blocks(block):
+            n = math.prod(codes.shape[2:-1])
+            out = torch.empty((*codes.shape[:2], n, self.head_dim), dtype=dtype, device=codes.device)
+            self._decode(codes, scale, offset, out)
+            yield first, out
+        coded = self.parts["codes"].length
+        for first, x in self.parts["exact"].blocks():
+            yield coded + first, x
+
+    def write(self, out: Tensor, start: int) -> None:
+        for first, codes, scale, offset in self.affine_blocks(LARGE):
+            at = start + first
+            self._decode(codes, scale, offset, out[:, :, at : at + math.prod(codes.shape[2:-1])])
+        at = start + self.parts["codes"].length
+        for first, x in self.parts["exact"].blocks():
+            out[:, :, at + first : at + first + x.shape[2]] = x
+
+    def spread(self, out: Tensor, index: Tensor) -> None:
+        if self.by_channel:
+            self.scatter(out, index)
+            return
+        # Codes are a tenth of what they decode to: they are put in order first, and decoded where they belong.
+        first = int(index.min())
+        n, index = int(index.max()) - first + 1, index - first
+        codes, params = (self.parts[name].spread(index, n) for name in ("codes", "params"))
+        half = params.shape[3] // 2
+        self._decode(codes, params[..., :half], params[..., half:], out[:, :, first : first + n])
+
+    def take(self, index: Ints, dtype: torch.dtype) -> Tensor:
+        coded = self.parts["codes"].length
+        if self.by_channel or (len(index) and index[-1] >= coded):
+            return super().take(index, dtype)
+        codes, params = (self.parts[name].take(torch.from_numpy(index)) for name in ("codes", "params"))
+        half = params.shape[3] // 2
+        out = torch.empty((*codes.shape[:3], self.head_dim), dtype=dtype, device=codes.device)
+        self._decode(codes, params[..., :half], params[..., half:], out)
+        return out
+
+    def bytes(self) -> dict[str, int]:
+        params = self.parts["params"].used() // 2
+        return {
+            "codes": self.parts["codes"].used(),
+            "scales": params + (self.parts["channels"].used() if "channels" in self.parts else 0),
+            "zeros": params,
+            "exact": self.parts["exact"].used(),
+            "indices": self.sizes.nbytes + (self.parts["groups"].used() if "groups" in self.parts else 0),
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        held: dict[str, Tensor] = super().tensors()
+        if self.by_channel and self.lines is None:
+            held["sizes"] = torch.from_numpy(self.sizes.copy())
+        return held
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        rest: dict[str, Any] = dict(tensors)
+        if self.by_channel and self.lines is None:
+            self.sizes = rest.pop("sizes").numpy().copy()
+        super().restore(rest)
+        coded, groups = self.parts["codes"].length, self.parts["params"].length
+        expected = len(self.sizes) if self.by_channel else coded
+        if self.by_channel and self.lines is not None:
+            if self.parts["groups"].length != coded:
+                raise CacheError(f"a saved store must hold the group of every token, found {coded} codes")
+            return
+        if groups != expected or (self.by_channel and self.sizes.sum() != coded):
+            raise CacheError(f"a saved store must hold the parameters of every group, found {groups} for {coded} codes")
+
+
+def _filled(x: Tensor, empty: Tensor) -> Tensor:
+    """`x` with the nearest token before, or else after, in place of empty ones: these widen no group's range."""
+    places = torch.arange(x.shape[2], device=x.device)
+    before = torch.where(empty, -1, places).cummax(2).values
+    after = torch.where(empty, x.shape[2], places).flip(2).cummin(2).values.flip(2)
+    nearest = torch.where(before >= 0, before, after)
+    return gather_tokens(x, nearest.clamp(max=x.shape[2] - 1))
