@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kvpolicy.attention.mask import as_mask, mask_scores
 from kvpolicy.attention.reference import add_values, key_scores
-from kvpolicy.placement.token_table import ColumnMap
+from kvpolicy.placement.moves import ColumnMap
 
 if TYPE_CHECKING:
     from kvpolicy.layer.layer import LayerCache

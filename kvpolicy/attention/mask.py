@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy.errors import CacheError
-from kvpolicy.placement.token_table import ColumnMap
+from kvpolicy.placement.moves import ColumnMap
 
 __all__ = ["as_mask", "mask_scores"]
 
@@ -35,7 +35,7 @@ def _gathered(mask: Tensor | None, columns: ColumnMap, new: int) -> Tensor | Non
     if mask is None:
         return (places >= 0)[:, :, None, None]
     seen = mask.shape[-1] - new
-    places = places.to(mask.device)
+    places = places.to(mask.device, non_blocking=True)
     if places.ndim == 1:
         return torch.cat([mask.index_select(-1, places), mask[..., seen:]], dim=-1)
     batch, kv_heads = (max(a, b) for a, b in zip(mask.shape[:2], places.shape[:2], strict=True))
@@ -49,11 +49,11 @@ def _gathered(mask: Tensor | None, columns: ColumnMap, new: int) -> Tensor | Non
 def mask_scores(scores: Tensor, mask: Tensor | None, at: Tensor, columns: ColumnMap, queries: int, new: int) -> None:
     """Mask scores `[batch, kv_heads, groups, queries, columns]` of the queries `at`, in place."""
     if queries > 1 and (mask is None or mask.shape[3] != queries):
-        query = at.to(scores.device)[:, None] + (new - queries)
+        query = at.to(scores.device, non_blocking=True)[:, None] + (new - queries)
         later = torch.arange(new, device=scores.device) > query
         scores[..., -new:].masked_fill_(later, -torch.inf)
     if mask is not None and mask.shape[3] == queries and queries > 1:
-        mask = mask.index_select(3, at.to(mask.device))
+        mask = mask.index_select(3, at.to(mask.device, non_blocking=True))
     part = _gathered(mask, columns, new)
     if part is None:
         return

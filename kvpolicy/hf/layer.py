@@ -60,7 +60,7 @@ class TieredLayer(DenseAccess, CacheLayerMixin):
                 f"policy {kinds[0]!r} selects tokens by the attention that they receive, which only an attached model "
                 "shows; use: with kvpolicy.attach(model): ..."
             )
-        if self.tiers.ragged is not None:
+        if self.tiers.step.spread:
             raise CacheError(
                 "a cache that was filled by padded batches must go on with an attached model, found one that is not; "
                 "use: with kvpolicy.attach(model): ..."

@@ -187,7 +187,7 @@ def _check_whole(cache: CompressedCache) -> None:
     batch = layers[0].batch_size if layers else 0
     if cache.padding is not None and layers and cache.padding.real.shape != (batch, seen):
         raise Damaged(f"padding must be known of {batch} rows of {seen} tokens, found {cache.padding.real.shape}")
-    held = {layer.tiers.held_after_commit() for layer in layers if layer.tiers.ragged is None and layer.uneven is None}
+    held = {layer.tiers.held_after_commit() for layer in layers if not layer.tiers.step.spread and layer.uneven is None}
     if not seen or len(held) > 1:
         raise Damaged("all layers must hold the same number of tokens, at least one seen")
 

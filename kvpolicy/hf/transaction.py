@@ -16,9 +16,8 @@ from torch import Tensor
 
 from kvpolicy.errors import CacheError
 from kvpolicy.hf.layer import TieredLayer
-from kvpolicy.layer.layer import MAX_APART, LayerCache, Reading
+from kvpolicy.layer.layer import MAX_APART, LayerCache, Reading, commit_all
 from kvpolicy.placement.padding import Padding
-from kvpolicy.placement.selection import together
 
 __all__ = ["BY_REFERENCE", "Guard"]
 
@@ -365,7 +364,7 @@ class Guard:
             placement = tiers.placement
             groups.setdefault(id(placement) if placement.shared else -1 - number, []).append(tiers)
         for group in groups.values():
-            together([tiers.committing() for tiers in group])
+            commit_all(group)
 
     @contextmanager
     def emptying(self) -> Iterator[None]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,18 +14,17 @@ from torch import Tensor
 
 from kvpolicy.errors import CacheError
 from kvpolicy.interfaces.policy import RankPolicy
+from kvpolicy.layer.mover import move
 from kvpolicy.layer.view import Scratch, View
 from kvpolicy.placement.attention_scores import Observer
+from kvpolicy.placement.by_position import ByPosition
+from kvpolicy.placement.moves import EMPTY, ColumnMap, Planner
 from kvpolicy.placement.padding import Padding
 from kvpolicy.placement.per_head import PerHeadPlacement
-from kvpolicy.placement.planner import NEW, Moves
-from kvpolicy.placement.selection import Selection, alone
+from kvpolicy.placement.selection import select
 from kvpolicy.placement.step import Step
-from kvpolicy.placement.token_table import EMPTY, ColumnMap
 from kvpolicy.storage.base import Store
 from kvpolicy.storage.make import make_store
-
-__all__ = ["DROPPED", "EXACT", "MAX_APART", "PENDING", "QUANTIZED", "LayerCache", "Positions", "Reading"]
 
 Ints = NDArray[np.int64]
 SIDES = ("keys", "values")
@@ -75,10 +74,8 @@ class LayerCache:
 
     def clear(self) -> None:
         self.broken = True
-        self.step = self.first
-        """Where the tokens are that were let in; the same value in all layers with the same tiers."""
-        self.ragged: PerHeadPlacement | None = None
-        """Tables by row and head, once tokens differ so."""
+        self.planner: Planner = ByPosition(self.first)
+        """Where the tokens are that were let in, and what moves."""
         self.observer: Observer | None = None
         self.stores: dict[str, list[Store | None]] = {}
         self.pending: dict[str, Tensor] = {}
@@ -118,30 +115,22 @@ class LayerCache:
         yield
         self.broken = before
 
+    @property
+    def step(self) -> Step:
+        """Where the committed tokens are by position; the same value in all layers with the same tiers."""
+        return self.planner.step
+
     def held_after_commit(self) -> int:
         """Tokens that the stores will hold once the pending ones are committed; where rows differ, those held now."""
-        if self.ragged is not None:
-            return self.waiting + sum(store.length for store in self.stores["keys"] if store is not None)
-        step = self._next() if self.waiting else self.step
-        if step.spread:
-            return self.waiting + sum(s.length for s in self.step.state.stores["keys"])
-        return sum(s.length for s in step.state.stores["keys"])
+        if not self.waiting or self.tells_apart or self.step.spread:
+            return self.planner.width + self.waiting
+        return sum(s.length for s in self.step.advance(self.waiting, self.waiting, self.padding).state.stores["keys"])
 
-    def _next(self) -> Step:
-        """The step that lets the pending tokens in."""
-        return self._from().advance(self.waiting, self.waiting, self.padding)
-
-    def _from(self) -> Step:
-        """Where the next step begins: where that is needed, each row, and each head, has places of its own."""
+    @property
+    def tells_apart(self) -> bool:
+        """Whether rows, or heads that policies look at, have places of their own."""
         padded = self.padding is not None and self.padding.before(self.padding.length)
-        return self.step.scattered() if padded or self.placement.kinds else self.step
-
-    def expected_length(self, side: str, store: int) -> int:
-        """Tokens that a store must hold."""
-        if self.ragged is not None:
-            table = self.ragged.tables[side if side in self.ragged.tables else "keys"][store]
-            return 0 if table is None else table.length
-        return self.step.state.stores[side][store].length
+        return padded or bool(self.placement.kinds)
 
     def start(self, keys: Tensor, values: Tensor) -> None:
         """Make the stores for tensors of this kind: an empty slice of each is kept for type and device."""
@@ -175,7 +164,7 @@ class LayerCache:
             self.add(keys, values)
             return keys, values
         staged = {"keys": keys.detach(), "values": values.detach()}
-        held = sum(s.length for s in self.step.state.stores["keys"]) if self.ragged is None else self.ragged.width
+        held = self.planner.width
         first = self.committed == 0  # gradients reach the tokens of a first update
         shown = {"keys": keys, "values": values} if first else staged
         if keys.shape[2]:
@@ -198,31 +187,23 @@ class LayerCache:
 
     def visible(self) -> Tensor:
         """Positions of what the views of `stage` show, in token order; `[batch, 1, tokens]` where rows differ."""
-        if self.ragged is not None:
-            found = self.ragged.places()[0]
-            new = torch.arange(self.committed, self.seen, device=found.device)
-            return torch.cat([found.long(), new.expand(*found.shape[:2], -1)], dim=2)
-        held = np.sort(np.concatenate([s.array for s in self.step.state.stores["keys"]])).astype(np.int64)
-        return torch.from_numpy(np.concatenate([held, np.arange(self.committed, self.seen, dtype=np.int64)]))
+        found = self.planner.positions()
+        new = torch.arange(self.committed, self.seen, device=found.device)
+        return torch.cat([found, new.expand(*found.shape[:-1], -1)], dim=-1)
 
     def columns(self) -> ColumnMap:
         """Where attention finds the tokens of each store."""
-        if self.ragged is not None:
-            return self.ragged.columns(self.committed)
-        keys, values, positions = self.step.columns()
-        return ColumnMap(keys, values, len(positions), False, lambda: positions)
+        return self.planner.columns(self.like["keys"].device)
 
     def observe(self) -> Observer | None:
         """What is to be told of the attention of the tokens of `stage`, if any policy asks for it."""
         if not self.placement.kinds:
             return None
         if self.observer is None:
-            self._scatter()
-            assert self.ragged is not None
-            tokens = self.staged["keys"].shape[2]
-            batch, lines = self.like["keys"].shape[0], self.ragged.lines
-            observer = Observer(self.placement.kinds, tokens, self.committed, batch, self.padding, MAX_APART, lines)
-            self.ragged.aim(observer, self.committed)
+            planner = self.by_head()
+            tokens, shape = self.staged["keys"].shape[2], planner.shape
+            observer = Observer(self.placement.kinds, tokens, self.committed, shape[0], self.padding, MAX_APART, shape)
+            planner.aim(observer)
             self.observer = observer
         return self.observer
 
@@ -250,21 +231,23 @@ class LayerCache:
         if self.placement.kinds:  # scores speak of an update as a whole, and layers that agree wait for each other
             early = n if n > MAX_APART and not self.placement.shared else 0
         if early:
-            alone(self._apply({side: x[:, :, :early] for side, x in new.items()}, early, n))
+            self._let_in({side: x[:, :, :early] for side, x in new.items()}, early, n)
         self.pending = {side: x[:, :, early:].clone() for side, x in new.items()} if early < n else {}
 
     def commit(self) -> None:
         """Let the pending tokens into the tiers."""
-        alone(self.committing())
+        commit_all([self])
 
-    def committing(self) -> Selection:
-        """Like `commit`, for layers that select tokens together."""
-        self.check_whole()
-        self.hold()
-        if self.waiting:
-            with self._changing():
-                yield from self._apply(self.pending, self.waiting, self.waiting)
-                self.pending = {}
+    def begin(self, n: int, of: int) -> Any:
+        """Plan to let in `n` tokens, the first of an update of `of`; see `Planner.begin`."""
+        if self.tells_apart:
+            self.by_head()
+        return self.planner.begin(n, of, self.padding, self.observer)
+
+    def finish(self, new: dict[str, Tensor], turn: Any) -> None:
+        """Let new tokens in as planned."""
+        move(self.stores, new, self.planner.moves(turn))
+        self.observer = None
 
     def revert(self, length: int) -> bool:
         """Take the last update back, before which `length` tokens were seen; whether that could be done."""
@@ -297,73 +280,39 @@ class LayerCache:
                 "make a new one"
             )
 
-    def _apply(self, new: dict[str, Tensor], n: int, of: int) -> Selection:
-        self._scatter()
-        step = self._from().advance(n, of, self.padding)
-        if self.ragged is None:
-            self._move(new, step)
-        else:
-            yield from self.ragged.commit(new, step, self.stores, self.observer)
-            self.observer = None
-        self.step = step
+    def _let_in(self, new: dict[str, Tensor], n: int, of: int) -> None:
+        turn = self.begin(n, of)
+        select([self.planner], [turn])
+        self.finish(new, turn)
 
-    def _scatter(self) -> None:
-        """Where that is needed, each row, and each head that policies look at, has places of its own from now on."""
-        step = self._from()
-        if step.spread and self.ragged is None:
+    def by_head(self) -> PerHeadPlacement:
+        """From now on each row, and each head that policies look at, has places of its own."""
+        if not isinstance(self.planner, PerHeadPlacement):
+            like = self.like["keys"]
             with self._changing():
-                self.ragged = PerHeadPlacement(self.step, self.stores, self.like)
-                self.step = step
-
-    def _move(self, new: dict[str, Tensor], step: Step) -> None:
-        plan = step.plan
-        assert plan is not None
-        for side in SIDES:
-            stores, plans = self.stores[side], plan.sides[side]
-            arrivals = [self._collect(p, stores, new[side]) for p in plans]
-            for store, x, p in zip(stores, arrivals, plans, strict=True):
-                if store is None:
-                    continue
-                before = store.length
-                for part in x:
-                    store.append(part)
-                # After the arrivals, so that groups close as they would token by token.
-                gone = np.concatenate([p.leaving, before + p.passing]) if len(p.passing) else p.leaving
-                if len(gone):
-                    store.drop(gone)
-
-    def _collect(self, plan: Moves, stores: list[Store | None], new: Tensor) -> list[Tensor]:
-        """The tokens that arrive in a store, decoded, in order: a tensor for each run."""
-        runs: dict[int, list[Tensor]] = {}
-        for source, index, run in plan.arrivals:
-            first, last = int(index.min()), int(index.max())
-            if source != NEW:
-                store = stores[source]
-                assert store is not None
-                ascending = np.sort(index)
-                x, lookup = store.take(ascending, new.dtype), np.searchsorted(ascending, index)
-            else:
-                x, lookup = new[:, :, first : last + 1], index - first
-            if not np.array_equal(lookup, np.arange(x.shape[2])):
-                x = x.index_select(2, torch.from_numpy(lookup).to(x.device))
-            runs.setdefault(run, []).append(x)
-        return [torch.cat(parts, dim=2) if len(parts) > 1 else parts[0] for parts in runs.values()]
+                planner = PerHeadPlacement(self.step, like.shape[0], like.shape[1], like.device)
+                for store in (store for stores in self.stores.values() for store in stores if store is not None):
+                    store.ragged(planner.shape)
+                self.planner = planner
+        assert isinstance(self.planner, PerHeadPlacement)
+        return self.planner
 
     def _dense(self, new: dict[str, Tensor], scratch: Scratch | None) -> tuple[Tensor, Tensor]:
-        out = {}
-        if self.ragged is not None:
-            parts = {side: [self.ragged.dense(side, self.stores[side], new[side]), new[side]] for side in SIDES}
-            return torch.cat(parts["keys"], dim=2), torch.cat(parts["values"], dim=2)
+        held, out = self.planner.width, {}
         for side in SIDES:
-            layout, held = self.step.layout(side)
             x = new[side]
             shape = (*x.shape[:2], held + x.shape[2], x.shape[3])
             dense = x.new_empty(shape) if scratch is None else scratch.get(side, shape, x)
             # From the last, most of the tokens: what it writes between its own is written over by the others.
-            filled = [(s, at) for s, at in zip(self.stores[side], layout, strict=True) if s is not None and s.length]
+            layout = zip(self.stores[side], self.planner.layout(side), strict=True)
+            filled = [(store, at) for store, at in layout if store is not None and store.length]
             for number, (store, at) in enumerate(reversed(filled)):
                 if isinstance(at, int):
                     store.write(dense, at)
+                elif at.ndim > 1:
+                    if number == 0:
+                        dense[:, :, :held] = 0
+                    store.scatter_by_head(dense[:, :, :held], at)
                 elif number == 0:
                     store.spread(dense, at.to(x.device))
                 else:
@@ -384,24 +333,17 @@ class LayerCache:
     def positions(self) -> Positions:
         """Positions and tiers of all tokens held; the same for keys and values."""
         self.hold()
-        if self.stores:
-            self._scatter()
-        if self.ragged is not None:
-            places, tiers = self.ragged.places()
-            new = torch.arange(self.committed, self.seen, device=places.device).expand(*places.shape[:2], -1)
+        if self.stores and self.tells_apart:
+            self.by_head()
+        held, tiers = self.planner.positions().cpu().numpy(), self.planner.tiers().cpu().numpy().astype(np.int16)
+        new = np.arange(self.committed, self.seen, dtype=np.int64)
+        if held.ndim > 1:
+            tiers = np.where(held < 0, np.int16(PENDING), tiers)
+            new = np.broadcast_to(new, (*held.shape[:2], len(new)))
             if self.padding is not None and self.padding.before(self.seen):
-                real = torch.from_numpy(self.padding.real[:, self.committed : self.seen]).to(new.device)
-                new = torch.where(real.unsqueeze(1), new, EMPTY)
-            found = torch.cat([places, new], dim=2).cpu().numpy().astype(np.int64)
-            waits = torch.full_like(new, PENDING).to(tiers.dtype)
-            where = torch.cat([tiers.masked_fill(places < 0, PENDING), waits], dim=2)
-            return Positions(found, where.cpu().numpy().astype(np.int16))
-        held = np.sort(np.concatenate([s.array for s in self.step.state.stores["keys"]]))
-        waiting = np.arange(self.committed, self.seen, dtype=np.int64)
-        committed = self.placement.tier_of(self.step.state, held)
-        return Positions(
-            np.concatenate([held, waiting]), np.concatenate([committed, np.full(len(waiting), PENDING, dtype=np.int16)])
-        )
+                new = np.where(self.padding.real[:, None, self.committed : self.seen], new, EMPTY)
+        waits = np.full(new.shape, PENDING, dtype=np.int16)
+        return Positions(np.concatenate([held, new], axis=-1), np.concatenate([tiers, waits], axis=-1))
 
     def exactness(self) -> NDArray[np.int8]:
         """How each position seen is kept, `[batch or 1, kv_heads or 1, seen]`.
@@ -412,13 +354,8 @@ class LayerCache:
         """
         tiers = zip(self.placement.specs["keys"], self.placement.specs["values"], strict=True)
         kept = [EXACT if k == v == "full" else DROPPED if k == "evict" else QUANTIZED for k, v in tiers]
-        if self.ragged is not None:
-            held = self.ragged.by_position(kept, DROPPED, self.committed).cpu().numpy()
-        else:
-            tier = self.placement.tier_of(self.step.state, np.arange(self.committed, dtype=np.int64))
-            held = np.asarray(kept, dtype=np.int8)[tier][None, None]
-        new = self.seen - self.committed
-        return np.pad(held, ((0, 0), (0, 0), (0, new)), constant_values=EXACT)
+        held = self.planner.by_position(kept, DROPPED)
+        return np.pad(held, ((0, 0), (0, 0), (0, self.seen - self.committed)), constant_values=EXACT)
 
     def crop(self, length: int) -> None:
         """Forget the positions from `length` on. Exact for pending tokens; past descents are kept."""
@@ -430,35 +367,24 @@ class LayerCache:
                 if self.observer is not None:
                     self.observer.crop(length - self.committed)
                 if any(row.through > length for row in self.step.rows):
-                    self.step = self.step.crop(length)
+                    move(self.stores, self.like, self.planner.crop(length))
                 return
             self.pending, self.observer = {}, None
-            if length == self.committed:
-                return
-            self.step = self.step.crop(length)
-            if self.ragged is not None:
-                self.ragged.crop(length, self.stores)
-                return
-            assert self.step.drops is not None
-            for side, stores in self.stores.items():
-                for store, index in zip(stores, self.step.drops[side], strict=True):
-                    if store is not None and len(index):
-                        store.drop(index)
+            if length < self.committed:
+                move(self.stores, self.like, self.planner.crop(length))
 
     def select(self, rows: Tensor) -> None:
         """Keep the batch rows `rows`, in that order, repeats included."""
         self.check_whole()
         self.hold()
         with self._changing():
-            if self.step.padding is not None:
-                self.step = self.step.select(rows.cpu().numpy())
+            self.planner.select_rows(rows)
             for stores in self.stores.values():
                 for store in stores:
                     if store is not None:
                         store.select(rows)
-            for part in (self.ragged, self.observer):
-                if part is not None:
-                    part.select(rows)
+            if self.observer is not None:
+                self.observer.select(rows)
             for held in (self.pending, self.like):
                 for side, x in held.items():
                     held[side] = x.index_select(0, rows.to(x.device))
@@ -469,9 +395,26 @@ class LayerCache:
             for store in stores:
                 if store is not None:
                     store.to(device)
-        for part in (self.ragged, self.observer):
-            if part is not None:
-                part.to(device)
+        self.planner.to(device)
+        if self.observer is not None:
+            self.observer.to(device)
         for held in (self.pending, self.like):
             for side, x in held.items():
                 held[side] = x.to(device, non_blocking=True)
+
+
+def commit_all(layers: Sequence[LayerCache]) -> None:
+    """Let the pending tokens of layers into their tiers: of one layer, or of all that select tokens together."""
+    for layer in layers:
+        layer.check_whole()
+        layer.hold()
+    waiting = [layer for layer in layers if layer.waiting]
+    with ExitStack() as changing:
+        for layer in waiting:
+            changing.enter_context(layer._changing())
+        turns = [layer.begin(layer.waiting, layer.waiting) for layer in waiting]
+        if waiting:
+            select([layer.planner for layer in waiting], turns)
+        for layer, turn in zip(waiting, turns, strict=True):
+            layer.finish(layer.pending, turn)
+            layer.pending = {}

@@ -189,12 +189,11 @@ def _store_memory(tiers: LayerCache, number: int, side: str, s: int) -> StoreMem
     store = tiers.stores[side][s]
     assert store is not None
     covers, used = tuple(tiers.placement.tiers_of_store(side, s)), store.bytes()
-    table = tiers.ragged.tables[side][s] if tiers.ragged is not None and side in tiers.ragged.tables else None
-    reserved = store.reserved()
-    if tiers.ragged is not None:
-        own = table.bytes() if table is not None else {}
-        used = {kind: used.get(kind, 0) + own.get(kind, 0) for kind in KINDS}
-        reserved += (table.reserved() if table is not None else 0) - used["indices"]
+    beside = tiers.planner.bytes(side, s)
+    reserved = store.reserved() + beside.get("reserved", 0)
+    if tiers.step.spread:
+        used = {kind: used.get(kind, 0) + beside.get(kind, 0) for kind in KINDS}
+        reserved -= used["indices"]
     return StoreMemory(number, side, covers, store.length, **used, reserved=reserved)
 
 

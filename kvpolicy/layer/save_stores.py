@@ -47,7 +47,7 @@ def fill_stores(tiers: LayerCache, number: int, held: Held, device: torch.device
                 store.restore({name: t if name == "sizes" else t.to(device) for name, t in parts.items()})
                 if isinstance(store, NamedStore):
                     _check_decoded(store, like)
-                expected = tiers.expected_length(side, s)
+                expected = tiers.planner.length(side, s)
                 if store.length != expected:
                     raise CacheError(f"it must hold {expected} tokens, found {store.length}")
             except CacheError as error:

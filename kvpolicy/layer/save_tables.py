@@ -12,9 +12,11 @@ from torch import Tensor
 
 from kvpolicy.layer.layer import LayerCache
 from kvpolicy.layer.save_header import Damaged, Held, RaggedEntry, StateEntry, TiersEntry
+from kvpolicy.placement.by_position import ByPosition
 from kvpolicy.placement.padding import Padding
 from kvpolicy.placement.per_head import PerHeadPlacement
-from kvpolicy.placement.planner import Placement, PositionList, State
+from kvpolicy.placement.planner import Placement, State
+from kvpolicy.placement.position_list import PositionList
 from kvpolicy.placement.step import Step
 from kvpolicy.placement.token_table import TokenTable
 
@@ -53,9 +55,9 @@ class Saving:
 
     def layer(self, tiers: LayerCache, number: int) -> TiersEntry | RaggedEntry:
         """Add where the tokens of layer `number` are; returns what the header says of it."""
-        if tiers.ragged is None:
+        if not isinstance(tiers.planner, PerHeadPlacement):
             return TiersEntry(state=self._state(tiers.step))
-        return self._ragged(tiers.ragged, tiers.step, number)
+        return self._ragged(tiers.planner, tiers.step, number)
 
     def _state(self, step: Step) -> int:
         number = next((i for i, known in enumerate(self.steps) if known is step), len(self.steps))
@@ -108,20 +110,21 @@ class Filling:
             raise Damaged(
                 "rows that are padded, or placed by attention, must have tables of their own, found one state"
             )
-        tiers.step = self._once(
+        step = self._once(
             "state",
             number,
             placement,
             entry,
             lambda: Step(placement, (_state(placement, number, entry, self.held),), entry.seen, tiers.padding),
         )
+        tiers.planner = ByPosition(step)
 
     def _ragged(self, tiers: LayerCache, number: int, entry: RaggedEntry) -> None:
         placement, padding = tiers.placement, tiers.padding
         if padding is None and not placement.kinds:
             raise Damaged("rows must have the same tokens where none is padded, found tables")
-        ragged = PerHeadPlacement(tiers.step, tiers.stores, tiers.like)
-        rows = ragged.lines[0]
+        ragged = tiers.by_head()
+        rows = ragged.shape[0]
         by_row = padding is not None and (padding.before(entry.seen) or entry.count > 1)
         if entry.count != (rows if by_row else 1) or entry.prompt > entry.seen:
             raise Damaged(f"{rows} rows of {entry.seen} tokens must be placed, found {entry!r}")
@@ -140,9 +143,9 @@ class Filling:
             if parts["positions"].shape[2]:
                 moved = {name: x.to(table.device) for name, x in parts.items()}
                 table.append(moved["positions"], moved["tiers"], moved.get("scores"))
-                table.gaps = bool((parts["positions"] < 0).any())
         _check_tables(ragged, step, saved, slots)
-        tiers.ragged, tiers.step = ragged, step
+        ragged.step = step
+        ragged.recount()
 
     def finish(self) -> None:
         """All that there is must have been used."""
@@ -248,14 +251,14 @@ def _rows(entry: RaggedEntry, placement: Placement, padding: Padding | None, hel
 def _parts(parts: dict[str, Tensor], table: TokenTable, scores: int) -> dict[str, Tensor]:
     """What was saved of a table, of the right types and shapes."""
     if not parts:  # no token is in it
-        return {name: torch.empty((*table.lines, 0), dtype=torch.int32) for name in ("positions", "tiers")}
+        return {name: torch.empty((*table.shape, 0), dtype=torch.int32) for name in ("positions", "tiers")}
     if parts.keys() != table.parts.keys():
         raise Damaged(f"a table must hold {list(table.parts)}, found {sorted(parts)}")
     places = parts["positions"].shape[2:3]
     for name, x in parts.items():
         exact = x.dtype == torch.float32 if name == "scores" else x.dtype in (torch.int8, torch.int16, torch.int32)
-        if not exact or tuple(x.shape) != (*table.lines, *places, scores if name == "scores" else 1):
-            raise Damaged(f"{name} must be of {table.lines} rows and heads, found {tuple(x.shape)} in {x.dtype}"[:200])
+        if not exact or tuple(x.shape) != (*table.shape, *places, scores if name == "scores" else 1):
+            raise Damaged(f"{name} must be of {table.shape} rows and heads, found {tuple(x.shape)} in {x.dtype}"[:200])
     return {name: x if name == "scores" else x.squeeze(3) for name, x in parts.items()}
 
 
@@ -271,7 +274,7 @@ def _check_tables(ragged: PerHeadPlacement, step: Step, saved: Tables, padding: 
         [torch.cat([parts[name].long() for _, parts in tables], dim=2).numpy() for name in ("positions", "tiers")]
         for tables in saved.values()
     ]
-    for r, h in np.ndindex(*ragged.lines):
+    for r, h in np.ndindex(*ragged.shape):
         row = step.rows[min(r, len(step.rows) - 1)]
         slots = padding.slots(r, step.seen) if padding is not None else None
         found = [_line(positions[r, h], tiers[r, h], row.seen, slots) for positions, tiers in joined]

@@ -124,15 +124,15 @@ class Observer:
                 continue
             reduced = columns.mean(2) if kind.heads == "mean" else columns.sum(2) if kind.heads == "sum" else None
             reduced = columns.amax(2) if reduced is None else reduced
-            share = count.to(weights.device)[:, None, :, None]
+            share = count.to(weights.device, non_blocking=True)[:, None, :, None]
             seen = share.bool().expand(*reduced.shape) if sees is None else sees & share.bool()
             part = reduced * share
             if self.heads == 1:
                 part, seen = part.sum(1, keepdim=True).div_(of), seen[:, :1]
             sums, counts = (x[:, own, :, : part.shape[3]] for x in self._totals(k, weights))
             if self.apart:
-                sums.index_add_(2, at.to(part.device), part)
-                counts[:, :, at.to(part.device)] |= seen
+                sums.index_add_(2, at.to(part.device, non_blocking=True), part)
+                counts[:, :, at.to(part.device, non_blocking=True)] |= seen
             else:
                 sums.add_(part.sum(2, keepdim=True))
                 counts.add_(seen.sum(2, keepdim=True) / (of if self.heads == 1 and partly else 1))
@@ -162,7 +162,7 @@ class Observer:
                 continue
             values, counts = (x[..., at : at + n] for x in found)
             if self.replaces[k]:
-                known = self.counted[k].any(1).view(-1, 1, 1).to(scores.device)
+                known = self.counted[k].any(1).view(-1, 1, 1).to(scores.device, non_blocking=True)
                 for at_kind, x in ((2 * k, values), (2 * k + 1, counts)):
                     scores[..., at_kind] = torch.where(known, self._last(x, self.counted[k]), scores[..., at_kind])
             else:
@@ -174,7 +174,7 @@ class Observer:
         if not self.apart:
             return values[:, :, 0]
         order = torch.arange(1, counted.shape[1] + 1)
-        newest = (counted * order).amax(1).clamp(min=1).sub(1).to(values.device)
+        newest = (counted * order).amax(1).clamp(min=1).sub(1).to(values.device, non_blocking=True)
         index = newest.view(-1, 1, 1, 1).expand(values.shape[0], values.shape[1], 1, values.shape[3])
         return values.gather(2, index).squeeze(2)
 

@@ -21,7 +21,8 @@ class Padding:
         self._buffer, self.length, self.first = buffer, length, first
         self._fill = fill
         """How much of the buffer is taken: only the newest value that shares it may write on."""
-        self._ages: tuple[int, Ints] | None = None
+        self._end: int | None = None
+        self._later: tuple[int, Ints] | None = None
 
     @classmethod
     def none(cls, batch: int, seen: int) -> Padding:
@@ -49,7 +50,10 @@ class Padding:
         if first == self.length:
             padded = np.flatnonzero(~real.all(0))
             first = self.length + int(padded[0]) if len(padded) else stop
-        return Padding(buffer, stop, first, fill)
+        found = Padding(buffer, stop, first, fill)
+        if self._end is not None and real.all():
+            found._end, found._later = self._end, self._later
+        return found
 
     def before(self, stop: int) -> bool:
         """Whether any slot below `stop` is padding."""
@@ -71,12 +75,31 @@ class Padding:
         """The slot of each position of a row, below `stop`."""
         return np.flatnonzero(self.real[row, :stop])
 
-    def ages(self, stop: int) -> Ints:
-        """How many real tokens of a row stand in each slot and after it, below `stop`: `[batch, slots]`."""
-        if self._ages is None or self._ages[0] != stop:
-            from_end: Ints = np.cumsum(self.real[:, :stop][:, ::-1], axis=1, dtype=np.int64)
-            self._ages = stop, from_end[:, ::-1].copy()
-        return self._ages[1]
+    def slots_of(self, row: int, positions: Ints, stop: int) -> Ints:
+        """The slots of some positions of a row, below `stop`; where it is long, only its padded part is looked at."""
+        end = min(self._padded_end(), stop)
+        before = int(self.real[row, :end].sum())
+        if not len(positions) or positions.min() >= before:
+            return positions + (end - before)
+        padded = self.slots(row, end)
+        return np.where(positions < before, padded[np.minimum(positions, before - 1)], positions + (end - before))
+
+    def from_each(self, stop: int) -> Ints:
+        """How many slots are padding from each on, below `stop`: `[batch, slots]`, those after the last padding one."""
+        end = min(self._padded_end(), stop)
+        if self._later is None or self._later[0] != end:
+            absent = ~self.real[:, :end]
+            counts: Ints = np.zeros((self.batch, end + 1), dtype=np.int64)
+            counts[:, :end] = np.cumsum(absent[:, ::-1], axis=1)[:, ::-1]
+            self._later = end, counts
+        return self._later[1]
+
+    def _padded_end(self) -> int:
+        """The first slot after the last one that is padding in some row."""
+        if self._end is None:
+            padded = np.flatnonzero(~self.real[:, self.first :].all(0))
+            self._end = self.first + int(padded[-1]) + 1 if len(padded) else 0
+        return self._end
 
     def crop(self, length: int) -> Padding:
         """Without the slots from `length` on."""

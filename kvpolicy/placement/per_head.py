@@ -1,60 +1,73 @@
-"""Tokens whose place differs by row or KV head: padded batches, and policies that rank tokens by attention.
+"""The planner of a layer whose tokens differ by row or KV head: padded batches, and policies that rank tokens.
 
-Tiers that select by position place each row as if it were alone. Tiers that select by attention come below them and
-choose by row and head. Stores stay rectangular: where a row or head has fewer tokens than another its places are empty.
+Tiers that select by position place each row as if it were alone. Tiers that rank their tokens come below them and
+select by row and head. Stores stay rectangular: where a row or head has fewer tokens than another its places are empty.
+How many tokens are where is arithmetic on the host; which ones is known to the device alone, and nobody waits for it.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kvpolicy.interfaces.policy import RankPolicy
-from kvpolicy.placement.selection import Selection, due, highest, ranked
-from kvpolicy.placement.step import Step
-from kvpolicy.placement.token_table import EMPTY, Candidates, ColumnMap, TokenTable, in_order, indices_of
-from kvpolicy.storage.affine import AffineStore
-from kvpolicy.storage.base import LARGE, Store
+from kvpolicy.placement.attention_scores import Observer
+from kvpolicy.placement.moves import EMPTY, NEW, NOTHING, AllMoves, Arrival, ColumnMap, Moves, Planner
+from kvpolicy.placement.padding import Padding
+from kvpolicy.placement.selection import highest, ranked
+from kvpolicy.placement.step import Counts, Step
+from kvpolicy.placement.token_table import Candidates, TokenTable, in_order, indices_of
 from kvpolicy.storage.pages import gather_tokens
 
-if TYPE_CHECKING:
-    from kvpolicy.placement.attention_scores import Observer
-
-__all__ = ["PerHeadPlacement"]
-
-Stores = dict[str, list[Store | None]]
+Ints = NDArray[np.int64]
 
 
-class PerHeadPlacement:
-    """Tables of what the stores of a layer hold, and the descent of their tokens."""
+@dataclass
+class Turn:
+    """An update that is being planned."""
 
-    def __init__(self, step: Step, stores: Stores, like: dict[str, Tensor]) -> None:
+    step: Step
+    """Where it leads."""
+    slots: Tensor
+    """Of the new tokens, `[batch, kv_heads or 1, tokens]`."""
+    counts: Counts
+    fresh: Tensor | None
+    """What the new tokens received of the attention that policies ask for."""
+    keys: Candidates
+
+
+class PerHeadPlacement(Planner):
+    """Tables of what the stores of a layer hold, by row and head."""
+
+    def __init__(self, step: Step, batch: int, kv_heads: int, device: torch.device) -> None:
         """Take over a layer whose tokens were in the same places in all rows and heads, as `step` says."""
-        self.placement = placement = step.placement
-        state = step.state
-        batch, kv_heads = like["keys"].shape[:2]
-        self.lines = (batch, kv_heads if placement.by_head else 1)
+        self.step = step
+        state, placement = step.state, step.placement
+        self.shape = (batch, kv_heads if placement.by_head else 1)
         self.aligned = placement.first_tier["keys"] == placement.first_tier["values"]
-        device = like["keys"].device
+        tiers = [*state.tiers, np.empty(0, dtype=np.int64)]
+        self.counts: Ints = np.array([len(held) for held in tiers], dtype=np.int64).reshape(-1, 1, 1)
+        """Tokens of each tier: `[tiers, rows or 1, heads or 1]`."""
         self.tables: dict[str, list[TokenTable | None]] = {}
         for side in ("keys",) if self.aligned else ("keys", "values"):
             self.tables[side] = [
-                None if store is None else TokenTable(self.lines, device, self._scored(side, s), placement.tier_dtype)
-                for s, store in enumerate(stores[side])
+                None if spec == "evict" else TokenTable(self.shape, device, self._scored(side, s), placement.tier_dtype)
+                for s, spec in enumerate(placement.store_spec(side, s) for s in range(len(placement.first_tier[side])))
             ]
-            for s, table in enumerate(self.tables[side]):
-                held = torch.from_numpy(state.stores[side][s].array.astype(np.int64)).to(device)
-                if table is not None and len(held):
-                    tiers = placement.tier_of(state, held.cpu().numpy())
-                    places = held.expand(*self.lines, -1), torch.from_numpy(tiers).to(device).expand(*self.lines, -1)
-                    table.append(*places, None)
-        for held_by in stores.values():
-            for store in held_by:
-                if store is not None:
-                    store.ragged(self.lines)
+            for table, order in zip(self.tables[side], state.stores[side], strict=True):
+                if table is not None and order.length:
+                    held = order.array.astype(np.int64)
+                    into = placement.tier_of(state, held)
+                    places, tier = (torch.from_numpy(x).to(device).expand(*self.shape, -1) for x in (held, into))
+                    table.append(places, tier, None)
+        if placement.specs["keys"][-1] != "evict":
+            self.counts[-1] = step.seen - self.counts[:-1].sum()
+        self.step = step.scattered()
 
     @property
     def last(self) -> int:
@@ -67,68 +80,38 @@ class PerHeadPlacement:
         """Whether tokens may leave a store: not if it is the last tier's alone."""
         return self.placement.tiers_of_store(side, s).start < self.last
 
-    def sides(self, side: str) -> tuple[str, ...]:
-        """The sides that the tables of `side` speak of."""
-        return ("keys", "values") if self.aligned else (side,)
-
     def live(self) -> list[TokenTable]:
         """The tables of keys whose tokens may still descend; they come before the others."""
         return [t for s, t in enumerate(self.tables["keys"]) if t is not None and self.movable("keys", s)]
 
-    def commit(self, new: dict[str, Tensor], step: Step, stores: Stores, seen: Observer | None) -> Selection:
-        """Let new tokens in, which lead to `step`."""
-        n, device = new["keys"].shape[2], new["keys"].device
-        start, stop = step.seen - n, step.seen
-        slots = torch.arange(start, stop, device=device).expand(*self.lines, -1)
-        if step.padding is not None and step.padding.before(stop):
-            real = torch.from_numpy(step.padding.real[:, start:stop]).to(device)
-            slots = torch.where(real.unsqueeze(1), slots, EMPTY)
+    def _table(self, side: str, store: int) -> TokenTable | None:
+        return self.tables[side if side in self.tables else "keys"][store]
+
+    def length(self, side: str, store: int) -> int:
+        table = self._table(side, store)
+        return 0 if table is None else table.length
+
+    @property
+    def width(self) -> int:
+        return int(self.counts.sum(0).max())
+
+    def begin(self, n: int, of: int, padding: Padding | None, seen: Observer | None) -> Turn:
+        step = self.step.advance(n, of, padding)
+        counts = step.counts(self.counts)
+        slots = step.new_slots(n, self._device).expand(*self.shape, -1)
         fresh = self._add_scores(seen, n)
-        verdict: Tensor | None = None
-        for side in self.tables:
-            work = self._work(side, [] if step.quiet else self._stores_to_ask(side), slots, step, verdict, fresh)
-            if side == "keys" and not step.quiet:
-                yield from self._rank(work, step)
-                if not self.aligned and self.placement.ranked < self.last:
-                    verdict = self._verdict(work, stop)
-            self._move(side, work, new, stores)
+        return Turn(step, slots, counts, fresh, self._candidates("keys", step, slots, None, fresh))
 
-    def by_position(self, codes: list[int], absent: int, seen: int) -> Tensor:
-        """The code of the tier of each of `seen` positions, `[batch, kv_heads or 1, seen]`, int8."""
-        positions, tiers = self.places()
-        known = torch.tensor([*codes, absent], dtype=torch.int8, device=positions.device)
-        found = torch.full((*self.lines, seen + 1), absent, dtype=torch.int8, device=positions.device)
-        at = torch.where(positions < 0, seen, positions).long()
-        return found.scatter_(2, at, known[tiers.long().clamp(max=len(codes))])[..., :seen]
-
-    def _stores_to_ask(self, side: str) -> list[int]:
-        return [s for s, t in enumerate(self.tables[side]) if t is not None and t.length and self.movable(side, s)]
-
-    def _work(
-        self, side: str, live: list[int], slots: Tensor, step: Step, verdict: Tensor | None, fresh: Tensor | None
-    ) -> Candidates:
-        tables = [t for s in live if (t := self.tables[side][s]) is not None]
-        positions = torch.cat([*(t.positions for t in tables), slots], dim=2)
-        tiers = torch.cat([*(t.tiers for t in tables), torch.zeros_like(slots, dtype=self.placement.tier_dtype)], dim=2)
-        by_slot = step.tiers_by_slot(slots.device)
-        place = positions.clamp(min=0)
-        expanded = by_slot[:, None].expand(self.lines[0], positions.shape[1], -1)
-        target = torch.where(tiers < self.placement.ranked, expanded.gather(2, place), tiers)
-        if verdict is not None:
-            target = torch.where(target >= self.placement.ranked, verdict.gather(2, place), target)
-        target = torch.where(positions < 0, self.placement.nowhere, target)
-        bounds = np.cumsum([0, *(t.length for t in tables), slots.shape[2]]).tolist()
-        scores = None
-        if fresh is not None and side == "keys":
-            scores = torch.cat([*(t.scores for t in tables if t.scores is not None), fresh], dim=2)
-        return Candidates(live, bounds, positions, target, scores)
+    @property
+    def _device(self) -> torch.device:
+        return next(table.device for table in self._all())
 
     def _add_scores(self, seen: Observer | None, n: int) -> Tensor | None:
         """Add what an update's queries attended to the scores of stored tokens; returns those of the new ones."""
         kinds = len(self.placement.kinds)
         if not kinds:
             return None
-        fresh = torch.zeros((*self.lines, n, 2 * kinds), device=self.live()[0].device)
+        fresh = torch.zeros((*self.shape, n, 2 * kinds), device=self._device)
         if seen is not None:
             at = 0
             for table in self.live():
@@ -138,104 +121,140 @@ class PerHeadPlacement:
             seen.add(fresh, at, n)
         return fresh
 
-    def _rank(self, work: Candidates, step: Step) -> Selection:
-        for tier in range(self.placement.ranked, self.last):
-            policy = self.placement.policies[tier]
-            assert isinstance(policy, RankPolicy)
-            now = [due(policy, *turn) for turn in step.turns]
-            if not any(now):
-                continue
-            candidates = (work.target == tier) & torch.tensor(now, device=work.target.device).view(-1, 1, 1)
-            budgets = [policy._budget(row.seen, prompt) for row, prompt in zip(step.rows, step.prompts(), strict=True)]
-            if int(candidates.sum(2).max()) <= min(budgets) and policy.select != "shared":
-                continue
-            assert work.scores is not None
-            kind = 2 * self.placement.kind_of[tier]
-            attention, queries = work.scores[..., kind], work.scores[..., kind + 1]
-            rank = ranked(policy, attention, queries, step.ages(work.positions))
-            if policy.select == "shared":
-                rank = yield rank
-            rank = rank.expand_as(candidates).masked_fill(~candidates, -torch.inf)
-            work.target[candidates & ~highest(rank, budgets)] = tier + 1
+    def _candidates(
+        self, side: str, step: Step, slots: Tensor, verdict: Tensor | None, fresh: Tensor | None
+    ) -> Candidates:
+        """The tokens that may move, and where to as far as position, or `verdict` by slot, says."""
+        live = [] if step.quiet else [s for s, t in enumerate(self.tables[side]) if t is not None and t.length]
+        live = [s for s in live if self.movable(side, s)]
+        tables = [t for s in live if (t := self.tables[side][s]) is not None]
+        bounds = np.cumsum([0, *(t.length for t in tables), slots.shape[2]]).tolist()
+        new = torch.zeros_like(slots, dtype=self.placement.tier_dtype)
+        if step.quiet:
+            padded = step.padding is not None and step.padding.before(step.seen)
+            target = new.masked_fill(slots < 0, self.placement.nowhere) if padded else new
+            return Candidates(live, bounds, slots, target, fresh)
+        positions = torch.cat([*(t.positions for t in tables), slots], dim=2)
+        target = self._targets(positions, torch.cat([*(t.tiers for t in tables), new], dim=2), step)
+        if verdict is not None:
+            place = positions.clamp(min=0)
+            target = torch.where(target >= self.placement.ranked, verdict.gather(2, place), target)
+        target.masked_fill_(positions < 0, self.placement.nowhere)
+        scores = None
+        if fresh is not None and side == "keys":
+            scores = torch.cat([*(t.scores for t in tables if t.scores is not None), fresh], dim=2)
+        return Candidates(live, bounds, positions, target, scores)
 
-    def _verdict(self, work: Candidates, stop: int) -> Tensor:
+    def _targets(self, positions: Tensor, tiers: Tensor, step: Step) -> Tensor:
+        """The tier of each token as far as position says."""
+        slots, into = (x.expand(*self.shape, -1) for x in step.moved(positions.device))
+        if not slots.shape[2]:
+            return tiers
+        at = torch.searchsorted(slots.contiguous(), positions).clamp_(max=slots.shape[2] - 1)
+        moves = (slots.gather(2, at) == positions) & (tiers < self.placement.ranked)
+        return torch.where(moves, into.gather(2, at), tiers)
+
+    def rank(self, turn: Turn, tier: int) -> Tensor | None:
+        if tier not in turn.counts.selections:
+            return None
+        policy, scores = self.placement.policies[tier], turn.keys.scores
+        assert isinstance(policy, RankPolicy)
+        assert scores is not None
+        kind = 2 * self.placement.kind_of[tier]
+        ages = turn.step.ages(turn.keys.positions)
+        return ranked(policy, scores[..., kind], scores[..., kind + 1], ages)
+
+    def select(self, turn: Turn, tier: int, rank: Tensor) -> None:
+        now, budgets = turn.counts.selections[tier]
+        target = turn.keys.target
+        candidates = target == tier
+        if not now.all():
+            candidates &= torch.from_numpy(now).to(target.device, non_blocking=True).view(-1, 1, 1)
+        rank = rank.expand_as(candidates).masked_fill(~candidates, -torch.inf)
+        target.masked_fill_(candidates & ~highest(rank, budgets), tier + 1)
+
+    def moves(self, turn: Turn) -> AllMoves:
+        step, found = turn.step, {"keys": self._moves("keys", turn, turn.keys)}
+        if self.aligned:
+            found["values"] = found["keys"]
+        else:
+            ranks = self.placement.ranked < self.last and not step.quiet
+            verdict = self._verdict(turn.keys, step.seen) if ranks else None
+            values = self._candidates("values", step, turn.slots, verdict, None)
+            found["values"] = self._moves("values", turn, values)
+        self.step, self.counts = step, turn.counts.after
+        return found
+
+    def _verdict(self, keys: Candidates, stop: int) -> Tensor:
         """The tier of each slot, where the tables of values differ from those of keys."""
-        found = torch.full((*self.lines, stop + 1), self.last, dtype=work.target.dtype, device=work.target.device)
-        return found.scatter_(2, torch.where(work.positions < 0, stop, work.positions).long(), work.target)
+        found = torch.full((*self.shape, stop + 1), self.last, dtype=keys.target.dtype, device=keys.target.device)
+        return found.scatter_(2, torch.where(keys.positions < 0, stop, keys.positions), keys.target)
 
-    def _move(self, side: str, work: Candidates, new: dict[str, Tensor], stores: Stores) -> None:
-        contiguous = {name: new[name].contiguous() for name in self.sides(side)}
-        arriving: list[tuple[int, TokenTable, Tensor]] = []
+    def _moves(self, side: str, turn: Turn, work: Candidates) -> list[Moves]:
+        """What the stores of `side` do; their tables do it at once."""
+        plans: list[Moves] = []
         for s, table in enumerate(self.tables[side]):
-            if table is None:
+            if table is None or (s not in work.live and turn.step.quiet and s > 0):
+                plans.append(NOTHING)
                 continue
             covers = self.placement.tiers_of_store(side, s)
+            entering = turn.counts.new - (turn.counts.after - turn.counts.before)[: covers.start].sum(0)
+            held = turn.counts.after[covers.start : covers.stop].sum(0)
+            most = int(np.minimum(entering, held).max())
             inside = (work.target >= covers.start) & (work.target < covers.stop)
             if s in work.live:
                 first, end = work.bounds[work.live.index(s)], work.bounds[work.live.index(s) + 1]
                 table.tiers.copy_(work.target[..., first:end])
                 table.positions.masked_fill_(~inside[..., first:end], EMPTY)
                 inside[..., first:end] = False
-            index = indices_of(inside)
-            if index is not None:
-                grouped = any(getattr(stores[name][s], "by_channel", False) for name in self.sides(side))
-                arriving.append((s, table, _by_position(index, work.positions) if grouped else index))
-        for s, table, index in arriving:
-            for name in self.sides(side):
-                store = stores[name][s]
-                assert store is not None
-                x = self._collect(name, work, index, contiguous[name], stores[name])
-                store.append(x, _empty(store, table, index))
-            self._enter(table, work, index)
-        for s, table in enumerate(self.tables[side]):
-            if table is not None and (s in work.live or table.gaps):
-                self._close(side, s, table, stores)
-
-    def _collect(self, name: str, work: Candidates, index: Tensor, new: Tensor, stores: list[Store | None]) -> Tensor:
-        """The tokens at `index`, decoded; zeros in empty places."""
-        out: Tensor | None = None
-        for number, (first, end) in enumerate(zip(work.bounds, work.bounds[1:], strict=False)):
-            within = (index >= first) & (index < end)
-            if end == first or not within.any():
-                continue
-            local = (index - first).clamp(0, end - first - 1)
-            if number < len(work.live):
-                store = stores[work.live[number]]
-                assert store is not None
-                x = store.gather(local, new.dtype)
+            arrivals = [self._arrive(side, s, turn, work, inside, most)] if most else []
+            length = int(held.max())
+            table.gaps = bool((held < length).any())
+            came = self._empty(side, s, table)
+            leaving = None
+            if table.length > length:
+                leaving = table.surplus(table.length - length)
+                plans.append(Moves(arrivals, leaving, (came, came)))
+                table.remove(leaving)
             else:
-                x = gather_tokens(new, local)
-            if out is None and bool(within.all()):
-                return x
-            out = torch.where(within.unsqueeze(3), x, torch.zeros_like(x) if out is None else out)
-        assert out is not None
-        return out
+                plans.append(Moves(arrivals, None, (came, None)))
+        return plans
 
-    def _enter(self, table: TokenTable, work: Candidates, index: Tensor) -> None:
-        place = index.clamp(min=0)
-        empty = index < 0
-        positions = work.positions.gather(2, place).masked_fill(empty, EMPTY)
-        tiers = work.target.gather(2, place).masked_fill(empty, self.placement.nowhere)
-        scores = None
-        if "scores" in table.parts:
-            assert work.scores is not None
-            scores = gather_tokens(work.scores, place).masked_fill(empty.unsqueeze(3), 0.0)
+    def _grouped(self, side: str, s: int) -> bool:
+        """Whether a store groups neighbouring tokens, so that their order counts and empty places widen no group."""
+        sides = ("keys", "values") if self.aligned else (side,)
+        return any(getattr(self.placement.store_spec(name, s), "per", "token") == "channel" for name in sides)
+
+    def _empty(self, side: str, s: int, table: TokenTable) -> Tensor | None:
+        return table.positions < 0 if self._grouped(side, s) and table.length else None
+
+    def _arrive(self, side: str, s: int, turn: Turn, work: Candidates, inside: Tensor, most: int) -> Arrival:
+        """Let the tokens where `inside` is True into a table, `most` at most."""
+        table = self.tables[side][s]
+        assert table is not None
+        n = work.bounds[-1] - work.bounds[-2]
+        if turn.step.quiet and most == n:  # all that are new, in order
+            arrival = Arrival((NEW,), np.arange(n, dtype=np.int64))
+            positions, tiers, scores = work.positions, work.target, work.scores
+        else:
+            index = indices_of(inside, most)
+            if len(work.live) and self._grouped(side, s):
+                index = _by_position(index, work.positions)
+            sources = tuple(x for x in work.live if x < s)
+            spans = list(pairwise(work.bounds))
+            arrival = Arrival((*sources, NEW), index, (*spans[: len(sources)], spans[-1]))
+            place, empty = index.clamp(min=0), index < 0
+            positions = work.positions.gather(2, place).masked_fill_(empty, EMPTY)
+            tiers = work.target.gather(2, place).masked_fill_(empty, self.placement.nowhere)
+            scores = None
+            if "scores" in table.parts:
+                assert work.scores is not None
+                scores = gather_tokens(work.scores, place).masked_fill_(empty.unsqueeze(3), 0.0)
         table.append(positions, tiers, scores)
-        table.gaps = table.gaps or bool(empty.any())
+        return arrival
 
-    def _close(self, side: str, s: int, table: TokenTable, stores: Stores) -> None:
-        """Remove empty places that no row needs."""
-        index = table.surplus() if table.length else None
-        if index is None:
-            return
-        for name in self.sides(side):
-            store = stores[name][s]
-            assert store is not None
-            store.remove(index, _empty(store, table))
-        table.remove(index)
-
-    def columns(self, seen: int) -> ColumnMap:
-        """Where attention finds the tokens of each store, after `seen` slots."""
+    def columns(self, device: torch.device) -> ColumnMap:
+        seen = self.step.seen
         if self.aligned:
             tables = self.tables["keys"]
             ends = np.cumsum([0 if t is None else t.length for t in tables]).tolist()
@@ -254,44 +273,77 @@ class PerHeadPlacement:
     def _present(self, seen: int) -> Tensor:
         """The position of each column where columns are positions; `EMPTY` where no token is."""
         positions = self._positions().long()
-        found = torch.full((*self.lines, seen + 1), EMPTY, dtype=torch.int64, device=positions.device)
+        found = torch.full((*self.shape, seen + 1), EMPTY, dtype=torch.int64, device=positions.device)
         found.scatter_(2, torch.where(positions < 0, seen, positions), positions)
         found[..., seen] = EMPTY
         return found
 
-    def aim(self, observer: Observer, seen: int) -> None:
+    def aim(self, observer: Observer) -> None:
         """Tell an observer which columns of attention are those of the stores whose tokens may yet descend."""
-        live = self.live()
+        live, seen = self.live(), self.step.seen
         if not seen:  # a first update attends its own tokens alone
             return
-        observer.live, observer.held = sum(t.length for t in live), self.columns(seen).width
+        observer.live, observer.held = sum(t.length for t in live), self.columns(self._device).width
         if not self.aligned:
             places = torch.cat([t.positions for t in live], dim=2).long()
             new = torch.arange(observer.held, observer.held + observer.tokens, device=places.device)
             places = torch.where(places < 0, seen, places)
-            observer.index = torch.cat([places, new.expand(*self.lines, -1)], dim=2)
+            observer.index = torch.cat([places, new.expand(*self.shape, -1)], dim=2)
 
-    def crop(self, length: int, stores: Stores) -> None:
-        """Forget the slots from `length` on."""
+    def crop(self, length: int) -> AllMoves:
+        self.step = self.step.crop(length)
+        for table in self._all():
+            if table.length:
+                table.positions.masked_fill_(table.positions >= length, EMPTY)
+        self.recount()
+        found: AllMoves = {}
         for side, tables in self.tables.items():
-            for s, table in enumerate(tables):
-                if table is not None and table.length:
-                    table.positions.masked_fill_(table.positions >= length, EMPTY)
-                    self._close(side, s, table, stores)
+            plans = found[side] = []
+            for s, own in enumerate(tables):
+                held = self._counted(side, s)
+                if own is None or own.length == held:
+                    plans.append(NOTHING)
+                    continue
+                came = self._empty(side, s, own)
+                leaving = own.surplus(own.length - held)
+                own.remove(leaving)
+                plans.append(Moves([], leaving, (came, came)))
+        if self.aligned:
+            found["values"] = found["keys"]
+        return found
 
-    @property
-    def width(self) -> int:
-        """Tokens of `places`."""
-        tables = [t for t in self.tables["keys"] if t is not None]
-        if not any(t.gaps for t in tables):
-            return sum(t.length for t in tables)
-        return in_order(tables)[0].shape[2]
+    def recount(self) -> None:
+        """Ask the tables how many tokens they hold: after what only the device knows."""
+        counts = np.zeros((len(self.placement.policies), *self.shape), dtype=np.int64)
+        for table in (t for t in self.tables["keys"] if t is not None):
+            if table.length:
+                real = table.positions >= 0
+                for tier in range(len(counts)):
+                    counts[tier] += (real & (table.tiers == tier)).sum(2).cpu().numpy()
+        same = [(counts == counts.take([0], axis)).all() for axis in (1, 2)]
+        self.counts = counts[:, : 1 if same[0] else None, : 1 if same[1] else None]
+        for side in self.tables:
+            for s, own in enumerate(self.tables[side]):
+                if own is not None:
+                    own.gaps = bool((self._held(side, s) < self._counted(side, s)).any())
 
-    def select(self, rows: Tensor) -> None:
-        """Keep the batch rows `rows`; the stores' are not touched."""
-        self.lines = (len(rows), self.lines[1])
+    def _held(self, side: str, s: int) -> Ints:
+        covers = self.placement.tiers_of_store(side, s)
+        held: Ints = self.counts[covers.start : covers.stop].sum(0)
+        return held
+
+    def _counted(self, side: str, s: int) -> int:
+        return int(self._held(side, s).max())
+
+    def select_rows(self, rows: Tensor) -> None:
+        self.shape = (len(rows), self.shape[1])
         for table in self._all():
             table.select(rows)
+        if self.step.padding is not None or self.counts.shape[1] > 1:
+            chosen = rows.cpu().numpy()
+            self.step = self.step.select(chosen)
+            if self.counts.shape[1] > 1:
+                self.counts = self.counts[:, chosen]
 
     def to(self, device: torch.device) -> None:
         for table in self._all():
@@ -300,33 +352,41 @@ class PerHeadPlacement:
     def _all(self) -> list[TokenTable]:
         return [table for tables in self.tables.values() for table in tables if table is not None]
 
-    def places(self) -> tuple[Tensor, Tensor]:
-        """Position and tier of all tokens, each row and head in order of position, empty places first."""
-        tables = [t for t in self.tables["keys"] if t is not None]
-        order, positions = in_order(tables)
-        return positions, torch.cat([t.tiers for t in tables], dim=2).gather(2, order)
+    def _in_order(self, side: str) -> tuple[Tensor, Tensor]:
+        return in_order([t for t in self.tables[side] if t is not None], self.width)
 
-    def dense(self, side: str, stores: list[Store | None], like: Tensor) -> Tensor:
-        """All tokens of a side, decoded, in the order of `places`; zeros in empty places."""
-        tables = self.tables[side if side in self.tables else "keys"]
-        held = [(t, store) for t, store in zip(tables, stores, strict=True) if t is not None and store is not None]
-        parts = [x for t, store in held if t.length for _, x in store.decoded(LARGE, like.dtype)]
-        if not parts:
-            return like[:, :, :0]
-        order, positions = in_order([t for t, _ in held])
-        return gather_tokens(torch.cat(parts, dim=2), order).masked_fill((positions < 0).unsqueeze(3), 0.0)
+    def positions(self) -> Tensor:
+        return self._in_order("keys")[1].long()
+
+    def tiers(self) -> Tensor:
+        order, _ = self._in_order("keys")
+        return torch.cat([t.tiers for t in self.tables["keys"] if t is not None], dim=2).gather(2, order)
+
+    def layout(self, side: str) -> list[int | Tensor]:
+        side = side if side in self.tables else "keys"
+        order, positions = self._in_order(side)
+        lengths = [0 if t is None else t.length for t in self.tables[side]]
+        where = torch.full((*self.shape, sum(lengths)), EMPTY, dtype=torch.int64, device=order.device)
+        at = torch.arange(order.shape[2], device=order.device).expand_as(order)
+        where.scatter_(2, order, torch.where(positions < 0, EMPTY, at))
+        return list(where.split(lengths, dim=2))
+
+    def by_position(self, codes: list[int], absent: int) -> NDArray[np.int8]:
+        seen, positions = self.step.seen, self._positions()
+        tiers = torch.cat([t.tiers for t in self.tables["keys"] if t is not None], dim=2)
+        known = torch.tensor([*codes, absent], dtype=torch.int8, device=positions.device)
+        found = torch.full((*self.shape, seen + 1), absent, dtype=torch.int8, device=positions.device)
+        at = torch.where(positions < 0, seen, positions).long()
+        found.scatter_(2, at, known[tiers.long().clamp(max=len(codes))])
+        codes_found: NDArray[np.int8] = found[..., :seen].cpu().numpy()
+        return codes_found
+
+    def bytes(self, side: str, store: int) -> dict[str, int]:
+        table = self.tables[side][store] if side in self.tables else None
+        return {} if table is None else {**table.bytes(), "reserved": table.reserved()}
 
 
 def _by_position(index: Tensor, positions: Tensor) -> Tensor:
     """`index` in the order of the text, as neighbours share a group of channels; empty places last."""
     places = positions.gather(2, index.clamp(min=0)).masked_fill(index < 0, torch.iinfo(positions.dtype).max)
     return index.gather(2, places.argsort(dim=2, stable=True))
-
-
-def _empty(store: Store, table: TokenTable, index: Tensor | None = None) -> Tensor | None:
-    """Of a store per channel the empty ones among the tokens that wait for their group, and those coming in."""
-    if not isinstance(store, AffineStore) or not store.by_channel:
-        return None
-    parts = [table.positions[..., store.parts["codes"].length :] < 0]
-    found = torch.cat(parts if index is None else [*parts, index < 0], dim=2)
-    return found if found.any() else None

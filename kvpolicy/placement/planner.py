@@ -14,14 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvpolicy.interfaces.policy import NEVER, Policy, RankPolicy
-from kvpolicy.placement.moves import NEW, Arrival, Moves, Plan
+from kvpolicy.placement.moves import NEW, NOTHING, AllMoves, Arrival, Moves
 from kvpolicy.placement.position_list import PositionList
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-
-__all__ = ["NEW", "Arrival", "Moves", "Placement", "Plan", "PositionList", "State", "TierLike"]
 
 Ints = NDArray[np.int64]
 Sides = Literal["keys", "values"]
@@ -58,7 +56,7 @@ class _Flow(NamedTuple):
     events: Ints
 
 
-NOTHING: Ints = np.empty(0, dtype=np.int64)
+NONE: Ints = np.empty(0, dtype=np.int64)
 
 
 class Placement:
@@ -110,7 +108,7 @@ class Placement:
         stores = {side: tuple(PositionList() for _ in first) for side, first in self.first_tier.items()}
         if self.alike:
             stores["values"] = stores["keys"]
-        return State(0, tuple(NOTHING for _ in self.policies[:-1]), stores)
+        return State(0, tuple(NONE for _ in self.policies[:-1]), stores)
 
     def store_spec(self, side: str, store: int) -> Any:
         return self.specs[side][self.first_tier[side][store]]
@@ -119,18 +117,18 @@ class Placement:
         first = [*self.first_tier[side], len(self.policies)]
         return range(first[store], first[store + 1])
 
-    def advance(self, state: State, n: int, of: int | None = None) -> tuple[State, Plan]:
+    def advance(self, state: State, n: int, of: int | None = None) -> tuple[State, AllMoves]:
         """Commit `n` more tokens, the first ones of an update of `of` tokens (default `n`)."""
         start, stop = state.seen, state.seen + n
         through = self._through(state, n if of is None else of) if self.mode == "update" else 0
         tiers, flows = self._flows(state, n, through)
         stores: dict[str, tuple[PositionList, ...]] = {}
-        plan = Plan()
+        plan: AllMoves = {}
         for side, first in self.first_tier.items():
             if side == "values" and self.alike:
-                stores[side], plan.sides[side] = stores["keys"], plan.sides["keys"]
+                stores[side], plan[side] = stores["keys"], plan["keys"]
                 break
-            stores[side], plan.sides[side] = self._plan_side(side, [flows[i] for i in first], state, start)
+            stores[side], plan[side] = self._plan_side(side, [flows[i] for i in first], state, start)
         return State(stop, tiers, stores, through), plan
 
     def advance_row(self, state: State, n: int, of: int) -> State:
@@ -188,7 +186,7 @@ class Placement:
             left = policy._left(positions, arrivals, start, stop)
         leaves = left != NEVER
         if not leaves.any():
-            return positions, _Flow(NOTHING, NOTHING)
+            return positions, _Flow(NONE, NONE)
         gone, events = positions[leaves], left[leaves]
         order = np.lexsort((gone, events))
         return positions[~leaves], _Flow(gone[order], events[order])
@@ -200,21 +198,21 @@ class Placement:
         stores: list[PositionList] = []
         plans: list[Moves] = []
         for s, (positions, flow) in enumerate(zip(held, flows, strict=True)):
-            below = flows[s + 1].positions if s + 1 < len(flows) else NOTHING
+            below = flows[s + 1].positions if s + 1 < len(flows) else NONE
             spec = self.store_spec(side, s)
             if spec == "evict":
                 stores.append(positions)
-                plans.append(Moves(NOTHING, [], NOTHING))
+                plans.append(NOTHING)
                 continue
             old = below[below < start]
-            leaving = np.flatnonzero(np.isin(positions.array, old)) if len(old) else NOTHING
+            leaving = np.flatnonzero(np.isin(positions.array, old)) if len(old) else NONE
             kept = positions
             if len(leaving):
                 mask = np.ones(positions.length, dtype=np.bool_)
                 mask[leaving] = False
                 kept = positions.keep(mask)
             entering = flow.positions
-            passing = NOTHING
+            passing = NONE
             if len(below) and len(entering):
                 passes = np.isin(entering, below)
                 grouped = getattr(spec, "per", "token") == "channel"
@@ -229,22 +227,24 @@ class Placement:
             runs = np.zeros(len(entering), dtype=np.int64)
             if getattr(spec, "group_size", None) == "arrival":
                 runs = flow.events[np.isin(flow.positions, entering)]
-            plans.append(Moves(leaving, list(_arrivals(entering, runs, held[:s], start)), passing))
+            if len(passing):
+                leaving = np.concatenate([leaving, positions.length + passing])
+            arrivals = list(_arrivals(entering, runs, held[:s], start))
+            plans.append(Moves(arrivals, leaving if len(leaving) else None))
         return tuple(stores), plans
 
-    def crop(self, state: State, length: int) -> tuple[State, dict[str, list[Ints]]]:
-        """Forget the positions from `length` on; returns the state and the indices that each store drops."""
-        drops: dict[str, list[Ints]] = {}
+    def crop(self, state: State, length: int) -> tuple[State, AllMoves]:
+        """Forget the positions from `length` on; returns the state and what each store drops."""
+        plan: AllMoves = {}
         stores: dict[str, tuple[PositionList, ...]] = {}
         for side, held in state.stores.items():
-            drops[side] = [np.flatnonzero(s.array >= length) for s in held]
-            stores[side] = tuple(
-                s.keep(s.array < length) if len(d) else s for s, d in zip(held, drops[side], strict=True)
-            )
+            drops = [np.flatnonzero(s.array >= length) for s in held]
+            plan[side] = [Moves([], index if len(index) else None) for index in drops]
+            stores[side] = tuple(s.keep(s.array < length) if len(d) else s for s, d in zip(held, drops, strict=True))
         if self.alike:
             stores["values"] = stores["keys"]
         tiers = tuple(t[t < length] for t in state.tiers)
-        return State(min(state.seen, length), tiers, stores, min(state.through, length)), drops
+        return State(min(state.seen, length), tiers, stores, min(state.through, length)), plan
 
     def layout(self, state: State, side: str) -> tuple[list[int | Tensor], int]:
         """Where in token order each store's tokens go: an offset where they stay neighbours, else an index each.
@@ -254,22 +254,21 @@ class Placement:
         """
         import torch
 
-        held: list[NDArray[Any]] = [store.array for store in state.stores[side]]
-        total = sum(map(len, held))
-        if total != state.seen:
-            ordered = np.sort(np.concatenate(held))
-            held = [np.searchsorted(ordered, array) for array in held]
+        orders = state.stores[side]
+        total = sum(order.length for order in orders)
+        ordered = np.sort(np.concatenate([order.array for order in orders])) if total != state.seen else None
         where: list[int | Tensor] = []
-        for array in held:
-            if not len(array) or (np.diff(array) == 1).all():
-                where.append(int(array[0]) if len(array) else 0)
+        for order in orders:
+            array: NDArray[Any] = order.array if ordered is None else np.searchsorted(ordered, order.array)
+            if order.contiguous and (not order.length or array[-1] - array[0] == order.length - 1):
+                where.append(int(array[0]) if order.length else 0)
             else:
                 where.append(torch.from_numpy(array.astype(np.int64)))
         return where, total
 
     def columns(
-        self, state: State, layout: Callable[[str], tuple[list[int | Tensor], int]]
-    ) -> tuple[list[int | Tensor], list[int | Tensor], Tensor]:
+        self, state: State, layout: Callable[[str], list[int | Tensor]]
+    ) -> tuple[list[int | Tensor], list[int | Tensor]]:
         """An order of all tokens held in which each store's tokens stand together as far as possible.
 
         Args:
@@ -277,18 +276,20 @@ class Placement:
             layout: gives the layout of a side of that state.
 
         Returns:
-            For every store of keys, then of values, where its tokens stand in that order: an offset, or an index
-            each; and the position of each token in the order.
+            For every store of keys, then of values, where its tokens stand in that order: an offset, or an index each.
         """
+        if not self.alike:
+            return layout("keys"), layout("values")
+        ends = np.cumsum([order.length for order in state.stores["keys"]]).tolist()
+        offsets: list[int | Tensor] = [0, *ends[:-1]]
+        return offsets, offsets
+
+    def in_columns(self, state: State) -> Tensor:
+        """The position of each token in the order of `columns`."""
         import torch
 
-        held = [store.array for store in state.stores["keys"]]
-        positions = np.concatenate(held).astype(np.int64)
-        if self.alike:
-            ends = np.cumsum([len(array) for array in held]).tolist()
-            offsets: list[int | Tensor] = [end - len(array) for end, array in zip(ends, held, strict=True)]
-            return offsets, offsets, torch.from_numpy(positions)
-        return layout("keys")[0], layout("values")[0], torch.from_numpy(np.sort(positions))
+        positions = np.concatenate([order.array for order in state.stores["keys"]]).astype(np.int64)
+        return torch.from_numpy(positions if self.alike else np.sort(positions))
 
     def tier_of(self, state: State, positions: Ints) -> NDArray[np.int16]:
         """The tier that holds each of `positions`; those that no tier but the last holds are in the last."""
@@ -315,4 +316,4 @@ def _arrivals(entering: Ints, runs: Ints, above: Sequence[PositionList], start: 
                 source[here], index[here] = s, order[at][here]
     cuts = np.flatnonzero((np.diff(source) != 0) | (np.diff(runs) != 0)) + 1
     for part, indices, run in zip(*(np.split(x, cuts) for x in (source, index, runs)), strict=True):
-        yield Arrival(int(part[0]), indices, int(run[0]))
+        yield Arrival((int(part[0]),), indices, run=int(run[0]))

@@ -7,18 +7,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["PositionList"]
-
 Ints = NDArray[np.int64]
 
 
 class PositionList:
     """An immutable array of positions whose appended successor shares its buffer: O(1) per token."""
 
-    def __init__(self, buffer: Any = None, length: int = 0, fill: list[int] | None = None) -> None:
+    def __init__(
+        self, buffer: Any = None, length: int = 0, fill: list[int] | None = None, contiguous: bool | None = None
+    ) -> None:
         self.buffer = np.empty(64, dtype=np.int32) if buffer is None else buffer
         self.length = length
         self.fill = [length] if fill is None else fill
+        self.contiguous = _contiguous(self.array) if contiguous is None else contiguous
+        """Whether each position is the one after the one before."""
 
     @property
     def array(self) -> NDArray[np.int32]:
@@ -32,14 +34,19 @@ class PositionList:
         if self.fill[0] != self.length or stop > len(self.buffer):
             buffer = np.empty(max(64, stop + stop // 8), dtype=np.int32)
             buffer[: self.length] = self.array
-            grown = PositionList(buffer, self.length)
+            grown = PositionList(buffer, self.length, None, self.contiguous)
         else:
             grown = self
         grown.buffer[self.length : stop] = items
         grown.fill[0] = stop
-        return PositionList(grown.buffer, stop, grown.fill)
+        follows = not self.length or items[0] == self.buffer[self.length - 1] + 1
+        return PositionList(grown.buffer, stop, grown.fill, bool(self.contiguous and follows and _contiguous(items)))
 
     def keep(self, mask: NDArray[np.bool_]) -> PositionList:
         """The positions where `mask` is True, in a buffer of their own."""
         kept = self.array[mask]
         return PositionList(kept, len(kept))
+
+
+def _contiguous(positions: NDArray[Any]) -> bool:
+    return bool((np.diff(positions) == 1).all())

@@ -1,8 +1,8 @@
-"""Selection by attention: what tokens are ranked by, and layers that select alone or together."""
+"""Selection: what tokens are ranked by, which rank highest, and layers that select together."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,11 +12,7 @@ from kvpolicy.errors import PluginError
 from kvpolicy.interfaces.checks import versions
 from kvpolicy.interfaces.component import TRY, call
 from kvpolicy.interfaces.policy import RankPolicy
-
-__all__ = ["Selection", "alone", "due", "highest", "ranked", "together"]
-
-Selection = Generator[Tensor, Tensor, None]
-"""Yields what a policy with `select: shared` ranks this layer's tokens by, and takes the mean over all layers."""
+from kvpolicy.placement.moves import Planner
 
 LOWEST = -(2.0**100)
 """The rank of a nan, and of minus infinity."""
@@ -56,26 +52,27 @@ def highest(rank: Tensor, budgets: Sequence[int]) -> Tensor:
     """True at the `budgets[row]` highest of each head of a row."""
     most = max(0, min(max(budgets), rank.shape[2]))
     best = rank.topk(most, dim=2).indices
-    allowed = torch.tensor(budgets, device=rank.device).view(-1, 1, 1)
+    chosen = torch.zeros_like(rank, dtype=torch.bool)
+    if len(set(budgets)) == 1:
+        return chosen.scatter_(2, best, True)
+    allowed = torch.tensor(budgets).to(rank.device, non_blocking=True).view(-1, 1, 1)
     within = (torch.arange(most, device=rank.device) < allowed).expand_as(best)
-    return torch.zeros_like(rank, dtype=torch.bool).scatter_(2, best, within)
+    return chosen.scatter_(2, best, within)
 
 
-def alone(selection: Selection) -> None:
-    """Let one layer select by itself."""
-    together([selection])
+def select(planners: Sequence[Planner], turns: Sequence[Any]) -> None:
+    """Let each tier that ranks its tokens select among them, after the tier above it.
 
-
-def together(selections: list[Selection]) -> None:
-    """Let layers select together, by the mean of what each ranks its tokens by."""
-    ranks = [_asked(selection, None) for selection in selections]
-    while ranks and None not in ranks:
-        mean = torch.stack([rank.to(ranks[0].device) for rank in ranks]).mean(0)
-        ranks = [_asked(s, mean.to(rank.device)) for s, rank in zip(selections, ranks, strict=True)]
-
-
-def _asked(selection: Selection, answer: Any) -> Any:
-    try:
-        return selection.send(answer)
-    except StopIteration:
-        return None
+    Args:
+        planners: of one layer, or of all that select the same tokens, which go by the mean of their ranks.
+        turns: what each planner's `begin` gave.
+    """
+    for tier in range(len(planners[0].placement.policies)):
+        ranks = [planner.rank(turn, tier) for planner, turn in zip(planners, turns, strict=True)]
+        found = [rank for rank in ranks if rank is not None]
+        if not found:
+            continue
+        mean = torch.stack([rank.to(found[0].device) for rank in found]).mean(0) if len(found) > 1 else found[0]
+        for planner, turn, rank in zip(planners, turns, ranks, strict=True):
+            if rank is not None:
+                planner.select(turn, tier, mean.to(rank.device))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from kvpolicy.placement.planner import NOTHING, Ints, Placement, TierLike
+from kvpolicy.placement.planner import NONE, Ints, Placement, TierLike
 
 __all__ = ["history", "simulate"]
 
@@ -17,8 +17,8 @@ def simulate(tiers: Sequence[TierLike], tokens: int, placement: str = "token") -
     planner = Placement(tiers, placement)
     state, _ = planner.advance(planner.start(), tokens)
     evicts = planner.specs["keys"][-1] == "evict"
-    held = np.concatenate([NOTHING, *state.tiers])
-    last = NOTHING if evicts else np.setdiff1d(np.arange(tokens, dtype=np.int64), held)
+    held = np.concatenate([NONE, *state.tiers])
+    last = NONE if evicts else np.setdiff1d(np.arange(tokens, dtype=np.int64), held)
     return [*state.tiers, last]
 
 

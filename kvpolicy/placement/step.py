@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import ReferenceType, ref
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvpolicy.interfaces.policy import RankPolicy
-from kvpolicy.placement.moves import Plan
+from kvpolicy.interfaces.policy import NEVER, RankPolicy
+from kvpolicy.placement.moves import EMPTY, AllMoves, ColumnMap
 from kvpolicy.placement.padding import Padding
 from kvpolicy.placement.planner import Placement, State
 from kvpolicy.placement.selection import due
@@ -19,8 +19,6 @@ from kvpolicy.placement.selection import due
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-
-__all__ = ["Step"]
 
 Ints = NDArray[np.int64]
 LINKS = 4
@@ -50,12 +48,10 @@ class Step:
     prompt: int = 0
     """Slots seen before the first update of a single token; counted once stores are spread."""
     prompting: bool = True
-    plan: Plan | None = None
+    plan: AllMoves | None = None
     """How stores came from the step before to this one, unless spread."""
-    drops: dict[str, list[Ints]] | None = None
-    """After a crop: what each store dropped, unless spread."""
-    turns: list[tuple[int, int]] = field(default_factory=list)
-    """Tokens seen by each of `rows`, before and after."""
+    before: tuple[State, ...] = ()
+    """`rows` before the update, if spread."""
     quiet: bool = False
     """Whether nothing that was held before may have moved, if spread."""
     _next: tuple[tuple[Any, ...], Step] | None = field(default=None, repr=False)
@@ -84,7 +80,7 @@ class Step:
             x = todo.pop()
             if isinstance(x, (list, tuple)):
                 todo += x
-            elif hasattr(x, "nbytes"):
+            elif hasattr(x, "data_ptr"):
                 found[id(x)] = x.nbytes
         return sum(found.values())
 
@@ -116,28 +112,26 @@ class Step:
         rows, by_row = self.rows, self.by_row
         if padding is not None and padding.before(stop) and not by_row:
             rows, by_row = rows * padding.batch, True
-        before = rows
         if by_row:
             assert padding is not None
             counts, whole = padding.count(start, stop), padding.count(start, start + of)
         else:
             counts, whole = [n], [of]
-        rows = tuple(
+        after = tuple(
             self.placement.advance_row(row, some, all_of) if some else row
             for row, some, all_of in zip(rows, counts, whole, strict=True)
         )
         prompting = self.prompting and (of > 1 or start == 0)
-        turns = [(a.seen, b.seen) for a, b in zip(before, rows, strict=True)]
         return replace(
             self._bare(),
-            rows=rows,
+            rows=after,
+            before=rows,
             seen=stop,
             padding=padding,
             by_row=by_row,
             prompting=prompting,
             prompt=stop if prompting else self.prompt,
-            turns=turns,
-            quiet=not self._flows(before, rows) and not self._ranks(turns),
+            quiet=not self._flows(rows, after) and not self._ranks(rows, after),
         )
 
     def _flows(self, before: tuple[State, ...], after: tuple[State, ...]) -> bool:
@@ -150,9 +144,9 @@ class Step:
             for a, b in zip(before, after, strict=True)
         )
 
-    def _ranks(self, turns: list[tuple[int, int]]) -> bool:
+    def _ranks(self, before: tuple[State, ...], after: tuple[State, ...]) -> bool:
         policies = [policy for policy in self.placement.policies if isinstance(policy, RankPolicy)]
-        return any(due(policy, *turn) for policy in policies for turn in turns)
+        return any(due(p, a.seen, b.seen) for p in policies for a, b in zip(before, after, strict=True))
 
     def scattered(self) -> Step:
         """The same placement, stores from now on by row and head."""
@@ -169,8 +163,8 @@ class Step:
         seen, padding = min(self.seen, length), self.padding
         padding = padding.crop(seen) if padding is not None else None
         if not self.spread:
-            state, drops = self.placement.crop(self.state, length)
-            return replace(self._bare(), rows=(state,), seen=seen, padding=padding, drops=drops)
+            state, plan = self.placement.crop(self.state, length)
+            return replace(self._bare(), rows=(state,), seen=seen, padding=padding, plan=plan)
         real = self.padding.count(0, length) if self.by_row and self.padding is not None else [length]
         rows = tuple(self.placement.crop_row(row, n) for row, n in zip(self.rows, real, strict=True))
         prompting = self.prompting or length <= self.prompt
@@ -194,7 +188,7 @@ class Step:
 
     def _bare(self) -> Step:
         """This step without what belongs to how it came about, for `replace`."""
-        return replace(self, plan=None, drops=None, turns=[], quiet=False, _next=None, _before=None, _derived={})
+        return replace(self, plan=None, before=(), quiet=False, _next=None, _before=None, _derived={})
 
     def _once(self, key: Any, make: Callable[[], Any]) -> Any:
         if key not in self._derived:
@@ -206,9 +200,21 @@ class Step:
         side = "keys" if self.placement.alike else side
         return self._once(("layout", side), lambda: self.placement.layout(self.state, side))  # type: ignore[no-any-return]
 
-    def columns(self) -> tuple[list[int | Tensor], list[int | Tensor], Tensor]:
-        """`Placement.columns`, kept."""
-        return self._once("columns", lambda: self.placement.columns(self.state, self.layout))  # type: ignore[no-any-return]
+    def columns(self, device: torch.device) -> ColumnMap:
+        """Where attention finds the tokens of each store, on a device."""
+        return self._once(("columns", device), lambda: self._columns(device))  # type: ignore[no-any-return]
+
+    def _columns(self, device: torch.device) -> ColumnMap:
+        def placed(where: list[int | Tensor]) -> list[int | Tensor]:
+            return [at if isinstance(at, int) else at.to(device, non_blocking=True) for at in where]
+
+        keys, values = self.placement.columns(self.state, lambda side: self.layout(side)[0])
+        width = sum(order.length for order in self.state.stores["keys"])
+        return ColumnMap(placed(keys), placed(values), width, False, lambda: self._in_columns(device))
+
+    def _in_columns(self, device: torch.device) -> Tensor:
+        find = self.placement.in_columns
+        return self._once(("in columns", device), lambda: find(self.state).to(device, non_blocking=True))  # type: ignore[no-any-return]
 
     def prompts(self) -> list[int]:
         """Tokens of the prompt, by row."""
@@ -216,33 +222,106 @@ class Step:
             return self.padding.count(0, self.prompt)
         return [self.prompt] * len(self.rows)
 
-    def tiers_by_slot(self, device: torch.device) -> Tensor:
-        """The tier of each slot as far as it depends on position, `[batch or 1, slots]`."""
-        return self._once(("tiers", device), lambda: self._tiers_by_slot().to(device))  # type: ignore[no-any-return]
+    def new_slots(self, n: int, device: torch.device) -> Tensor:
+        """The slots of the `n` newest tokens, `EMPTY` where they are padding: `[rows or 1, 1, n]`."""
+        return self._once(("slots", n, device), lambda: self._new_slots(n).to(device, non_blocking=True))  # type: ignore[no-any-return]
 
-    def _tiers_by_slot(self) -> Tensor:
+    def _new_slots(self, n: int) -> Tensor:
         import torch
 
-        found = np.full((len(self.rows), self.seen), self.placement.ranked, dtype=np.int16)
-        for r, row in enumerate(self.rows):
-            slots = self.padding.slots(r, self.seen) if self.by_row and self.padding is not None else None
-            for i, held in enumerate(row.tiers[: self.placement.ranked]):
-                found[r, held if slots is None else slots[held]] = i
-        return torch.from_numpy(found).to(self.placement.tier_dtype)
+        slots = np.arange(self.seen - n, self.seen, dtype=np.int64)[None]
+        if self.padding is not None and self.padding.before(self.seen):
+            slots = np.where(self.padding.real[:, self.seen - n : self.seen], slots, EMPTY)
+        return torch.from_numpy(slots).unsqueeze(1)
+
+    def moved(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Slots that came to another tier by position in this step, ascending, and the tier: `[rows, 1, moved]`.
+
+        New tokens are among them. Rows where fewer moved are filled up with slots that there are none of.
+        """
+        return self._once(("moved", device), lambda: tuple(x.to(device, non_blocking=True) for x in self._moved()))  # type: ignore[no-any-return]
+
+    def _moved(self) -> tuple[Tensor, Tensor]:
+        import torch
+
+        found = [self._moved_in(*pair) for pair in zip(self.before, self.rows, strict=True)]
+        most = max(len(positions) for positions, _ in found)
+        slots = np.full((len(found), 1, most), np.iinfo(np.int64).max, dtype=np.int64)
+        tiers = np.zeros((len(found), 1, most), dtype=np.int16)
+        for r, (positions, into) in enumerate(found):
+            at = (
+                self.padding.slots_of(r, positions, self.seen)
+                if self.by_row and self.padding is not None
+                else positions
+            )
+            slots[r, 0, : len(at)], tiers[r, 0, : len(at)] = at, into
+        return torch.from_numpy(slots), torch.from_numpy(tiers).to(self.placement.tier_dtype)
+
+    def _moved_in(self, before: State, after: State) -> tuple[Ints, Ints]:
+        ranked = self.placement.ranked
+        gone = [
+            np.setdiff1d(a, b, assume_unique=True) for a, b in zip(before.tiers[:ranked], after.tiers, strict=False)
+        ]
+        positions = np.sort(np.concatenate([*gone, np.arange(before.seen, after.seen, dtype=np.int64)]))
+        into = np.full(len(positions), ranked, dtype=np.int64)
+        for tier, held in enumerate(after.tiers[:ranked]):
+            into[np.isin(positions, held, assume_unique=True)] = tier
+        return positions, into
+
+    def counts(self, before: Ints) -> Counts:
+        """How many tokens each tier holds after this step, given those it held `before`."""
+        return self._once(("counts", before.shape, before.tobytes()), lambda: self._counts(before))  # type: ignore[no-any-return]
+
+    def _counts(self, before: Ints) -> Counts:
+        placement, ranked = self.placement, self.placement.ranked
+        rows = len(self.rows)
+        before = np.broadcast_to(before, (before.shape[0], max(rows, before.shape[1]), before.shape[2]))
+        after = before.copy()
+        for tier in range(ranked):
+            after[tier] = np.array([len(row.tiers[tier]) for row in self.rows], dtype=np.int64)[:, None]
+        new = np.array([b.seen - a.seen for a, b in zip(self.before, self.rows, strict=True)], dtype=np.int64)[:, None]
+        entering = new - (after[:ranked] - before[:ranked]).sum(0)
+        selections = {}
+        for tier in range(ranked, len(after) - 1):
+            policy = placement.policies[tier]
+            assert isinstance(policy, RankPolicy)
+            held = before[tier] + entering
+            now = np.array([due(policy, a.seen, b.seen) for a, b in zip(self.before, self.rows, strict=True)])
+            budgets = [policy._budget(row.seen, prompt) for row, prompt in zip(self.rows, self.prompts(), strict=True)]
+            allowed = np.where(now, np.array(budgets, dtype=np.int64), NEVER)[:, None]
+            if (held > allowed).any():
+                selections[tier] = now, budgets
+            after[tier] = np.minimum(held, allowed)
+            entering = held - after[tier]
+        after[-1] = 0 if placement.specs["keys"][-1] == "evict" else before[-1] + entering
+        return Counts(before, after, new, selections)
 
     def ages(self, positions: Tensor) -> Tensor:
         """How many real tokens were seen from each of `positions` on, itself included."""
+        ages = self.seen - positions
         if not self.by_row or self.padding is None:
-            return self.seen - positions
-        known = self._once(("ages", positions.device), lambda: self._ages(positions.device))
-        found: Tensor = known[:, None].expand(-1, positions.shape[1], -1).gather(2, positions.clamp(min=0))
-        return found
+            return ages
+        later = self._once(("later", positions.device), lambda: self._later().to(positions.device, non_blocking=True))
+        at = positions.clamp(min=0, max=later.shape[1] - 1)
+        return ages - later[:, None].expand(-1, positions.shape[1], -1).gather(2, at)  # type: ignore[no-any-return]
 
-    def _ages(self, device: torch.device) -> Tensor:
+    def _later(self) -> Tensor:
         import torch
 
         assert self.padding is not None
-        return torch.from_numpy(self.padding.ages(self.seen)).to(device)
+        return torch.from_numpy(self.padding.from_each(self.seen))
+
+
+class Counts(NamedTuple):
+    """How many tokens each tier holds, by row and head: `[tiers, rows or 1, heads or 1]`."""
+
+    before: Ints
+    after: Ints
+    """Of a tier that selects by attention, what its policy will have let stay."""
+    new: Ints
+    """Real tokens that an update brings, `[rows, 1]`."""
+    selections: dict[int, tuple[NDArray[np.bool_], list[int]]]
+    """Of each tier that selects now: which rows do, and how many tokens may stay in each."""
 
 
 def _alike(a: Padding | None, b: Padding | None, stop: int) -> bool:

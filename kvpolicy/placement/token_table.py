@@ -2,31 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from kvpolicy.placement.moves import EMPTY
 from kvpolicy.storage.pages import Pages
-
-__all__ = ["EMPTY", "Candidates", "ColumnMap", "TokenTable", "in_order", "indices_of"]
-
-EMPTY = -1
-"""The position of a place that holds no token: rows shorter than others have such."""
-
-
-class ColumnMap(NamedTuple):
-    """The order in which attention has the tokens of a layer side by side."""
-
-    keys: list[int | Tensor]
-    """For each store of keys where its tokens stand: an offset, or an index for each."""
-    values: list[int | Tensor]
-    width: int
-    gaps: bool
-    """Whether some columns hold no token."""
-    positions: Callable[[], Tensor]
-    """The position of each column, `EMPTY` where no token is: `[columns]` or `[batch, kv_heads or 1, columns]`."""
 
 
 class Candidates(NamedTuple):
@@ -48,8 +30,8 @@ class TokenTable:
     Positions are slots of the padded text. All rows and heads have the same number of places; a place may be `EMPTY`.
     """
 
-    def __init__(self, lines: tuple[int, int], device: torch.device, scored: bool, tier_dtype: torch.dtype) -> None:
-        self.lines, self.device, self.tier_dtype = lines, device, tier_dtype
+    def __init__(self, shape: tuple[int, int], device: torch.device, scored: bool, tier_dtype: torch.dtype) -> None:
+        self.shape, self.device, self.tier_dtype = shape, device, tier_dtype
         self.parts = {name: Pages(whole=True) for name in ("positions", "tiers", *(["scores"] if scored else []))}
         self.gaps = False
         """Whether some place may be empty."""
@@ -61,7 +43,7 @@ class TokenTable:
     def _view(self, name: str, dtype: torch.dtype) -> Tensor:
         part = self.parts[name]
         if not part.length:
-            return torch.empty((*self.lines, 0), dtype=dtype, device=self.device)
+            return torch.empty((*self.shape, 0), dtype=dtype, device=self.device)
         return part.all().squeeze(3)
 
     @property
@@ -87,23 +69,18 @@ class TokenTable:
             assert scores is not None
             self.parts["scores"].append(scores)
 
-    def surplus(self) -> Tensor | None:
-        """Empty places that no row needs, as many in each: `[batch, kv_heads or 1, places]`, the last ones first."""
+    def surplus(self, n: int) -> Tensor:
+        """`n` empty places of each row and head, the last ones: `[batch, kv_heads or 1, n]`, ascending."""
         empty = self.positions == EMPTY
-        counts = empty.sum(2)
-        self.gaps = bool(counts.max() > counts.min())
-        n = int(counts.min())
-        if not n:
-            return None
         from_end = empty.flip(2).cumsum(2).flip(2)
-        return (empty & (from_end <= n)).nonzero()[:, 2].view(*empty.shape[:2], n)
+        return indices_of(empty & (from_end <= n), n)
 
     def remove(self, index: Tensor) -> None:
         for part in self.parts.values():
             part.remove(index)
 
     def select(self, rows: Tensor) -> None:
-        self.lines = (len(rows), self.lines[1])
+        self.shape = (len(rows), self.shape[1])
         for part in self.parts.values():
             part.select(rows)
 
@@ -121,25 +98,19 @@ class TokenTable:
         return sum(part.reserved() for part in self.parts.values())
 
 
-def indices_of(mask: Tensor) -> Tensor | None:
-    """Where `mask`, `[batch, heads, places]`, is True: for each head an index, filled up with `EMPTY`."""
-    counts = mask.sum(2)
-    most = int(counts.max()) if counts.numel() else 0
-    if not most:
-        return None
-    found = mask.nonzero()
-    if len(found) == most * counts.numel():
-        return found[:, 2].view(*counts.shape, most)
-    order = (mask.cumsum(2) - 1)[mask]
-    index = torch.full((*counts.shape, most), EMPTY, dtype=torch.int64, device=mask.device)
-    index[found[:, 0], found[:, 1], order] = found[:, 2]
-    return index
+def indices_of(mask: Tensor, most: int) -> Tensor:
+    """Where `mask`, `[batch, heads, places]`, is True: `[batch, heads, most]`, filled up with `EMPTY`.
+
+    `most` is what the host knows to be enough, so that no device is asked for a number.
+    """
+    index = mask.new_full((*mask.shape[:2], most + 1), EMPTY, dtype=torch.int64)
+    at = torch.where(mask, mask.cumsum(2) - 1, most)
+    places = torch.arange(mask.shape[2], device=mask.device).expand_as(at)
+    return index.scatter_(2, at, places)[:, :, :most]
 
 
-def in_order(tables: list[TokenTable]) -> tuple[Tensor, Tensor]:
-    """The tokens of all tables by position, and the positions; of empty places only as many as some row needs."""
+def in_order(tables: list[TokenTable], most: int) -> tuple[Tensor, Tensor]:
+    """The tokens of all tables by position, and the positions; the `most` last places, of which some may be empty."""
     positions = torch.cat([t.positions for t in tables], dim=2)
-    order = positions.argsort(dim=2, stable=True)
-    found = positions.gather(2, order)
-    surplus = int((found < 0).sum(2).min()) if found.numel() else 0
-    return order[:, :, surplus:], found[:, :, surplus:]
+    order = positions.argsort(dim=2, stable=True)[:, :, positions.shape[2] - most :]
+    return order, positions.gather(2, order)

@@ -75,6 +75,8 @@ class AffineStore(Store):
             self.parts["channels"] = Pages(whole=True)
         self.sizes = np.empty(0, dtype=np.int64)
         self.lines: tuple[int, int] | None = None
+        self.most_groups = 64
+        """Groups held before a device is asked which of them are empty."""
 
     @property
     def grouped(self) -> bool:
@@ -195,11 +197,18 @@ class AffineStore(Store):
         self._forget_groups()
 
     def _forget_groups(self) -> None:
-        """Drop the parameters of groups that no token belongs to any more."""
+        """Drop the parameters of groups that no token belongs to any more.
+
+        A CPU is asked each time. Another device would have to be waited for, so it is asked as their number doubles.
+        """
         params, groups = self.parts["params"], self.parts["groups"]
         if not groups.length:
             self.parts["params"] = Pages(whole=True)
             return
+        if groups.pages[0].device.type != "cpu":
+            if params.length <= self.most_groups:
+                return
+            self.most_groups = 2 * params.length
         used = torch.zeros(params.length, dtype=torch.bool, device=groups.pages[0].device)
         used[groups.all().flatten().long()] = True
         if not used.all():

@@ -76,6 +76,24 @@ class Store(ABC):
         for offset, x in self.decoded(BLOCK, out.dtype):
             out.index_copy_(2, index[offset : offset + x.shape[2]], x.to(out.dtype))
 
+    def scatter_by_head(self, out: Tensor, index: Tensor) -> None:
+        """Decode token i of each row and head into `out[:, :, index[..., i]]`; one of a negative index nowhere.
+
+        Args:
+            out: `[batch, kv_heads, tokens, head_dim]`.
+            index: `[batch, kv_heads or 1, tokens of the store]`.
+        """
+        index = index.expand(*out.shape[:2], -1)
+        for offset, x in self.decoded(LARGE, out.dtype):
+            at = index[:, :, offset : offset + x.shape[2], None]
+            # The last of `out` takes what belongs nowhere, and is put back.
+            last = out[:, :, -1:].clone()
+            here = torch.where(at < 0, out.shape[2] - 1, at).expand(-1, -1, -1, out.shape[3])
+            out.scatter_(2, here, x.to(out.dtype))
+            own = at == out.shape[2] - 1
+            chosen = torch.where(own, x.to(out.dtype), 0).sum(2, keepdim=True)
+            out[:, :, -1:] = torch.where(own.any(2, keepdim=True), chosen, last)
+
     def spread(self, out: Tensor, index: Tensor) -> None:
         """Like `scatter`, but may write anything into the places of `out` that `index` leaves out."""
         self.scatter(out, index)

@@ -168,7 +168,7 @@ def test_every_score_of_a_prompt_and_a_chunk(queries: str, heads: str, score: st
         assert chosen.all() == (queries == "all")
         causal = (torch.arange(150) <= torch.arange(150)[:, None])[chosen].sum(0).double()
         expected = torch.stack([reduced[:, chosen].sum(1), causal.expand(2, -1)], dim=2)
-    table = layer.tiers.ragged.live()[0]
+    table = layer.tiers.planner.live()[0]
     for h in range(2):
         at = table.positions[0, h].long()
         torch.testing.assert_close(table.scores[0, h].double(), expected[h, at], rtol=1e-4, atol=1e-6)

@@ -33,7 +33,8 @@ def layer(tokens: int) -> Any:
     stores = {side: [make_store(Book(), 8)] for side in ("keys", "values")}
     like = {side: torch.zeros(2, 3, 0, 8) for side in stores}
     placement = SimpleNamespace(store_spec=lambda side, s: Book())
-    return SimpleNamespace(stores=stores, like=like, placement=placement, expected_length=lambda side, s: tokens)
+    planner = SimpleNamespace(length=lambda side, s: tokens)
+    return SimpleNamespace(stores=stores, like=like, placement=placement, planner=planner)
 
 
 def held() -> dict[str, Tensor]:

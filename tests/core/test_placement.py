@@ -15,7 +15,8 @@ from recipes import NAMED, named, recipes
 
 from kvpolicy import Recipe, load_recipe
 from kvpolicy.interfaces.policy import NEVER, Policy
-from kvpolicy.placement.planner import Placement, PositionList, State
+from kvpolicy.placement.planner import Placement, State
+from kvpolicy.placement.position_list import PositionList
 from kvpolicy.placement.simulate import history, simulate
 from kvpolicy.placement.step import Step
 from kvpolicy.plugins import registry
@@ -138,12 +139,12 @@ def test_every_token_is_in_one_store_a_side_and_the_plan_moves_just_those(recipe
             assert len(flat) == len(set(flat))
             if not evicts:
                 assert flat == list(range(state.seen))
-            for s, (store, moves) in enumerate(zip(held, plan.sides[side], strict=True)):
+            for s, (store, moves) in enumerate(zip(held, plan[side], strict=True)):
                 content = before.stores[side][s].array.tolist()
-                for source, indices, _ in moves.arrivals:
+                for (source,), indices, _, _ in moves.arrivals:
                     origin = range(before.seen, state.seen) if source < 0 else before.stores[side][source].array
                     content += [int(origin[i]) for i in indices]
-                gone = {len(before.stores[side][s].array) + int(i) for i in moves.passing} | set(moves.leaving.tolist())
+                gone = set() if moves.leaving is None else set(moves.leaving.tolist())
                 assert [p for i, p in enumerate(content) if i not in gone] == store
 
 
@@ -314,7 +315,8 @@ def test_crop_removes_positions_and_keeps_past_descents(recipe: Recipe, tokens: 
     for side, stores in cropped.stores.items():
         for before, after, gone in zip(state.stores[side], stores, drops[side], strict=True):
             assert after.array.tolist() == [p for p in before.array.tolist() if p < length]
-            assert before.array[gone].tolist() == [p for p in before.array.tolist() if p >= length]
+            dropped = [] if gone.leaving is None else before.array[gone.leaving].tolist()
+            assert dropped == [p for p in before.array.tolist() if p >= length]
     later, _ = planner.advance(cropped, more)
     assert later.seen == length + more
     assert (state.tiers[0] < tokens).all(), "the state before is untouched"

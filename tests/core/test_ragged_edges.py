@@ -67,7 +67,7 @@ def test_scores_are_those_of_sdpa_under_eager_attention_too() -> None:
             for first, last in [(0, 80), (80, 99), (99, 100)]:
                 model(ids(100, 2)[:, first:last], attention_mask=mask[:, :last], **{CACHE: cache})
         cache.commit()
-        table = cache.layers[0].tiers.ragged.live()[0]
+        table = cache.layers[0].tiers.planner.live()[0]
         order = table.positions.long().argsort(2).unsqueeze(3).expand(-1, -1, -1, 2)
         found.append(table.scores.gather(2, order))
         model.set_attn_implementation("sdpa")
@@ -122,10 +122,10 @@ def test_an_update_of_padding_alone_leaves_the_scores_of_a_row() -> None:
     with torch.no_grad():
         run(layer, tokens, [0, 100, 101], real)
         layer.cache.commit()
-        before = layer.tiers.ragged.live()[0].scores[1].sum()
+        before = layer.tiers.planner.live()[0].scores[1].sum()
         run(layer, tokens, [101, 102], real)
         layer.cache.commit()
-    assert layer.tiers.ragged.live()[0].scores[1].sum() == before > 0
+    assert layer.tiers.planner.live()[0].scores[1].sum() == before > 0
 
 
 def test_a_crop_into_the_prompt_makes_what_follows_part_of_it() -> None:
@@ -237,7 +237,7 @@ def test_policies_that_ask_for_the_same_share_their_scores() -> None:
         with torch.no_grad():
             layer(*random_tokens(80, 6))
         assert len(layer.tiers.placement.kinds) == kinds
-        assert layer.tiers.ragged.live()[0].scores.shape[3] == 2 * kinds
+        assert layer.tiers.planner.live()[0].scores.shape[3] == 2 * kinds
 
 
 def test_gradient_checkpointing_while_training_is_refused() -> None:

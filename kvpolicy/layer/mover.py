@@ -1,0 +1,85 @@
+"""Moves tokens between the stores of a layer, as a planner says. Nothing else does."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvpolicy.placement.moves import NEW, AllMoves, Arrival
+from kvpolicy.storage.affine import AffineStore
+from kvpolicy.storage.base import Store
+from kvpolicy.storage.pages import gather_tokens
+
+Stores = dict[str, list[Store | None]]
+
+
+def move(stores: Stores, new: dict[str, Tensor], moves: AllMoves) -> None:
+    """Let tokens arrive in stores and leave them.
+
+    Args:
+        stores: of both sides.
+        new: the tokens that come in, `[batch, kv_heads, tokens, head_dim]`; none for a crop.
+        moves: what each store does.
+    """
+    for side, planned in moves.items():
+        held = stores[side]
+        # All that moves is decoded before any store changes.
+        coming = [_collected(m.arrivals, held, new[side]) if m.arrivals else [] for m in planned]
+        for store, parts, m in zip(held, coming, planned, strict=True):
+            if store is None:
+                continue
+            for x in parts:
+                store.append(x, _partial(store, m.empty[0], x.shape[2]))
+            # After the arrivals, so that groups close as they would token by token.
+            if isinstance(m.leaving, Tensor):
+                store.remove(m.leaving, _partial(store, m.empty[1], 0))
+            elif m.leaving is not None:
+                store.drop(m.leaving)
+
+
+def _partial(store: Store, empty: Tensor | None, arriving: int) -> Tensor | None:
+    """Of a store per channel the empty ones among the tokens that lack a full group, and those arriving."""
+    if empty is None or not isinstance(store, AffineStore) or not store.by_channel:
+        return None
+    return empty[..., empty.shape[2] - store.parts["exact"].length - arriving :]
+
+
+def _collected(arrivals: list[Arrival], stores: list[Store | None], new: Tensor) -> list[Tensor]:
+    """The tokens that arrive in a store, decoded, in order: a tensor for each run."""
+    runs: dict[int, list[Tensor]] = {}
+    for arrival in arrivals:
+        runs.setdefault(arrival.run, []).append(_decoded(arrival, stores, new))
+    return [torch.cat(parts, dim=2) if len(parts) > 1 else parts[0] for parts in runs.values()]
+
+
+def _decoded(arrival: Arrival, stores: list[Store | None], new: Tensor) -> Tensor:
+    index = arrival.indices
+    if isinstance(index, Tensor):
+        return _by_head(arrival, index, stores, new)
+    (source,) = arrival.sources
+    if source != NEW:
+        store = stores[source]
+        assert store is not None
+        ascending = np.sort(index)
+        x, lookup = store.take(ascending, new.dtype), np.searchsorted(ascending, index)
+    else:
+        first, last = int(index.min()), int(index.max())
+        x, lookup = new[:, :, first : last + 1], index - first
+    if not np.array_equal(lookup, np.arange(x.shape[2])):
+        x = x.index_select(2, torch.from_numpy(lookup).to(x.device, non_blocking=True))
+    return x
+
+
+def _by_head(arrival: Arrival, index: Tensor, stores: list[Store | None], new: Tensor) -> Tensor:
+    """Each row and head from its own sources; anything in empty places."""
+    out: Tensor | None = None
+    for source, (first, end) in zip(arrival.sources, arrival.bounds, strict=True):
+        if first == end:
+            continue
+        local = (index - first).clamp_(0, end - first - 1)
+        store = None if source == NEW else stores[source]
+        x = gather_tokens(new, local) if store is None else store.gather(local, new.dtype)
+        out = x if out is None else torch.where((index >= first).unsqueeze(3), x, out)
+    assert out is not None
+    return out
