@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import kvpolicy
 from kvpolicy.cli.main import main
 from kvpolicy.recipe.load import bundled_names, load_recipe, load_yaml
 
@@ -242,7 +243,7 @@ def test_plugins_lists_kind_distribution_version_file_and_options() -> None:
     result = run("plugins")
     assert result.returncode == 0, result.stderr
     (line,) = (line for line in result.stdout.splitlines() if " log " in line)
-    for part in ("policy", "kvpolicy", "0.1.0", "kvpolicy_log.py", "budget=42"):
+    for part in ("policy", "kvpolicy", kvpolicy.__version__, "kvpolicy_log.py", "budget=42"):
         assert part in line
 
 

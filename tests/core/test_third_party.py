@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+import kvpolicy
+
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "tests" / "third_party" / "kvpolicy_example"
 RECIPE = """
@@ -154,7 +156,7 @@ def test_a_copy_with_the_same_kind_is_refused_naming_both_distributions(tmp_path
     install(source, tmp_path / "site")
     result = python(tmp_path / "site", "-m", "kvpolicy", "recipes")
     assert result.returncode == 2
-    assert "kind 'log' in both kvpolicy 0.1.0" in result.stderr
+    assert f"kind 'log' in both kvpolicy {kvpolicy.__version__}" in result.stderr
     assert "my-log 1.2.3" in result.stderr
     assert "Traceback" not in result.stderr
 

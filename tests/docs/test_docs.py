@@ -28,6 +28,7 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 _BLOCK = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', re.MULTILINE | re.DOTALL)
+_SNIPPET = re.compile(r'^--8<-- "([^"]+)"\n', re.MULTILINE)
 
 
 class Block(NamedTuple):
@@ -40,9 +41,14 @@ class Block(NamedTuple):
 def blocks(page: Path) -> list[Block]:
     text = page.read_text(encoding="utf-8")
     return [
-        Block(match[1], match[2] or "", match[3], text.count("\n", 0, match.start()) + 1)
+        Block(match[1], match[2] or "", _SNIPPET.sub(included, match[3]), text.count("\n", 0, match.start()) + 1)
         for match in _BLOCK.finditer(text)
     ]
+
+
+def included(match: re.Match[str]) -> str:
+    """The file that stands in the place of a snippet's mark, as the site has it."""
+    return (ROOT / match[1]).read_text(encoding="utf-8")
 
 
 def of_this_release(text: str) -> str:
@@ -281,5 +287,19 @@ def test_readme_names_the_tested_releases_of_transformers() -> None:
 
 
 def test_changelog_names_the_version() -> None:
-    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-    assert "## [Unreleased]" in text or f"## [{kvpolicy.__version__}]" in text
+    version = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
+    assert version is not None
+    heading = rf"^## \[{re.escape(version[1])}\] - \d{{4}}-\d\d-\d\d$"
+    assert re.search(heading, (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+
+
+def test_the_upgrade_table_leads_to_names_that_exist() -> None:
+    """Each full name of its second column is a module, or something in one."""
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").partition("### Upgrading from 0.1.0")[2]
+    rows = [line.split(" | ")[1] for line in text.partition("\n## ")[0].splitlines() if line.startswith("| ")]
+    names = [name for row in rows for name in re.findall(r"`(kvpolicy(?:\.\w+)+)`", row)]
+    assert len(names) > 20
+    for found in names:
+        home, _, last = found.rpartition(".")
+        module = importlib.import_module(home)
+        assert hasattr(module, last) or importlib.util.find_spec(found), found
