@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
 
@@ -241,14 +242,12 @@ def _about(model: Any, shown: str) -> dict[str, Any]:
     import torch
     import transformers
 
-    import kvpolicy
-
     return {
         "model": shown,
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(model.device),
         "versions": {
-            "kvpolicy": kvpolicy.__version__,
+            "kvpolicy": version("kvpolicy"),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },

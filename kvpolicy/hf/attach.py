@@ -21,16 +21,15 @@ from kvpolicy.attention.attend import attend, observe
 from kvpolicy.errors import CacheError
 from kvpolicy.hf import passes
 from kvpolicy.hf.cache import CompressedCache, make_cache
-from kvpolicy.hf.calls import WORDS, Call, names_of, parts_of, path_between
+from kvpolicy.hf.calls import WORDS, Call, PassAware, names_of, parts_of, path_between
 from kvpolicy.hf.layer import TieredLayer
 from kvpolicy.hf.modes import ATTACHED, barred, precise, uncompiled, wants_gradients
 from kvpolicy.hf.override import EAGER, eager_of, interface_of, override
-from kvpolicy.hf.passes import Pass, attached_pass, is_attached
+from kvpolicy.hf.passes import Pass, attached_pass
+from kvpolicy.hf.passes import is_attached as is_attached
 from kvpolicy.layer.layer import LayerCache
 from kvpolicy.layer.view import View
 from kvpolicy.recipe.load import Recipe, load_recipe
-
-__all__ = ["Attached", "attach", "is_attached"]
 
 SERVED = ("sdpa", "eager")
 _reading = passes.reading
@@ -66,7 +65,7 @@ def attach(model: Any, recipe: Any = None, **params: Any) -> Attached:
     return Attached(model, load_recipe(recipe, **params) if recipe is not None else None)
 
 
-class Attachment:
+class _Attachment(passes.Attachment):
     """What an attached model is attached with. It must not keep the model alive."""
 
     def __init__(self, owner: PreTrainedModel, decoder: PreTrainedModel, recipe: Recipe | None) -> None:
@@ -161,7 +160,7 @@ class Attached:
                     f"a model can be attached once, and this {type(decoder).__name__} is attached already; "
                     "detach its handle first"
                 )
-            self._attachment: Attachment | None = Attachment(owner, decoder, recipe)
+            self._attachment: _Attachment | None = _Attachment(owner, decoder, recipe)
             self._hooked.attach(self._attachment)
             self._hooked.hook(path_between(owner, decoder))
         try:
@@ -229,7 +228,7 @@ def _generate(owner: PreTrainedModel, before: Callable[..., Any] | None, *args: 
     return generate(*args, **kwargs)
 
 
-def _cache_for(attachment: Attachment, owner: PreTrainedModel, given: dict[str, Any]) -> dict[str, Any]:
+def _cache_for(attachment: passes.Attachment, owner: PreTrainedModel, given: dict[str, Any]) -> dict[str, Any]:
     """What a call of `generate` is given besides, so that it uses a fresh cache of the recipe."""
     call = Call(names_of(owner), (), given)
     if not call.word or call.has_cache:
@@ -324,6 +323,7 @@ def _read(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention over the stores behind views."""
     tiers, new = key.tiers, (key.arriving, value.arriving)
+    assert isinstance(tiers, LayerCache)
     options = {
         name: kwargs.get(given) for name, given in (("scaling", "scaling"), ("softcap", "softcap"), ("sinks", "s_aux"))
     }
@@ -375,7 +375,7 @@ def _of_dense(module: Any, current: Pass, key: Tensor, mask: Tensor | None) -> T
     return visible_columns(mask, places, tiers.seen - tiers.committed)
 
 
-def _tiers_of(cache: CompressedCache, layer: int) -> LayerCache | None:
+def _tiers_of(cache: PassAware, layer: int) -> LayerCache | None:
     """The stores of a layer; None if transformers keeps it, or it has none of its own."""
     found = cache.layers[layer] if layer < len(cache.layers) else None
     return found.tiers if isinstance(found, TieredLayer) else None

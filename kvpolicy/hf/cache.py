@@ -17,18 +17,22 @@ from kvpolicy.hf.fingerprint import Origin
 from kvpolicy.hf.layer import TieredLayer, rows_within
 from kvpolicy.hf.model_config import check_selectors, check_stores, config_of, head_dim_of, uneven_layers
 from kvpolicy.hf.modes import uncompiled
-from kvpolicy.hf.passes import Lease, check_announced, hold
+from kvpolicy.hf.passes import Lease, check_announced, hold, is_attached
+from kvpolicy.hf.saving import load_cache, save_cache
 from kvpolicy.hf.suitability import check_effect, check_positions, compressible, set_apart
 from kvpolicy.hf.transaction import BY_REFERENCE, Guard
 from kvpolicy.layer.layer import LayerCache, Positions, Reading
-from kvpolicy.layer.report import Memory, Summary, measure, summarize
+from kvpolicy.layer.report import LayerSummary, Memory, Summary, describe, measure
 from kvpolicy.layer.view import Scratch
 from kvpolicy.placement.padding import Padding
 from kvpolicy.placement.planner import Placement
 from kvpolicy.placement.step import Step
 from kvpolicy.recipe.load import Recipe, load_recipe
 
-__all__ = ["CompressedCache", "make_cache"]
+UNTOLD = (
+    "no model tells this cache of padding while it is not attached, so that padded rows can't be told apart; make it "
+    "for the model that runs: make_cache(recipe, model)"
+)
 
 
 class CompressedCache(PassAware, Cache):
@@ -63,6 +67,10 @@ class CompressedCache(PassAware, Cache):
     def begin(self, tokens: int, mask: Any = None, attached: bool = False) -> None:
         """A forward pass with this cache begins; see `Guard.begin`. Called by the hooks of a model."""
         self.guard.begin(tokens, mask, attached)
+
+    def announce(self, tokens: int, mask: Any, attached: bool) -> None:
+        """Within that pass more was said of it; see `Guard.announce`."""
+        self.guard.announce(tokens, mask, attached)
 
     def finish(self, failed: bool = False) -> None:
         """That pass has ended; see `Guard.finish`."""
@@ -132,12 +140,22 @@ class CompressedCache(PassAware, Cache):
     def memory(self) -> Memory:
         """Bytes by layer, side and store, counted from the tensors held. Commits pending tokens first."""
         self.commit()
-        return measure(self)
+        layers = [x.tiers if isinstance(x, TieredLayer) else _held(x) for x in self.layers]
+        padding = 0 if self.padding is None else self.padding.real.size
+        return measure(layers, padding, 0 if self.scratch is None else self.scratch.bytes)
 
     def summary(self) -> Summary:
         """Which layer is kept how, and what it holds. Commits pending tokens first."""
         self.commit()
-        return summarize(self)
+        count = len(self.layers)
+        rows = [
+            describe(i, x.tiers, self.recipe.tiers_of(i, count))
+            if isinstance(x, TieredLayer)
+            else LayerSummary(i, f"transformers' {type(x).__name__}", (), 0)
+            for i, x in enumerate(self.layers)
+        ]
+        untold = self.guard.evicts and (self.lease is None or self.guard.untold)
+        return Summary(self.recipe.name, tuple(rows), (UNTOLD,) if untold else ())
 
     def save(self, path: str | Path) -> None:
         """Write the cache as safetensors. Commits pending tokens first.
@@ -152,8 +170,6 @@ class CompressedCache(PassAware, Cache):
             CacheError: nothing is cached, layers have seen different numbers of tokens, a layer can't be saved, or the
                 file can't be written.
         """
-        from kvpolicy.hf.saving import save_cache
-
         self.commit()
         save_cache(self, path)
 
@@ -176,9 +192,7 @@ class CompressedCache(PassAware, Cache):
             CacheError: the file is missing, damaged, foreign, or of another model.
             MissingDependencyError: its recipe needs a library that is not installed.
         """
-        from kvpolicy.hf.saving import load_cache
-
-        return load_cache(path, model, any_model)
+        return load_cache(path, model, any_model, make_cache)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Keep the first n positions (n > 0), or remove the last -n (n <= 0), in every layer.
@@ -296,7 +310,7 @@ def make_cache(recipe: Any, model_or_config: Any, *, strict: bool = False, **par
         assert start is not None
         layers[i] = TieredLayer(start, scratch, reading)
     uneven = uneven_layers(chosen)
-    if not _is_attached(model_or_config):
+    if not is_attached(model_or_config):
         check_positions(loaded, model_or_config, config, chosen)
         if uneven is not None:
             raise CacheError(uneven)
@@ -307,7 +321,6 @@ def make_cache(recipe: Any, model_or_config: Any, *, strict: bool = False, **par
     return cache
 
 
-def _is_attached(model: Any) -> bool:
-    from kvpolicy.hf.attach import is_attached
-
-    return is_attached(model)
+def _held(layer: Any) -> list[Tensor]:
+    """The keys and values that a layer of transformers' own holds."""
+    return [x for x in (getattr(layer, "keys", None), getattr(layer, "values", None)) if x is not None]

@@ -10,7 +10,7 @@ from torch import Tensor
 from kvpolicy.errors import CacheError, MissingDependencyError, PluginError
 from kvpolicy.interfaces.quantizer import AffineQuantizer
 from kvpolicy.layer.layer import LayerCache
-from kvpolicy.layer.save_header import Damaged, Held
+from kvpolicy.layer.save_file import Damaged, Held
 from kvpolicy.storage.affine import AffineStore
 from kvpolicy.storage.base import LARGE, Store
 from kvpolicy.storage.exact import ExactStore

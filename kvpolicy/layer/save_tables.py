@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvpolicy.layer.layer import LayerCache
-from kvpolicy.layer.save_header import Damaged, Held, RaggedEntry, StateEntry, TiersEntry
+from kvpolicy.layer.save_file import Damaged, Held, RaggedEntry, StateEntry, TiersEntry
 from kvpolicy.placement.padding import Padding
 from kvpolicy.placement.per_head import PerHeadPlacement
 from kvpolicy.placement.planner import Placement, PositionList, State
