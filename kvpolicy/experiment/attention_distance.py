@@ -9,8 +9,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Distances", "PowerLaw", "Profile", "fit_power_law"]
-
 SINKS = 4
 """The first tokens of a text, which draw attention at any distance. They are counted apart."""
 NEAREST = 8

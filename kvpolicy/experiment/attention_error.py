@@ -24,8 +24,6 @@ from kvpolicy.hf.layer import TieredLayer
 from kvpolicy.layer.layer import DROPPED, EXACT, QUANTIZED
 from kvpolicy.layer.view import View
 
-__all__ = ["AttentionErrors", "Watcher", "exact_attention"]
-
 FIELDS = ("l1", "l2", "exact_mass", "quantized_mass", "dropped_mass")
 
 

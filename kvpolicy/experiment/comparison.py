@@ -14,7 +14,7 @@ from typing import IO, Any
 
 from kvpolicy.arguments import RESULTS, check_comparison, check_results, check_room
 from kvpolicy.errors import CompareError, KvpolicyError
-from kvpolicy.experiment.result import EXACT, Comparison, Estimate, is_exact
+from kvpolicy.experiment.result import EXACT, Comparison, is_exact
 from kvpolicy.experiment.run import Encoded, Run, Runner, encode, row, unlikely
 from kvpolicy.experiment.tasks import check_name, check_size, load_task
 from kvpolicy.hf.cache import make_cache
@@ -23,8 +23,6 @@ from kvpolicy.hf.models import attached, check_model, load_model, one_thread, po
 from kvpolicy.recipe.load import Recipe, load_recipe
 from kvpolicy.recipe.source import refuse_misplaced
 from kvpolicy.words import in_words, quoted
-
-__all__ = ["Comparison", "Estimate", "compare"]
 
 
 def compare(

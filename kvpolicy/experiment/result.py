@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from kvpolicy.experiment.plot import Point
     from kvpolicy.recipe.load import Recipe
 
-__all__ = ["EXACT", "METRICS", "Comparison", "Estimate", "estimate", "is_exact"]
-
 METRICS = (
     "score",
     "nll",

@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Fingerprint", "Origin", "blocks_of", "differences", "fingerprint_of"]
-
 SAMPLE = 4096
 """Numbers of a weight that are hashed, evenly spaced; all of a smaller one."""
 BLOCKS = 8

@@ -10,8 +10,6 @@ from kvpolicy.recipe.load import Recipe
 from kvpolicy.recipe.spec import parse_selector
 from kvpolicy.storage.make import try_store
 
-__all__ = ["check_selectors", "check_stores", "config_of", "head_dim_of", "layer_config", "uneven_layers"]
-
 
 def check_selectors(recipe: Recipe, layers: list[Any], compressed: list[int]) -> None:
     """Refuse `layers` entries that no layer of the model could follow."""

@@ -11,8 +11,6 @@ from torch import Tensor
 
 from kvpolicy.errors import CacheError
 
-__all__ = ["ATTACHED", "HELD", "barred", "precise", "uncompiled", "wants_gradients"]
-
 F = TypeVar("F", bound=Callable[..., Any])
 
 ATTACHED = (

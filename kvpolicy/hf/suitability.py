@@ -16,8 +16,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from kvpolicy.errors import CacheError
 from kvpolicy.recipe.load import Recipe
 
-__all__ = ["CrossAttentionLayer", "check_effect", "check_positions", "compressible", "set_apart"]
-
 CACHE = frozenset({"cache", "past_key_values", "past_key_value", "layer_past"})
 """What the forward of an attention module calls the cache."""
 BIAS = frozenset({"alibi", "position_bias"})

@@ -20,8 +20,6 @@ from kvpolicy.layer.layer import MAX_APART, LayerCache, Reading
 from kvpolicy.placement.padding import Padding
 from kvpolicy.placement.selection import together
 
-__all__ = ["BY_REFERENCE", "Guard"]
-
 BETWEEN = ("kvpolicy", "torch._dynamo", "contextlib")
 """Modules whose frames stand between a forward pass and what it calls of ours."""
 WINDOWED = "DynamicSlidingWindowLayer"

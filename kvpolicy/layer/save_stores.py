@@ -17,8 +17,6 @@ from kvpolicy.storage.exact import ExactStore
 from kvpolicy.storage.make import make_store
 from kvpolicy.storage.named import NamedStore
 
-__all__ = ["fill_stores", "save_stores"]
-
 Kinds = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 """For each tensor of a store its type and what of its shape comes after batch, heads and tokens."""
 MOST = 128

@@ -18,8 +18,6 @@ from kvpolicy.placement.planner import Placement, PositionList, State
 from kvpolicy.placement.step import Step
 from kvpolicy.placement.token_table import TokenTable
 
-__all__ = ["Filling", "Saving", "load_padding", "save_padding"]
-
 Ints = NDArray[np.int64]
 Tables = dict[str, list[tuple[range, dict[str, Tensor]]]]
 """For each side, of each table the tiers that it covers and its tensors."""

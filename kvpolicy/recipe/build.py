@@ -14,12 +14,10 @@ from kvpolicy.interfaces.policy import Policy
 from kvpolicy.interfaces.quantizer import Quantizer
 from kvpolicy.plugins import PluginInfo, Registry, registry
 from kvpolicy.recipe.explain import explain
-from kvpolicy.recipe.inherit import BUNDLED, REFERENCE, TOP_KEYS, bundled_names, inherit, parameters
-from kvpolicy.recipe.spec import SPEC_VERSION, Recipe, Tier, find_clash, find_overlaps, find_problems
-from kvpolicy.recipe.yaml import BAD, Document, Path_, path_text
+from kvpolicy.recipe.inherit import REFERENCE, TOP_KEYS, inherit, parameters
+from kvpolicy.recipe.spec import Recipe, Tier, find_clash, find_overlaps, find_problems
+from kvpolicy.recipe.yaml import BAD, SPEC_VERSION, Document, Path_, path_text
 from kvpolicy.words import clip, in_words, listed, quoted, suggest
-
-__all__ = ["BUNDLED", "TIER_KEYS", "TOP_KEYS", "build", "bundled_names"]
 
 TIER_KEYS = ("policy", "store", "keys", "values")
 

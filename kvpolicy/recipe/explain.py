@@ -11,8 +11,6 @@ from kvpolicy.plugins import PluginInfo
 from kvpolicy.recipe.yaml import Path_
 from kvpolicy.words import clip, in_words, listed, quoted, suggest
 
-__all__ = ["explain"]
-
 
 def explain(
     info: PluginInfo[Any], error: ValidationError, options: Mapping[str, Any], spoilt: Collection[str] = ()

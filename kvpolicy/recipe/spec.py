@@ -16,18 +16,6 @@ from kvpolicy.interfaces.quantizer import Quantizer, precision_of
 from kvpolicy.recipe.yaml import BAD, SPEC_VERSION, Path_, dump_yaml, path_text
 from kvpolicy.words import clip, quoted
 
-__all__ = [
-    "FULL_TIERS",
-    "SPEC_VERSION",
-    "Recipe",
-    "Store",
-    "Tier",
-    "find_clash",
-    "find_overlaps",
-    "find_problems",
-    "parse_selector",
-]
-
 Store = Literal["full", "evict"] | SerializeAsAny[InstanceOf[Quantizer]]
 """`full`, `evict`, or a quantizer."""
 _SELECTOR = re.compile(r"(-?\d{1,9})(?:-(-?\d{1,9}))?")
