@@ -16,16 +16,14 @@ from kvpolicy.errors import CacheError
 from kvpolicy.interfaces.policy import RankPolicy
 from kvpolicy.layer.view import Scratch, View
 from kvpolicy.placement.attention_scores import Observer
+from kvpolicy.placement.moves import NEW, Moves
 from kvpolicy.placement.padding import Padding
 from kvpolicy.placement.per_head import PerHeadPlacement
-from kvpolicy.placement.planner import NEW, Moves
 from kvpolicy.placement.selection import Selection, alone
 from kvpolicy.placement.step import Step
 from kvpolicy.placement.token_table import EMPTY, ColumnMap
 from kvpolicy.storage.base import Store
 from kvpolicy.storage.make import make_store
-
-__all__ = ["DROPPED", "EXACT", "MAX_APART", "PENDING", "QUANTIZED", "LayerCache", "Positions", "Reading"]
 
 Ints = NDArray[np.int64]
 SIDES = ("keys", "values")

@@ -14,7 +14,8 @@ from kvpolicy.layer.layer import LayerCache
 from kvpolicy.layer.save_file import Damaged, Held, RaggedEntry, StateEntry, TiersEntry
 from kvpolicy.placement.padding import Padding
 from kvpolicy.placement.per_head import PerHeadPlacement
-from kvpolicy.placement.planner import Placement, PositionList, State
+from kvpolicy.placement.planner import Placement, State
+from kvpolicy.placement.position_list import PositionList
 from kvpolicy.placement.step import Step
 from kvpolicy.placement.token_table import TokenTable
 

@@ -8,8 +8,6 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["NEW", "Arrival", "Moves", "Plan"]
-
 Ints = NDArray[np.int64]
 NEW = -1
 """The source of a token that comes from the pending ones."""

@@ -23,8 +23,6 @@ from kvpolicy.storage.pages import gather_tokens
 if TYPE_CHECKING:
     from kvpolicy.placement.attention_scores import Observer
 
-__all__ = ["PerHeadPlacement"]
-
 Stores = dict[str, list[Store | None]]
 
 

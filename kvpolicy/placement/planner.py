@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-__all__ = ["NEW", "Arrival", "Moves", "Placement", "Plan", "PositionList", "State", "TierLike"]
-
 Ints = NDArray[np.int64]
 Sides = Literal["keys", "values"]
 

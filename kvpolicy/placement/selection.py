@@ -13,8 +13,6 @@ from kvpolicy.interfaces.checks import versions
 from kvpolicy.interfaces.component import TRY, call
 from kvpolicy.interfaces.policy import RankPolicy
 
-__all__ = ["Selection", "alone", "due", "highest", "ranked", "together"]
-
 Selection = Generator[Tensor, Tensor, None]
 """Yields what a policy with `select: shared` ranks this layer's tokens by, and takes the mean over all layers."""
 

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-__all__ = ["Step"]
-
 Ints = NDArray[np.int64]
 LINKS = 4
 """Steps that a step remembers as its successors: an update takes three at most."""

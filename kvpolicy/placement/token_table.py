@@ -10,8 +10,6 @@ from torch import Tensor
 
 from kvpolicy.storage.pages import Pages
 
-__all__ = ["EMPTY", "Candidates", "ColumnMap", "TokenTable", "in_order", "indices_of"]
-
 EMPTY = -1
 """The position of a place that holds no token: rows shorter than others have such."""
 
