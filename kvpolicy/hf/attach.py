@@ -239,11 +239,11 @@ def _cache_for(attachment: passes.Attachment, owner: PreTrainedModel, given: dic
     def wish(option: str) -> Any:
         return next((x[option] for x in asked if x.get(option) is not None), None)
 
-    use, kind = wish("use_cache"), wish("cache_implementation")
+    use, implementation = wish("use_cache"), wish("cache_implementation")
     if use is False or (use is None and own.use_cache is False):
         reason = "use_cache=False"
-    elif kind not in (None, "hybrid"):  # generate takes "hybrid" for None
-        reason = f"cache_implementation={kind!r}"
+    elif implementation not in (None, "hybrid"):  # generate takes "hybrid" for None
+        reason = f"cache_implementation={implementation!r}"
     else:
         default = {} if own.cache_implementation is None else {"cache_implementation": None}
         return {call.word: make_cache(attachment.recipe, owner), **default}
@@ -271,23 +271,23 @@ def _attention(
     return _pass_on(original, module, current, query, key, value, *args, **kwargs)
 
 
-def _eager_in(kind: type[nn.Module]) -> Callable[..., Any] | None:
+def _eager_in(cls: type[nn.Module]) -> Callable[..., Any] | None:
     """The eager function that the forward of a class names. `torch.compile` can follow this, and not a frame."""
-    file, name = _place_of_eager(kind)
+    file, name = _place_of_eager(cls)
     found: Callable[..., Any] | None = getattr(sys.modules[file], name) if name else None
     return found
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _place_of_eager(kind: type[nn.Module]) -> tuple[str, str]:
+def _place_of_eager(cls: type[nn.Module]) -> tuple[str, str]:
     """The module of Python and the name in it; no name where forward names none."""
-    where = _eager.get(kind)
+    where = _eager.get(cls)
     if where is None:
-        forward = inspect.unwrap(kind.forward)
+        forward = inspect.unwrap(cls.forward)
         names = forward.__code__.co_names if inspect.isfunction(forward) else ()
         file = sys.modules.get(forward.__module__)
         named = (x for x in names if x.endswith(EAGER) and hasattr(file, x))
-        where = _eager[kind] = (forward.__module__, next(named, ""))
+        where = _eager[cls] = (forward.__module__, next(named, ""))
     return where
 
 
@@ -363,9 +363,9 @@ def _show(current: Pass | None, *seen: Any) -> None:
 def _of_dense(module: Any, current: Pass, key: Tensor, mask: Tensor | None) -> Tensor | None:
     """The columns of a mask over all tokens seen that belong to a decoded layer from which tokens were dropped."""
     cache, layer = current.cache, module.layer_idx
-    if cache is not None and layer >= len(cache.layers):  # it shares the keys of the last layer of its kind
-        kinds = module.config.layer_types
-        layer = max((i for i in range(len(cache.layers)) if kinds[i] == kinds[layer]), default=layer)
+    if cache is not None and layer >= len(cache.layers):  # it shares the keys of the last layer of its type
+        types = module.config.layer_types
+        layer = max((i for i in range(len(cache.layers)) if types[i] == types[layer]), default=layer)
     tiers = None if cache is None else _tiers_of(cache, layer)
     if tiers is None or not tiers.densely or not current.runs():
         return mask

@@ -119,12 +119,12 @@ class CompressedCache(PassAware, Cache):
 
     def positions(self, layer: int = 0) -> Positions:
         """Positions and tier of every token that a layer holds; `PENDING` (-1) is the tier of pending ones."""
-        self.guard.ready(alike=False)
+        self.guard.ready(same_tokens=False)
         return self._tiers(layer).positions()
 
     def dense(self, layer: int = 0) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer, decoded, in token order: two tensors `[batch, kv_heads, tokens, head_dim]`."""
-        self.guard.ready(alike=False)
+        self.guard.ready(same_tokens=False)
         tiers = self._tiers(layer)
         if not tiers.stores:
             raise CacheError(f"layer {layer} holds no tokens yet; run the model with this cache first")

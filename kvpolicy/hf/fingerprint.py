@@ -1,4 +1,4 @@
-"""By which model keys and values were computed: what of its config decides them, and a sample of its weights."""
+"""Identifies the model that computed keys and values: the config entries that matter, and hashes of weights."""
 
 from __future__ import annotations
 
@@ -71,25 +71,26 @@ def fingerprint_of(model_or_config: Any) -> Fingerprint:
     return Fingerprint(_config(config), _weights(model_or_config, config) if known else None)
 
 
-def differences(saved: Fingerprint, found: Fingerprint, exactly: bool) -> list[str]:
+def differences(saved: Fingerprint, found: Fingerprint, same_release: bool) -> list[str]:
     """What tells the model of a file from another, in words; weights are compared where both are known.
 
     Args:
         saved: of the file.
         found: of the model at hand.
-        exactly: whether what only one of them has tells them apart, too. Releases of transformers differ in that.
+        same_release: whether both come from one release of transformers. Then an entry that only one of them has
+            counts as a difference; releases differ in the entries of a config.
     """
     told = []
     for name in sorted(saved.config.keys() | found.config.keys()):
         a, b = (x.config.get(name, "not set") for x in (saved, found))
-        if a != b and str(a) != str(b) and (exactly or (name in saved.config and name in found.config)):
+        if a != b and str(a) != str(b) and (same_release or (name in saved.config and name in found.config)):
             told.append(f"{name} is {_shown(a)} in the file and {_shown(b)} in this model")
     if saved.weights is None or found.weights is None:
         return told
     common = saved.weights.keys() & found.weights.keys()
     pairs = [(name, saved.weights[name], found.weights[name]) for name in common]
     others = [name for name, a, b in pairs if a is not None and b is not None and a != b]
-    others += (saved.weights.keys() ^ found.weights.keys()) if exactly else []
+    others += (saved.weights.keys() ^ found.weights.keys()) if same_release else []
     if others:
         more = f" and {len(others) - 1} more" if len(others) > 1 else ""
         told.append(f"its weights are others ({min(others)[:80]}{more})")
@@ -105,7 +106,7 @@ def _config(config: Any) -> dict[str, Any]:
     text = config.get_text_config(decoder=True)
     flat = dict(_flat(json.loads(json.dumps(text.to_dict(), default=str)), ""))
     types = {value for name, value in flat.items() if name.endswith("rope_type")}
-    if types == {"default"}:  # other kinds of RoPE scale by it
+    if types == {"default"}:  # other types of RoPE scale by it
         flat.pop("max_position_embeddings", None)
     return flat
 

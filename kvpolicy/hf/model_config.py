@@ -90,11 +90,11 @@ def uneven_layers(chosen: dict[int, Any]) -> str | None:
     shapes: list[tuple[Any, list[int]]] = []
     for i, tiers in chosen.items():
         shape = [tier.policy for tier in tiers] if tiers[-1].keys == "evict" else None
-        alike = next((found for known, found in shapes if known == shape), None)
-        if alike is None:
+        group = next((found for known, found in shapes if known == shape), None)
+        if group is None:
             shapes.append((shape, [i]))
         else:
-            alike.append(i)
+            group.append(i)
     if len(shapes) < 2:
         return None
     groups = " and ".join(f"layers {found}" for _, found in shapes)

@@ -41,7 +41,7 @@ OWN = ("DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer")
 """Layers of transformers whose whole state is keys, values and a count, or nothing."""
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 PLAIN = {"head_dim", "num_key_value_heads"}
-"""What a config says of the heads of keys and values where all layers are alike."""
+"""What a config says of the heads of keys and values where all layers are equal."""
 
 
 class Savable(Protocol):
@@ -106,17 +106,17 @@ def _versions() -> dict[str, str]:
 
 
 def _own(layer: Any, number: int, tensors: dict[str, Tensor]) -> OwnEntry:
-    kind: Any = type(layer).__name__
-    if kind not in OWN:
-        raise CacheError(f"layer {number} is a {kind}, whose state can't be saved; only {', '.join(OWN)} can")
-    if kind == "DummyLayer" or not layer.is_initialized:
-        return OwnEntry(type=kind, seen=0)
+    name: Any = type(layer).__name__
+    if name not in OWN:
+        raise CacheError(f"layer {number} is a {name}, whose state can't be saved; only {', '.join(OWN)} can")
+    if name == "DummyLayer" or not layer.is_initialized:
+        return OwnEntry(type=name, seen=0)
     seen = int(layer.get_seq_length())
     first = layer.keys.shape[2] - _held(layer, seen)  # above 0 while it records its past for a rollback
     tensors[f"{number}.own.keys"], tensors[f"{number}.own.values"] = (
         x[:, :, first:] for x in (layer.keys, layer.values)
     )
-    return OwnEntry(type=kind, seen=seen)
+    return OwnEntry(type=name, seen=seen)
 
 
 def _held(layer: Any, seen: int) -> int:
@@ -147,7 +147,7 @@ def _load(path: Path, header: Header, held: Held, model: Any, any_model: bool, m
         raise Damaged("a saved recipe stands alone, found one that extends another")
     cache = make(load_yaml(header.recipe), model)
     _check_layers(cache, header, path, any_model)
-    _check_kinds(cache, held, model, path)
+    _check_examples(cache, held, model, path)
     saved = None if header.model is None else Fingerprint(header.model.config, header.model.weights)
     if not any_model:
         _check_model(saved, header.versions, model, path)
@@ -156,11 +156,11 @@ def _load(path: Path, header: Header, held: Held, model: Any, any_model: bool, m
     filling = Filling(header.states, held)
     devices = _devices_of(model, len(cache.layers))
     for number, (layer, entry, device) in enumerate(zip(cache.layers, header.layers, devices, strict=True)):
-        kinds = [x.to(device) for x in _take_kinds(cache, number, held)]
+        examples = [x.to(device) for x in _take_examples(cache, number, held)]
         if isinstance(entry, OwnEntry):
-            _fill_own(layer, kinds, entry.seen)
+            _fill_own(layer, examples, entry.seen)
             continue
-        layer.lazy_initialization(*kinds)
+        layer.lazy_initialization(*examples)
         filling.layer(layer.tiers, number, entry)
         fill_stores(layer.tiers, number, held, device)
     filling.finish()
@@ -168,13 +168,13 @@ def _load(path: Path, header: Header, held: Held, model: Any, any_model: bool, m
     return cache
 
 
-def _fill_own(layer: Any, kinds: list[Tensor], seen: int) -> None:
-    if (kinds[0].shape[2] != _held(layer, seen)) if kinds else seen:
-        found = kinds[0].shape[2] if kinds else 0
+def _fill_own(layer: Any, examples: list[Tensor], seen: int) -> None:
+    if (examples[0].shape[2] != _held(layer, seen)) if examples else seen:
+        found = examples[0].shape[2] if examples else 0
         raise Damaged(f"a {type(layer).__name__} that saw {seen} tokens holds {_held(layer, seen)}, found {found}")
-    if kinds:
-        layer.lazy_initialization(*kinds)
-        layer.keys, layer.values = kinds
+    if examples:
+        layer.lazy_initialization(*examples)
+        layer.keys, layer.values = examples
         if hasattr(layer, "cumulative_length"):
             layer.cumulative_length = seen
 
@@ -196,7 +196,7 @@ def _check_whole(cache: Savable) -> None:
 
 
 def _check_layers(cache: Savable, header: Header, path: Path, any_model: bool) -> None:
-    """The layers must be of the kinds that the model caches, and the model of the type that is named."""
+    """The layers must have the types that the model caches, and the model the type in the header."""
     if header.model_type != cache.origin.model_type and not any_model:
         raise CacheError(
             f"{path} must be of a {cache.origin.model_type} model, found a cache of {header.model_type[:80]}; "
@@ -211,13 +211,13 @@ def _check_layers(cache: Savable, header: Header, path: Path, any_model: bool) -
         )
 
 
-def _take_kinds(cache: Savable, number: int, held: Held) -> list[Tensor]:
-    """Keys and values that show of which kind a layer holds some, or nothing where it holds nothing."""
-    found = _kinds(cache, number, held)
+def _take_examples(cache: Savable, number: int, held: Held) -> list[Tensor]:
+    """Keys and values that show the shapes and types of a layer's; none where it holds none."""
+    found = _examples(cache, number, held)
     return [held.pop(name) for name in found]
 
 
-def _kinds(cache: Savable, number: int, held: Held) -> dict[str, Tensor]:
+def _examples(cache: Savable, number: int, held: Held) -> dict[str, Tensor]:
     tiered = isinstance(cache.layers[number], TieredLayer)
     names = [f"{number}.{side}.like" if tiered else f"{number}.own.{side}" for side in ("keys", "values")]
     if not tiered and not any(name in held for name in names):
@@ -228,7 +228,7 @@ def _kinds(cache: Savable, number: int, held: Held) -> dict[str, Tensor]:
     return {name: held[name] for name in names}
 
 
-def _check_kinds(cache: Savable, held: Held, model_or_config: Any, path: Path) -> None:
+def _check_examples(cache: Savable, held: Held, model_or_config: Any, path: Path) -> None:
     """Keys and values must be of one batch, in the model's type, with heads of its shape."""
     config = getattr(model_or_config, "config", model_or_config)
     text = config.get_text_config(decoder=True)
@@ -238,13 +238,13 @@ def _check_kinds(cache: Savable, held: Held, model_or_config: Any, path: Path) -
     bits = 8 * sum(x.numel() * x.element_size() for x in held.values())
     batch: int | None = None
     for number, layer in enumerate(cache.layers):
-        kinds, tiered = list(_kinds(cache, number, held).values()), isinstance(layer, TieredLayer)
-        for like in kinds:
+        examples, tiered = list(_examples(cache, number, held).values()), isinstance(layer, TieredLayer)
+        for like in examples:
             batch = like.shape[0] if batch is None and like.ndim else batch
-            fits = like.ndim == 4 and like.shape[:3] == (batch, *kinds[0].shape[1:3]) and like.dtype in FLOATS
+            fits = like.ndim == 4 and like.shape[:3] == (batch, *examples[0].shape[1:3]) and like.dtype in FLOATS
             numbers = math.prod((*like.shape[:2], *like.shape[3:]))  # of a token; each takes a bit at least
             if not fits or not 0 < numbers <= bits or (tiered and like.shape[2]):
-                found = [f"{tuple(x.shape)} in {x.dtype}" for x in kinds]
+                found = [f"{tuple(x.shape)} in {x.dtype}" for x in examples]
                 raise Damaged(f"layer {number} must hold heads in {batch} rows, found {found}")
             if isinstance(dtype, torch.dtype) and like.dtype != dtype:
                 raise CacheError(
@@ -252,7 +252,9 @@ def _check_kinds(cache: Savable, held: Held, model_or_config: Any, path: Path) -
                 )
         own = layer_config(text, number)
         plain = {name for name in own.to_dict() if "head_dim" in name or "key_value_heads" in name} <= PLAIN
-        for like in kinds if plain else kinds[:1] if tiered else []:  # others name the heads of other layers otherwise
+        # A config with other entries gives the heads of other layers in them; of our own layers keys are checked still.
+        checked = examples if plain else examples[:1] if tiered else []
+        for like in checked:
             _check_heads(like, text, number, path)
 
 

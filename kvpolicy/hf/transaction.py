@@ -210,8 +210,8 @@ class Guard:
             real = real.cpu().numpy()
         return (padding or Padding.none(batch, seen)).crop(seen).append(real)
 
-    def whole(self, alike: bool = True) -> None:
-        """Take an interrupted pass back, and see that all layers hold the same tokens, if they must be `alike`.
+    def whole(self, same_tokens: bool = True) -> None:
+        """Take an interrupted pass back, and check that all layers hold the `same_tokens`, if they must.
 
         Raises:
             CacheError: they don't, or the cache is in use.
@@ -225,11 +225,11 @@ class Guard:
             self.take_back()
         if self._torn is not None:
             raise CacheError(
-                f"the layers of a cache must be alike, and {self._torn} was interrupted; reset() the cache, "
+                f"the layers of a cache must agree, and {self._torn} was interrupted; reset() the cache, "
                 "or make a new one"
             )
-        lengths = self._lengths() if alike else []
-        for tiers in self.tiers if alike else ():
+        lengths = self._lengths() if same_tokens else []
+        for tiers in self.tiers if same_tokens else ():
             tiers.check_whole()
         if len(set(lengths)) > 1:
             raise CacheError(
@@ -237,10 +237,10 @@ class Guard:
                 f"{lengths}; crop({min(lengths)}) takes it back, or reset() the cache"
             )
 
-    def ready(self, alike: bool = True) -> None:
+    def ready(self, same_tokens: bool = True) -> None:
         """`whole`, unless the forward pass that is running asks itself."""
         if self._pass is None or self._pass.elsewhere or not self._pass.alive():
-            self.whole(alike)
+            self.whole(same_tokens)
 
     def take_back(self) -> None:
         """Undo what an interrupted pass did.
@@ -311,7 +311,7 @@ class Guard:
 
     @torch.no_grad()
     def _level(self, length: int, seen: list[int]) -> None:
-        """Let all layers have let in the same tokens, where one has seen more, so that a crop leaves them alike."""
+        """Commit in every layer as many tokens as in the one that has seen most, so that a crop leaves them equal."""
         most = max((tiers.committed for tiers in self.tiers), default=0)
         behind = [tiers for tiers in self.tiers if tiers.committed < most]
         if min(seen) < length or self.selects_together or any(t.committed + t.waiting != most for t in behind):

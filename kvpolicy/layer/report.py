@@ -15,7 +15,7 @@ from torch import Tensor
 from kvpolicy.layer.layer import LayerCache
 from kvpolicy.placement.planner import State
 
-KINDS = ("codes", "scales", "zeros", "exact", "indices", "scores")
+PARTS = ("codes", "scales", "zeros", "exact", "indices", "scores")
 
 
 @dataclass(frozen=True)
@@ -78,18 +78,18 @@ class Memory:
         """Effective bits per key or value of the tokens seen; evicted ones count as seen."""
         return 8 * self.bytes / self.values if self.values else 0.0
 
-    def total(self, kind: str) -> int:
-        """Bytes of one kind (codes, scales, zeros, exact, indices, scores) over all layers."""
-        return sum(int(getattr(s, kind)) for s in self.stores) + (self.shared_indices if kind == "indices" else 0)
+    def total(self, part: str) -> int:
+        """Bytes of one part of the stores (codes, scales, zeros, exact, indices, scores) over all layers."""
+        return sum(int(getattr(s, part)) for s in self.stores) + (self.shared_indices if part == "indices" else 0)
 
     def table(self) -> str:
         """A table of bytes by layer, side and tiers."""
         table = Table(title=str(self))
-        for name in ("layer", "side", "tiers", "tokens", *KINDS, "total"):
+        for name in ("layer", "side", "tiers", "tokens", *PARTS, "total"):
             table.add_column(name, justify="left" if name in ("side", "tiers") else "right")
         for s in self.stores:
             tiers = ",".join(map(str, s.tiers)) or "-"
-            row = [s.layer, s.side, tiers, s.tokens, *(getattr(s, kind) for kind in KINDS), s.bytes]
+            row = [s.layer, s.side, tiers, s.tokens, *(getattr(s, part) for part in PARTS), s.bytes]
             table.add_row(*map(str, row))
         return _render(table)
 
@@ -190,7 +190,7 @@ def _store_memory(tiers: LayerCache, number: int, side: str, s: int) -> StoreMem
     reserved = store.reserved()
     if tiers.ragged is not None:
         own = table.bytes() if table is not None else {}
-        used = {kind: used.get(kind, 0) + own.get(kind, 0) for kind in KINDS}
+        used = {part: used.get(part, 0) + own.get(part, 0) for part in PARTS}
         reserved += (table.reserved() if table is not None else 0) - used["indices"]
     return StoreMemory(number, side, covers, store.length, **used, reserved=reserved)
 
