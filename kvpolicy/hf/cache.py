@@ -160,11 +160,11 @@ class CompressedCache(PassAware, Cache):
     def save(self, path: str | Path) -> None:
         """Write the cache as safetensors. Commits pending tokens first.
 
-        The header holds the recipe, versions, and a fingerprint of the model that the cache was made for: what of its
-        config decides what keys and values mean, and a hash of a few numbers of its weights. Of a cache made from a
-        config, or whose model is gone, the weights are unknown.
+        The header holds the recipe, versions, and a fingerprint of the model that the cache was made for: the entries
+        of its config on which keys and values depend, and hashes of samples of its weights. The weights are unknown if
+        the cache was made from a config, or its model is gone.
 
-        The file is written beside its place and then moved there: what interrupts that leaves the old file, or none.
+        The file is written under another name and then renamed: an interrupted save leaves the old file, or none.
 
         Raises:
             CacheError: nothing is cached, layers have seen different numbers of tokens, a layer can't be saved, or the
@@ -179,14 +179,14 @@ class CompressedCache(PassAware, Cache):
 
         Args:
             path: the file.
-            model: the model that made the cache, or its config. A config has no weights to be compared: then another
-                model of the same config goes unnoticed.
-            any_model: take a cache of another model, too, whose layers and heads have the same shapes and whose type
-                is the same. What its keys and values mean to this model is up to you.
+            model: the model that made the cache, or its config. A config has no weights to compare, so another model
+                with the same config is not noticed.
+            any_model: accept a cache of another model whose layers and heads have the same shapes and dtype. Whether
+                its keys and values mean the same to this model is not checked.
 
-        Weights are compared as numbers: a model in another float type that holds them exactly is the same one, but
-        must compute in the type of the cache. A file that says nothing of weights (one of kvpolicy 0.1, or of a cache
-        made from a config) is read with a warning.
+        Weights are compared as numbers, so a copy of the model in a wider float type is the same model; but it must
+        compute in the dtype of the cache. A file without hashes of weights (written by kvpolicy 0.1, or of a cache made
+        from a config) is read with a warning.
 
         Raises:
             CacheError: the file is missing, damaged, foreign, or of another model.
@@ -197,14 +197,15 @@ class CompressedCache(PassAware, Cache):
     def crop(self, tokens_to_remove: int) -> None:
         """Keep the first n positions (n > 0), or remove the last -n (n <= 0), in every layer.
 
-        Exact for pending tokens (the last update's, 64 at most); a longer crop keeps past descents.
+        Exact for pending tokens (those of the last update, 64 at most). After a longer crop, tokens stay in the tiers
+        to which they have descended.
         """
         known = int(super().get_seq_length()) if self.layers else 0
         length = self.guard.cropped(int(tokens_to_remove), known)
         removed = min(length - max(known, self.guard.seen), 0)
         with self.guard.tearing("crop"):
-            for number, layer in enumerate(self.layers):  # these first: they may refuse
-                # One that records the past lets go of what is behind its window even if nothing is removed.
+            for number, layer in enumerate(self.layers):  # these first: they may raise
+                # A layer that records its past drops what lies behind its window even if no token is removed.
                 if not isinstance(layer, TieredLayer) and (removed or getattr(layer, "record_past", False)):
                     self._crop_own(number, layer, length, removed)
             for layer in self.layers:
@@ -224,7 +225,7 @@ class CompressedCache(PassAware, Cache):
             ) from error
 
     def _existing(self, rows: Tensor) -> Tensor:
-        """`rows_within` the rows held, if any."""
+        """Row numbers counted from 0, checked against the rows held, if any."""
         held = next((x.batch_size for x in self.layers if isinstance(x, TieredLayer) and x.is_initialized), None)
         return rows if held is None else rows_within(rows, held)
 

@@ -23,7 +23,7 @@ IRRELEVANT = {
     *("router_aux_loss_coef", "task_specific_params", "tie_word_embeddings", "tokenizer_class", "torch_dtype"),
     *("torchscript", "transformers_version", "use_cache"),
 }
-"""What a config says of other things than keys and values, beside token ids and dropout."""
+"""Config entries that keys and values don't depend on. Token ids and dropout are left out besides."""
 
 
 @dataclass(frozen=True)
@@ -37,14 +37,14 @@ class Fingerprint:
 
 
 class Origin:
-    """The model that a cache was made for, which it doesn't keep alive, or what a file says of that model."""
+    """The model that a cache was made for, by a weak reference, or the fingerprint of it in a file."""
 
     def __init__(self, model_or_config: Any) -> None:
         config = getattr(model_or_config, "config", model_or_config)
         self.text = config.get_text_config(decoder=True)
         self._model = weakref.ref(model_or_config) if isinstance(model_or_config, nn.Module) else None
         self.loaded: Fingerprint | None = None
-        """What the file says from which the cache was read; it goes before the model."""
+        """From the file that the cache was read from. It takes precedence over the model."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_model": None}  # a weak reference can't be pickled
@@ -169,7 +169,7 @@ def _active_adapters(module: nn.Module) -> list[str]:
 
 
 def _hash(module: nn.Module, name: str, weight: Tensor) -> str | None:
-    """Of some numbers of a weight, wherever it lies and whichever float type it has; None if it can't be read."""
+    """A hash of a sample of a weight, on any device and in any float type; None if it can't be read."""
     if weight.device.type == "meta":
         hook = getattr(module, "_hf_hook", None)  # accelerate keeps offloaded weights elsewhere
         held = [getattr(x, "weights_map", None) for x in getattr(hook, "hooks", [hook])]
@@ -183,7 +183,7 @@ def _hash(module: nn.Module, name: str, weight: Tensor) -> str | None:
             for part in _plain(weight):
                 digest.update(_sampled(part))
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError):
-        return None  # a tensor of some library of quantization that lets nobody look at its numbers
+        return None  # a quantized tensor whose numbers can't be read
     return digest.hexdigest()
 
 

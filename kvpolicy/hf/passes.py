@@ -1,7 +1,7 @@
 """Forward passes of a model: hooks that tell a cache when one begins, with which padding, and how it ends.
 
-Hooks are functions of this module, and what they need is found by the module that runs. So a copy or a pickle of a
-hooked model carries hooks that do nothing.
+The hooks are functions of this file, which look up their state by the model that runs. So the hooks in a copy or a
+pickle of a hooked model do nothing.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ class Hooked:
             _attached[module] = self
 
     def detach(self) -> None:
-        """Forget the attachment and whatever passes were abandoned."""
+        """Forget the attachment, and end passes that were abandoned."""
         self.attachment = None
         for module in [m for m, hooked in _attached.items() if hooked is self]:
             del _attached[module]

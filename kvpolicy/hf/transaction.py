@@ -49,7 +49,7 @@ class Transaction:
         return self.thread != get_ident()
 
     def alive(self) -> bool:
-        """Whether it still runs. Where Ctrl-C ended it nobody could say so, but its frame is gone."""
+        """Whether its frame is still on its thread's stack. Ctrl-C ends a pass without a call of `finish`."""
         frame = sys._current_frames().get(self.thread) if self.elsewhere else sys._getframe(1)
         while frame is not None and frame is not self.frame:
             frame = frame.f_back
@@ -65,7 +65,7 @@ def _caller() -> FrameType | None:
 
 
 def _kept(layer: Any) -> dict[str, Any]:
-    """What a layer of transformers' own holds. Keys and values are replaced by updates, states are written to."""
+    """What a layer of transformers' own holds. Updates replace its keys and values, but write into its states."""
     return {name: x if name in ("keys", "values") else _cloned(x) for name, x in layer.__dict__.items()}
 
 
@@ -85,7 +85,7 @@ class Guard:
         self._pass: Transaction | None = None
         """The forward pass under way, or one that was interrupted."""
         self._torn: str | None = None
-        """What was done to the rows of some layers only."""
+        """The operation that was interrupted after some layers, so that the cache must be reset."""
         self._user: dict[str, int] = {}
         """The thread that is updating a layer right now."""
         self.untold = False
@@ -149,7 +149,7 @@ class Guard:
         self.reading.padding, self.reading.attached = coming, attached
 
     def _check_columns(self, mask: Tensor, tokens: int) -> None:
-        """Refuse a 4-D mask that speaks of tokens which were dropped."""
+        """Refuse a 4-D mask that has columns for dropped tokens."""
         held = next(tiers.held_after_commit() for tiers in self.tiers if tiers.evicts)
         if mask.shape[3] != held + tokens:
             raise CacheError(
@@ -180,7 +180,7 @@ class Guard:
             self.reading.padding = self._padding_with(mask, tokens, self.seen, attached)
 
     def note_padding(self, mask: Any, tokens: int) -> None:
-        """Take note of which of the `tokens` coming in are padding, from a 2-D attention mask over all tokens."""
+        """Note which of the next `tokens` are padding, from a 2-D attention mask over all tokens."""
         self.reading.padding = self._padding_with(mask, tokens, self.seen, True)
 
     def _padding_with(self, mask: Any, tokens: int, seen: int, attached: bool) -> Padding | None:
@@ -266,7 +266,7 @@ class Guard:
         self._pass = None
 
     def expect(self, layer: int, keys: Tensor) -> None:
-        """Refuse tokens for a layer that is not where it should be."""
+        """Refuse tokens for a layer that has seen more than the others, or in a pass of another thread."""
         p = self._pass
         if self._torn is not None:
             self.whole()
@@ -324,18 +324,18 @@ class Guard:
 
     @contextmanager
     def rows_of_all(self, what: str) -> Iterator[None]:
-        """All layers get other rows, or the cache is torn."""
+        """Within it, rows are selected in every layer; see `tearing`."""
         self.whole()
         with self.tearing(what):
             yield
 
     @contextmanager
     def tearing(self, what: str) -> Iterator[None]:
-        """Until the end layers may differ; what interrupts it leaves the cache torn, but a refusal of ours."""
+        """Within it, layers may differ. If it is interrupted, the cache refuses everything until it is reset."""
         self._torn = what
         try:
             yield
-        except CacheError:  # said before anything was changed
+        except CacheError:  # raised before anything was changed
             self._torn = None
             raise
         self._torn = None

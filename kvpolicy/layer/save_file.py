@@ -29,7 +29,7 @@ Count = Annotated[int, Field(ge=0, le=LONGEST)]
 
 
 class Damaged(CacheError):
-    """What a file holds can't be; without the path, which `load_cache` adds."""
+    """The contents of a file are impossible. `load_cache` adds the path."""
 
 
 class _Entry(BaseModel):
@@ -37,21 +37,21 @@ class _Entry(BaseModel):
 
 
 class StateEntry(_Entry):
-    """What layers share whose tokens are in the same places in all rows and heads."""
+    """A placement by position, which layers with the same tiers share."""
 
     seen: Count
     through: Count
 
 
 class TiersEntry(_Entry):
-    """A layer that goes by a state."""
+    """A layer placed by position: `state` is a number in `Header.states`."""
 
     type: Literal["tiers"] = "tiers"
     state: Count
 
 
 class RaggedEntry(_Entry):
-    """A layer whose tokens differ by row or head."""
+    """A layer placed by row and head."""
 
     type: Literal["ragged"] = "ragged"
     rows: Count
@@ -78,7 +78,7 @@ class ModelEntry(_Entry):
 
 
 class Header(BaseModel):
-    """What a file says of itself."""
+    """The entries of the header."""
 
     recipe: str
     model_type: str
@@ -105,7 +105,7 @@ def parse(texts: dict[str, str]) -> Header:
 
 
 class Held(dict[str, Tensor]):
-    """The tensors of a file, on the CPU. What the cache has taken is gone, so that nothing is left unread."""
+    """The tensors of a file, on the CPU. Each is removed when it is used; none may be left in the end."""
 
     def take(self, name: str, dtype: torch.dtype, ndim: int = 1) -> Tensor:
         """A tensor that must be there, of a type and a number of dimensions."""
@@ -183,7 +183,7 @@ def checksum(texts: dict[str, str], tensors: dict[str, Tensor]) -> str:
 
 
 def write_file(path: Any, header: Header, tensors: dict[str, Tensor]) -> None:
-    """Write a file whole, or leave what was there: it is written beside its place and then moved there."""
+    """Write a file under another name and rename it, so that an interruption leaves the old file, or none."""
     path = _path(path)
     tensors = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
     texts = header.as_text()

@@ -18,7 +18,7 @@ from kvpolicy.storage.make import make_store
 from kvpolicy.storage.named import NamedStore
 
 Formats = dict[str, tuple[torch.dtype, tuple[int, ...]]]
-"""For each tensor of a store its type and what of its shape comes after batch, heads and tokens."""
+"""For each tensor of a store its dtype, and its shape after batch, heads and tokens."""
 MOST = 128
 """Tokens of a group in a sample."""
 
@@ -36,10 +36,9 @@ def fill_stores(tiers: LayerCache, number: int, held: Held, device: torch.device
     """Restore the stores of a layer, which are made and empty; its placement is known."""
     for side, stores in tiers.stores.items():
         for s, store in enumerate(stores):
-            parts = held.below(f"{number}.{side}.{s}.") if store is not None else {}
             if store is None:
                 continue
-            like = tiers.like[side]
+            parts, like = held.below(f"{number}.{side}.{s}."), tiers.like[side]
             try:
                 _check(parts, store, like, _formats(tiers.placement.store_spec(side, s), store, like))
                 store.restore({name: t if name == "sizes" else t.to(device) for name, t in parts.items()})
@@ -53,7 +52,7 @@ def fill_stores(tiers: LayerCache, number: int, held: Held, device: torch.device
 
 
 def _formats(spec: Any, store: Store, like: Tensor) -> Formats:
-    """What the tensors of a store are like, found on a store of zeros."""
+    """The formats of a store's tensors, found on a store of zeros."""
     exact = like.dtype, (like.shape[3],)
     if isinstance(store, ExactStore):
         return {"exact": exact}
@@ -128,7 +127,7 @@ def _check_divisors(channels: Tensor | None, coded: int) -> None:
 
 
 def _check_decoded(store: NamedStore, like: Tensor) -> None:
-    """What a quantizer keeps means something to itself alone: it must be able to read it."""
+    """Only the quantizer knows what its tensors mean, so it must be able to decode them."""
     try:
         for first, x in store.decoded(LARGE, like.dtype):
             n = min(1024, store.length - first)

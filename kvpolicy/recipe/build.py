@@ -42,7 +42,7 @@ class _Row(NamedTuple):
 
 
 class _Builder:
-    """Builds the parts of a recipe, knowing for each its path in the document; notes what is wrong, and raises once."""
+    """Builds the parts of a recipe, each with its path in the document; notes every problem, and raises once."""
 
     def __init__(self, document: Document, values: dict[str, Any], given: set[str], plugins: Registry) -> None:
         self.document, self.values, self.given, self.plugins = document, values, given, plugins
@@ -52,7 +52,7 @@ class _Builder:
         self.data: dict[str, Any] = self._fill(data, ())
 
     def note(self, path: Path_, message: str) -> None:
-        """A problem; of a value that came as a parameter the parameter is named."""
+        """Note a problem at a path. If the value there came from a parameter, the parameter is named."""
         name = self.filled.get(path)
         if name is None:
             below = {

@@ -21,7 +21,7 @@ def explain(
         info: the plugin.
         error: what pydantic says.
         options: the options that were validated.
-        spoilt: names of others, which are wrong in a way that was told already.
+        spoilt: names of other options, whose errors are reported already.
     """
     by_option: dict[str, list[Any]] = {}
     for problem in error.errors(include_url=False):
