@@ -77,6 +77,7 @@ def test_an_installed_policy_and_quantizer_work_in_a_recipe(site: Path) -> None:
         import torch
         from kvpolicy import load_recipe
         from kvpolicy.placement.simulate import simulate
+        from kvpolicy.recipe.load import load_yaml
         from kvpolicy.storage.make import make_store
         recipe = load_recipe("./strided.yaml:n=5")
         print([part.tolist() for part in simulate(recipe.tiers, 40)][1])
