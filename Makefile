@@ -9,7 +9,7 @@ ARMS := full logquant partial-logquant kivi zipcache h2o logquant-evict kivi-evi
 # What moves from one end of transformers' range to the other, and the tests that are run at the oldest: those of cache,
 # attention, padding and generation that meet its models.
 MOVING := ^(transformers|huggingface-hub|tokenizers)==
-OLDEST_TESTS := $(wildcard $(patsubst %,tests/core/test_%*.py,\
+OLDEST_TESTS := $(wildcard $(patsubst %,tests/*/test_%*.py,\
 	assisted attach attention cache_models generate multimodal override padding passes ragged_edges))
 
 .PHONY: help demo test test-oldest test-newest lint docs bench clean

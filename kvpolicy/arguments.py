@@ -10,17 +10,6 @@ from typing import Any
 from kvpolicy.errors import CompareError
 from kvpolicy.words import clip, in_words, quoted, suggest
 
-__all__ = [
-    "RESULTS",
-    "check_comparison",
-    "check_device",
-    "check_generation",
-    "check_picture",
-    "check_prompt",
-    "check_results",
-    "check_room",
-]
-
 RESULTS = ("samples.jsonl", "summary.json", "comparison.png", "attention.png")
 """Files that a comparison writes."""
 CHARACTERS_PER_POSITION = 64

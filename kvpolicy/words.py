@@ -8,8 +8,6 @@ from collections.abc import Collection, Iterable
 from itertools import islice
 from typing import Any
 
-__all__ = ["clip", "in_words", "listed", "quoted", "suggest"]
-
 LONGEST = 80
 """Characters of a name or a value that a message repeats."""
 _COMPARED = 200

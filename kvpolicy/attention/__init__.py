@@ -1,0 +1,1 @@
+"""Attention over stores: partial results and their merge, masks, and the reference in torch."""

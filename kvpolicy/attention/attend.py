@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from kvpolicy.layer.layer import LayerCache
     from kvpolicy.placement.attention_scores import Observer
 
-__all__ = ["ALL", "attend", "exponentials", "observe"]
-
 SCORES = 1 << 24
 """Scores computed at a time; more queries than fit take another turn over the stores."""
 ALL = ColumnMap([], [], 0, False, lambda: torch.empty(0, dtype=torch.int64))

@@ -8,8 +8,6 @@ from torch import Tensor
 from kvpolicy.errors import CacheError
 from kvpolicy.placement.moves import ColumnMap
 
-__all__ = ["as_mask", "mask_scores"]
-
 
 def as_mask(mask: Tensor | None, seen: int, kv_heads: int) -> Tensor | None:
     """A mask as `[batch or 1, kv_heads or 1, groups or 1, queries or 1, tokens seen]`."""

@@ -15,8 +15,6 @@ from kvpolicy.storage.affine import AffineStore
 from kvpolicy.storage.base import Store
 from kvpolicy.storage.packing import plane_width, planes
 
-__all__ = ["Columns", "add_values", "key_scores"]
-
 BLOCK = 1 << 20
 """Numbers of a plane, for all heads and rows, that a CPU reads at a time: more need memory, fewer make more calls."""
 ELSEWHERE = 3 << 19

@@ -1,0 +1,1 @@
+"""The command `kvpolicy`: one file a command."""

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from importlib.metadata import version as version_of
+from typing import Annotated
 
 import typer
 
-from kvpolicy.cli.run import register
+from kvpolicy.cli.compare import compare
+from kvpolicy.cli.env import env
+from kvpolicy.cli.generate import generate
+from kvpolicy.cli.output import show_error
+from kvpolicy.cli.plugins import plugins
+from kvpolicy.cli.recipes import recipes
+from kvpolicy.cli.schema import schema
+from kvpolicy.cli.show import show
+from kvpolicy.cli.validate import validate
 from kvpolicy.errors import KvpolicyError
-
-if TYPE_CHECKING:
-    from kvpolicy.recipe.load import Recipe
-
-__all__ = ["app", "main"]
+from kvpolicy.words import clip
 
 app = typer.Typer(
     name="kvpolicy",
@@ -26,14 +30,11 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A bundled name or a file, NAME:key=value,...")]
 
 
 def _version(wanted: bool) -> None:
     if wanted:
-        import kvpolicy
-
-        typer.echo(f"kvpolicy {kvpolicy.__version__}")
+        typer.echo(f"kvpolicy {version_of('kvpolicy')}")
         raise typer.Exit
 
 
@@ -44,158 +45,11 @@ def _options(
     pass
 
 
-def _print(table: Any, err: bool = False) -> None:
-    from rich.console import Console
-
-    console = Console(stderr=err)
-    if not console.is_terminal:  # for grep: a row a line
-        console = Console(stderr=err, width=4096)
-    console.print(table)
-
-
-def _table(title: str, *columns: str) -> Any:
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    return table
-
-
-@app.command()
-def recipes() -> None:
-    """List the bundled recipes."""
-    from rich.text import Text
-
-    from kvpolicy.recipe.load import bundled_names, load_recipe
-
-    table = _table("Bundled recipes", "name", "parameters", "summary")
-    for name in bundled_names():
-        recipe = load_recipe(name)
-        params = ",".join(f"{key}={value}" for key, value in recipe.params.items())
-        table.add_row(Text(name), Text(params), Text(recipe.summary))
-    _print(table)
-
-
-@app.command(context_settings={"allow_extra_args": True})
-def show(
-    context: typer.Context,
-    recipe: RecipeArgument,
-    tokens: Annotated[int, typer.Option(min=1, max=1 << 20, help="Tokens of the placement shown.")] = 512,
-    plot: Annotated[Path | None, typer.Option(help="Draw which tier holds each position, into this file.")] = None,
-) -> None:
-    """Print a recipe with everything filled in, and how many tokens each tier holds."""
-    from kvpolicy.recipe.source import check_one
-
-    check_one(recipe, context.args)
-    if plot is not None:
-        from kvpolicy.arguments import check_picture
-
-        check_picture(plot)
-    from kvpolicy.recipe.load import load_recipe
-
-    loaded = load_recipe(recipe)
-    if plot is not None:
-        from kvpolicy.recipe.plot import plot_placement
-
-        typer.echo(f"wrote {plot_placement(loaded, tokens, plot)}", err=True)
-    if loaded.params:
-        typer.echo("# " + ", ".join(f"{name}={value}" for name, value in loaded.params.items()))
-    typer.echo(loaded.to_yaml(resolved=True))
-    fed = "a prompt of " if loaded.placement == "update" else ""
-    _print(_tiers_table(f"LayerCache after {fed}{tokens} tokens", loaded, loaded.tiers, tokens), err=True)
-    for key, own in loaded.layers.items():
-        if own != "full":
-            _print(_tiers_table(f"Tiers of layers {key}", loaded, own, tokens), err=True)
-        else:
-            typer.echo(f"Layers {key}: full", err=True)
-
-
-def _tiers_table(title: str, recipe: Recipe, tiers: Any, tokens: int) -> Any:
-    from rich.text import Text
-
-    from kvpolicy.interfaces.policy import RankPolicy
-    from kvpolicy.placement.simulate import simulate
-    from kvpolicy.recipe.plot import describe_policy, describe_store
-
-    table = _table(title, "tier", "policy", "keys", "values", "tokens", "positions")
-    chosen = False
-    for i, (tier, held) in enumerate(zip(tiers, simulate(tiers, tokens, recipe.placement), strict=True)):
-        policy = "takes the rest" if tier.policy is None else describe_policy(tier.policy)
-        chosen = chosen or isinstance(tier.policy, RankPolicy)
-        keys, values = describe_store(tier.keys), describe_store(tier.values)
-        span = "none" if not len(held) else "by attention" if chosen else f"{held[0]} to {held[-1]}"
-        table.add_row(*(Text(cell) for cell in (str(i), policy, keys, values, str(len(held)), span)))
-    return table
-
-
-@app.command()
-def validate(
-    sources: Annotated[list[str], typer.Argument(metavar="RECIPE...", help="Bundled names or files.")],
-) -> None:
-    """Check recipes; exit status 2 if one is not valid."""
-    from kvpolicy.recipe.source import check_sources, refuse_misplaced
-    from kvpolicy.words import clip
-
-    refuse_misplaced(sources)
-    failed = False
-    for source in sources:
-        try:
-            check_sources([source])
-            from kvpolicy.recipe.load import load_recipe
-
-            loaded = load_recipe(source)
-        except KvpolicyError as error:
-            _error(str(error))
-            failed = True
-        else:
-            typer.echo(f"{clip(source, 300)}: valid ({clip(loaded.name)}, tiers: {len(loaded.tiers)})")
-    if failed:
-        raise typer.Exit(2)
-
-
-@app.command()
-def schema() -> None:
-    """Print the JSON schema of recipes, for editors."""
-    import json
-
-    from kvpolicy.recipe.schema import recipe_schema
-
-    typer.echo(json.dumps(recipe_schema(), indent=2))
-
-
-@app.command()
-def plugins() -> None:
-    """List the installed policies and quantizers, and what failed to load."""
-    from rich.text import Text
-
-    from kvpolicy.plugins import registry
-
-    found = registry()
-    table = _table("Plugins", "type", "kind", "distribution", "version", "file", "options")
-    groups: list[tuple[str, dict[str, Any]]] = [("policy", found.policies), ("quantizer", found.quantizers)]
-    for what, known in groups:
-        for kind in sorted(known):
-            info = known[kind]
-            options = ", ".join(_option(name, field) for name, field in info.cls.model_fields.items() if name != "kind")
-            if info.missing:
-                options = f"needs {info.missing}, not installed; {options}"
-            cells = (what, kind, info.distribution, info.version, info.file, options)
-            table.add_row(*(Text(cell) for cell in cells))
-    _print(table)
-    if found.broken:
-        failed = _table("Failed to load", "plugin", "distribution", "version", "entry point", "cause")
-        for bad in found.broken:
-            failed.add_row(*(Text(cell) for cell in (bad.name, bad.distribution, bad.version, bad.value, bad.cause)))
-        typer.echo()
-        _print(failed)
-
-
-def _option(name: str, field: Any) -> str:
-    return name if field.is_required() else f"{name}={field.default}"
-
-
-register(app)
+TAKES_RECIPES = ("show", "validate", "compare", "generate")
+for command in (recipes, show, validate, schema, plugins, compare, generate, env):
+    # Words too many reach the command, which says how parameters are written.
+    spare = {"allow_extra_args": command in (show, generate)}
+    app.command(context_settings=spare)(command)
 
 
 def main() -> None:
@@ -208,7 +62,7 @@ def main() -> None:
         if sys.stdout is not None:
             sys.stdout.flush()
     except KvpolicyError as error:
-        _error(str(error))
+        show_error(str(error))
         status = 2
     except BrokenPipeError:
         sys.stderr.close()
@@ -217,17 +71,11 @@ def main() -> None:
         typer.echo("interrupted", err=True)
         status = 130
     except OSError as error:  # such as a full disk behind stdout
-        _error(f"can't be written or read: {error.filename or 'the output'}: {error.strerror or error}")
+        show_error(f"can't be written or read: {error.filename or 'the output'}: {error.strerror or error}")
         status = 1
     except Exception as error:
         status = _usage(error)
     sys.exit(status or 0)
-
-
-def _error(text: str) -> None:
-    """A line for each problem."""
-    for line in text.splitlines():
-        typer.echo(f"error: {line}", err=True)
 
 
 def _usage(error: Exception) -> int:
@@ -235,8 +83,6 @@ def _usage(error: Exception) -> int:
     say = getattr(error, "format_message", None)
     if say is None:
         raise error
-    from kvpolicy.words import clip
-
     status = int(getattr(error, "exit_code", 2))
     message, context = str(say()).strip(), getattr(error, "ctx", None)
     if not message or type(error).__name__ == "NoArgsIsHelpError":  # the help was asked for, or is shown already
@@ -244,7 +90,7 @@ def _usage(error: Exception) -> int:
         return status
     path = getattr(context, "command_path", None) or "kvpolicy"
     hints = [clip(message[0].lower() + message[1:].rstrip("."), 400)]
-    if type(error).__name__ == "NoSuchOption" and path.split()[-1] in ("show", "validate", "generate", "compare"):
+    if type(error).__name__ == "NoSuchOption" and path.split()[-1] in TAKES_RECIPES:
         hints.append("a recipe's parameters are written NAME:key=value")
-    _error("; ".join([*hints, f"see {path} --help"]))
+    show_error("; ".join([*hints, f"see {path} --help"]))
     return status

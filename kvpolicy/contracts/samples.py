@@ -18,8 +18,6 @@ from kvpolicy.interfaces.policy import Policy
 from kvpolicy.interfaces.quantizer import AffineQuantizer, Quantizer
 from kvpolicy.plugins import PluginInfo, registry
 
-__all__ = ["Block", "TwoTier", "name_of", "policies", "quantizers", "required_options", "tensor"]
-
 C = TypeVar("C", bound=Component)
 NUMBERS = (0, 1, 2, 3, 7, 32, 0.3, True, False)
 Ints = NDArray[np.int64]

@@ -1,0 +1,1 @@
+"""Comparisons of recipes on the same samples: runs, statistics, tables and pictures."""

@@ -9,8 +9,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Distances", "PowerLaw", "Profile", "fit_power_law"]
-
 SINKS = 4
 """The first tokens of a text, which draw attention at any distance. They are counted apart."""
 NEAREST = 8
@@ -52,8 +50,8 @@ def fit_power_law(distances: Any, attention: Any) -> PowerLaw | None:
         return None
     log_x, log_y = np.log(x), np.log(y)
     slope, intercept = np.polyfit(log_x, log_y, 1)
-    spread = ((log_y - log_y.mean()) ** 2).sum()
-    r2 = 1 - ((log_y - slope * log_x - intercept) ** 2).sum() / spread if spread else 1.0
+    total = ((log_y - log_y.mean()) ** 2).sum()
+    r2 = 1 - ((log_y - slope * log_x - intercept) ** 2).sum() / total if total else 1.0
     return PowerLaw(float(-slope), math.exp(intercept), float(r2), float(x.min()), float(x.max()))
 
 
@@ -157,17 +155,16 @@ class Distances:
         }
 
     def sentence(self) -> str:
-        """What the fit says of the claim behind log-spaced tokens, whose density falls as distance^-1."""
+        """The fit in words, beside the claim behind log spacing: that attention falls as distance^-1."""
         fit = self.fit()
         if fit is None:
             return "attention by distance: the answers' queries reach too few tokens for a fit."
-        found = (
-            f"attention by distance (exact cache): alpha = {fit.exponent:.2f}, R² = {fit.r2:.2f}: mean attention per "
-            f"token falls as distance^-alpha, fitted from distance {fit.first:.0f} to {fit.last:.0f}; the first "
-            f"{SINKS} tokens, which take {100 * self.shares()['first_tokens']:.0f}% of it, are left out. "
-            "Log-spaced tokens thin out as distance^-1; "
+        left_out = f"without the first {SINKS} tokens ({100 * self.shares()['first_tokens']:.0f}% of attention)"
+        return (
+            f"attention by distance (exact cache): alpha = {fit.exponent:.2f}, R² = {fit.r2:.2f}; mean attention per "
+            f"token as distance^-alpha, fitted from distance {fit.first:.0f} to {fit.last:.0f}, {left_out}: "
+            f"{_verdict(fit)}."
         )
-        return found + _verdict(fit)
 
     def _reached(self) -> NDArray[np.bool_]:
         reached: NDArray[np.bool_] = np.full(len(_EDGES), bool(self.layers))
@@ -178,12 +175,10 @@ class Distances:
 
 def _verdict(fit: PowerLaw) -> str:
     if fit.r2 < 0.8:
-        return "a power law describes this attention badly, so that alpha says little."
-    if fit.exponent < 0.75:
-        return "attention falls more slowly, so that distant tokens deserve more than log-spacing gives them."
-    if fit.exponent > 1.25:
-        return "attention falls faster, so that near tokens deserve more than log-spacing gives them."
-    return "alpha is near 1, as the claim behind log-spacing has it."
+        return "no power law"
+    if 0.75 <= fit.exponent <= 1.25:
+        return "as log spacing assumes (alpha = 1)"
+    return f"{'slower' if fit.exponent < 1 else 'faster'} than log spacing assumes (alpha = 1)"
 
 
 def _plain(fit: PowerLaw | None) -> dict[str, float] | None:

@@ -1,7 +1,7 @@
 """What a compressed cache does to attention: its outputs against those of the exact cache on the same queries.
 
 A `Watcher` keeps, beside the cache, all keys and values that each layer was given. So it costs an exact cache while
-it watches. "Exact" is what attention over these gives for the queries of the same run.
+it watches. "Exact" is attention of the same queries over these.
 """
 
 from __future__ import annotations
@@ -23,8 +23,6 @@ from kvpolicy.hf.cache import CompressedCache
 from kvpolicy.hf.layer import TieredLayer
 from kvpolicy.layer.layer import DROPPED, EXACT, QUANTIZED
 from kvpolicy.layer.view import View
-
-__all__ = ["AttentionErrors", "Watcher", "exact_attention"]
 
 FIELDS = ("l1", "l2", "exact_mass", "quantized_mass", "dropped_mass")
 
@@ -89,8 +87,8 @@ class _Shadow:
 class Watcher:
     """Watches the attention of an attached model while it runs with one cache, from its first token on.
 
-    While the model runs, it only notes what goes by. What is computed from that is computed in the end, by `result`:
-    neither within the time of a run nor between two, where it would turn the model out of the processor's caches.
+    While the model runs, it only notes what passes. `result` computes everything at the end: neither within the time of
+    a run, nor between two runs, where it would evict the model from the processor's caches.
     """
 
     cache: CompressedCache
@@ -128,7 +126,7 @@ class Watcher:
             self._arriving, self._kept = {}, {}
 
     def _exactness(self) -> dict[int, Tensor]:
-        """How each layer keeps its tokens now; layers that keep them alike share a tensor."""
+        """How each layer keeps its tokens now; layers with equal answers share a tensor."""
         found: dict[int, Tensor] = {}
         for i, tiers in self._tiers.items():
             kept = torch.as_tensor(tiers.exactness())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -11,19 +11,15 @@ from kvpolicy.errors import CompareError
 from kvpolicy.experiment.attention_distance import NEAREST, SINKS, Distances
 from kvpolicy.experiment.plot import check_ending, write_picture
 
-if TYPE_CHECKING:
-    from kvpolicy.experiment.result import Comparison
-
-__all__ = ["plot_attention"]
-
 _BLUE, _ORANGE, _LAYER = "#0b5394", "#c55a11", "#9dbfe0"
 
 
-def plot_attention(found: Comparison, path: Path) -> Path:
+def plot_attention(distances: Distances, title: str, path: Path) -> Path:
     """Draw mean attention per token against distance from the query.
 
     Args:
-        found: the comparison.
+        distances: the attention.
+        title: of the picture.
         path: where the picture goes; its ending says the format.
 
     Raises:
@@ -32,20 +28,14 @@ def plot_attention(found: Comparison, path: Path) -> Path:
     from matplotlib.figure import Figure
 
     check_ending(path)
-    distances = found.distances
     if not distances.layers or not len(distances.distances):
         raise CompareError(
             "a picture of attention needs answers whose attention was watched, found none; compare with an attached "
             "model, errors=True, and answers of more than a token"
         )
-    settings = found.settings
     figure = Figure(figsize=(8.5, 5.6), layout="constrained", dpi=144)
     axes = figure.add_subplot()
-    axes.set_title(
-        f"{settings['task']}, n = {settings['n']} samples: attention of the exact cache by distance",
-        fontsize="medium",
-        parse_math=False,
-    )
+    axes.set_title(title, fontsize="medium", parse_math=False)
     _curves(axes, distances)
     _fit(axes, distances)
     axes.set_xscale("log", base=2)

@@ -8,12 +8,13 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
 
 from kvpolicy.arguments import RESULTS, check_comparison, check_results, check_room
 from kvpolicy.errors import CompareError, KvpolicyError
-from kvpolicy.experiment.result import EXACT, Comparison, Estimate, is_exact
+from kvpolicy.experiment.result import EXACT, Comparison, is_exact
 from kvpolicy.experiment.run import Encoded, Run, Runner, encode, row, unlikely
 from kvpolicy.experiment.tasks import check_name, check_size, load_task
 from kvpolicy.hf.cache import make_cache
@@ -22,8 +23,6 @@ from kvpolicy.hf.models import attached, check_model, load_model, one_thread, po
 from kvpolicy.recipe.load import Recipe, load_recipe
 from kvpolicy.recipe.source import refuse_misplaced
 from kvpolicy.words import in_words, quoted
-
-__all__ = ["Comparison", "Estimate", "compare"]
 
 
 def compare(
@@ -241,14 +240,12 @@ def _about(model: Any, shown: str) -> dict[str, Any]:
     import torch
     import transformers
 
-    import kvpolicy
-
     return {
         "model": shown,
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(model.device),
         "versions": {
-            "kvpolicy": kvpolicy.__version__,
+            "kvpolicy": version("kvpolicy"),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },

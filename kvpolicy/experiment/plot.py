@@ -5,14 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from kvpolicy.errors import CompareError
-
-if TYPE_CHECKING:
-    from kvpolicy.experiment.result import Comparison, Estimate
-
-__all__ = ["check_ending", "plot_comparison", "write_picture"]
 
 _BLUE, _ORANGE, _GREY = "#0b5394", "#c55a11", "0.45"
 _TICKS = (0.25, 0.5, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32)
@@ -20,41 +15,57 @@ _LONGEST = 34
 _NEAR = 12
 
 
-class _Point(NamedTuple):
+class Point(NamedTuple):
+    """An arm in a panel."""
+
     label: str
     bits: float
+    """Effective bits per key or value."""
     mean: float
     low: float
+    """Ends of the confidence interval."""
     high: float
     evicts: bool
+    """Whether its recipe drops tokens."""
 
 
-def plot_comparison(found: Comparison, path: Path) -> Path:
+class Panels(NamedTuple):
+    """What a picture shows: the task score on the left, divergence on the right."""
+
+    score: Sequence[Point]
+    divergence: Sequence[Point]
+    exact: float | None
+    """The score of the exact cache, unless it is one of the points."""
+
+
+def plot_comparison(panels: Panels, title: str, path: Path) -> Path:
     """Draw the score, and the divergence from the exact cache, against effective bits per value.
 
     Args:
-        found: the comparison.
+        panels: the points.
+        title: of the picture; how bars are to be read is added.
         path: where the picture goes; its ending says the format.
 
     Raises:
-        CompareError: there are no rows, the ending is unknown, or the file can't be written.
+        CompareError: there is no point, the ending is unknown, or the file can't be written.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     check_ending(path)
-    if not found.rows:
+    if not panels.score:
         raise CompareError("a picture needs at least one row, found none; run an arm on a sample first")
     figure = Figure(figsize=(11.5, 5.4), layout="constrained", dpi=144)
     canvas = FigureCanvasAgg(figure)
-    settings = found.settings
     bars = "bars: 95% confidence intervals of the mean (on the right, their upper half where they reach 0)"
-    figure.suptitle(f"{settings['task']}, n = {settings['n']} samples; {bars}", fontsize="medium")
-    panels = [(axes, points) for axes, points in _panels(found, figure.subplots(1, 2)) if points]
+    figure.suptitle(f"{title}; {bars}", fontsize="medium")
+    left, right = figure.subplots(1, 2)
+    _draw_score(left, panels.score, panels.exact)
+    _draw_divergence(right, panels.divergence)
     canvas.draw()
     # Placed after the layout is settled, since positions are found in pixels.
     figure.set_layout_engine("none")
-    for axes, points in panels:
+    for axes, points in ((left, panels.score), (right, panels.divergence)):
         _label(axes, points, canvas.get_renderer())
     return write_picture(figure, path)
 
@@ -77,43 +88,28 @@ def write_picture(figure: Any, path: Path) -> Path:
     return path
 
 
-def _panels(found: Comparison, axes: Any) -> Iterator[tuple[Any, list[_Point]]]:
-    score, kl = axes
-    points = _points(found, "score", 1.0)
-    _draw(score, points)
-    exact = found.mean("exact", "score") if "exact" not in found.arms else None
+def shortened(label: str) -> str:
+    """A label that leaves room for others; its end tells arms of one recipe apart."""
+    return label if len(label) <= _LONGEST else "…" + label[1 - _LONGEST :]
+
+
+def _draw_score(axes: Any, points: Sequence[Point], exact: float | None) -> None:
+    _draw(axes, points)
     if exact is not None:
-        score.axhline(exact.mean, color=_GREY, linewidth=1, linestyle="--", zorder=0)
-    score.set_ylim(-0.06, 1.09)
-    score.set_ylabel("task score (dashed: exact cache)")
-    yield score, points
-    points = _points(found, "kl", math.inf)
+        axes.axhline(exact, color=_GREY, linewidth=1, linestyle="--", zorder=0)
+    axes.set_ylim(-0.06, 1.09)
+    axes.set_ylabel("task score (dashed: exact cache)")
+
+
+def _draw_divergence(axes: Any, points: Sequence[Point]) -> None:
     if not points:
-        kl.text(0.5, 0.5, "no answer is longer than a token", ha="center", transform=kl.transAxes)
-    _draw(kl, points, log=True)
-    _scale_divergence(kl, points)
-    kl.set_ylabel("KL divergence from the exact cache (nats per token)")
-    yield kl, points
+        axes.text(0.5, 0.5, "no answer is longer than a token", ha="center", transform=axes.transAxes)
+    _draw(axes, points, log=True)
+    _scale_divergence(axes, points)
+    axes.set_ylabel("KL divergence from the exact cache (nats per token)")
 
 
-def _points(found: Comparison, metric: str, most: float) -> list[_Point]:
-    points = []
-    for arm, recipe in found.arms.items():
-        bits, value = found.mean(arm, "bits"), found.mean(arm, metric)
-        if bits is None or value is None:
-            continue
-        low, high = _ends(value, most)
-        label = arm if len(arm) <= _LONGEST else "…" + arm[1 - _LONGEST :]
-        points.append(_Point(label, bits.mean, value.mean, low, high, recipe.tiers[-1].keys == "evict"))
-    return points
-
-
-def _ends(value: Estimate, most: float) -> tuple[float, float]:
-    half = value.half_width or 0.0
-    return max(value.mean - half, 0.0), min(value.mean + half, most)
-
-
-def _draw(axes: Any, points: Sequence[_Point], log: bool = False) -> None:
+def _draw(axes: Any, points: Sequence[Point], log: bool = False) -> None:
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     for p in points:
@@ -138,7 +134,7 @@ def _draw(axes: Any, points: Sequence[_Point], log: bool = False) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _scale_divergence(axes: Any, points: Sequence[_Point]) -> None:
+def _scale_divergence(axes: Any, points: Sequence[Point]) -> None:
     """Logarithmic, with room for arms at 0."""
     positive = [p.mean for p in points if p.mean > 0]
     if not positive:
@@ -154,7 +150,7 @@ def _scale_divergence(axes: Any, points: Sequence[_Point]) -> None:
     axes.set_ylim(-least / 4, max(top * 2.5, least * 10))
 
 
-def _label(axes: Any, points: Sequence[_Point], renderer: Any) -> None:
+def _label(axes: Any, points: Sequence[Point], renderer: Any) -> None:
     """Put each label at the nearest place where it covers no point, bar or other label."""
     from matplotlib.transforms import Bbox
 
@@ -218,7 +214,7 @@ def _offsets() -> Iterator[tuple[float, float, str, str]]:
             yield dx, dy, ha, va
 
 
-def _annotate(axes: Any, p: _Point, dx: float, dy: float, ha: str, va: str) -> Any:
+def _annotate(axes: Any, p: Point, dx: float, dy: float, ha: str, va: str) -> Any:
     far = math.hypot(dx, dy) > _NEAR
     return axes.annotate(
         p.label.replace("$", r"\$"),

@@ -20,9 +20,8 @@ from kvpolicy.experiment.attention_distance import Distances
 from kvpolicy.words import in_words
 
 if TYPE_CHECKING:
+    from kvpolicy.experiment.plot import Point
     from kvpolicy.recipe.load import Recipe
-
-__all__ = ["EXACT", "METRICS", "Comparison", "Estimate", "estimate", "is_exact"]
 
 METRICS = (
     "score",
@@ -152,9 +151,11 @@ class Comparison:
 
     def plot(self, path: str | os.PathLike[str]) -> Path:
         """Draw quality against effective bits, one point per arm."""
-        from kvpolicy.experiment.plot import plot_comparison
+        from kvpolicy.experiment.plot import Panels, plot_comparison
 
-        return plot_comparison(self, Path(path))
+        exact = None if EXACT in self.arms or not self.rows else self.mean(EXACT, "score")
+        panels = Panels(self._points("score", 1.0), self._points("kl", math.inf), None if exact is None else exact.mean)
+        return plot_comparison(panels, self._title, Path(path))
 
     def plot_attention(self, path: str | os.PathLike[str]) -> Path:
         """Draw the exact cache's mean attention per token against distance from the query, with its power law.
@@ -163,7 +164,27 @@ class Comparison:
         """
         from kvpolicy.experiment.attention_plot import plot_attention
 
-        return plot_attention(self, Path(path))
+        title = f"{self._title}: attention of the exact cache by distance"
+        return plot_attention(self.distances, title, Path(path))
+
+    @property
+    def _title(self) -> str:
+        return f"{self.settings['task']}, n = {self.settings['n']} samples"
+
+    def _points(self, metric: str, most: float) -> list[Point]:
+        """Each arm that has the metric; its confidence interval is cut at 0 and `most`."""
+        from kvpolicy.experiment.plot import Point, shortened
+
+        points = []
+        for arm, recipe in self.arms.items():
+            bits, value = self.mean(arm, "bits"), self.mean(arm, metric)
+            if bits is None or value is None:
+                continue
+            half = value.half_width or 0.0
+            low, high = max(value.mean - half, 0.0), min(value.mean + half, most)
+            drops = recipe.tiers[-1].keys == "evict"
+            points.append(Point(shortened(arm), bits.mean, value.mean, low, high, drops))
+        return points
 
     def tables(self) -> list[Any]:
         """Rich tables: quality, cost, and attention unless that was not asked for."""

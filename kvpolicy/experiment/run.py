@@ -17,14 +17,13 @@ from torch import Tensor
 from kvpolicy.arguments import check_prompt
 from kvpolicy.errors import CompareError
 from kvpolicy.experiment.attention_error import FIELDS, AttentionErrors, Watcher
-from kvpolicy.experiment.tasks import Sample, score
+from kvpolicy.experiment.samples import Sample
+from kvpolicy.experiment.tasks import score
 from kvpolicy.hf.models import cache_word
 from kvpolicy.words import quoted
 
 if TYPE_CHECKING:
     from kvpolicy.hf.cache import CompressedCache
-
-__all__ = ["Encoded", "Run", "Runner", "encode", "row", "unlikely"]
 
 UNLIKELY = 8.0
 """Nats: a token of an answer that the exact cache itself finds less likely than e^-8 was hardly meant."""

@@ -12,8 +12,6 @@ from typing import BinaryIO, Final
 from kvpolicy.errors import TaskError
 from kvpolicy.words import clip
 
-__all__ = ["MAX_ROW", "Sample", "from_jsonl"]
-
 MAX_ROW: Final = 1 << 24
 """Bytes of a row of JSON Lines."""
 

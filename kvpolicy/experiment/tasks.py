@@ -22,20 +22,6 @@ from kvpolicy.errors import TaskError
 from kvpolicy.experiment.samples import Sample, from_jsonl
 from kvpolicy.words import clip, in_words, quoted, suggest
 
-__all__ = [
-    "Sample",
-    "arithmetic",
-    "check_name",
-    "check_size",
-    "code",
-    "from_jsonl",
-    "lines",
-    "load_task",
-    "score",
-    "split_of",
-    "stdlib_files",
-]
-
 KEYS: Final = 704
 """Keys `<k0>` to `<k703>` are single tokens of the bundled tokenizer."""
 VALUES: Final = 128

@@ -1,0 +1,1 @@
+"""Caches and attached models of transformers. The only room that knows transformers."""

@@ -21,16 +21,15 @@ from kvpolicy.attention.attend import attend, observe
 from kvpolicy.errors import CacheError
 from kvpolicy.hf import passes
 from kvpolicy.hf.cache import CompressedCache, make_cache
-from kvpolicy.hf.calls import WORDS, Call, names_of, parts_of, path_between
+from kvpolicy.hf.calls import WORDS, Call, PassAware, names_of, parts_of, path_between
 from kvpolicy.hf.layer import TieredLayer
 from kvpolicy.hf.modes import ATTACHED, barred, precise, uncompiled, wants_gradients
 from kvpolicy.hf.override import EAGER, eager_of, interface_of, override
-from kvpolicy.hf.passes import Pass, attached_pass, is_attached
+from kvpolicy.hf.passes import Pass, attached_pass
+from kvpolicy.hf.passes import is_attached as is_attached
 from kvpolicy.layer.layer import LayerCache
 from kvpolicy.layer.view import View
 from kvpolicy.recipe.load import Recipe, load_recipe
-
-__all__ = ["Attached", "attach", "is_attached"]
 
 SERVED = ("sdpa", "eager")
 _reading = passes.reading
@@ -66,7 +65,7 @@ def attach(model: Any, recipe: Any = None, **params: Any) -> Attached:
     return Attached(model, load_recipe(recipe, **params) if recipe is not None else None)
 
 
-class Attachment:
+class _Attachment(passes.Attachment):
     """What an attached model is attached with. It must not keep the model alive."""
 
     def __init__(self, owner: PreTrainedModel, decoder: PreTrainedModel, recipe: Recipe | None) -> None:
@@ -161,7 +160,7 @@ class Attached:
                     f"a model can be attached once, and this {type(decoder).__name__} is attached already; "
                     "detach its handle first"
                 )
-            self._attachment: Attachment | None = Attachment(owner, decoder, recipe)
+            self._attachment: _Attachment | None = _Attachment(owner, decoder, recipe)
             self._hooked.attach(self._attachment)
             self._hooked.hook(path_between(owner, decoder))
         try:
@@ -229,7 +228,7 @@ def _generate(owner: PreTrainedModel, before: Callable[..., Any] | None, *args: 
     return generate(*args, **kwargs)
 
 
-def _cache_for(attachment: Attachment, owner: PreTrainedModel, given: dict[str, Any]) -> dict[str, Any]:
+def _cache_for(attachment: passes.Attachment, owner: PreTrainedModel, given: dict[str, Any]) -> dict[str, Any]:
     """What a call of `generate` is given besides, so that it uses a fresh cache of the recipe."""
     call = Call(names_of(owner), (), given)
     if not call.word or call.has_cache:
@@ -240,11 +239,11 @@ def _cache_for(attachment: Attachment, owner: PreTrainedModel, given: dict[str, 
     def wish(option: str) -> Any:
         return next((x[option] for x in asked if x.get(option) is not None), None)
 
-    use, kind = wish("use_cache"), wish("cache_implementation")
+    use, implementation = wish("use_cache"), wish("cache_implementation")
     if use is False or (use is None and own.use_cache is False):
         reason = "use_cache=False"
-    elif kind not in (None, "hybrid"):  # generate takes "hybrid" for None
-        reason = f"cache_implementation={kind!r}"
+    elif implementation not in (None, "hybrid"):  # generate takes "hybrid" for None
+        reason = f"cache_implementation={implementation!r}"
     else:
         default = {} if own.cache_implementation is None else {"cache_implementation": None}
         return {call.word: make_cache(attachment.recipe, owner), **default}
@@ -272,23 +271,23 @@ def _attention(
     return _pass_on(original, module, current, query, key, value, *args, **kwargs)
 
 
-def _eager_in(kind: type[nn.Module]) -> Callable[..., Any] | None:
+def _eager_in(cls: type[nn.Module]) -> Callable[..., Any] | None:
     """The eager function that the forward of a class names. `torch.compile` can follow this, and not a frame."""
-    file, name = _place_of_eager(kind)
+    file, name = _place_of_eager(cls)
     found: Callable[..., Any] | None = getattr(sys.modules[file], name) if name else None
     return found
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _place_of_eager(kind: type[nn.Module]) -> tuple[str, str]:
+def _place_of_eager(cls: type[nn.Module]) -> tuple[str, str]:
     """The module of Python and the name in it; no name where forward names none."""
-    where = _eager.get(kind)
+    where = _eager.get(cls)
     if where is None:
-        forward = inspect.unwrap(kind.forward)
+        forward = inspect.unwrap(cls.forward)
         names = forward.__code__.co_names if inspect.isfunction(forward) else ()
         file = sys.modules.get(forward.__module__)
         named = (x for x in names if x.endswith(EAGER) and hasattr(file, x))
-        where = _eager[kind] = (forward.__module__, next(named, ""))
+        where = _eager[cls] = (forward.__module__, next(named, ""))
     return where
 
 
@@ -324,6 +323,7 @@ def _read(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention over the stores behind views."""
     tiers, new = key.tiers, (key.arriving, value.arriving)
+    assert isinstance(tiers, LayerCache)
     options = {
         name: kwargs.get(given) for name, given in (("scaling", "scaling"), ("softcap", "softcap"), ("sinks", "s_aux"))
     }
@@ -363,9 +363,9 @@ def _show(current: Pass | None, *seen: Any) -> None:
 def _of_dense(module: Any, current: Pass, key: Tensor, mask: Tensor | None) -> Tensor | None:
     """The columns of a mask over all tokens seen that belong to a decoded layer from which tokens were dropped."""
     cache, layer = current.cache, module.layer_idx
-    if cache is not None and layer >= len(cache.layers):  # it shares the keys of the last layer of its kind
-        kinds = module.config.layer_types
-        layer = max((i for i in range(len(cache.layers)) if kinds[i] == kinds[layer]), default=layer)
+    if cache is not None and layer >= len(cache.layers):  # it shares the keys of the last layer of its type
+        types = module.config.layer_types
+        layer = max((i for i in range(len(cache.layers)) if types[i] == types[layer]), default=layer)
     tiers = None if cache is None else _tiers_of(cache, layer)
     if tiers is None or not tiers.densely or not current.runs():
         return mask
@@ -375,7 +375,7 @@ def _of_dense(module: Any, current: Pass, key: Tensor, mask: Tensor | None) -> T
     return visible_columns(mask, places, tiers.seen - tiers.committed)
 
 
-def _tiers_of(cache: CompressedCache, layer: int) -> LayerCache | None:
+def _tiers_of(cache: PassAware, layer: int) -> LayerCache | None:
     """The stores of a layer; None if transformers keeps it, or it has none of its own."""
     found = cache.layers[layer] if layer < len(cache.layers) else None
     return found.tiers if isinstance(found, TieredLayer) else None

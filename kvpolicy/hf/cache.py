@@ -17,18 +17,22 @@ from kvpolicy.hf.fingerprint import Origin
 from kvpolicy.hf.layer import TieredLayer, rows_within
 from kvpolicy.hf.model_config import check_selectors, check_stores, config_of, head_dim_of, uneven_layers
 from kvpolicy.hf.modes import uncompiled
-from kvpolicy.hf.passes import Lease, check_announced, hold
+from kvpolicy.hf.passes import Lease, check_announced, hold, is_attached
+from kvpolicy.hf.saving import load_cache, save_cache
 from kvpolicy.hf.suitability import check_effect, check_positions, compressible, set_apart
 from kvpolicy.hf.transaction import BY_REFERENCE, Guard
 from kvpolicy.layer.layer import LayerCache, Positions, Reading
-from kvpolicy.layer.report import Memory, Summary, measure, summarize
+from kvpolicy.layer.report import LayerSummary, Memory, Summary, describe, measure
 from kvpolicy.layer.view import Scratch
 from kvpolicy.placement.padding import Padding
 from kvpolicy.placement.planner import Placement
 from kvpolicy.placement.step import Step
 from kvpolicy.recipe.load import Recipe, load_recipe
 
-__all__ = ["CompressedCache", "make_cache"]
+UNTOLD = (
+    "no model tells this cache of padding while it is not attached, so that padded rows can't be told apart; make it "
+    "for the model that runs: make_cache(recipe, model)"
+)
 
 
 class CompressedCache(PassAware, Cache):
@@ -63,6 +67,10 @@ class CompressedCache(PassAware, Cache):
     def begin(self, tokens: int, mask: Any = None, attached: bool = False) -> None:
         """A forward pass with this cache begins; see `Guard.begin`. Called by the hooks of a model."""
         self.guard.begin(tokens, mask, attached)
+
+    def announce(self, tokens: int, mask: Any, attached: bool) -> None:
+        """Within that pass more was said of it; see `Guard.announce`."""
+        self.guard.announce(tokens, mask, attached)
 
     def finish(self, failed: bool = False) -> None:
         """That pass has ended; see `Guard.finish`."""
@@ -111,12 +119,12 @@ class CompressedCache(PassAware, Cache):
 
     def positions(self, layer: int = 0) -> Positions:
         """Positions and tier of every token that a layer holds; `PENDING` (-1) is the tier of pending ones."""
-        self.guard.ready(alike=False)
+        self.guard.ready(same_tokens=False)
         return self._tiers(layer).positions()
 
     def dense(self, layer: int = 0) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer, decoded, in token order: two tensors `[batch, kv_heads, tokens, head_dim]`."""
-        self.guard.ready(alike=False)
+        self.guard.ready(same_tokens=False)
         tiers = self._tiers(layer)
         if not tiers.stores:
             raise CacheError(f"layer {layer} holds no tokens yet; run the model with this cache first")
@@ -132,28 +140,36 @@ class CompressedCache(PassAware, Cache):
     def memory(self) -> Memory:
         """Bytes by layer, side and store, counted from the tensors held. Commits pending tokens first."""
         self.commit()
-        return measure(self)
+        layers = [x.tiers if isinstance(x, TieredLayer) else _held(x) for x in self.layers]
+        padding = 0 if self.padding is None else self.padding.real.size
+        return measure(layers, padding, 0 if self.scratch is None else self.scratch.bytes)
 
     def summary(self) -> Summary:
         """Which layer is kept how, and what it holds. Commits pending tokens first."""
         self.commit()
-        return summarize(self)
+        count = len(self.layers)
+        rows = [
+            describe(i, x.tiers, self.recipe.tiers_of(i, count))
+            if isinstance(x, TieredLayer)
+            else LayerSummary(i, f"transformers' {type(x).__name__}", (), 0)
+            for i, x in enumerate(self.layers)
+        ]
+        untold = self.guard.evicts and (self.lease is None or self.guard.untold)
+        return Summary(self.recipe.name, tuple(rows), (UNTOLD,) if untold else ())
 
     def save(self, path: str | Path) -> None:
         """Write the cache as safetensors. Commits pending tokens first.
 
-        The header holds the recipe, versions, and a fingerprint of the model that the cache was made for: what of its
-        config decides what keys and values mean, and a hash of a few numbers of its weights. Of a cache made from a
-        config, or whose model is gone, the weights are unknown.
+        The header holds the recipe, versions, and a fingerprint of the model that the cache was made for: the entries
+        of its config on which keys and values depend, and hashes of samples of its weights. The weights are unknown if
+        the cache was made from a config, or its model is gone.
 
-        The file is written beside its place and then moved there: what interrupts that leaves the old file, or none.
+        The file is written under another name and then renamed: an interrupted save leaves the old file, or none.
 
         Raises:
             CacheError: nothing is cached, layers have seen different numbers of tokens, a layer can't be saved, or the
                 file can't be written.
         """
-        from kvpolicy.hf.saving import save_cache
-
         self.commit()
         save_cache(self, path)
 
@@ -163,34 +179,33 @@ class CompressedCache(PassAware, Cache):
 
         Args:
             path: the file.
-            model: the model that made the cache, or its config. A config has no weights to be compared: then another
-                model of the same config goes unnoticed.
-            any_model: take a cache of another model, too, whose layers and heads have the same shapes and whose type
-                is the same. What its keys and values mean to this model is up to you.
+            model: the model that made the cache, or its config. A config has no weights to compare, so another model
+                with the same config is not noticed.
+            any_model: accept a cache of another model whose layers and heads have the same shapes and dtype. Whether
+                its keys and values mean the same to this model is not checked.
 
-        Weights are compared as numbers: a model in another float type that holds them exactly is the same one, but
-        must compute in the type of the cache. A file that says nothing of weights (one of kvpolicy 0.1, or of a cache
-        made from a config) is read with a warning.
+        Weights are compared as numbers, so a copy of the model in a wider float type is the same model; but it must
+        compute in the dtype of the cache. A file without hashes of weights (written by kvpolicy 0.1, or of a cache made
+        from a config) is read with a warning.
 
         Raises:
             CacheError: the file is missing, damaged, foreign, or of another model.
             MissingDependencyError: its recipe needs a library that is not installed.
         """
-        from kvpolicy.hf.saving import load_cache
-
-        return load_cache(path, model, any_model)
+        return load_cache(path, model, any_model, make_cache)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Keep the first n positions (n > 0), or remove the last -n (n <= 0), in every layer.
 
-        Exact for pending tokens (the last update's, 64 at most); a longer crop keeps past descents.
+        Exact for pending tokens (those of the last update, 64 at most). After a longer crop, tokens stay in the tiers
+        to which they have descended.
         """
         known = int(super().get_seq_length()) if self.layers else 0
         length = self.guard.cropped(int(tokens_to_remove), known)
         removed = min(length - max(known, self.guard.seen), 0)
         with self.guard.tearing("crop"):
-            for number, layer in enumerate(self.layers):  # these first: they may refuse
-                # One that records the past lets go of what is behind its window even if nothing is removed.
+            for number, layer in enumerate(self.layers):  # these first: they may raise
+                # A layer that records its past drops what lies behind its window even if no token is removed.
                 if not isinstance(layer, TieredLayer) and (removed or getattr(layer, "record_past", False)):
                     self._crop_own(number, layer, length, removed)
             for layer in self.layers:
@@ -210,7 +225,7 @@ class CompressedCache(PassAware, Cache):
             ) from error
 
     def _existing(self, rows: Tensor) -> Tensor:
-        """`rows_within` the rows held, if any."""
+        """Row numbers counted from 0, checked against the rows held, if any."""
         held = next((x.batch_size for x in self.layers if isinstance(x, TieredLayer) and x.is_initialized), None)
         return rows if held is None else rows_within(rows, held)
 
@@ -296,7 +311,7 @@ def make_cache(recipe: Any, model_or_config: Any, *, strict: bool = False, **par
         assert start is not None
         layers[i] = TieredLayer(start, scratch, reading)
     uneven = uneven_layers(chosen)
-    if not _is_attached(model_or_config):
+    if not is_attached(model_or_config):
         check_positions(loaded, model_or_config, config, chosen)
         if uneven is not None:
             raise CacheError(uneven)
@@ -307,7 +322,6 @@ def make_cache(recipe: Any, model_or_config: Any, *, strict: bool = False, **par
     return cache
 
 
-def _is_attached(model: Any) -> bool:
-    from kvpolicy.hf.attach import is_attached
-
-    return is_attached(model)
+def _held(layer: Any) -> list[Tensor]:
+    """The keys and values that a layer of transformers' own holds."""
+    return [x for x in (getattr(layer, "keys", None), getattr(layer, "values", None)) if x is not None]

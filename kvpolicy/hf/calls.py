@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from kvpolicy.errors import CacheError
-
-if TYPE_CHECKING:
-    from kvpolicy.hf.cache import CompressedCache
-
-__all__ = ["WORDS", "Call", "PassAware", "names_of", "parts_of", "path_between"]
 
 WORDS = ("cache", "past_key_values")
 """What forward calls its cache: from transformers 5.24 on, and before."""
@@ -26,8 +22,24 @@ BY_NAME = "*"
 PLACED = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
-class PassAware:
+class PassAware(ABC):
     """A cache that is told when a forward pass begins and ends."""
+
+    layers: list[Any]
+    lease: object
+    """Keeps the hooks of the model that the cache was made for; None if it was made for a config."""
+
+    @abstractmethod
+    def begin(self, tokens: int, mask: Any = None, attached: bool = False) -> None:
+        """A pass begins that brings `tokens` tokens, with its attention mask."""
+
+    @abstractmethod
+    def announce(self, tokens: int, mask: Any, attached: bool) -> None:
+        """Within a pass, an inner model is called with so many tokens, or with the mask that an outer one lacks."""
+
+    @abstractmethod
+    def finish(self, failed: bool = False) -> None:
+        """The pass has ended, by an exception if it `failed`."""
 
 
 @dataclass(slots=True)
@@ -55,9 +67,9 @@ class Call:
         yield from self.kwargs.values()
         yield from self.args
 
-    def compressed(self) -> CompressedCache | None:
+    def compressed(self) -> PassAware | None:
         """The compressed cache among the arguments, whatever its name."""
-        return cast("CompressedCache | None", next((x for x in self._values() if isinstance(x, PassAware)), None))
+        return next((x for x in self._values() if isinstance(x, PassAware)), None)
 
     @property
     def word(self) -> str | None:
@@ -75,7 +87,7 @@ class Call:
             return None
         return None if any(getattr(x, "is_initialized", True) for x in found.layers) else found
 
-    def with_cache(self, cache: CompressedCache) -> tuple[Any, dict[str, Any]]:
+    def with_cache(self, cache: PassAware) -> tuple[Any, dict[str, Any]]:
         """The arguments with a cache, under the name that forward has for it."""
         word = self.word
         assert word is not None

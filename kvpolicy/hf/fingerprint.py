@@ -1,4 +1,4 @@
-"""By which model keys and values were computed: what of its config decides them, and a sample of its weights."""
+"""Identifies the model that computed keys and values: the config entries that matter, and hashes of weights."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Fingerprint", "Origin", "blocks_of", "differences", "fingerprint_of"]
-
 SAMPLE = 4096
 """Numbers of a weight that are hashed, evenly spaced; all of a smaller one."""
 BLOCKS = 8
@@ -25,7 +23,7 @@ IRRELEVANT = {
     *("router_aux_loss_coef", "task_specific_params", "tie_word_embeddings", "tokenizer_class", "torch_dtype"),
     *("torchscript", "transformers_version", "use_cache"),
 }
-"""What a config says of other things than keys and values, beside token ids and dropout."""
+"""Config entries that keys and values don't depend on. Token ids and dropout are left out besides."""
 
 
 @dataclass(frozen=True)
@@ -39,14 +37,14 @@ class Fingerprint:
 
 
 class Origin:
-    """The model that a cache was made for, which it doesn't keep alive, or what a file says of that model."""
+    """The model that a cache was made for, by a weak reference, or the fingerprint of it in a file."""
 
     def __init__(self, model_or_config: Any) -> None:
         config = getattr(model_or_config, "config", model_or_config)
         self.text = config.get_text_config(decoder=True)
         self._model = weakref.ref(model_or_config) if isinstance(model_or_config, nn.Module) else None
         self.loaded: Fingerprint | None = None
-        """What the file says from which the cache was read; it goes before the model."""
+        """From the file that the cache was read from. It takes precedence over the model."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_model": None}  # a weak reference can't be pickled
@@ -73,25 +71,26 @@ def fingerprint_of(model_or_config: Any) -> Fingerprint:
     return Fingerprint(_config(config), _weights(model_or_config, config) if known else None)
 
 
-def differences(saved: Fingerprint, found: Fingerprint, exactly: bool) -> list[str]:
+def differences(saved: Fingerprint, found: Fingerprint, same_release: bool) -> list[str]:
     """What tells the model of a file from another, in words; weights are compared where both are known.
 
     Args:
         saved: of the file.
         found: of the model at hand.
-        exactly: whether what only one of them has tells them apart, too. Releases of transformers differ in that.
+        same_release: whether both come from one release of transformers. Then an entry that only one of them has
+            counts as a difference; releases differ in the entries of a config.
     """
     told = []
     for name in sorted(saved.config.keys() | found.config.keys()):
         a, b = (x.config.get(name, "not set") for x in (saved, found))
-        if a != b and str(a) != str(b) and (exactly or (name in saved.config and name in found.config)):
+        if a != b and str(a) != str(b) and (same_release or (name in saved.config and name in found.config)):
             told.append(f"{name} is {_shown(a)} in the file and {_shown(b)} in this model")
     if saved.weights is None or found.weights is None:
         return told
     common = saved.weights.keys() & found.weights.keys()
     pairs = [(name, saved.weights[name], found.weights[name]) for name in common]
     others = [name for name, a, b in pairs if a is not None and b is not None and a != b]
-    others += (saved.weights.keys() ^ found.weights.keys()) if exactly else []
+    others += (saved.weights.keys() ^ found.weights.keys()) if same_release else []
     if others:
         more = f" and {len(others) - 1} more" if len(others) > 1 else ""
         told.append(f"its weights are others ({min(others)[:80]}{more})")
@@ -107,7 +106,7 @@ def _config(config: Any) -> dict[str, Any]:
     text = config.get_text_config(decoder=True)
     flat = dict(_flat(json.loads(json.dumps(text.to_dict(), default=str)), ""))
     types = {value for name, value in flat.items() if name.endswith("rope_type")}
-    if types == {"default"}:  # other kinds of RoPE scale by it
+    if types == {"default"}:  # other types of RoPE scale by it
         flat.pop("max_position_embeddings", None)
     return flat
 
@@ -170,7 +169,7 @@ def _active_adapters(module: nn.Module) -> list[str]:
 
 
 def _hash(module: nn.Module, name: str, weight: Tensor) -> str | None:
-    """Of some numbers of a weight, wherever it lies and whichever float type it has; None if it can't be read."""
+    """A hash of a sample of a weight, on any device and in any float type; None if it can't be read."""
     if weight.device.type == "meta":
         hook = getattr(module, "_hf_hook", None)  # accelerate keeps offloaded weights elsewhere
         held = [getattr(x, "weights_map", None) for x in getattr(hook, "hooks", [hook])]
@@ -184,7 +183,7 @@ def _hash(module: nn.Module, name: str, weight: Tensor) -> str | None:
             for part in _plain(weight):
                 digest.update(_sampled(part))
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError):
-        return None  # a tensor of some library of quantization that lets nobody look at its numbers
+        return None  # a quantized tensor whose numbers can't be read
     return digest.hexdigest()
 
 

@@ -14,8 +14,6 @@ from kvpolicy.hf.models import attached, cache_word, check_model, load_model, on
 from kvpolicy.recipe.load import load_recipe
 from kvpolicy.words import clip
 
-__all__ = ["generate_text"]
-
 
 def generate_text(
     prompt: str,

@@ -12,10 +12,53 @@ from kvpolicy.errors import CacheError
 from kvpolicy.hf.modes import ATTACHED, HELD, barred, precise, uncompiled, wants_gradients
 from kvpolicy.interfaces.policy import RankPolicy
 from kvpolicy.layer.layer import LayerCache, Reading
-from kvpolicy.layer.view import DenseAccess, Scratch
+from kvpolicy.layer.view import Scratch
 from kvpolicy.placement.step import Step
 
-__all__ = ["TieredLayer", "rows_within"]
+
+class DenseAccess:
+    """Gives a compressed layer the attributes `keys` and `values` of transformers' layers."""
+
+    tiers: LayerCache
+    is_initialized = False
+
+    @property
+    def keys(self) -> Tensor | None:
+        """The keys held, `[batch, kv_heads, tokens, head_dim]`, decoded anew at each access; None before the first.
+
+        A copy: writing to it changes nothing.
+
+        Raises:
+            CacheError: another tensor is set in its place.
+        """
+        return self._decoded("keys")
+
+    @keys.setter
+    def keys(self, given: Any) -> None:
+        self._refuse(given)
+
+    @property
+    def values(self) -> Tensor | None:
+        """The values held, as `keys`."""
+        return self._decoded("values")
+
+    @values.setter
+    def values(self, given: Any) -> None:
+        self._refuse(given)
+
+    def _decoded(self, side: str) -> Tensor | None:
+        if not self.is_initialized:
+            return None
+        with torch.no_grad():
+            keys, values = self.tiers.dense()
+        return keys if side == "keys" else values
+
+    def _refuse(self, given: Any) -> None:
+        if given is not None or self.is_initialized:
+            raise CacheError(
+                "keys and values of a compressed layer must come by update, found an assignment to layer.keys or "
+                "layer.values; use transformers' DynamicCache where something else writes to the cache"
+            )
 
 
 class TieredLayer(DenseAccess, CacheLayerMixin):

@@ -10,8 +10,6 @@ from kvpolicy.recipe.load import Recipe
 from kvpolicy.recipe.spec import parse_selector
 from kvpolicy.storage.make import try_store
 
-__all__ = ["check_selectors", "check_stores", "config_of", "head_dim_of", "layer_config", "uneven_layers"]
-
 
 def check_selectors(recipe: Recipe, layers: list[Any], compressed: list[int]) -> None:
     """Refuse `layers` entries that no layer of the model could follow."""
@@ -92,11 +90,11 @@ def uneven_layers(chosen: dict[int, Any]) -> str | None:
     shapes: list[tuple[Any, list[int]]] = []
     for i, tiers in chosen.items():
         shape = [tier.policy for tier in tiers] if tiers[-1].keys == "evict" else None
-        alike = next((found for known, found in shapes if known == shape), None)
-        if alike is None:
+        group = next((found for known, found in shapes if known == shape), None)
+        if group is None:
             shapes.append((shape, [i]))
         else:
-            alike.append(i)
+            group.append(i)
     if len(shapes) < 2:
         return None
     groups = " and ".join(f"layers {found}" for _, found in shapes)

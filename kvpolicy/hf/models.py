@@ -15,8 +15,6 @@ from typing import Any
 from kvpolicy.errors import CacheError, CompareError
 from kvpolicy.words import clip, quoted
 
-__all__ = ["BUNDLED", "attached", "cache_word", "check_model", "load_model", "one_thread", "positions_of"]
-
 BUNDLED = Path(__file__).parents[1] / "model"
 """The directory of the bundled model."""
 

@@ -11,8 +11,6 @@ from torch import Tensor
 
 from kvpolicy.errors import CacheError
 
-__all__ = ["ATTACHED", "HELD", "barred", "precise", "uncompiled", "wants_gradients"]
-
 F = TypeVar("F", bound=Callable[..., Any])
 
 ATTACHED = (
@@ -33,9 +31,9 @@ def uncompiled(function: F) -> F:
 
 def precise(device: torch.device) -> AbstractContextManager[Any]:
     """Arithmetic in the types of the tensors, although the caller may run under `torch.autocast`."""
-    kind = device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return torch.autocast(kind, enabled=False)
+    name = device.type
+    if torch.amp.is_autocast_available(name) and torch.is_autocast_enabled(name):
+        return torch.autocast(name, enabled=False)
     return nullcontext()
 
 

@@ -15,8 +15,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvpolicy.errors import CacheError
 
-__all__ = ["Override", "eager_of", "interface_of", "override"]
-
 EAGER = "eager_attention_forward"
 _overrides: dict[tuple[int, str], Override] = {}
 _eager: WeakKeyDictionary[type, tuple[dict[str, Any], str]] = WeakKeyDictionary()

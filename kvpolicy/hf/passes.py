@@ -1,7 +1,7 @@
 """Forward passes of a model: hooks that tell a cache when one begins, with which padding, and how it ends.
 
-Hooks are functions of this module, and what they need is found by the module that runs. So a copy or a pickle of a
-hooked model carries hooks that do nothing.
+The hooks are functions of this file, which look up their state by the model that runs. So the hooks in a copy or a
+pickle of a hooked model do nothing.
 """
 
 from __future__ import annotations
@@ -11,32 +11,14 @@ import sys
 import threading
 import weakref
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 from weakref import ReferenceType, WeakKeyDictionary
 
 import torch
 from torch import nn
 
 from kvpolicy.errors import CacheError
-from kvpolicy.hf.calls import Call, names_of, parts_of, path_between
-
-if TYPE_CHECKING:
-    from kvpolicy.hf.attach import Attachment
-    from kvpolicy.hf.cache import CompressedCache
-
-__all__ = [
-    "Hooked",
-    "Lease",
-    "Pass",
-    "attached_pass",
-    "attachment_of",
-    "check_announced",
-    "hold",
-    "hooked_of",
-    "is_attached",
-    "lock",
-    "reading",
-]
+from kvpolicy.hf.calls import Call, PassAware, names_of, parts_of, path_between
 
 lock = threading.RLock()
 """Held while hooks or registries change. Finalizers may run anywhere, so that a thread may hold it twice."""
@@ -44,6 +26,25 @@ _by_module: WeakKeyDictionary[nn.Module, Hooked] = WeakKeyDictionary()
 _by_decoder: WeakKeyDictionary[nn.Module, Hooked] = WeakKeyDictionary()
 _attached: WeakKeyDictionary[nn.Module, Hooked] = WeakKeyDictionary()
 """Every module inside a decoder that is attached."""
+
+
+class Attachment(Protocol):
+    """What `attach` leaves with the hooks of a model."""
+
+    recipe: Any
+    """Of the caches for calls that bring none; None if they get none."""
+
+    def check(self, module: nn.Module, call: Call) -> None:
+        """Refuse a call with a compressed cache that would not be right."""
+        ...
+
+    def supplied(self, module: nn.Module, call: Call) -> PassAware | None:
+        """A cache for a call that brings none and may have one."""
+        ...
+
+    def tell(self, why: str, depth: int) -> None:
+        """Warn, once, that a call does not use the recipe."""
+        ...
 
 
 @dataclass(slots=True, eq=False)
@@ -54,7 +55,7 @@ class Pass:
     """The module that was entered first. It ends the pass."""
     frame: int
     """Identity of the frame of that call. After-hooks don't run after Ctrl-C, so a pass is over once this is gone."""
-    carried: ReferenceType[CompressedCache] | None
+    carried: ReferenceType[PassAware] | None
     outer: Pass | None
     """The pass of the same model within which this one runs."""
     tokens: int = 0
@@ -62,7 +63,7 @@ class Pass:
     """Whether the 2-D mask was seen."""
 
     @property
-    def cache(self) -> CompressedCache | None:
+    def cache(self) -> PassAware | None:
         return None if self.carried is None else self.carried()
 
     def runs(self) -> bool:
@@ -141,7 +142,7 @@ class Hooked:
             _attached[module] = self
 
     def detach(self) -> None:
-        """Forget the attachment and whatever passes were abandoned."""
+        """Forget the attachment, and end passes that were abandoned."""
         self.attachment = None
         for module in [m for m, hooked in _attached.items() if hooked is self]:
             del _attached[module]
@@ -206,7 +207,7 @@ class Hooked:
         known = running.masked or mask is None
         if cache is None or not tokens or (known and tokens == running.tokens):
             return
-        cache.guard.announce(tokens, mask, self.attachment is not None)
+        cache.announce(tokens, mask, self.attachment is not None)
         running.tokens, running.masked = tokens, running.masked or mask is not None
 
     def leave(self, module: nn.Module, failed: bool) -> None:
@@ -302,7 +303,7 @@ def attached_pass(module: Any) -> Pass | None:
     return None if hooked is None else hooked.passes.get(threading.get_ident())
 
 
-def check_announced(cache: CompressedCache) -> None:
+def check_announced(cache: PassAware) -> None:
     """Refuse an update that comes from an attached model, or is meant for one, outside a pass with this cache.
 
     Raises:
@@ -340,7 +341,7 @@ def _calling() -> Hooked | None:
 class _Reading:
     """The cache of the innermost forward pass that runs in this thread."""
 
-    def get(self) -> CompressedCache | None:
+    def get(self) -> PassAware | None:
         passes = [p for p in (hooked.running() for hooked in set(_by_decoder.values())) if p is not None]
         frame: Any = sys._getframe(1)
         while frame is not None and passes:

@@ -16,8 +16,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from kvpolicy.errors import CacheError
 from kvpolicy.recipe.load import Recipe
 
-__all__ = ["CrossAttentionLayer", "check_effect", "check_positions", "compressible", "set_apart"]
-
 CACHE = frozenset({"cache", "past_key_values", "past_key_value", "layer_past"})
 """What the forward of an attention module calls the cache."""
 BIAS = frozenset({"alibi", "position_bias"})
@@ -62,11 +60,11 @@ def check_effect(recipe: Recipe, layers: list[Any], chosen: dict[int, Any], stri
     asked = any(_compresses(tiers) for tiers in (recipe.tiers, *recipe.layers.values()))
     if not asked or any(_compresses(tiers) for tiers in chosen.values()):
         return
-    kinds = " and ".join(f"{n} {kind}" for kind, n in Counter(type(x).__name__ for x in layers).items())
+    types = " and ".join(f"{n} {name}" for name, n in Counter(type(x).__name__ for x in layers).items())
     served = f"{sorted(chosen)}, which its own `layers` keep in full" if chosen else "none"
     message = (
         f"recipe {recipe.name!r} compresses nothing of this model: a recipe can serve full-attention layers, found "
-        f"{served}, among {kinds}. The cache will be as large as transformers' DynamicCache"
+        f"{served}, among {types}. The cache will be as large as transformers' DynamicCache"
     )
     if strict:
         raise CacheError(message)
@@ -107,7 +105,7 @@ def _by_index(model_or_config: Any, config: Any, layers: set[int]) -> Iterator[s
     text = config.get_text_config(decoder=True)
     if getattr(text, "alibi", None) is True or getattr(getattr(text, "attn_config", None), "alibi", None) is True:
         yield f"{type(text).__name__} asks for biases by distance (alibi)"
-    windows = {i for i, kind in enumerate(getattr(text, "attention_layers", None) or ()) if kind == "local"}
+    windows = {i for i, name in enumerate(getattr(text, "attention_layers", None) or ()) if name == "local"}
     if windows & layers:
         yield f"{type(text).__name__} asks for local windows by index (attention_layers: local)"
     classes: list[Any] = []

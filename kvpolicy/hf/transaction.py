@@ -19,8 +19,6 @@ from kvpolicy.hf.layer import TieredLayer
 from kvpolicy.layer.layer import MAX_APART, LayerCache, Reading, commit_all
 from kvpolicy.placement.padding import Padding
 
-__all__ = ["BY_REFERENCE", "Guard"]
-
 BETWEEN = ("kvpolicy", "torch._dynamo", "contextlib")
 """Modules whose frames stand between a forward pass and what it calls of ours."""
 WINDOWED = "DynamicSlidingWindowLayer"
@@ -50,7 +48,7 @@ class Transaction:
         return self.thread != get_ident()
 
     def alive(self) -> bool:
-        """Whether it still runs. Where Ctrl-C ended it nobody could say so, but its frame is gone."""
+        """Whether its frame is still on its thread's stack. Ctrl-C ends a pass without a call of `finish`."""
         frame = sys._current_frames().get(self.thread) if self.elsewhere else sys._getframe(1)
         while frame is not None and frame is not self.frame:
             frame = frame.f_back
@@ -66,7 +64,7 @@ def _caller() -> FrameType | None:
 
 
 def _kept(layer: Any) -> dict[str, Any]:
-    """What a layer of transformers' own holds. Keys and values are replaced by updates, states are written to."""
+    """What a layer of transformers' own holds. Updates replace its keys and values, but write into its states."""
     return {name: x if name in ("keys", "values") else _cloned(x) for name, x in layer.__dict__.items()}
 
 
@@ -86,7 +84,7 @@ class Guard:
         self._pass: Transaction | None = None
         """The forward pass under way, or one that was interrupted."""
         self._torn: str | None = None
-        """What was done to the rows of some layers only."""
+        """The operation that was interrupted after some layers, so that the cache must be reset."""
         self._user: dict[str, int] = {}
         """The thread that is updating a layer right now."""
         self.untold = False
@@ -150,7 +148,7 @@ class Guard:
         self.reading.padding, self.reading.attached = coming, attached
 
     def _check_columns(self, mask: Tensor, tokens: int) -> None:
-        """Refuse a 4-D mask that speaks of tokens which were dropped."""
+        """Refuse a 4-D mask that has columns for dropped tokens."""
         held = next(tiers.held_after_commit() for tiers in self.tiers if tiers.evicts)
         if mask.shape[3] != held + tokens:
             raise CacheError(
@@ -181,7 +179,7 @@ class Guard:
             self.reading.padding = self._padding_with(mask, tokens, self.seen, attached)
 
     def note_padding(self, mask: Any, tokens: int) -> None:
-        """Take note of which of the `tokens` coming in are padding, from a 2-D attention mask over all tokens."""
+        """Note which of the next `tokens` are padding, from a 2-D attention mask over all tokens."""
         self.reading.padding = self._padding_with(mask, tokens, self.seen, True)
 
     def _padding_with(self, mask: Any, tokens: int, seen: int, attached: bool) -> Padding | None:
@@ -211,8 +209,8 @@ class Guard:
             real = real.cpu().numpy()
         return (padding or Padding.none(batch, seen)).crop(seen).append(real)
 
-    def whole(self, alike: bool = True) -> None:
-        """Take an interrupted pass back, and see that all layers hold the same tokens, if they must be `alike`.
+    def whole(self, same_tokens: bool = True) -> None:
+        """Take an interrupted pass back, and check that all layers hold the `same_tokens`, if they must.
 
         Raises:
             CacheError: they don't, or the cache is in use.
@@ -226,11 +224,11 @@ class Guard:
             self.take_back()
         if self._torn is not None:
             raise CacheError(
-                f"the layers of a cache must be alike, and {self._torn} was interrupted; reset() the cache, "
+                f"the layers of a cache must agree, and {self._torn} was interrupted; reset() the cache, "
                 "or make a new one"
             )
-        lengths = self._lengths() if alike else []
-        for tiers in self.tiers if alike else ():
+        lengths = self._lengths() if same_tokens else []
+        for tiers in self.tiers if same_tokens else ():
             tiers.check_whole()
         if len(set(lengths)) > 1:
             raise CacheError(
@@ -238,10 +236,10 @@ class Guard:
                 f"{lengths}; crop({min(lengths)}) takes it back, or reset() the cache"
             )
 
-    def ready(self, alike: bool = True) -> None:
+    def ready(self, same_tokens: bool = True) -> None:
         """`whole`, unless the forward pass that is running asks itself."""
         if self._pass is None or self._pass.elsewhere or not self._pass.alive():
-            self.whole(alike)
+            self.whole(same_tokens)
 
     def take_back(self) -> None:
         """Undo what an interrupted pass did.
@@ -267,7 +265,7 @@ class Guard:
         self._pass = None
 
     def expect(self, layer: int, keys: Tensor) -> None:
-        """Refuse tokens for a layer that is not where it should be."""
+        """Refuse tokens for a layer that has seen more than the others, or in a pass of another thread."""
         p = self._pass
         if self._torn is not None:
             self.whole()
@@ -312,7 +310,7 @@ class Guard:
 
     @torch.no_grad()
     def _level(self, length: int, seen: list[int]) -> None:
-        """Let all layers have let in the same tokens, where one has seen more, so that a crop leaves them alike."""
+        """Commit in every layer as many tokens as in the one that has seen most, so that a crop leaves them equal."""
         most = max((tiers.committed for tiers in self.tiers), default=0)
         behind = [tiers for tiers in self.tiers if tiers.committed < most]
         if min(seen) < length or self.selects_together or any(t.committed + t.waiting != most for t in behind):
@@ -325,18 +323,18 @@ class Guard:
 
     @contextmanager
     def rows_of_all(self, what: str) -> Iterator[None]:
-        """All layers get other rows, or the cache is torn."""
+        """Within it, rows are selected in every layer; see `tearing`."""
         self.whole()
         with self.tearing(what):
             yield
 
     @contextmanager
     def tearing(self, what: str) -> Iterator[None]:
-        """Until the end layers may differ; what interrupts it leaves the cache torn, but a refusal of ours."""
+        """Within it, layers may differ. If it is interrupted, the cache refuses everything until it is reset."""
         self._torn = what
         try:
             yield
-        except CacheError:  # said before anything was changed
+        except CacheError:  # raised before anything was changed
             self._torn = None
             raise
         self._torn = None

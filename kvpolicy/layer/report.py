@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from kvpolicy.hf.cache import CompressedCache
-    from kvpolicy.layer.layer import LayerCache
+from kvpolicy.layer.layer import LayerCache
+from kvpolicy.placement.planner import State
 
-__all__ = ["LayerSummary", "Memory", "StoreMemory", "Summary", "measure", "summarize"]
-
-UNSEEN = (
-    "no model tells this cache of padding while it is not attached, so that padded rows can't be told apart; make it "
-    "for the model that runs: make_cache(recipe, model)"
-)
-KINDS = ("codes", "scales", "zeros", "exact", "indices", "scores")
+PARTS = ("codes", "scales", "zeros", "exact", "indices", "scores")
 
 
 @dataclass(frozen=True)
@@ -83,18 +78,18 @@ class Memory:
         """Effective bits per key or value of the tokens seen; evicted ones count as seen."""
         return 8 * self.bytes / self.values if self.values else 0.0
 
-    def total(self, kind: str) -> int:
-        """Bytes of one kind (codes, scales, zeros, exact, indices, scores) over all layers."""
-        return sum(int(getattr(s, kind)) for s in self.stores) + (self.shared_indices if kind == "indices" else 0)
+    def total(self, part: str) -> int:
+        """Bytes of one part of the stores (codes, scales, zeros, exact, indices, scores) over all layers."""
+        return sum(int(getattr(s, part)) for s in self.stores) + (self.shared_indices if part == "indices" else 0)
 
     def table(self) -> str:
         """A table of bytes by layer, side and tiers."""
         table = Table(title=str(self))
-        for name in ("layer", "side", "tiers", "tokens", *KINDS, "total"):
+        for name in ("layer", "side", "tiers", "tokens", *PARTS, "total"):
             table.add_column(name, justify="left" if name in ("side", "tiers") else "right")
         for s in self.stores:
             tiers = ",".join(map(str, s.tiers)) or "-"
-            row = [s.layer, s.side, tiers, s.tokens, *(getattr(s, kind) for kind in KINDS), s.bytes]
+            row = [s.layer, s.side, tiers, s.tokens, *(getattr(s, part) for part in PARTS), s.bytes]
             table.add_row(*map(str, row))
         return _render(table)
 
@@ -149,40 +144,42 @@ def _render(table: Table) -> str:
     return file.getvalue().rstrip()
 
 
-def measure(cache: CompressedCache) -> Memory:
-    """Count the tensors of a committed cache."""
-    from kvpolicy.hf.layer import TieredLayer
+def measure(layers: Sequence[LayerCache | Sequence[Tensor]], shared: int, scratch: int) -> Memory:
+    """Count the tensors of committed layers.
 
+    Args:
+        layers: each layer of a cache, or the keys and values that a layer of transformers' own holds.
+        shared: bytes of indices that the cache keeps beside its layers.
+        scratch: bytes of its dense buffers.
+    """
     stores: list[StoreMemory] = []
-    exact = values = shared = 0
-    counted: set[int] = set()
-    for number, layer in enumerate(cache.layers):
-        if not isinstance(layer, TieredLayer):
-            held = [t for t in (getattr(layer, "keys", None), getattr(layer, "values", None)) if t is not None]
-            used = sum(t.numel() * t.element_size() for t in held)
-            tokens = held[0].shape[2] if held and held[0].ndim == 4 else 0
+    exact = values = 0
+    states: dict[int, State] = {}
+    steps: dict[int, int] = {}
+    for number, layer in enumerate(layers):
+        if not isinstance(layer, LayerCache):
+            used = sum(t.numel() * t.element_size() for t in layer)
+            tokens = layer[0].shape[2] if layer and layer[0].ndim == 4 else 0
             stores.append(StoreMemory(number, "both", (), tokens, exact=used, reserved=used))
             exact += used
-            values += sum(t.numel() for t in held)
+            values += sum(t.numel() for t in layer)
             continue
-        tiers = layer.tiers
-        for side, like in tiers.like.items():
-            size = like.shape[0] * like.shape[1] * like.shape[3] * tiers.seen
+        for side, like in layer.like.items():
+            size = like.shape[0] * like.shape[1] * like.shape[3] * layer.seen
             exact += size * like.element_size()
             values += size
-            for s, store in enumerate(tiers.stores[side]):
-                if store is not None:
-                    stores.append(_store_memory(tiers, number, side, s))
-        for state in tiers.step.rows:
-            if id(state) not in counted:
-                counted.add(id(state))
-                orders = {id(s): s for held in state.stores.values() for s in held}
-                shared += sum(t.nbytes for t in state.tiers) + sum(s.array.nbytes for s in orders.values())
-    if cache.padding is not None:
-        shared += cache.padding.real.size
-    scratch = cache.scratch.bytes if cache.scratch is not None else 0
-    scratch += sum({id(x.tiers.step): x.tiers.step.bytes for x in cache.layers if isinstance(x, TieredLayer)}.values())
-    return Memory(tuple(stores), exact, values, scratch, shared)
+            held = [s for s, store in enumerate(layer.stores[side]) if store is not None]
+            stores += [_store_memory(layer, number, side, s) for s in held]
+        states.update((id(state), state) for state in layer.step.rows)
+        steps[id(layer.step)] = layer.step.bytes
+    shared += sum(map(_state_bytes, states.values()))
+    return Memory(tuple(stores), exact, values, scratch + sum(steps.values()), shared)
+
+
+def _state_bytes(state: State) -> int:
+    """Of what layers with the same tiers share; keys and values may share their lists of positions."""
+    lists = {id(positions): positions.array.nbytes for held in state.stores.values() for positions in held}
+    return sum(t.nbytes for t in state.tiers) + sum(lists.values())
 
 
 def _store_memory(tiers: LayerCache, number: int, side: str, s: int) -> StoreMemory:
@@ -192,7 +189,7 @@ def _store_memory(tiers: LayerCache, number: int, side: str, s: int) -> StoreMem
     beside = tiers.planner.bytes(side, s)
     reserved = store.reserved() + beside.get("reserved", 0)
     if tiers.step.spread:
-        used = {kind: used.get(kind, 0) + beside.get(kind, 0) for kind in KINDS}
+        used = {part: used.get(part, 0) + beside.get(part, 0) for part in PARTS}
         reserved -= used["indices"]
     return StoreMemory(number, side, covers, store.length, **used, reserved=reserved)
 
@@ -210,17 +207,7 @@ def _component(spec: Any) -> str:
     return f"{spec.kind}({options})"
 
 
-def summarize(cache: CompressedCache) -> Summary:
-    """Describe the layers of a committed cache."""
-    from kvpolicy.hf.layer import TieredLayer
-
-    rows = []
-    for number, layer in enumerate(cache.layers):
-        if isinstance(layer, TieredLayer):
-            tiers = tuple(map(_words, cache.recipe.tiers_of(number, len(cache.layers))))
-            kept = "kvpolicy, dense: the model computes on keys and values" if layer.tiers.densely else "kvpolicy"
-            rows.append(LayerSummary(number, kept, tiers, layer.tiers.held_after_commit()))
-        else:
-            rows.append(LayerSummary(number, f"transformers' {type(layer).__name__}", (), 0))
-    blind = cache.guard.evicts and (cache.lease is None or cache.guard.untold)
-    return Summary(cache.recipe.name, tuple(rows), (UNSEEN,) if blind else ())
+def describe(number: int, layer: LayerCache, tiers: Sequence[Any]) -> LayerSummary:
+    """How a committed layer is kept that goes by `tiers` of a recipe."""
+    kept = "kvpolicy, dense: the model computes on keys and values" if layer.densely else "kvpolicy"
+    return LayerSummary(number, kept, tuple(map(_words, tiers)), layer.held_after_commit())

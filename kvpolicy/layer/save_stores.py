@@ -10,23 +10,21 @@ from torch import Tensor
 from kvpolicy.errors import CacheError, MissingDependencyError, PluginError
 from kvpolicy.interfaces.quantizer import AffineQuantizer
 from kvpolicy.layer.layer import LayerCache
-from kvpolicy.layer.save_header import Damaged, Held
+from kvpolicy.layer.save_file import Damaged, Held
 from kvpolicy.storage.affine import AffineStore
 from kvpolicy.storage.base import LARGE, Store
 from kvpolicy.storage.exact import ExactStore
 from kvpolicy.storage.make import make_store
 from kvpolicy.storage.named import NamedStore
 
-__all__ = ["fill_stores", "save_stores"]
-
-Kinds = dict[str, tuple[torch.dtype, tuple[int, ...]]]
-"""For each tensor of a store its type and what of its shape comes after batch, heads and tokens."""
+Formats = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+"""For each tensor of a store its dtype, and its shape after batch, heads and tokens."""
 MOST = 128
 """Tokens of a group in a sample."""
 
 
 def save_stores(tiers: LayerCache, number: int, tensors: dict[str, Tensor]) -> None:
-    """Add what the stores of a layer hold to `tensors`, and an empty slice that shows its kind."""
+    """Add what the stores of a layer hold to `tensors`, and an empty slice that shows shape and type."""
     for side, like in tiers.like.items():
         tensors[f"{number}.{side}.like"] = like
         for s, store in enumerate(tiers.stores[side]):
@@ -38,12 +36,11 @@ def fill_stores(tiers: LayerCache, number: int, held: Held, device: torch.device
     """Restore the stores of a layer, which are made and empty; its placement is known."""
     for side, stores in tiers.stores.items():
         for s, store in enumerate(stores):
-            parts = held.below(f"{number}.{side}.{s}.") if store is not None else {}
             if store is None:
                 continue
-            like = tiers.like[side]
+            parts, like = held.below(f"{number}.{side}.{s}."), tiers.like[side]
             try:
-                _check(parts, store, like, _kinds(tiers.placement.store_spec(side, s), store, like))
+                _check(parts, store, like, _formats(tiers.placement.store_spec(side, s), store, like))
                 store.restore({name: t if name == "sizes" else t.to(device) for name, t in parts.items()})
                 if isinstance(store, NamedStore):
                     _check_decoded(store, like)
@@ -54,8 +51,8 @@ def fill_stores(tiers: LayerCache, number: int, held: Held, device: torch.device
                 raise Damaged(f"layer {number}, {side}, store {s}: {error}") from None
 
 
-def _kinds(spec: Any, store: Store, like: Tensor) -> Kinds:
-    """What the tensors of a store are like, found on a store of zeros."""
+def _formats(spec: Any, store: Store, like: Tensor) -> Formats:
+    """The formats of a store's tensors, found on a store of zeros."""
     exact = like.dtype, (like.shape[3],)
     if isinstance(store, ExactStore):
         return {"exact": exact}
@@ -69,18 +66,18 @@ def _kinds(spec: Any, store: Store, like: Tensor) -> Kinds:
     if isinstance(store, AffineStore) and store.lines is not None:
         sample.ragged((1, 1))
     sample.append(torch.zeros((1, 1, n, like.shape[3]), dtype=like.dtype))
-    kinds: Kinds = {name: (t.dtype, tuple(t.shape[3:])) for name, t in sample.tensors().items()}
+    formats: Formats = {name: (t.dtype, tuple(t.shape[3:])) for name, t in sample.tensors().items()}
     if isinstance(store, AffineStore) and store.by_channel:
-        kinds["exact"] = exact
-    return kinds
+        formats["exact"] = exact
+    return formats
 
 
-def _check(parts: dict[str, Tensor], store: Store, like: Tensor, kinds: Kinds) -> None:
+def _check(parts: dict[str, Tensor], store: Store, like: Tensor, formats: Formats) -> None:
     rows_and_heads = tuple(like.shape[:2])
     for name, t in parts.items():
-        if name not in kinds:
-            raise CacheError(f"its tensors must be {sorted(kinds)}, found {name}")
-        dtype, last = kinds[name]
+        if name not in formats:
+            raise CacheError(f"its tensors must be {sorted(formats)}, found {name}")
+        dtype, last = formats[name]
         first = store.lines if isinstance(store, AffineStore) and name == "groups" else rows_and_heads
         fits = t.ndim == 1 if name == "sizes" else tuple(t.shape) == (*(first or ()), *t.shape[2:3], *last)
         if t.dtype != dtype or not fits:
@@ -91,8 +88,10 @@ def _check(parts: dict[str, Tensor], store: Store, like: Tensor, kinds: Kinds) -
         _check_packed(parts, store)
     elif isinstance(store, NamedStore) and parts:
         lengths = {t.shape[2] for t in parts.values()}
-        if parts.keys() != kinds.keys() or len(lengths) > 1:
-            raise CacheError(f"{sorted(kinds)} must be of the same tokens, found {sorted(parts)} of {sorted(lengths)}")
+        if parts.keys() != formats.keys() or len(lengths) > 1:
+            raise CacheError(
+                f"{sorted(formats)} must be of the same tokens, found {sorted(parts)} of {sorted(lengths)}"
+            )
 
 
 def _check_packed(parts: dict[str, Tensor], store: AffineStore) -> None:
@@ -128,7 +127,7 @@ def _check_divisors(channels: Tensor | None, coded: int) -> None:
 
 
 def _check_decoded(store: NamedStore, like: Tensor) -> None:
-    """What a quantizer keeps means something to itself alone: it must be able to read it."""
+    """Only the quantizer knows what its tensors mean, so it must be able to decode them."""
     try:
         for first, x in store.decoded(LARGE, like.dtype):
             n = min(1024, store.length - first)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvpolicy.layer.layer import LayerCache
-from kvpolicy.layer.save_header import Damaged, Held, RaggedEntry, StateEntry, TiersEntry
+from kvpolicy.layer.save_file import Damaged, Held, RaggedEntry, StateEntry, TiersEntry
 from kvpolicy.placement.by_position import ByPosition
 from kvpolicy.placement.padding import Padding
 from kvpolicy.placement.per_head import PerHeadPlacement
@@ -19,8 +19,6 @@ from kvpolicy.placement.planner import Placement, State
 from kvpolicy.placement.position_list import PositionList
 from kvpolicy.placement.step import Step
 from kvpolicy.placement.token_table import TokenTable
-
-__all__ = ["Filling", "Saving", "load_padding", "save_padding"]
 
 Ints = NDArray[np.int64]
 Tables = dict[str, list[tuple[range, dict[str, Tensor]]]]
@@ -149,7 +147,7 @@ class Filling:
 
     def finish(self) -> None:
         """All that there is must have been used."""
-        used = {number for kind, number in self._made if kind == "state"}
+        used = {number for what, number in self._made if what == "state"}
         if len(used) != len(self.states):
             raise Damaged(f"its layers must go by {len(self.states)} states, found {len(used)}")
         if self.held:
@@ -157,14 +155,14 @@ class Filling:
                 f"its recipe and model have no use for {len(self.held)} tensors, such as {min(self.held)[:80]}"
             )
 
-    def _once(self, kind: str, number: int, placement: Placement, entry: Any, make: Callable[[], Step]) -> Step:
+    def _once(self, what: str, number: int, placement: Placement, entry: Any, make: Callable[[], Step]) -> Step:
         """What layers share; those with the same tiers have the same tokens by position."""
-        if (kind, number) not in self._made:
-            self._made[kind, number] = placement, entry, make()
-        owner, saying, step = self._made[kind, number]
-        first = next(s for (k, _), (p, _, s) in self._made.items() if k == kind and p is owner)
-        alike = len(first.rows) == len(step.rows) and all(map(_same, first.rows, step.rows))
-        if owner is not placement or saying != entry or not alike:
+        if (what, number) not in self._made:
+            self._made[what, number] = placement, entry, make()
+        owner, saying, step = self._made[what, number]
+        first = next(s for (k, _), (p, _, s) in self._made.items() if k == what and p is owner)
+        same = len(first.rows) == len(step.rows) and all(map(_same, first.rows, step.rows))
+        if owner is not placement or saying != entry or not same:
             raise Damaged("layers with the same tiers, and no others, must hold the same tokens by position")
         return first
 

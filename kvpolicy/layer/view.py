@@ -2,64 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from kvpolicy.errors import CacheError
 
-if TYPE_CHECKING:
-    from kvpolicy.layer.layer import LayerCache
+class Staged(Protocol):
+    """A layer whose staged tokens a `View` shows."""
 
-__all__ = ["DenseAccess", "Scratch", "View"]
-
-
-class DenseAccess:
-    """Gives a compressed layer the attributes `keys` and `values` of transformers' layers."""
-
-    tiers: LayerCache
-    is_initialized = False
-
-    @property
-    def keys(self) -> Tensor | None:
-        """The keys held, `[batch, kv_heads, tokens, head_dim]`, decoded anew at each access; None before the first.
-
-        A copy: writing to it changes nothing.
-
-        Raises:
-            CacheError: another tensor is set in its place.
-        """
-        return self._decoded("keys")
-
-    @keys.setter
-    def keys(self, given: Any) -> None:
-        self._refuse(given)
-
-    @property
-    def values(self) -> Tensor | None:
-        """The values held, as `keys`."""
-        return self._decoded("values")
-
-    @values.setter
-    def values(self, given: Any) -> None:
-        self._refuse(given)
-
-    def _decoded(self, side: str) -> Tensor | None:
-        if not self.is_initialized:
-            return None
-        with torch.no_grad():
-            keys, values = self.tiers.dense()
-        return keys if side == "keys" else values
-
-    def _refuse(self, given: Any) -> None:
-        if given is not None or self.is_initialized:
-            raise CacheError(
-                "keys and values of a compressed layer must come by update, found an assignment to layer.keys or "
-                "layer.values; use transformers' DynamicCache where something else writes to the cache"
-            )
+    def densified(self) -> dict[str, Tensor]:
+        """Its keys and values, held and staged, decoded."""
+        ...
 
 
 class Scratch:
@@ -92,12 +48,12 @@ class View(Tensor):
     Attention reads the stores behind it. Whatever else computes on it gets the dense tensor.
     """
 
-    tiers: LayerCache
+    tiers: Staged
     side: str
     arriving: Tensor
 
     @staticmethod
-    def __new__(cls, tiers: LayerCache, side: str, new: Tensor, held: int) -> View:
+    def __new__(cls, tiers: Staged, side: str, new: Tensor, held: int) -> View:
         shape = (*new.shape[:2], held + new.shape[2], new.shape[3])
         view: View = Tensor._make_wrapper_subclass(cls, shape, dtype=new.dtype, device=new.device)
         view.tiers, view.side, view.arriving = tiers, side, new

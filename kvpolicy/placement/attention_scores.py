@@ -12,8 +12,6 @@ from torch import Tensor
 from kvpolicy.interfaces.policy import Scores
 from kvpolicy.placement.padding import Padding
 
-__all__ = ["Observer", "counted_queries"]
-
 Bools = NDArray[np.bool_]
 
 

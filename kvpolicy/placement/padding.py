@@ -5,8 +5,6 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Padding"]
-
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 

@@ -26,6 +26,8 @@ Sides = Literal["keys", "values"]
 
 
 class TierLike(Protocol):
+    """What a plan needs of a tier of a recipe."""
+
     @property
     def policy(self) -> Policy | None: ...
     @property

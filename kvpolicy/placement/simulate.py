@@ -9,8 +9,6 @@ from numpy.typing import NDArray
 
 from kvpolicy.placement.planner import NONE, Ints, Placement, TierLike
 
-__all__ = ["history", "simulate"]
-
 
 def simulate(tiers: Sequence[TierLike], tokens: int, placement: str = "token") -> list[Ints]:
     """The positions that each tier holds after `tokens` tokens; an evicting last tier holds none."""

@@ -1,0 +1,1 @@
+"""Recipes: YAML read, checked and built into tiers."""

@@ -14,12 +14,10 @@ from kvpolicy.interfaces.policy import Policy
 from kvpolicy.interfaces.quantizer import Quantizer
 from kvpolicy.plugins import PluginInfo, Registry, registry
 from kvpolicy.recipe.explain import explain
-from kvpolicy.recipe.inherit import BUNDLED, REFERENCE, TOP_KEYS, bundled_names, inherit, parameters
-from kvpolicy.recipe.spec import SPEC_VERSION, Recipe, Tier, find_clash, find_overlaps, find_problems
-from kvpolicy.recipe.yaml import BAD, Document, Path_, path_text
+from kvpolicy.recipe.inherit import REFERENCE, TOP_KEYS, inherit, parameters
+from kvpolicy.recipe.spec import Recipe, Tier, find_clash, find_overlaps, find_problems
+from kvpolicy.recipe.yaml import BAD, SPEC_VERSION, Document, Path_, path_text
 from kvpolicy.words import clip, in_words, listed, quoted, suggest
-
-__all__ = ["BUNDLED", "TIER_KEYS", "TOP_KEYS", "build", "bundled_names"]
 
 TIER_KEYS = ("policy", "store", "keys", "values")
 
@@ -44,7 +42,7 @@ class _Row(NamedTuple):
 
 
 class _Builder:
-    """Builds the parts of a recipe, knowing for each its path in the document; notes what is wrong, and raises once."""
+    """Builds the parts of a recipe, each with its path in the document; notes every problem, and raises once."""
 
     def __init__(self, document: Document, values: dict[str, Any], given: set[str], plugins: Registry) -> None:
         self.document, self.values, self.given, self.plugins = document, values, given, plugins
@@ -54,7 +52,7 @@ class _Builder:
         self.data: dict[str, Any] = self._fill(data, ())
 
     def note(self, path: Path_, message: str) -> None:
-        """A problem; of a value that came as a parameter the parameter is named."""
+        """Note a problem at a path. If the value there came from a parameter, the parameter is named."""
         name = self.filled.get(path)
         if name is None:
             below = {

@@ -11,8 +11,6 @@ from kvpolicy.plugins import PluginInfo
 from kvpolicy.recipe.yaml import Path_
 from kvpolicy.words import clip, in_words, listed, quoted, suggest
 
-__all__ = ["explain"]
-
 
 def explain(
     info: PluginInfo[Any], error: ValidationError, options: Mapping[str, Any], spoilt: Collection[str] = ()
@@ -23,7 +21,7 @@ def explain(
         info: the plugin.
         error: what pydantic says.
         options: the options that were validated.
-        spoilt: names of others, which are wrong in a way that was told already.
+        spoilt: names of other options, whose errors are reported already.
     """
     by_option: dict[str, list[Any]] = {}
     for problem in error.errors(include_url=False):

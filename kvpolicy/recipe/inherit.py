@@ -12,8 +12,6 @@ from kvpolicy.errors import RecipeError
 from kvpolicy.recipe.yaml import BAD, SPEC_VERSION, Document, read_file
 from kvpolicy.words import clip, in_words, listed, quoted, suggest
 
-__all__ = ["BUNDLED", "MAX_CHAIN", "REFERENCE", "TOP_KEYS", "bundled_names", "inherit", "parameters"]
-
 BUNDLED = Path(__file__).parent / "bundled"
 TOP_KEYS = ("version", "name", "summary", "source", "extends", "placement", "params", "tiers", "layers")
 REFERENCE = re.compile(r"\$([A-Za-z_]\w*)")

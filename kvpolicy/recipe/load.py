@@ -11,11 +11,11 @@ from kvpolicy.errors import RecipeError
 from kvpolicy.recipe.build import build
 from kvpolicy.recipe.inherit import bundled_names
 from kvpolicy.recipe.source import misplaced, read_source, refuse_misplaced
-from kvpolicy.recipe.spec import SPEC_VERSION, Recipe, Tier
+from kvpolicy.recipe.spec import Recipe, Tier
 from kvpolicy.recipe.yaml import Document, read_file, read_mapping, read_text
 from kvpolicy.words import clip, in_words, quoted
 
-__all__ = ["SPEC_VERSION", "Recipe", "Tier", "bundled_names", "load_recipe", "load_yaml"]
+__all__ = ["Recipe", "Tier", "bundled_names", "load_recipe", "load_yaml"]
 
 
 def load_recipe(source: str | os.PathLike[str] | Mapping[str, Any] | Recipe, **params: Any) -> Recipe:

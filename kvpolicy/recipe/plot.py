@@ -10,8 +10,6 @@ from kvpolicy.errors import RecipeError
 from kvpolicy.interfaces.policy import RankPolicy
 from kvpolicy.recipe.spec import Recipe, Tier
 
-__all__ = ["MAX_TOKENS", "describe_policy", "describe_store", "describe_tier", "plot_placement"]
-
 MAX_TOKENS = 4096
 _EXACT = ["#08306b", "#2979b9", "#6baed6", "#9ecae1", "#c6dbef", "#deebf7"]
 """From the newest tier down."""

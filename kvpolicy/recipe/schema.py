@@ -6,9 +6,8 @@ from typing import Any
 
 from kvpolicy.interfaces.component import Component
 from kvpolicy.plugins import PluginInfo, Registry, registry
-from kvpolicy.recipe.spec import SPEC_VERSION, Recipe, Tier
-
-__all__ = ["recipe_schema"]
+from kvpolicy.recipe.spec import Recipe, Tier
+from kvpolicy.recipe.yaml import SPEC_VERSION
 
 _PARAMETER = {"type": "string", "pattern": r"^\$[A-Za-z_]\w*$", "description": "The value of a parameter."}
 _TIERS = {"type": "array", "minItems": 1, "items": {"$ref": "#/$defs/tier"}}

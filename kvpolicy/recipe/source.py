@@ -13,8 +13,6 @@ from kvpolicy.recipe.inherit import BUNDLED, bundled_names, inherit, parameters
 from kvpolicy.recipe.yaml import Document, parse_scalar, read_file
 from kvpolicy.words import clip, quoted, suggest
 
-__all__ = ["check_one", "check_sources", "misplaced", "read_source", "refuse_misplaced"]
-
 _PARAMS = re.compile(r"(?s)(.+?):((?:[A-Za-z_]\w*\s*=.*)?)")
 _MISPLACED = re.compile(r"(?s)[A-Za-z_]\w*=.*")
 

@@ -16,18 +16,6 @@ from kvpolicy.interfaces.quantizer import Quantizer, precision_of
 from kvpolicy.recipe.yaml import BAD, SPEC_VERSION, Path_, dump_yaml, path_text
 from kvpolicy.words import clip, quoted
 
-__all__ = [
-    "FULL_TIERS",
-    "SPEC_VERSION",
-    "Recipe",
-    "Store",
-    "Tier",
-    "find_clash",
-    "find_overlaps",
-    "find_problems",
-    "parse_selector",
-]
-
 Store = Literal["full", "evict"] | SerializeAsAny[InstanceOf[Quantizer]]
 """`full`, `evict`, or a quantizer."""
 _SELECTOR = re.compile(r"(-?\d{1,9})(?:-(-?\d{1,9}))?")
@@ -78,7 +66,7 @@ class Recipe(BaseModel):
         description="Parameters with their values. `$name` stands for one, as the whole value of a key below "
         "tiers, layers and placement.",
     )
-    tiers: tuple[Tier, ...] = Field(description="LayerCache from the newest tokens down.")
+    tiers: tuple[Tier, ...] = Field(description="Tiers from the newest tokens down.")
     layers: dict[str, Literal["full"] | tuple[Tier, ...]] = Field(
         default_factory=dict,
         description='Other tiers for some layers: "0", "-1" (the last) or "2-5", each a list of tiers or full.',
@@ -164,13 +152,6 @@ class Recipe(BaseModel):
                 for key, tiers in self.layers.items()
             }
         return dump_yaml(written)
-
-    @classmethod
-    def from_yaml(cls, text: str, **params: Any) -> Recipe:
-        """The recipe in a string of YAML."""
-        from kvpolicy.recipe.load import load_yaml
-
-        return load_yaml(text, **params)
 
 
 def plain(value: Any) -> Any:

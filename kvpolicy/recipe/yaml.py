@@ -18,18 +18,6 @@ from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 from kvpolicy.errors import RecipeError
 from kvpolicy.words import clip, in_words, quoted
 
-__all__ = [
-    "BAD",
-    "SPEC_VERSION",
-    "Document",
-    "dump_yaml",
-    "parse_scalar",
-    "path_text",
-    "read_file",
-    "read_mapping",
-    "read_text",
-]
-
 SPEC_VERSION = 1
 MAX_BYTES = 1 << 17
 MAX_NODES = 20_000

@@ -1,0 +1,1 @@
+"""Stores: keys or values of one tier, packed, and their bytes."""

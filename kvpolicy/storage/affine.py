@@ -18,8 +18,6 @@ from kvpolicy.storage.base import LARGE, Ints, Store
 from kvpolicy.storage.packing import dequantize, pack
 from kvpolicy.storage.pages import FULL, Pages, at_once, gather_tokens
 
-__all__ = ["AffineStore", "group_size_of"]
-
 
 def group_size_of(quantizer: AffineQuantizer, head_dim: int) -> int:
     """The group size that a quantizer uses for `head_dim` channels; 0 means one group per arrival.

@@ -16,8 +16,6 @@ from torch import Tensor
 from kvpolicy.errors import CacheError
 from kvpolicy.storage.pages import Pages
 
-__all__ = ["LARGE", "Ints", "Store"]
-
 Ints = NDArray[np.int64]
 LARGE = 1 << 40
 """More tokens than any store holds."""

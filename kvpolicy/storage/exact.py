@@ -10,8 +10,6 @@ from torch import Tensor
 from kvpolicy.storage.base import Ints, Store
 from kvpolicy.storage.pages import Pages
 
-__all__ = ["ExactStore"]
-
 
 class ExactStore(Store):
     """Keys or values as they came."""

@@ -10,8 +10,6 @@ from kvpolicy.storage.base import LARGE, Store
 from kvpolicy.storage.exact import ExactStore
 from kvpolicy.storage.named import NamedStore
 
-__all__ = ["make_store", "try_store"]
-
 
 def make_store(spec: Quantizer | str, head_dim: int) -> Store | None:
     """The store for `full`, a quantizer, or `evict` (None).

@@ -15,8 +15,6 @@ from kvpolicy.interfaces.quantizer import TensorQuantizer
 from kvpolicy.storage.base import Ints, Store
 from kvpolicy.storage.pages import Pages
 
-__all__ = ["NamedStore"]
-
 
 class NamedStore(Store):
     """The tensors of a quantizer that is not affine, one entry per token, held as bytes whatever their type."""

@@ -16,8 +16,6 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["dequantize", "pack", "packed_width", "plane_width", "planes", "unpack"]
-
 PARTS = {1: ((1, 0),), 2: ((2, 0),), 3: ((2, 0), (1, 2)), 4: ((4, 0),), 8: ((8, 0),)}
 """Of each part of a code: its bits, and the bits of the code below it."""
 

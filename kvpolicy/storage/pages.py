@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["FULL", "Pages", "at_once", "gather_tokens"]
-
 SMALLEST, LARGEST = 64, 1024
 """Tokens of a page with room for more."""
 FULL = 4096

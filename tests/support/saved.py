@@ -8,7 +8,7 @@ from typing import Any
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from kvpolicy.hf.saving import _checksum
+from kvpolicy.layer.save_file import checksum
 
 __all__ = ["rewritten"]
 
@@ -18,5 +18,5 @@ def rewritten(file: Path, tensors: Any = lambda t: t, header: Any = lambda h: h)
     with safe_open(file, "pt") as opened:
         metadata = header(dict(opened.metadata()))
     held = tensors({name: tensor.clone() for name, tensor in load_file(file).items()})
-    save_file(held, file, metadata={**metadata, "checksum": _checksum(metadata, held)})
+    save_file(held, file, metadata={**metadata, "checksum": checksum(metadata, held)})
     return file

@@ -10,7 +10,7 @@ from jsonschema.exceptions import best_match
 from ruamel.yaml import YAML
 
 from kvpolicy.plugins import registry
-from kvpolicy.recipe.build import BUNDLED
+from kvpolicy.recipe.inherit import BUNDLED
 from kvpolicy.recipe.load import bundled_names, load_recipe
 from kvpolicy.recipe.schema import recipe_schema
 

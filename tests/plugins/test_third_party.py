@@ -79,6 +79,7 @@ def test_an_installed_policy_and_quantizer_work_in_a_recipe(site: Path) -> None:
         import torch
         from kvpolicy import load_recipe
         from kvpolicy.placement.simulate import simulate
+        from kvpolicy.recipe.load import load_yaml
         from kvpolicy.storage.make import make_store
         recipe = load_recipe("./strided.yaml:n=5")
         print([part.tolist() for part in simulate(recipe.tiers, 40)][1])
@@ -88,7 +89,7 @@ def test_an_installed_policy_and_quantizer_work_in_a_recipe(site: Path) -> None:
         out = torch.empty_like(x)
         store.write(out, 0)
         assert (out - x).abs().max() < 0.4 and store.bytes()["codes"] == 2 * 10 * 32
-        assert load_recipe(recipe) == recipe.from_yaml(recipe.to_yaml())
+        assert load_recipe(recipe) == load_yaml(recipe.to_yaml())
     """
     result = python(site, "-c", textwrap.dedent(code))
     assert result.returncode == 0, result.stderr
@@ -140,8 +141,9 @@ def test_a_copy_of_the_log_policy_is_a_plugin_of_its_own(tmp_path: Path) -> None
         import numpy as np
         from kvpolicy import load_recipe
         from kvpolicy.placement.simulate import simulate
+        from kvpolicy.recipe.load import load_yaml
         recipe = load_recipe("logquant").to_yaml()
-        mine = load_recipe("logquant").from_yaml(recipe.replace("kind: log", "kind: mylog"))
+        mine = load_yaml(recipe.replace("kind: log", "kind: mylog"))
         assert mine.tiers[1].policy.kind == "mylog"
         pairs = zip(simulate(mine.tiers, 999), simulate(load_recipe("logquant").tiers, 999), strict=True)
         assert all(np.array_equal(a, b) for a, b in pairs)

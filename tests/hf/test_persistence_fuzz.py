@@ -24,7 +24,7 @@ from words import CACHE
 
 from kvpolicy import CompressedCache, attach, make_cache
 from kvpolicy.errors import CacheError, MissingDependencyError
-from kvpolicy.hf.saving import _checksum
+from kvpolicy.layer.save_file import checksum
 
 CASES = int(os.environ.get("KVPOLICY_FUZZ_CASES", "350"))
 """Mutations in all; 10,000 take some ten minutes."""
@@ -258,7 +258,7 @@ def attempt(sample: str, seed: int, folder: Path) -> bool:
     header, tensors = mutated(sample, random.Random(f"{sample} {seed}"))
     family, _, attached = SAMPLES[sample]
     model, file = tiny(family), folder / "cache"
-    file.write_bytes(save(tensors, metadata={**header, "checksum": _checksum(header, tensors)}))
+    file.write_bytes(save(tensors, metadata={**header, "checksum": checksum(header, tensors)}))
     before = file.read_bytes()
     with attach(model) if attached else nullcontext():
         cache = loaded(file, model)

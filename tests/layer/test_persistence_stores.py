@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy.interfaces.quantizer import TensorQuantizer
-from kvpolicy.layer.save_header import Damaged, Held
+from kvpolicy.layer.save_file import Damaged, Held
 from kvpolicy.layer.save_stores import fill_stores, save_stores
 from kvpolicy.storage.make import make_store
 

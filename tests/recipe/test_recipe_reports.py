@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvpolicy.errors import RecipeError
-from kvpolicy.recipe.build import BUNDLED
-from kvpolicy.recipe.inherit import MAX_CHAIN
+from kvpolicy.recipe.inherit import BUNDLED, MAX_CHAIN
 from kvpolicy.recipe.load import load_recipe, load_yaml
 from kvpolicy.recipe.spec import find_overlaps
 from kvpolicy.recipe.yaml import MAX_PROBLEMS

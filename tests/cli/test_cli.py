@@ -24,7 +24,7 @@ def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess
 
 def test_help_is_quick_and_imports_nothing_heavy() -> None:
     code = (
-        "import sys\nfrom kvpolicy import cli\n"
+        "import sys\nimport kvpolicy.cli.main\n"
         "heavy = {'torch', 'transformers', 'matplotlib', 'pydantic', 'numpy', 'ruamel'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
@@ -169,13 +169,13 @@ def test_show_prints_yaml_that_loads_and_a_table() -> None:
     result = run("show", "logquant:window=64,nbits=4", "--tokens", "1000")
     assert result.returncode == 0, result.stderr
     assert load_yaml(result.stdout).tiers == load_recipe("logquant", window=64, nbits=4).tiers
-    assert "LayerCache after 1000 tokens" in result.stderr
+    assert "Tiers after 1000 tokens" in result.stderr
     assert "recent(window=64, flush=64)" in result.stderr
     assert "takes the rest" in result.stderr
 
 
 def test_show_says_how_tokens_came_and_what_other_layers_have(tmp_path: Path) -> None:
-    assert "LayerCache after a prompt of 300 tokens" in run("show", "hf-quantized", "--tokens", "300").stderr
+    assert "Tiers after a prompt of 300 tokens" in run("show", "hf-quantized", "--tokens", "300").stderr
     file = tmp_path / "layers.yaml"
     file.write_text('extends: logquant\nlayers: {"0": full, "1-2": [{store: {kind: int, nbits: 8}}]}\n')
     shown = run("show", str(file)).stderr

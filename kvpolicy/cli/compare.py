@@ -1,23 +1,14 @@
-"""The commands that run a model: `kvpolicy compare` and `kvpolicy generate`."""
+"""`kvpolicy compare`."""
 
 from __future__ import annotations
 
-import os
-import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-__all__ = ["compare", "generate", "register"]
-
-
-def register(app: typer.Typer) -> None:
-    """Add the commands to an app."""
-    app.command()(compare)
-    app.command(context_settings={"allow_extra_args": True})(generate)
+from kvpolicy.cli.output import silence_transformers, warner
 
 
 def compare(
@@ -44,9 +35,9 @@ def compare(
     ] = False,
 ) -> None:
     """Compare recipes on the same samples, each against the exact cache."""
-    _quiet()
+    silence_transformers()
     with warnings.catch_warnings():
-        warnings.showwarning = _warner()
+        warnings.showwarning = warner()
         _check_comparison(arms, model, task, n, seed, tokens, out, overwrite, device)
         from kvpolicy.experiment.comparison import compare as run
 
@@ -106,83 +97,12 @@ def _check_comparison(
         load_task(task, n, seed)
 
 
-def generate(
-    context: typer.Context,
-    recipe: Annotated[str, typer.Option(metavar="RECIPE", help="A bundled name or a file, NAME:key=value,...")],
-    prompt: Annotated[str, typer.Option(metavar="TEXT|-", help="The prompt; - reads it from stdin.")],
-    model: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="A local Hugging Face model directory; default: the bundled one.")
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 128,
-    device: Annotated[str | None, typer.Option(help="Such as cpu or cuda:1; default: CUDA if there is one.")] = None,
-    unattached: Annotated[
-        bool, typer.Option("--unattached", help="Decode the stores for the model's own attention at each step.")
-    ] = False,
-) -> None:
-    """Continue a prompt greedily: the text on stdout, what the cache takes on stderr."""
-    _quiet()
-    from kvpolicy.arguments import check_device, check_generation
-    from kvpolicy.hf.models import check_model
-    from kvpolicy.recipe.source import check_one
-
-    check_one(recipe, context.args)
-    check_device(device)
-    limit = check_model(model)
-    text = _read_stdin() if prompt == "-" else prompt
-    check_generation(text, max_new_tokens, limit)
-    from kvpolicy.hf.generation import generate_text
-
-    with warnings.catch_warnings():
-        warnings.showwarning = _warner()
-        try:
-            memory = generate_text(text, recipe, model, max_new_tokens, device, sys.stdout, attach=not unattached)
-        except KeyboardInterrupt:
-            typer.echo("\ninterrupted", err=True)
-            raise typer.Exit(130) from None
-    typer.echo(memory, err=True)
-
-
 def _kept(out: str | None) -> str:
     try:
         rows = 0 if out is None else (Path(out) / "samples.jsonl").read_bytes().count(b"\n")
     except OSError:
         rows = 0
     return f"; finished rows in {out}/samples.jsonl: {rows}" if rows else ""
-
-
-def _read_stdin() -> str:
-    from kvpolicy.arguments import MAX_PROMPT
-    from kvpolicy.errors import CompareError
-
-    if sys.stdin is None:
-        raise CompareError("the prompt comes from stdin, which is closed; pipe a text into the command")
-    raw = sys.stdin.buffer.read(4 * MAX_PROMPT + 1)
-    if len(raw) > 4 * MAX_PROMPT:
-        raise CompareError(f"the prompt on stdin must have at most {4 * MAX_PROMPT:,} bytes, found more; shorten it")
-    if not raw:
-        raise CompareError("the prompt from stdin must not be empty; pipe a text into the command")
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        message = f"the prompt on stdin must be UTF-8 text, found {error.reason} at byte {error.start}"
-        raise CompareError(message) from error
-
-
-def _quiet() -> None:
-    """No advice of transformers between the lines; what goes wrong is raised."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-
-
-def _warner() -> Callable[..., None]:
-    """Shows warnings on a line each, and each once: what is checked early is checked again with the model at hand."""
-    shown: set[str] = set()
-
-    def warn(message: Warning | str, *_: Any, **__: Any) -> None:
-        if str(message) not in shown:
-            shown.add(str(message))
-            typer.echo(f"warning: {message}", err=True)
-
-    return warn
 
 
 def _print(result: Any) -> None:

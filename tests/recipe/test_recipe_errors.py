@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
 from kvpolicy.errors import RecipeError
-from kvpolicy.recipe.build import BUNDLED
+from kvpolicy.recipe.inherit import BUNDLED
 from kvpolicy.recipe.load import load_recipe, load_yaml
 
 UPPER = "  - {policy: {kind: recent, window: 8}, store: full}\n"

@@ -23,7 +23,7 @@ from words import CACHE
 from kvpolicy import CompressedCache, Recipe, attach, load_recipe, make_cache
 from kvpolicy.errors import CacheError
 from kvpolicy.interfaces.policy import RankPolicy
-from kvpolicy.recipe.load import bundled_names
+from kvpolicy.recipe.load import bundled_names, load_yaml
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -147,7 +147,7 @@ def test_the_header_holds_recipe_and_versions(tmp_path: Path) -> None:
     with safe_open(tmp_path / "cache", "pt") as file:
         header = file.metadata()
     assert header["format"] == "kvpolicy-cache"
-    assert Recipe.from_yaml(header["recipe"]).tiers == kvpolicy.load_recipe("logquant", window=10).tiers
+    assert load_yaml(header["recipe"]).tiers == kvpolicy.load_recipe("logquant", window=10).tiers
     assert json.loads(header["versions"])["kvpolicy"] == kvpolicy.__version__
 
 
