@@ -35,8 +35,9 @@ def key_scores(store: Store, rows: Tensor, out: Tensor, columns: Columns) -> Non
         out: float32 `[batch, kv_heads, rows, columns]`.
         columns: where its tokens stand in `out`.
     """
-    if isinstance(store, AffineStore) and store.grouped:
-        mapped = rows if store.channels is None else rows * store.channels.float()
+    if isinstance(store, AffineStore) and store.direct:
+        mapped = rows if store.chain is None else store.chain.adjoint(rows)
+        assert mapped is not None
         for first, codes, scale, offset in store.affine_blocks(_block(store, rows)):
             product = _channel_product if codes.ndim == 5 else _token_product
             n = codes.shape[2] * (codes.shape[3] if codes.ndim == 5 else 1)
@@ -59,14 +60,14 @@ def add_values(store: Store, weights: Tensor, out: Tensor, columns: Columns) -> 
         out: float32 `[batch, kv_heads, rows, head_dim]`.
         columns: where its tokens stand in `weights`.
     """
-    if isinstance(store, AffineStore) and store.grouped:
-        result = out if store.channels is None else torch.zeros_like(out)
+    if isinstance(store, AffineStore) and store.direct:
+        result = out if store.chain is None else torch.zeros_like(out)
         for first, codes, scale, offset in store.affine_blocks(_block(store, out)):
             tokens = codes.shape[2] * (codes.shape[3] if codes.ndim == 5 else 1)
             add = _add_by_channel if codes.ndim == 5 else _add_by_token
             add(store, _get(weights, columns, first, tokens), codes, scale, offset, result)
-        if store.channels is not None:
-            out.addcmul_(result, store.channels.float())
+        if store.chain is not None:
+            out += store.chain.inverse(result, None)
     for first, x in _dense_blocks(store, out):
         out += _get(weights, columns, first, x.shape[2]) @ x
 
@@ -80,7 +81,7 @@ def _block(store: Store, like: Tensor) -> int:
 
 def _dense_blocks(store: Store, like: Tensor) -> Iterator[tuple[int, Tensor]]:
     """What a store holds in no codes, in float32, with the index of each block's first token."""
-    if isinstance(store, AffineStore) and store.grouped:
+    if isinstance(store, AffineStore) and store.direct:
         blocks, before = store.parts["exact"].blocks(), store.parts["codes"].length
     else:
         blocks, before = store.decoded(_block(store, like), torch.float32), 0

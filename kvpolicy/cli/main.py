@@ -166,15 +166,15 @@ def schema() -> None:
 
 @app.command()
 def plugins() -> None:
-    """List the installed policies and quantizers, and what failed to load."""
+    """List the installed plugins, and what failed to load."""
     from rich.text import Text
 
-    from kvpolicy.plugins import registry
+    from kvpolicy.plugins import HOOKS, registry
 
     found = registry()
     table = _table("Plugins", "type", "kind", "distribution", "version", "file", "options")
-    groups: list[tuple[str, dict[str, Any]]] = [("policy", found.policies), ("quantizer", found.quantizers)]
-    for what, known in groups:
+    for what in HOOKS:
+        known = found.known(what)
         for kind in sorted(known):
             info = known[kind]
             options = ", ".join(_option(name, field) for name, field in info.cls.model_fields.items() if name != "kind")
@@ -192,7 +192,7 @@ def plugins() -> None:
 
 
 def _option(name: str, field: Any) -> str:
-    return name if field.is_required() else f"{name}={field.default}"
+    return name if field.is_required() else f"{name}={[] if field.default == () else field.default}"
 
 
 register(app)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
 from kvpolicy.errors import PluginError
-from kvpolicy.interfaces.component import MOST, TRY, Component, call
+from kvpolicy.interfaces.component import LIST, MOST, TRY, Component, call, list_of
+from kvpolicy.interfaces.transform import Transform
 
 if TYPE_CHECKING:
     from torch import Tensor, dtype
@@ -35,6 +36,10 @@ class Quantizer(Component):
 
     requires: ClassVar[str | None] = None
     """Name of an optional library that the quantizer imports when used (also the name of the extra), or None."""
+
+    transforms: Annotated[tuple[Transform, ...], list_of(Transform), LIST[0], LIST[1]] = Field(
+        (), description="Linear maps that keys or values go through before they are coded, from left to right."
+    )
 
     _role: ClassVar[str] = "quantizer"
 
@@ -119,14 +124,16 @@ class AffineQuantizer(Quantizer):
             "codes have more than 2 bits, whose scales float16 can't hold for small numbers. float32: always that."
         ),
     )
-    channel_separable: bool = Field(
-        False,
-        description=(
-            "With per: token, divide each channel by the square root of its largest magnitude before encoding "
-            "(ZipCache, arXiv 2405.14256, section 4.1), found on the first tokens that reach a store; small channels "
-            "by a quarter of the mean."
-        ),
-    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _say_what_replaced_it(cls, data: Any) -> Any:
+        if isinstance(data, dict) and "channel_separable" in data and "channel_separable" not in cls.model_fields:
+            raise ValueError(
+                "channel_separable is no option any more, found it; write transforms: [{kind: scale}] in place of "
+                "channel_separable: true"
+            )
+        return data
 
     @model_validator(mode="after")
     def _check_options(self) -> AffineQuantizer:
@@ -139,15 +146,6 @@ class AffineQuantizer(Quantizer):
                 f"quantizer {self.kind!r} must have nbits 1, 2, 3, 4 or 8, a group_size that is a number, auto, head "
                 f"or arrival, per token or channel, and scale_dtype model or float32, found {self.nbits!r}, {size!r}, "
                 f"{self.per!r} and {self.scale_dtype!r}"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _check_channels(self) -> AffineQuantizer:
-        if self.channel_separable and self.per == "channel":
-            raise ValueError(
-                "channel_separable must go with per: token, found per: channel, where channels are apart anyway; "
-                "remove it"
             )
         return self
 

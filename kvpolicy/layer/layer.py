@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kvpolicy.errors import CacheError
 from kvpolicy.interfaces.policy import RankPolicy
+from kvpolicy.interfaces.site import Site
 from kvpolicy.layer.view import Scratch, View
 from kvpolicy.placement.attention_scores import Observer
 from kvpolicy.placement.padding import Padding
@@ -65,7 +66,9 @@ class Reading:
 class LayerCache:
     """One layer: stores for keys and values, where their tokens are, and the pending tokens."""
 
-    def __init__(self, start: Step, scratch: Scratch | None, reading: Reading) -> None:
+    def __init__(self, start: Step, scratch: Scratch | None, reading: Reading, site: Site | None = None) -> None:
+        self.site = site or Site()
+        """Where the layer stands in its model; side, heads and channels are those of its stores."""
         self.first, self.scratch, self.reading = start, scratch, reading
         self.placement = start.placement
         specs = [spec for side in SIDES for spec in self.placement.specs[side]]
@@ -148,11 +151,16 @@ class LayerCache:
         self.like = {"keys": keys[:, :, :0].detach().clone(), "values": values[:, :, :0].detach().clone()}
         self.stores = {
             side: [
-                make_store(self.placement.store_spec(side, s), self.like[side].shape[3])
+                make_store(self.placement.store_spec(side, s), self.like[side].shape[3], self.site_of(side))
                 for s in range(len(self.placement.first_tier[side]))
             ]
             for side in SIDES
         }
+
+    def site_of(self, side: str) -> Site:
+        """Where the stores of a side stand."""
+        _, heads, _, dim = self.like[side].shape
+        return replace(self.site, side="keys" if side == "keys" else "values", kv_heads=heads, head_dim=dim)
 
     def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Add tokens; returns all keys and values held before, decoded, and the new ones, in token order."""
@@ -325,8 +333,9 @@ class LayerCache:
                 if store is None:
                     continue
                 before = store.length
-                for part in x:
-                    store.append(part)
+                places = self._arriving(p, side) if store.by_position else [None] * len(x)
+                for part, positions in zip(x, places, strict=True):
+                    store.append(part, None, positions)
                 # After the arrivals, so that groups close as they would token by token.
                 gone = np.concatenate([p.leaving, before + p.passing]) if len(p.passing) else p.leaving
                 if len(gone):
@@ -348,6 +357,15 @@ class LayerCache:
                 x = x.index_select(2, torch.from_numpy(lookup).to(x.device))
             runs.setdefault(run, []).append(x)
         return [torch.cat(parts, dim=2) if len(parts) > 1 else parts[0] for parts in runs.values()]
+
+    def _arriving(self, plan: Moves, side: str) -> list[Tensor]:
+        """The positions of what `_collect` gives, `[tokens]` for each run."""
+        held = self.step.state.stores[side]
+        runs: dict[int, list[Ints]] = {}
+        for source, index, run in plan.arrivals:
+            found = held[source].array[index] if source != NEW else self.step.state.seen + index
+            runs.setdefault(run, []).append(found.astype(np.int64))
+        return [torch.from_numpy(np.concatenate(parts)) for parts in runs.values()]
 
     def _dense(self, new: dict[str, Tensor], scratch: Scratch | None) -> tuple[Tensor, Tensor]:
         out = {}

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from kvpolicy.interfaces.component import in_brief
+
 if TYPE_CHECKING:
     from kvpolicy.hf.cache import CompressedCache
     from kvpolicy.layer.layer import LayerCache
@@ -20,7 +22,7 @@ UNSEEN = (
     "no model tells this cache of padding while it is not attached, so that padded rows can't be told apart; make it "
     "for the model that runs: make_cache(recipe, model)"
 )
-KINDS = ("codes", "scales", "zeros", "exact", "indices", "scores")
+KINDS = ("codes", "scales", "zeros", "exact", "indices", "scores", "state")
 
 
 @dataclass(frozen=True)
@@ -40,13 +42,15 @@ class StoreMemory:
     indices: int = 0
     scores: int = 0
     """The attention that tokens received, where policies ask for it."""
+    state: int = 0
+    """What transforms keep, once per store."""
     reserved: int = 0
     """Bytes of all pages, free ones included; not those of `indices`."""
 
     @property
     def bytes(self) -> int:
         """Bytes used."""
-        return self.codes + self.scales + self.zeros + self.exact + self.indices + self.scores
+        return sum(int(getattr(self, kind)) for kind in KINDS)
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,7 @@ class Memory:
         return 8 * self.bytes / self.values if self.values else 0.0
 
     def total(self, kind: str) -> int:
-        """Bytes of one kind (codes, scales, zeros, exact, indices, scores) over all layers."""
+        """Bytes of one kind (codes, scales, zeros, exact, indices, scores, state) over all layers."""
         return sum(int(getattr(s, kind)) for s in self.stores) + (self.shared_indices if kind == "indices" else 0)
 
     def table(self) -> str:
@@ -207,7 +211,7 @@ def _words(tier: Any) -> str:
 def _component(spec: Any) -> str:
     if isinstance(spec, str):
         return spec
-    options = ", ".join(f"{k} {v}" for k, v in spec.model_dump(exclude={"kind"}).items())
+    options = ", ".join(f"{k} {in_brief(v)}" for k, v in spec if k != "kind" and v != ())
     return f"{spec.kind}({options})"
 
 

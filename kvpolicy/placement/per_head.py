@@ -91,7 +91,7 @@ class PerHeadPlacement:
                 yield from self._rank(work, step)
                 if not self.aligned and self.placement.ranked < self.last:
                     verdict = self._verdict(work, stop)
-            self._move(side, work, new, stores)
+            self._move(side, work, new, stores, step)
 
     def by_position(self, codes: list[int], absent: int, seen: int) -> Tensor:
         """The code of the tier of each of `seen` positions, `[batch, kv_heads or 1, seen]`, int8."""
@@ -163,7 +163,7 @@ class PerHeadPlacement:
         found = torch.full((*self.lines, stop + 1), self.last, dtype=work.target.dtype, device=work.target.device)
         return found.scatter_(2, torch.where(work.positions < 0, stop, work.positions).long(), work.target)
 
-    def _move(self, side: str, work: Candidates, new: dict[str, Tensor], stores: Stores) -> None:
+    def _move(self, side: str, work: Candidates, new: dict[str, Tensor], stores: Stores, step: Step) -> None:
         contiguous = {name: new[name].contiguous() for name in self.sides(side)}
         arriving: list[tuple[int, TokenTable, Tensor]] = []
         for s, table in enumerate(self.tables[side]):
@@ -185,7 +185,8 @@ class PerHeadPlacement:
                 store = stores[name][s]
                 assert store is not None
                 x = self._collect(name, work, index, contiguous[name], stores[name])
-                store.append(x, _empty(store, table, index))
+                places = _in_text(work.positions.gather(2, index.clamp(min=0)), step) if store.by_position else None
+                store.append(x, _empty(store, table, index), places)
             self._enter(table, work, index)
         for s, table in enumerate(self.tables[side]):
             if table is not None and (s in work.live or table.gaps):
@@ -315,6 +316,12 @@ class PerHeadPlacement:
             return like[:, :, :0]
         order, positions = in_order([t for t, _ in held])
         return gather_tokens(torch.cat(parts, dim=2), order).masked_fill((positions < 0).unsqueeze(3), 0.0)
+
+
+def _in_text(slots: Tensor, step: Step) -> Tensor:
+    """The position among its row's real tokens of each of `slots`, `[batch, kv_heads or 1, tokens]`."""
+    seen = torch.tensor([row.seen for row in step.rows], device=slots.device).view(-1, 1, 1)
+    return (seen - step.ages(slots)).clamp(min=0)
 
 
 def _by_position(index: Tensor, positions: Tensor) -> Tensor:

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from kvpolicy.errors import CacheError, RecipeError
-from kvpolicy.interfaces.checks import calibrated, check_fit
+from kvpolicy.interfaces.checks import calibrated
 from kvpolicy.interfaces.quantizer import AffineQuantizer
-from kvpolicy.storage.base import LARGE, Ints, Store
+from kvpolicy.interfaces.site import Site
+from kvpolicy.storage.base import LARGE, Ints
+from kvpolicy.storage.coded import POSITIONS, CodedStore
 from kvpolicy.storage.packing import dequantize, pack
 from kvpolicy.storage.pages import FULL, Pages, at_once, gather_tokens
 
@@ -57,7 +59,7 @@ def _best_size(nbits: int, head_dim: int) -> int:
     return next((d for d in sizes if d >= largest and d * nbits >= 64), head_dim)
 
 
-class AffineStore(Store):
+class AffineStore(CodedStore):
     """Packed integer codes per token, with a scale and an offset per group.
 
     Per channel, a group is closed once `group_size` tokens have arrived; until then they wait exactly. The
@@ -65,14 +67,12 @@ class AffineStore(Store):
     row or head they don't, and each has the number of its group.
     """
 
-    def __init__(self, quantizer: AffineQuantizer, head_dim: int) -> None:
-        check_fit(quantizer, head_dim)
-        self.quantizer, self.head_dim = quantizer, head_dim
+    def __init__(self, quantizer: AffineQuantizer, head_dim: int, site: Site | None = None) -> None:
+        super().__init__(quantizer, head_dim, site)
+        self.quantizer = quantizer
         self.group_size = group_size_of(quantizer, head_dim)
         self.by_channel = quantizer.per == "channel"
-        self.parts = {"codes": Pages(), "params": Pages(), "exact": Pages()}
-        if quantizer.channel_separable:
-            self.parts["channels"] = Pages(whole=True)
+        self.parts |= {"codes": Pages(), "params": Pages(), "exact": Pages()}
         self.sizes = np.empty(0, dtype=np.int64)
         self.lines: tuple[int, int] | None = None
 
@@ -82,10 +82,9 @@ class AffineStore(Store):
         return not self.by_channel or self.lines is None
 
     @property
-    def channels(self) -> Tensor | None:
-        """What each channel was divided by before encoding: `[batch, kv_heads, 1, head_dim]`."""
-        part = self.parts.get("channels")
-        return part.slice(0, 1) if part is not None and part.length else None
+    def direct(self) -> bool:
+        """Whether attention can take products with its codes as they lie."""
+        return self.grouped and (self.chain is None or self.chain.linear)
 
     @property
     def length(self) -> int:
@@ -100,12 +99,12 @@ class AffineStore(Store):
         small = dtype == torch.float16 and self.quantizer.nbits > 2
         return torch.float32 if small or self.quantizer.scale_dtype == "float32" else dtype
 
-    def append(self, x: Tensor, empty: Tensor | None = None) -> None:
+    def append(self, x: Tensor, empty: Tensor | None = None, positions: Tensor | None = None) -> None:
         if not x.shape[2]:
             return
+        self._note(x, positions)
         if not self.by_channel:
-            x = self._separated(x)
-            self._append_codes(x, x.reshape(-1, self.group_size))
+            self._append_codes(x, self.group_size)
             return
         size = self.group_size or x.shape[2]
         partial = self.parts["exact"]
@@ -114,35 +113,30 @@ class AffineStore(Store):
             return
         if partial.length:
             x = torch.cat([partial.slice(0, partial.length), x], dim=2)
-        x = x if empty is None else _filled(x, empty)
+        x = self._filled(x, empty)
         whole = x.shape[2] // size * size
         self._append_groups(x[:, :, :whole], size)
         self.parts["exact"] = Pages(partial.whole)
         if whole < x.shape[2]:
             self.parts["exact"].append(x[:, :, whole:])
 
+    def _filled(self, x: Tensor, empty: Tensor | None) -> Tensor:
+        """Of tokens that are to be coded those that are none replaced, as are their positions."""
+        if empty is None:
+            return x
+        if self.by_position:
+            places = self.parts[POSITIONS].all()[:, :, self.parts["codes"].length :]
+            places.copy_(_filled(places, empty))
+        return _filled(x, empty)
+
     def _append_groups(self, x: Tensor, size: int) -> None:
         before, count = self.parts["params"].length, x.shape[2] // size
-        self._append_codes(x, x.unflatten(2, (-1, size)).transpose(3, 4).reshape(-1, size))
+        self._append_codes(x, size)
         if self.lines is None:
             self.sizes = np.concatenate([self.sizes, np.full(count, size, dtype=np.int64)])
             return
         numbers = torch.arange(before, before + count, dtype=torch.int32, device=x.device).repeat_interleave(size)
         self.parts["groups"].append(numbers.view(1, 1, -1, 1).expand(*self.lines, -1, -1))
-
-    def _separated(self, x: Tensor) -> Tensor:
-        """`x` with each channel divided by the root of its largest magnitude among the first tokens that came."""
-        if not self.quantizer.channel_separable:
-            return x
-        if self.channels is None:
-            magnitude = x.float().abs()
-            # What is not finite says nothing of its channel, nor of the others by way of the mean.
-            root = torch.where(magnitude.isfinite(), magnitude, 0.0).amax(2, keepdim=True).sqrt()
-            # A channel that happens to be near zero in a few first tokens must not blow later ones up.
-            root = root.clamp(min=0.25 * root.mean(3, keepdim=True))
-            self.parts["channels"].append(torch.where(root > 0, root, 1.0).to(x.dtype))
-        assert self.channels is not None
-        return (x.float() / self.channels.float()).to(x.dtype)
 
     def ragged(self, lines: tuple[int, int]) -> None:
         self.lines = lines
@@ -168,7 +162,7 @@ class AffineStore(Store):
         at = index.clamp(max=coded - 1)
         codes = self.parts["codes"].gather(at)
         out = torch.empty((*codes.shape[:3], self.head_dim), dtype=dtype, device=codes.device)
-        self._decode(codes, *self._parameters(at), out)
+        self._decode(codes, *self._parameters(at), out, self._gathered(at))
         if partial.length:
             out = torch.where((index >= coded).unsqueeze(3), partial.gather((index - coded).clamp(min=0)), out)
         return out
@@ -183,14 +177,14 @@ class AffineStore(Store):
 
     def remove(self, index: Tensor, empty: Tensor | None = None) -> None:
         if not self.by_channel:
-            for name in ("codes", "params"):
+            for name in ("codes", "params", *self._along):
                 self.parts[name].remove(index)
             return
         partial = self.parts["exact"]
         if partial.length:  # rows and heads may lose different numbers of them, so they become a group of their own
             x, self.parts["exact"] = partial.all(), Pages(whole=True)
-            self._append_groups(x if empty is None else _filled(x, empty), x.shape[2])
-        for name in ("codes", "groups"):
+            self._append_groups(self._filled(x, empty), x.shape[2])
+        for name in ("codes", "groups", *self._along):
             self.parts[name].remove(index)
         self._forget_groups()
 
@@ -207,12 +201,16 @@ class AffineStore(Store):
             groups.all().copy_(renumbered[groups.all().long()])
             params.drop((~used).nonzero()[:, 0].cpu())
 
-    def _append_codes(self, x: Tensor, groups: Tensor) -> None:
+    def _append_codes(self, x: Tensor, size: int) -> None:
+        """Encode tokens; per channel, `size` at a time are a group."""
         batch, heads, n, dim = x.shape
+        if self.chain is not None:
+            coded = self.parts["codes"].length
+            x = self.chain.forward(x, self._places(coded, coded + n))
+        groups = (x.unflatten(2, (-1, size)).transpose(3, 4) if self.by_channel else x).reshape(-1, size)
         affine = calibrated(self.quantizer, groups)
         codes = affine.codes
         if self.by_channel:
-            size = groups.shape[1]
             codes = codes.view(batch, heads, n // size, dim, size).transpose(3, 4)
             params = [p.view(batch, heads, n // size, dim) for p in affine[1:]]
         else:
@@ -228,6 +226,8 @@ class AffineStore(Store):
         coded = self.parts["codes"].length
         packed, partial = index[index < coded], index[index >= coded] - coded
         self.parts["exact"].drop(torch.from_numpy(partial))
+        for name in self._along:
+            self.parts[name].drop(torch.from_numpy(index))
         if self.by_channel and len(packed):
             group = np.searchsorted(np.cumsum(self.sizes), packed, side="right")
             sizes = self.sizes - np.bincount(group, minlength=len(self.sizes))
@@ -278,18 +278,17 @@ class AffineStore(Store):
             half = params.shape[3] // 2
             yield first, self.parts["codes"].slice(first, last), params[..., :half], params[..., half:]
 
-    def _decode(self, codes: Tensor, scale: Tensor, offset: Tensor, out: Tensor) -> None:
-        if codes.ndim == 5:
-            out = out.unflatten(2, codes.shape[2:4])
-        dequantize(codes, self.quantizer.nbits, self.head_dim, scale, offset, out)
-        if self.channels is not None:
-            out.mul_(self.channels)
+    def _decode(self, codes: Tensor, scale: Tensor, offset: Tensor, out: Tensor, places: Tensor | None) -> None:
+        shaped = out.unflatten(2, codes.shape[2:4]) if codes.ndim == 5 else out
+        dequantize(codes, self.quantizer.nbits, self.head_dim, scale, offset, shaped)
+        if self.chain is not None:
+            out.copy_(self.chain.inverse(out, places))
 
     def decoded(self, block: int, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
         for first, codes, scale, offset in self._blocks(block):
             n = math.prod(codes.shape[2:-1])
             out = torch.empty((*codes.shape[:2], n, self.head_dim), dtype=dtype, device=codes.device)
-            self._decode(codes, scale, offset, out)
+            self._decode(codes, scale, offset, out, self._places(first, first + n))
             yield first, out
         coded = self.parts["codes"].length
         for first, x in self.parts["exact"].blocks():
@@ -297,14 +296,15 @@ class AffineStore(Store):
 
     def write(self, out: Tensor, start: int) -> None:
         for first, codes, scale, offset in self.affine_blocks(LARGE):
-            at = start + first
-            self._decode(codes, scale, offset, out[:, :, at : at + math.prod(codes.shape[2:-1])])
+            n = math.prod(codes.shape[2:-1])
+            part = out[:, :, start + first : start + first + n]
+            self._decode(codes, scale, offset, part, self._places(first, first + n))
         at = start + self.parts["codes"].length
         for first, x in self.parts["exact"].blocks():
             out[:, :, at + first : at + first + x.shape[2]] = x
 
     def spread(self, out: Tensor, index: Tensor) -> None:
-        if self.by_channel:
+        if self.by_channel or self.by_position:
             self.scatter(out, index)
             return
         # Codes are a tenth of what they decode to: they are put in order first, and decoded where they belong.
@@ -312,7 +312,7 @@ class AffineStore(Store):
         n, index = int(index.max()) - first + 1, index - first
         codes, params = (self.parts[name].spread(index, n) for name in ("codes", "params"))
         half = params.shape[3] // 2
-        self._decode(codes, params[..., :half], params[..., half:], out[:, :, first : first + n])
+        self._decode(codes, params[..., :half], params[..., half:], out[:, :, first : first + n], None)
 
     def take(self, index: Ints, dtype: torch.dtype) -> Tensor:
         coded = self.parts["codes"].length
@@ -321,17 +321,19 @@ class AffineStore(Store):
         codes, params = (self.parts[name].take(torch.from_numpy(index)) for name in ("codes", "params"))
         half = params.shape[3] // 2
         out = torch.empty((*codes.shape[:3], self.head_dim), dtype=dtype, device=codes.device)
-        self._decode(codes, params[..., :half], params[..., half:], out)
+        self._decode(codes, params[..., :half], params[..., half:], out, self._taken(index))
         return out
 
     def bytes(self) -> dict[str, int]:
-        params = self.parts["params"].used() // 2
+        params, own = self.parts["params"].used() // 2, self._own_bytes()
+        groups = self.sizes.nbytes + (self.parts["groups"].used() if "groups" in self.parts else 0)
         return {
             "codes": self.parts["codes"].used(),
-            "scales": params + (self.parts["channels"].used() if "channels" in self.parts else 0),
+            "scales": params,
             "zeros": params,
             "exact": self.parts["exact"].used(),
-            "indices": self.sizes.nbytes + (self.parts["groups"].used() if "groups" in self.parts else 0),
+            **own,
+            "indices": groups + own.get("indices", 0),
         }
 
     def tensors(self) -> dict[str, Tensor]:
@@ -341,7 +343,7 @@ class AffineStore(Store):
         return held
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        rest: dict[str, Any] = dict(tensors)
+        rest: dict[str, Any] = self._restore_own(tensors)
         if self.by_channel and self.lines is None:
             self.sizes = rest.pop("sizes").numpy().copy()
         super().restore(rest)
