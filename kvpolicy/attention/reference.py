@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvpolicy.storage.affine import AffineStore
 from kvpolicy.storage.base import Store
-from kvpolicy.storage.packing import plane_width, planes
+from kvpolicy.storage.packing import looked_up, plane_width, planes, unpack
 
 __all__ = ["Columns", "add_values", "key_scores"]
 
@@ -123,9 +123,15 @@ def _by_group(parameter: Tensor) -> Tensor:
 
 
 def _floats(store: AffineStore, codes: Tensor) -> Iterator[tuple[float, int, int, Tensor]]:
-    """The planes of codes as float32, each in the place of the one before."""
+    """The planes of codes, or of their levels, as float32, each in the place of the one before."""
+    nbits, levels = store.quantizer.nbits, store.levels_on(codes.device)
+    if levels is not None:
+        whole = [(1.0, 0, store.head_dim, unpack(codes, nbits, store.head_dim))] if nbits == 3 else None
+        for factor, first, last, plane in whole or planes(codes, nbits, store.head_dim):
+            yield factor, first, last, looked_up(plane, levels)
+        return
     buffer = None
-    for factor, first, last, plane in planes(codes, store.quantizer.nbits, store.head_dim, shifted=False):
+    for factor, first, last, plane in planes(codes, nbits, store.head_dim, shifted=False):
         if buffer is None or buffer.shape != plane.shape:
             buffer = torch.empty(plane.shape, dtype=torch.float32, device=plane.device)
         buffer.copy_(plane)

@@ -22,7 +22,7 @@ from kvpolicy.plugins import PluginInfo, registry
 __all__ = ["Block", "TwoTier", "name_of", "policies", "quantizers", "required_options", "tensor", "transforms"]
 
 C = TypeVar("C", bound=Component)
-NUMBERS = (0, 1, 2, 3, 7, 32, 0.3, True, False)
+NUMBERS = (0, 1, 2, 3, 7, 32, 0.3, 0.9, True, False)
 Ints = NDArray[np.int64]
 
 

@@ -19,6 +19,7 @@ from kvpolicy.storage.base import LARGE, Ints
 from kvpolicy.storage.coded import POSITIONS, CodedStore
 from kvpolicy.storage.packing import dequantize, pack
 from kvpolicy.storage.pages import FULL, Pages, at_once, gather_tokens
+from kvpolicy.storage.scales import Scales, levels_of
 
 __all__ = ["AffineStore", "group_size_of"]
 
@@ -72,6 +73,11 @@ class AffineStore(CodedStore):
         self.quantizer = quantizer
         self.group_size = group_size_of(quantizer, head_dim)
         self.by_channel = quantizer.per == "channel"
+        self.levels = levels_of(quantizer, self.site)
+        """What codes stand for, if not for themselves."""
+        self.scales = Scales(quantizer, self.levels)
+        self.numbers = head_dim if self.by_channel else head_dim // self.group_size
+        """Scales of a token, or of the channels of a group."""
         self.parts |= {"codes": Pages(), "params": Pages(), "exact": Pages()}
         self.sizes = np.empty(0, dtype=np.int64)
         self.lines: tuple[int, int] | None = None
@@ -89,15 +95,6 @@ class AffineStore(CodedStore):
     @property
     def length(self) -> int:
         return self.parts["codes"].length + self.parts["exact"].length
-
-    def params_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """Type of scale and offset for numbers of type `dtype`.
-
-        A scale is a small part of the numbers' range: that of numbers that float16 holds may be less than float16
-        holds, and its error counts as often as the highest code says.
-        """
-        small = dtype == torch.float16 and self.quantizer.nbits > 2
-        return torch.float32 if small or self.quantizer.scale_dtype == "float32" else dtype
 
     def append(self, x: Tensor, empty: Tensor | None = None, positions: Tensor | None = None) -> None:
         if not x.shape[2]:
@@ -171,9 +168,7 @@ class AffineStore(CodedStore):
         """Scale and offset of the coded tokens at `index`."""
         if self.by_channel:
             index = self.parts["groups"].gather(index).squeeze(3)
-        params = self.parts["params"].gather(index)
-        half = params.shape[3] // 2
-        return params[..., :half], params[..., half:]
+        return self.scales.split(self.parts["params"].gather(index), self.numbers)
 
     def remove(self, index: Tensor, empty: Tensor | None = None) -> None:
         if not self.by_channel:
@@ -208,19 +203,16 @@ class AffineStore(CodedStore):
             coded = self.parts["codes"].length
             x = self.chain.forward(x, self._places(coded, coded + n))
         groups = (x.unflatten(2, (-1, size)).transpose(3, 4) if self.by_channel else x).reshape(-1, size)
-        affine = calibrated(self.quantizer, groups)
+        if self.quantizer.clip < 1:
+            low, high = (bound * self.quantizer.clip for bound in torch.aminmax(groups, dim=1, keepdim=True))
+            groups = groups.clamp(low, high)
+        affine = self.scales.rounded(calibrated(self.quantizer, groups), groups)
         codes = affine.codes
         if self.by_channel:
             codes = codes.view(batch, heads, n // size, dim, size).transpose(3, 4)
-            params = [p.view(batch, heads, n // size, dim) for p in affine[1:]]
-        else:
-            params = [p.view(batch, heads, n, dim // self.group_size) for p in affine[1:]]
-        kept, dtype = torch.cat(params, dim=-1), self.params_dtype(x.dtype)
-        if dtype == torch.float16:  # a range that float16 holds may have a scale that it doesn't
-            limit = torch.finfo(dtype).max
-            kept = torch.where(kept.isfinite(), kept.clamp(-limit, limit), kept)
+        scale, offset = (p.view(batch, heads, -1, self.numbers) for p in affine[1:])
         self.parts["codes"].append(pack(codes.reshape(batch, heads, n, dim), self.quantizer.nbits))
-        self.parts["params"].append(kept.to(dtype))
+        self.parts["params"].append(self.scales.join(scale, offset, x.dtype))
 
     def drop(self, index: Ints) -> None:
         coded = self.parts["codes"].length
@@ -246,10 +238,9 @@ class AffineStore(CodedStore):
         codes, params = self.parts["codes"], self.parts["params"]
         if not self.by_channel:
             for (offset, c), (_, p) in zip(codes.blocks(), params.blocks(), strict=True):
-                half = p.shape[3] // 2
                 for lo in range(0, c.shape[2], block):
-                    part = p[:, :, lo : lo + block]
-                    yield offset + lo, c[:, :, lo : lo + block], part[..., :half], part[..., half:]
+                    part = self.scales.split(p[:, :, lo : lo + block], self.numbers)
+                    yield offset + lo, c[:, :, lo : lo + block], *part
             return
         most = at_once(codes.pages[0]) if codes.length else FULL
         cuts = [0, *(np.flatnonzero(np.diff(self.sizes)) + 1).tolist(), len(self.sizes)]
@@ -259,9 +250,9 @@ class AffineStore(CodedStore):
             step = max(1, min(block, most) // size)
             for group in range(first, last, step):
                 n = min(step, last - group)
-                p = params.slice(group, group + n).unsqueeze(3)
+                part = self.scales.split(params.slice(group, group + n).unsqueeze(3), self.numbers)
                 c = codes.slice(token, token + n * size).unflatten(2, (n, size))
-                yield token, c, p[..., : self.head_dim], p[..., self.head_dim :]
+                yield token, c, *part
                 token += n * size
 
     def _blocks(self, block: int) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
@@ -274,13 +265,18 @@ class AffineStore(CodedStore):
         for first in range(0, coded, block):
             last = min(first + block, coded)
             groups = self.parts["groups"].slice(first, last).squeeze(3)
-            params = gather_tokens(self.parts["params"].all(), groups)
-            half = params.shape[3] // 2
-            yield first, self.parts["codes"].slice(first, last), params[..., :half], params[..., half:]
+            params = self.scales.split(gather_tokens(self.parts["params"].all(), groups), self.numbers)
+            yield first, self.parts["codes"].slice(first, last), *params
+
+    def levels_on(self, device: torch.device) -> Tensor | None:
+        """`levels` on a device."""
+        if self.levels is not None and self.levels.device != device:
+            self.levels = self.levels.to(device)
+        return self.levels
 
     def _decode(self, codes: Tensor, scale: Tensor, offset: Tensor, out: Tensor, places: Tensor | None) -> None:
         shaped = out.unflatten(2, codes.shape[2:4]) if codes.ndim == 5 else out
-        dequantize(codes, self.quantizer.nbits, self.head_dim, scale, offset, shaped)
+        dequantize(codes, self.quantizer.nbits, self.head_dim, scale, offset, shaped, self.levels_on(out.device))
         if self.chain is not None:
             out.copy_(self.chain.inverse(out, places))
 
@@ -311,26 +307,25 @@ class AffineStore(CodedStore):
         first = int(index.min())
         n, index = int(index.max()) - first + 1, index - first
         codes, params = (self.parts[name].spread(index, n) for name in ("codes", "params"))
-        half = params.shape[3] // 2
-        self._decode(codes, params[..., :half], params[..., half:], out[:, :, first : first + n], None)
+        self._decode(codes, *self.scales.split(params, self.numbers), out[:, :, first : first + n], None)
 
     def take(self, index: Ints, dtype: torch.dtype) -> Tensor:
         coded = self.parts["codes"].length
         if self.by_channel or (len(index) and index[-1] >= coded):
             return super().take(index, dtype)
         codes, params = (self.parts[name].take(torch.from_numpy(index)) for name in ("codes", "params"))
-        half = params.shape[3] // 2
         out = torch.empty((*codes.shape[:3], self.head_dim), dtype=dtype, device=codes.device)
-        self._decode(codes, params[..., :half], params[..., half:], out, self._taken(index))
+        self._decode(codes, *self.scales.split(params, self.numbers), out, self._taken(index))
         return out
 
     def bytes(self) -> dict[str, int]:
-        params, own = self.parts["params"].used() // 2, self._own_bytes()
+        params, own = self.parts["params"], self._own_bytes()
+        scales = int(params.used() * self.scales.share(params.pages[0], self.numbers)) if params.length else 0
         groups = self.sizes.nbytes + (self.parts["groups"].used() if "groups" in self.parts else 0)
         return {
             "codes": self.parts["codes"].used(),
-            "scales": params,
-            "zeros": params,
+            "scales": scales,
+            "zeros": params.used() - scales,
             "exact": self.parts["exact"].used(),
             **own,
             "indices": groups + own.get("indices", 0),

@@ -13,12 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kvpolicy_hadamard import Hadamard
 from kvpolicy_int import Int
+from kvpolicy_nf4 import Nf4
 from kvpolicy_scale import Scale
 from layers import HEAD_DIM, Layer, random_tokens
 from ragged import reference
 from torch import Tensor
 
-from kvpolicy import CompressedCache, Site, Transform, attach, load_recipe, make_cache
+from kvpolicy import Affine, CompressedCache, Site, Transform, attach, load_recipe, make_cache
 from kvpolicy.errors import PluginError, RecipeError
 from kvpolicy.recipe.load import load_yaml
 from kvpolicy.storage.make import make_store
@@ -69,6 +70,22 @@ class Shift(Transform):
         return y + state["mean"]
 
 
+class Cubes(Int):
+    """Levels that are no line, in any number of bits."""
+
+    kind: Literal["cubes"] = "cubes"  # type: ignore[assignment]
+
+    def levels(self, site: Site) -> Tensor:
+        return torch.linspace(-1, 1, 2**self.nbits) ** 3 * 2 + 0.25
+
+    def calibrate(self, groups: Tensor) -> Affine:
+        x, levels = groups.float(), self.levels(Site())
+        offset = x.mean(1, keepdim=True)
+        scale = (x - offset).abs().amax(1, keepdim=True) / 2
+        codes = torch.bucketize((x - offset) / scale.clamp(min=1e-9), (levels[1:] + levels[:-1]) / 2)
+        return Affine(codes.to(torch.uint8), scale, offset)
+
+
 CHAINS: list[tuple[Transform, ...]] = [
     (),
     (Hadamard(),),
@@ -83,7 +100,10 @@ def stores(draw: st.DrawFn) -> Any:
     per = draw(st.sampled_from(["token", "channel"]))
     size = draw(st.sampled_from([8, 16, "head"] if per == "token" else [4, 8]))
     nbits = draw(st.sampled_from([1, 2, 3, 4, 8]))
-    return Int(nbits=nbits, per=per, group_size=size, transforms=draw(st.sampled_from(CHAINS)))
+    kind = draw(st.sampled_from([Int, Cubes, Nf4]))
+    options = {"per": per, "group_size": size, "transforms": draw(st.sampled_from(CHAINS))}
+    options |= {"scale_dtype": draw(st.sampled_from(["model", "float32", "float8_e4m3", "e8m0"]))}
+    return kind(nbits=4 if kind is Nf4 else nbits, clip=draw(st.sampled_from([1.0, 0.8])), **options)
 
 
 @st.composite
