@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from kvpolicy.interfaces.quantizer import AffineQuantizer as AffineQuantizer
     from kvpolicy.interfaces.quantizer import Quantizer as Quantizer
     from kvpolicy.interfaces.quantizer import TensorQuantizer as TensorQuantizer
+    from kvpolicy.interfaces.site import Site as Site
+    from kvpolicy.interfaces.transform import Transform as Transform
     from kvpolicy.recipe.load import Recipe as Recipe
     from kvpolicy.recipe.load import load_recipe as load_recipe
 
@@ -34,7 +36,9 @@ __all__ = [
     "RankPolicy",
     "Recipe",
     "Scores",
+    "Site",
     "TensorQuantizer",
+    "Transform",
     "__version__",
     "attach",
     "compare",
@@ -54,7 +58,9 @@ _HOMES = {
     "RankPolicy": "interfaces.policy",
     "Recipe": "recipe.load",
     "Scores": "interfaces.policy",
+    "Site": "interfaces.site",
     "TensorQuantizer": "interfaces.quantizer",
+    "Transform": "interfaces.transform",
     "attach": "hf.attach",
     "compare": "experiment.comparison",
     "hookimpl": "hookspecs",

@@ -6,8 +6,9 @@ import pluggy
 
 from kvpolicy.interfaces.policy import Policy
 from kvpolicy.interfaces.quantizer import Quantizer
+from kvpolicy.interfaces.transform import Transform
 
-__all__ = ["hookimpl", "hookspec", "kvpolicy_policies", "kvpolicy_quantizers"]
+__all__ = ["hookimpl", "hookspec", "kvpolicy_policies", "kvpolicy_quantizers", "kvpolicy_transforms"]
 
 hookspec = pluggy.HookspecMarker("kvpolicy")
 hookimpl = pluggy.HookimplMarker("kvpolicy")
@@ -22,4 +23,10 @@ def kvpolicy_policies() -> list[type[Policy]]:
 @hookspec
 def kvpolicy_quantizers() -> list[type[Quantizer]]:
     """The quantizers of this plugin, as classes."""
+    raise AssertionError("a specification is not called")
+
+
+@hookspec
+def kvpolicy_transforms() -> list[type[Transform]]:
+    """The transforms of this plugin, as classes."""
     raise AssertionError("a specification is not called")

@@ -20,6 +20,7 @@ from kvpolicy.errors import PluginError, RecipeError
 from kvpolicy.interfaces.component import Component
 from kvpolicy.interfaces.policy import Policy
 from kvpolicy.interfaces.quantizer import AffineQuantizer, Quantizer, TensorQuantizer
+from kvpolicy.interfaces.transform import NEEDS, Transform
 from kvpolicy.words import listed, quoted, suggest
 
 __all__ = ["GROUP", "BrokenPlugin", "PluginInfo", "Registry", "registry"]
@@ -27,11 +28,17 @@ __all__ = ["GROUP", "BrokenPlugin", "PluginInfo", "Registry", "registry"]
 GROUP = "kvpolicy"
 RESERVED = {"full", "evict"}
 C = TypeVar("C", bound=Component)
+HOOKS: dict[str, tuple[str, type[Component]]] = {
+    "policy": ("policies", Policy),
+    "quantizer": ("quantizers", Quantizer),
+    "transform": ("transforms", Transform),
+}
+"""For each type of plugin the table of `Registry` that holds it, and its base class; hooks are named by the table."""
 
 
 @dataclass(frozen=True)
 class PluginInfo(Generic[C]):
-    """A policy or quantizer that is installed, and where it comes from."""
+    """A plugin that is installed, and where it comes from."""
 
     kind: str
     cls: type[C]
@@ -71,6 +78,7 @@ class Registry:
 
     policies: dict[str, PluginInfo[Policy]] = field(default_factory=dict)
     quantizers: dict[str, PluginInfo[Quantizer]] = field(default_factory=dict)
+    transforms: dict[str, PluginInfo[Transform]] = field(default_factory=dict)
     broken: list[BrokenPlugin] = field(default_factory=list)
 
     @classmethod
@@ -106,18 +114,23 @@ class Registry:
         except pluggy.PluginValidationError as error:
             raise PluginError(f"plugin {point.name!r} of {' '.join(_home(point))}: {_misspelt(module)}") from error
         try:
-            policies = _classes(manager, module, "kvpolicy_policies", Policy)
-            quantizers = _classes(manager, module, "kvpolicy_quantizers", Quantizer)
-            if not policies and not quantizers:
+            found = {what: _classes(manager, module, f"kvpolicy_{t}", base) for what, (t, base) in HOOKS.items()}
+            if not any(found.values()):
+                words = [f"kvpolicy_{table}" for table, _ in HOOKS.values()]
                 raise PluginError(
-                    "it gives no policy and no quantizer; a plugin module must have a function kvpolicy_policies or "
-                    "kvpolicy_quantizers decorated with @kvpolicy.hookimpl"
+                    f"it gives no {' and no '.join(HOOKS)}; a plugin module must have a function "
+                    f"{', '.join(words[:-1])} or {words[-1]} decorated with @kvpolicy.hookimpl"
                 )
         except (Exception, SystemExit) as error:
             self._report(point, error)
             return
-        self._add(self.policies, "policy", policies, point)
-        self._add(self.quantizers, "quantizer", quantizers, point)
+        for what, classes in found.items():
+            self._add(self.known(what), what, classes, point)
+
+    def known(self, what: str) -> dict[str, PluginInfo[Any]]:
+        """The plugins of one type (policy, quantizer, transform), by kind."""
+        found: dict[str, PluginInfo[Any]] = getattr(self, HOOKS[what][0])
+        return found
 
     def _report(self, point: EntryPoint, error: BaseException) -> None:
         cause = str(error) if isinstance(error, PluginError) else f"{type(error).__name__}: {error}"
@@ -141,13 +154,15 @@ class Registry:
 
     def policy(self, kind: str) -> PluginInfo[Policy]:
         """The policy of that kind, or a `RecipeError`."""
-        return self._find(self.policies, "policy", kind)
+        return self.find("policy", kind)
 
     def quantizer(self, kind: str) -> PluginInfo[Quantizer]:
         """The quantizer of that kind, or a `RecipeError`."""
-        return self._find(self.quantizers, "quantizer", kind)
+        return self.find("quantizer", kind)
 
-    def _find(self, known: dict[str, PluginInfo[C]], what: str, kind: str) -> PluginInfo[C]:
+    def find(self, what: str, kind: str) -> PluginInfo[Any]:
+        """The plugin of one type (policy, quantizer, transform) of that kind, or a `RecipeError`."""
+        known = self.known(what)
         if kind in known:
             return known[kind]
         for plugin in self.broken:
@@ -226,6 +241,11 @@ def _check_class(cls: Any, hook: str, base: type[Component]) -> None:
         raise PluginError(
             f"class {cls.__name__}: acts must be arrival or step and requires the name of a library or None, found "
             f"{acts!r} and {requires!r}"
+        )
+    needs: Any = getattr(cls, "needs", frozenset())
+    if base is Transform and not (isinstance(needs, frozenset) and needs <= NEEDS):
+        raise PluginError(
+            f"class {cls.__name__}: needs must be a frozenset of {', '.join(sorted(NEEDS))}, found {needs!r}"
         )
     kind = _kind(cls)
     if not isinstance(kind, str) or not kind or kind in RESERVED:

@@ -81,8 +81,7 @@ def _options(what: str) -> str:
 
     definitions = recipe_schema()["$defs"]
     parts = []
-    infos = registry().policies if what == "policy" else registry().quantizers
-    for kind, info in sorted(infos.items()):
+    for kind, info in sorted(registry().known(what).items()):
         if info.distribution != "kvpolicy":
             continue
         described = definitions[f"{what}-{kind}"]["properties"]
@@ -92,12 +91,14 @@ def _options(what: str) -> str:
             if name != "kind"
         ]
         doc = re.sub(r"\n[ \t]+", "\n", (info.cls.__doc__ or "").strip())
-        parts.append(f"### {kind}\n\n{doc}\n\n{_table(('Option', 'Type', 'Default', 'Meaning'), rows)}")
+        table = f"\n\n{_table(('Option', 'Type', 'Default', 'Meaning'), rows)}" if rows else ""
+        parts.append(f"### {kind}\n\n{doc}{table}")
     return "\n\n".join(parts)
 
 
 def _default(field: Any) -> str:
-    return "required" if field.is_required() else f"`{str(field.default).lower()}`"
+    default = [] if field.default == () else field.default
+    return "required" if field.is_required() else f"`{str(default).lower()}`"
 
 
 def policies() -> str:
@@ -108,6 +109,11 @@ def policies() -> str:
 def quantizers() -> str:
     """The built-in quantizers and their options."""
     return _options("quantizer")
+
+
+def transforms() -> str:
+    """The built-in transforms and their options."""
+    return _options("transform")
 
 
 def bundled() -> str:
@@ -178,6 +184,7 @@ GENERATED: dict[str, Callable[[], str]] = {
     "tier-fields": tier_fields,
     "policies": policies,
     "quantizers": quantizers,
+    "transforms": transforms,
     "bundled": bundled,
     "cli": cli,
 }

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvpolicy.storage.affine import AffineStore
 from kvpolicy.storage.base import Store
-from kvpolicy.storage.packing import plane_width, planes
+from kvpolicy.storage.packing import looked_up, plane_width, planes, unpack
 
 BLOCK = 1 << 20
 """Numbers of a plane, for all heads and rows, that a CPU reads at a time: more need memory, fewer make more calls."""
@@ -33,8 +33,9 @@ def key_scores(store: Store, rows: Tensor, out: Tensor, columns: Columns) -> Non
         out: float32 `[batch, kv_heads, rows, columns]`.
         columns: where its tokens stand in `out`.
     """
-    if isinstance(store, AffineStore) and store.grouped:
-        mapped = rows if store.channels is None else rows * store.channels.float()
+    if isinstance(store, AffineStore) and store.direct:
+        mapped = rows if store.chain is None else store.chain.adjoint(rows)
+        assert mapped is not None
         for first, codes, scale, offset in store.affine_blocks(_block(store, rows)):
             product = _channel_product if codes.ndim == 5 else _token_product
             n = codes.shape[2] * (codes.shape[3] if codes.ndim == 5 else 1)
@@ -57,14 +58,14 @@ def add_values(store: Store, weights: Tensor, out: Tensor, columns: Columns) -> 
         out: float32 `[batch, kv_heads, rows, head_dim]`.
         columns: where its tokens stand in `weights`.
     """
-    if isinstance(store, AffineStore) and store.grouped:
-        result = out if store.channels is None else torch.zeros_like(out)
+    if isinstance(store, AffineStore) and store.direct:
+        result = out if store.chain is None else torch.zeros_like(out)
         for first, codes, scale, offset in store.affine_blocks(_block(store, out)):
             tokens = codes.shape[2] * (codes.shape[3] if codes.ndim == 5 else 1)
             add = _add_by_channel if codes.ndim == 5 else _add_by_token
             add(store, _get(weights, columns, first, tokens), codes, scale, offset, result)
-        if store.channels is not None:
-            out.addcmul_(result, store.channels.float())
+        if store.chain is not None:
+            out += store.chain.inverse(result, None)
     for first, x in _dense_blocks(store, out):
         out += _get(weights, columns, first, x.shape[2]) @ x
 
@@ -78,7 +79,7 @@ def _block(store: Store, like: Tensor) -> int:
 
 def _dense_blocks(store: Store, like: Tensor) -> Iterator[tuple[int, Tensor]]:
     """What a store holds in no codes, in float32, with the index of each block's first token."""
-    if isinstance(store, AffineStore) and store.grouped:
+    if isinstance(store, AffineStore) and store.direct:
         blocks, before = store.parts["exact"].blocks(), store.parts["codes"].length
     else:
         blocks, before = store.decoded(_block(store, like), torch.float32), 0
@@ -120,9 +121,15 @@ def _by_group(parameter: Tensor) -> Tensor:
 
 
 def _floats(store: AffineStore, codes: Tensor) -> Iterator[tuple[float, int, int, Tensor]]:
-    """The planes of codes as float32, each in the place of the one before."""
+    """The planes of codes, or of their levels, as float32, each in the place of the one before."""
+    nbits, levels = store.quantizer.nbits, store.levels_on(codes.device)
+    if levels is not None:
+        whole = [(1.0, 0, store.head_dim, unpack(codes, nbits, store.head_dim))] if nbits == 3 else None
+        for factor, first, last, plane in whole or planes(codes, nbits, store.head_dim):
+            yield factor, first, last, looked_up(plane, levels)
+        return
     buffer = None
-    for factor, first, last, plane in planes(codes, store.quantizer.nbits, store.head_dim, shifted=False):
+    for factor, first, last, plane in planes(codes, nbits, store.head_dim, shifted=False):
         if buffer is None or buffer.shape != plane.shape:
             buffer = torch.empty(plane.shape, dtype=torch.float32, device=plane.device)
         buffer.copy_(plane)

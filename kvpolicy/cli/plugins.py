@@ -10,15 +10,15 @@ from kvpolicy.cli.output import new_table, show_table
 
 
 def plugins() -> None:
-    """List the installed policies and quantizers, and what failed to load."""
+    """List the installed plugins, and what failed to load."""
     from rich.text import Text
 
-    from kvpolicy.plugins import registry
+    from kvpolicy.plugins import HOOKS, registry
 
     found = registry()
     table = new_table("Plugins", "type", "kind", "distribution", "version", "file", "options")
-    groups: list[tuple[str, dict[str, Any]]] = [("policy", found.policies), ("quantizer", found.quantizers)]
-    for what, known in groups:
+    for what in HOOKS:
+        known = found.known(what)
         for kind in sorted(known):
             info = known[kind]
             options = ", ".join(_option(name, field) for name, field in info.cls.model_fields.items() if name != "kind")
@@ -36,4 +36,4 @@ def plugins() -> None:
 
 
 def _option(name: str, field: Any) -> str:
-    return name if field.is_required() else f"{name}={field.default}"
+    return name if field.is_required() else f"{name}={[] if field.default == () else field.default}"

@@ -16,10 +16,11 @@ from kvpolicy.errors import KvpolicyError
 from kvpolicy.interfaces.component import Component
 from kvpolicy.interfaces.policy import Policy
 from kvpolicy.interfaces.quantizer import AffineQuantizer, Quantizer
+from kvpolicy.interfaces.transform import Transform
 from kvpolicy.plugins import PluginInfo, registry
 
 C = TypeVar("C", bound=Component)
-NUMBERS = (0, 1, 2, 3, 7, 32, 0.3, True, False)
+NUMBERS = (0, 1, 2, 3, 7, 32, 0.3, 0.9, True, False)
 Ints = NDArray[np.int64]
 
 
@@ -108,6 +109,11 @@ def quantizers() -> list[Quantizer]:
             if not _fits_nowhere(same):
                 made.setdefault(name_of(same), same)
     return list(made.values())
+
+
+def transforms() -> list[Transform]:
+    """Transforms to try."""
+    return _params(registry().transforms)
 
 
 def _fits_nowhere(quantizer: Quantizer) -> bool:

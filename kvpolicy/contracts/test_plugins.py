@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from kvpolicy.contracts.samples import required_options
-from kvpolicy.plugins import PluginInfo, registry
+from kvpolicy.plugins import HOOKS, PluginInfo, registry
 
-INFOS: list[PluginInfo[Any]] = [*registry().policies.values(), *registry().quantizers.values()]
+INFOS: list[PluginInfo[Any]] = [info for what in HOOKS for info in registry().known(what).values()]
 EVERY = pytest.mark.parametrize("info", INFOS, ids=[info.kind for info in INFOS])
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from kvpolicy.contracts.samples import name_of, quantizers, tensor
 from kvpolicy.errors import MissingDependencyError
 from kvpolicy.interfaces.quantizer import Affine, AffineQuantizer, Quantizer, precision_of
+from kvpolicy.interfaces.site import Site
 from kvpolicy.storage.affine import group_size_of
 from kvpolicy.storage.base import Store
 from kvpolicy.storage.make import make_store
@@ -34,6 +35,12 @@ def _library(request: pytest.FixtureRequest) -> None:
             quantizer.calibrate(torch.ones(1, 8))
     except MissingDependencyError as error:
         pytest.skip(str(error))
+
+
+def _numbers(quantizer: AffineQuantizer, affine: Affine) -> Tensor:
+    """What groups decode to."""
+    levels = quantizer.levels(Site())
+    return affine.scale * (affine.codes if levels is None else levels[affine.codes.long()]) + affine.offset
 
 
 def _groups(dtype: torch.dtype) -> Tensor:
@@ -67,11 +74,33 @@ def test_codes_are_in_range_and_parameters_are_finite_float32(quantizer: AffineQ
 
 
 @EVERY_AFFINE
+def test_levels_ascend_and_codes_are_the_nearest(quantizer: AffineQuantizer) -> None:
+    levels = quantizer.levels(Site())
+    if levels is None:
+        pytest.skip("its codes are linear")
+    assert levels.shape == (2**quantizer.nbits,), f"levels must be {2**quantizer.nbits}, found {tuple(levels.shape)}"
+    assert levels.dtype == torch.float32, f"levels must be float32, found {levels.dtype}"
+    assert (levels.diff() > 0).all(), "levels must ascend"
+    assert torch.equal(levels, quantizer.levels(Site())), "levels must be the same each time"  # type: ignore[arg-type]
+    groups = _groups(torch.float32)
+    affine = quantizer.calibrate(groups)
+    if not type(quantizer).offsets:
+        assert not affine.offset.any(), "without offsets they must be zero"
+    every = affine.scale.double()[..., None] * levels.double() + affine.offset.double()[..., None]
+    errors = (groups.double()[..., None] - every).abs()
+    chosen = errors.gather(2, affine.codes.long()[..., None])[..., 0]
+    worst = float((chosen - errors.amin(2)).max())
+    assert worst <= 1e-5 * float(groups.abs().max()), (
+        f"codes must be those of the nearest levels, found {worst:.2g} off"
+    )
+
+
+@EVERY_AFFINE
 @DTYPES
 def test_groups_of_equal_numbers_stay_finite(quantizer: AffineQuantizer, dtype: torch.dtype) -> None:
     for value in (0.0, 1.0, -3.0, 1e-4, 6e4):
         affine = _check_affine(quantizer, torch.full((3, 16), value, dtype=dtype))
-        decoded = affine.scale * affine.codes + affine.offset
+        decoded = _numbers(quantizer, affine)
         assert decoded.isfinite().all()
         limit = abs(value) * 1.01 + 1e-6
         assert (decoded.abs() <= limit).all(), f"equal numbers {value} must not grow, found {decoded.abs().max()}"
@@ -86,14 +115,16 @@ def test_a_bad_number_spoils_its_own_group_at_most(quantizer: AffineQuantizer) -
         affine = quantizer.calibrate(groups)
         others = torch.arange(len(groups)) != 5
         assert int(affine.codes.max()) < 2**quantizer.nbits
-        decoded = (affine.scale * affine.codes + affine.offset)[others]
+        decoded = _numbers(quantizer, affine)[others]
         assert decoded.isfinite().all(), f"{bad} in one group must leave the others finite"
 
 
 def _bound(quantizer: Quantizer, x: Tensor, dtype: torch.dtype) -> float:
     """Largest root-mean-square error allowed: half a step of levels over the whole range, and rounding."""
     spread = 2 * float(x.float().abs().max())
-    return 0.5 * spread / (2 ** precision_of(quantizer) - 1) + 4 * torch.finfo(dtype).eps * spread
+    clipped = (1 - getattr(quantizer, "clip", 1.0)) * spread / 2
+    eps = 0.0625 if getattr(quantizer, "scale_dtype", "") == "float8_e4m3" else torch.finfo(dtype).eps
+    return 0.5 * spread / (2 ** precision_of(quantizer) - 1) + 4 * eps * spread + clipped
 
 
 def _filled(quantizer: Quantizer, x: Tensor, *cuts: int) -> Store:

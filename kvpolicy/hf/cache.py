@@ -18,9 +18,11 @@ from kvpolicy.hf.layer import TieredLayer, rows_within
 from kvpolicy.hf.model_config import check_selectors, check_stores, config_of, head_dim_of, uneven_layers
 from kvpolicy.hf.modes import uncompiled
 from kvpolicy.hf.passes import Lease, check_announced, hold, is_attached
+from kvpolicy.hf.rotary import rotaries
 from kvpolicy.hf.saving import load_cache, save_cache
 from kvpolicy.hf.suitability import check_effect, check_positions, compressible, set_apart
 from kvpolicy.hf.transaction import BY_REFERENCE, Guard
+from kvpolicy.interfaces.site import Site
 from kvpolicy.layer.layer import LayerCache, Positions, Reading
 from kvpolicy.layer.report import LayerSummary, Memory, Summary, describe, measure
 from kvpolicy.layer.view import Scratch
@@ -298,18 +300,20 @@ def make_cache(recipe: Any, model_or_config: Any, *, strict: bool = False, **par
     chosen = {i: loaded.tiers_of(i, len(layers)) for i in compressed}
     check_effect(loaded, layers, chosen, strict)
     starts: list[tuple[Any, int | None, Step]] = []  # no dict: options of a plugin may not be hashable
+    rotary = rotaries(model_or_config, len(layers))
     for i, tiers in chosen.items():
         dim = head_dim_of(text, i)
+        site = Site(i, len(layers), rotary=rotary[i])
         start = next((step for known, _, step in starts if known == tiers), None)
         if not any(known == tiers and dim == checked for known, checked, _ in starts):
             try:
-                check_stores(tiers, loaded.placement, dim, i)
+                check_stores(tiers, loaded.placement, dim, site)
             except RecipeError as error:
                 raise RecipeError(f"recipe {loaded.name}: {error}") from None
             start = start or Step.first(Placement(tiers, loaded.placement))
             starts.append((tiers, dim, start))
         assert start is not None
-        layers[i] = TieredLayer(start, scratch, reading)
+        layers[i] = TieredLayer(start, scratch, reading, site)
     uneven = uneven_layers(chosen)
     if not is_attached(model_or_config):
         check_positions(loaded, model_or_config, config, chosen)

@@ -11,6 +11,7 @@ from transformers.cache_utils import CacheLayerMixin
 from kvpolicy.errors import CacheError
 from kvpolicy.hf.modes import ATTACHED, HELD, barred, precise, uncompiled, wants_gradients
 from kvpolicy.interfaces.policy import RankPolicy
+from kvpolicy.interfaces.site import Site
 from kvpolicy.layer.layer import LayerCache, Reading
 from kvpolicy.layer.view import Scratch
 from kvpolicy.placement.step import Step
@@ -68,9 +69,9 @@ class TieredLayer(DenseAccess, CacheLayerMixin):
     is_croppable = True
     is_sliding = False
 
-    def __init__(self, start: Step, scratch: Scratch | None, reading: Reading) -> None:
+    def __init__(self, start: Step, scratch: Scratch | None, reading: Reading, site: Site) -> None:
         super().__init__()
-        self.tiers = LayerCache(start, scratch, reading)
+        self.tiers = LayerCache(start, scratch, reading, site)
         self.uneven: str | None = None
         self.unlinked = False
         """Whether tokens came with gradients, which end here."""

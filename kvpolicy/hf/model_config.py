@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from kvpolicy.errors import CacheError, MissingDependencyError, RecipeError
 from kvpolicy.interfaces.quantizer import Quantizer
+from kvpolicy.interfaces.site import Site
 from kvpolicy.recipe.load import Recipe
 from kvpolicy.recipe.spec import parse_selector
 from kvpolicy.storage.make import try_store
@@ -62,7 +64,7 @@ def head_dim_of(text: Any, layer: int) -> int | None:
     return hidden // heads if isinstance(heads, int) and isinstance(hidden, int) and heads else None
 
 
-def check_stores(tiers: Any, placement: str, dim: int | None, layer: int) -> None:
+def check_stores(tiers: Any, placement: str, dim: int | None, site: Site) -> None:
     """Encode a few numbers with every quantizer, so that what can't work fails now and by name."""
     for number, tier in enumerate(tiers):
         for side in ("keys", "values"):
@@ -76,13 +78,13 @@ def check_stores(tiers: Any, placement: str, dim: int | None, layer: int) -> Non
                     "Give a number or auto"
                 )
             try:
-                try_store(spec, dim or 64)
+                try_store(spec, dim or 64, replace(site, side="keys" if side == "keys" else "values"))
             except MissingDependencyError:
                 raise
             except RecipeError as error:
                 if dim is None:
                     continue
-                raise RecipeError(f"tiers[{number}].{side} ({spec.kind}), layer {layer}: {error}") from None
+                raise RecipeError(f"tiers[{number}].{side} ({spec.kind}), layer {site.layer}: {error}") from None
 
 
 def uneven_layers(chosen: dict[int, Any]) -> str | None:

@@ -1,4 +1,4 @@
-"""What quantizers return, checked before a store takes it.
+"""What quantizers and transforms return, checked before a store takes it.
 
 Types, shapes and devices are compared, which costs nothing; numbers are looked at on a CPU alone, where no device
 waits.
@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from kvpolicy.errors import PluginError
-from kvpolicy.interfaces.component import TRY, call
+from kvpolicy.interfaces.component import TRY, Component, call
 from kvpolicy.interfaces.quantizer import Affine, AffineQuantizer, Quantizer, TensorQuantizer
+from kvpolicy.interfaces.site import Site
+from kvpolicy.interfaces.transform import Transform
 
-__all__ = ["calibrated", "check_fit", "decoded", "encoded", "versions"]
+__all__ = ["adjoined", "calibrated", "check_fit", "decoded", "encoded", "fitted", "transformed", "versions"]
 
 
 def versions(tensors: Iterable[Tensor]) -> list[int]:
@@ -24,8 +26,8 @@ def versions(tensors: Iterable[Tensor]) -> list[int]:
     return [0 if x.is_inference() else x._version for x in tensors]
 
 
-def _fail(quantizer: Quantizer, rule: str) -> PluginError:
-    return PluginError(f"quantizer {quantizer.kind!r} {rule}. {TRY}")
+def _fail(component: Component, rule: str) -> PluginError:
+    return PluginError(f"{component._role} {component.kind!r} {rule}. {TRY}")
 
 
 def _found(value: Any) -> str:
@@ -118,3 +120,60 @@ def decoded(quantizer: TensorQuantizer, parts: dict[str, Tensor], dtype: torch.d
     if versions(parts.values()) != before:
         raise _fail(quantizer, "must not change the tensors that decode is given, found them changed")
     return x
+
+
+def fitted(transform: Transform, x: Tensor, site: Site) -> dict[str, Tensor]:
+    """What a transform keeps of the first tokens.
+
+    Raises:
+        PluginError: it raised, returned something else, or wrote to `x`.
+    """
+    before = versions([x])
+    found = call(transform, "fit", x, None, site)
+    if not isinstance(found, dict) or not all(isinstance(name, str) and name.isidentifier() for name in found):
+        raise _fail(transform, f"must give named tensors from fit, found {_found(found)}")
+    for name, t in found.items():
+        fits = isinstance(t, Tensor) and t.layout == torch.strided and t.ndim >= 2 and t.device == x.device
+        if not fits or t.shape[0] not in (1, x.shape[0]) or t.shape[1] not in (1, x.shape[1]):
+            raise _fail(
+                transform,
+                f"must give tensors [batch or 1, kv_heads or 1, ...] of {tuple(x.shape[:2])} on {x.device} from fit, "
+                f"found {name} of {_found(t)}",
+            )
+    if versions([x]) != before:
+        raise _fail(transform, "must not change the tensor that fit is given, found it changed")
+    return found
+
+
+def transformed(
+    transform: Transform, method: str, x: Tensor, state: dict[str, Tensor], positions: Tensor | None
+) -> Tensor:
+    """What `forward` or `inverse` of a transform makes of `x`.
+
+    Raises:
+        PluginError: it raised, returned something else, or wrote to what it was given.
+    """
+    before = versions([x, *state.values()])
+    found = call(transform, method, x, state, positions if "positions" in transform.needs else None)
+    return _mapped(transform, method, found, x, state, before)
+
+
+def adjoined(transform: Transform, q: Tensor, state: dict[str, Tensor]) -> Tensor | None:
+    """What `adjoint` of a transform makes of queries, if it has one.
+
+    Raises:
+        PluginError: as `transformed`.
+    """
+    before = versions([q, *state.values()])
+    found = call(transform, "adjoint", q, state)
+    return None if found is None else _mapped(transform, "adjoint", found, q, state, before)
+
+
+def _mapped(
+    transform: Transform, method: str, found: Any, x: Tensor, state: dict[str, Tensor], before: list[int]
+) -> Tensor:
+    if not isinstance(found, Tensor) or (found.shape, found.dtype, found.device) != (x.shape, x.dtype, x.device):
+        raise _fail(transform, f"must give {_found(x)} from {method}, found {_found(found)}")
+    if versions([x, *state.values()]) != before:
+        raise _fail(transform, f"must not change what {method} is given, found it changed")
+    return found

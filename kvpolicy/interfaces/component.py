@@ -6,11 +6,22 @@ from collections.abc import Iterator
 from numbers import Number
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, WithJsonSchema, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    SerializationInfo,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+)
 
 from kvpolicy.errors import KvpolicyError, PluginError
 
-__all__ = ["MOST", "TRY", "Budget", "Component", "Window", "budget_tokens", "call"]
+__all__ = ["LIST", "MOST", "TRY", "Budget", "Component", "Window", "budget_tokens", "call", "in_brief", "list_of"]
 
 MOST = 2**31 - 1
 """Tokens that can be counted."""
@@ -81,6 +92,42 @@ class Component(BaseModel):
             allowed = f"{', '.join(first)} or {last}" if first else last
             raise ValueError(f"must be {allowed}, found {value!r}, a {type(value).__name__}")
         return value
+
+
+def in_brief(value: Any) -> str:
+    """The value of an option in words; of other plugins their kinds and the options that differ from their defaults."""
+    if isinstance(value, tuple):
+        return "+".join(map(in_brief, value)) or "none"
+    if not isinstance(value, Component):
+        return str(value)
+    fields = type(value).model_fields
+    options = ", ".join(f"{k} {in_brief(v)}" for k, v in value if k != "kind" and v != fields[k].default)
+    return f"{value.kind}({options})" if options else value.kind
+
+
+def list_of(base: type[Component]) -> PlainValidator:
+    """Validates an option that is a list of plugins: instances of `base`, kept as a tuple.
+
+    A recipe names them by kind, which takes the plugins that are installed: whoever builds a recipe makes the instances
+    first and hands them over as context, by the name of the option.
+    """
+
+    def check(value: Any, info: ValidationInfo) -> tuple[Any, ...]:
+        given = (info.context or {}).get(info.field_name, value)
+        if not isinstance(given, list | tuple) or not all(isinstance(x, base) for x in given):
+            shown = [type(x).__name__ for x in given] if isinstance(given, list | tuple) else type(given).__name__
+            raise ValueError(f"must be a list of instances of {base.__name__}, found {shown}")
+        return tuple(given)
+
+    return PlainValidator(check)
+
+
+def _write_list(members: tuple[Component, ...], info: SerializationInfo) -> list[dict[str, Any]]:
+    return [member.model_dump(mode=info.mode) for member in members]
+
+
+LIST = PlainSerializer(_write_list), WithJsonSchema({"type": "array"})
+"""How such an option is written, and its schema as far as no plugins are known."""
 
 
 def _parts(annotation: Any) -> Iterator[Any]:

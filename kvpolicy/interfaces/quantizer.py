@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
 from kvpolicy.errors import PluginError
-from kvpolicy.interfaces.component import MOST, TRY, Component, call
+from kvpolicy.interfaces.component import LIST, MOST, TRY, Component, call, list_of
+from kvpolicy.interfaces.site import Site
+from kvpolicy.interfaces.transform import Transform
 
 if TYPE_CHECKING:
     from torch import Tensor, dtype
 
 __all__ = ["Affine", "AffineQuantizer", "Quantizer", "TensorQuantizer", "precision_of", "unit_factor"]
 
+SCALES = ("model", "float32", "float8_e4m3", "e8m0")
 MOST_BITS = 64
 """Bits of the longest number that is cached."""
 
 
 class Affine(NamedTuple):
-    """Groups of numbers as `scale * code + offset`."""
+    """Groups of numbers as `scale * levels[code] + offset`; without levels the code itself."""
 
     codes: Tensor
     """Integers in `[0, 2**nbits)`, uint8: `[groups, group_size]`."""
@@ -35,6 +38,10 @@ class Quantizer(Component):
 
     requires: ClassVar[str | None] = None
     """Name of an optional library that the quantizer imports when used (also the name of the extra), or None."""
+
+    transforms: Annotated[tuple[Transform, ...], list_of(Transform), LIST[0], LIST[1]] = Field(
+        (), description="Linear maps that keys or values go through before they are coded, from left to right."
+    )
 
     _role: ClassVar[str] = "quantizer"
 
@@ -112,21 +119,37 @@ class AffineQuantizer(Quantizer):
     per: Literal["token", "channel"] = Field(
         "token", description="token: groups of channels within a token; channel: groups of tokens within a channel."
     )
-    scale_dtype: Literal["model", "float32"] = Field(
+    scale_dtype: Literal["model", "float32", "float8_e4m3", "e8m0"] = Field(
         "model",
         description=(
             "Type in which scale and offset are kept. model: the model's, but float32 where it computes in float16 and "
-            "codes have more than 2 bits, whose scales float16 can't hold for small numbers. float32: always that."
+            "codes have more than 2 bits, whose scales float16 can't hold for small numbers. float32: always that. "
+            "float8_e4m3: both in 8 bits, for numbers from 0.01 to 448. e8m0: the scale as a power of two in 8 bits, "
+            "the offset as with model. In 8 bits a scale is rounded up, and codes are the nearest levels then."
         ),
     )
-    channel_separable: bool = Field(
-        False,
+    clip: float = Field(
+        1.0,
+        gt=0,
+        le=1,
         description=(
-            "With per: token, divide each channel by the square root of its largest magnitude before encoding "
-            "(ZipCache, arXiv 2405.14256, section 4.1), found on the first tokens that reach a store; small channels "
-            "by a quarter of the mean."
+            "Numbers beyond this share of the minimum and maximum of their group become these, so that the others have "
+            "finer levels. 1: none."
         ),
     )
+
+    offsets: ClassVar[bool] = True
+    """Whether groups have an offset. Without, `calibrate` gives zeros and none is kept."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _say_what_replaced_it(cls, data: Any) -> Any:
+        if isinstance(data, dict) and "channel_separable" in data and "channel_separable" not in cls.model_fields:
+            raise ValueError(
+                "channel_separable is no option any more, found it; write transforms: [{kind: scale}] in place of "
+                "channel_separable: true"
+            )
+        return data
 
     @model_validator(mode="after")
     def _check_options(self) -> AffineQuantizer:
@@ -134,22 +157,21 @@ class AffineQuantizer(Quantizer):
         size = self.group_size
         fits = size in ("auto", "head", "arrival") if isinstance(size, str) else type(size) is int and size >= 1
         fits = fits and type(self.nbits) is int and self.nbits in (1, 2, 3, 4, 8)
-        if not fits or self.per not in ("token", "channel") or self.scale_dtype not in ("model", "float32"):
+        fits = fits and type(self.clip) in (int, float) and 0 < self.clip <= 1
+        if not fits or self.per not in ("token", "channel") or self.scale_dtype not in SCALES:
             raise PluginError(
                 f"quantizer {self.kind!r} must have nbits 1, 2, 3, 4 or 8, a group_size that is a number, auto, head "
-                f"or arrival, per token or channel, and scale_dtype model or float32, found {self.nbits!r}, {size!r}, "
-                f"{self.per!r} and {self.scale_dtype!r}"
+                f"or arrival, per token or channel, scale_dtype {', '.join(SCALES)}, and clip above 0 and up to 1, "
+                f"found {self.nbits!r}, {size!r}, {self.per!r}, {self.scale_dtype!r} and {self.clip!r}"
             )
         return self
 
-    @model_validator(mode="after")
-    def _check_channels(self) -> AffineQuantizer:
-        if self.channel_separable and self.per == "channel":
-            raise ValueError(
-                "channel_separable must go with per: token, found per: channel, where channels are apart anyway; "
-                "remove it"
-            )
-        return self
+    def levels(self, site: Site) -> Tensor | None:
+        """What codes stand for before scale and offset: float32 `[2**nbits]`, ascending. None: 0, 1, 2, ...
+
+        The same each time for a place in a model.
+        """
+        return None
 
     @abstractmethod
     def calibrate(self, groups: Tensor) -> Affine:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,14 +14,15 @@ from torch import Tensor
 
 from kvpolicy.errors import CacheError
 from kvpolicy.interfaces.policy import RankPolicy
+from kvpolicy.interfaces.site import Site
 from kvpolicy.layer.mover import move
 from kvpolicy.layer.view import Scratch, View
 from kvpolicy.placement.attention_scores import Observer
 from kvpolicy.placement.by_position import ByPosition
-from kvpolicy.placement.moves import EMPTY, ColumnMap, Planner
+from kvpolicy.placement.contract import Planner, select
+from kvpolicy.placement.moves import EMPTY, ColumnMap
 from kvpolicy.placement.padding import Padding
 from kvpolicy.placement.per_head import PerHeadPlacement
-from kvpolicy.placement.selection import select
 from kvpolicy.placement.step import Step
 from kvpolicy.storage.base import Store
 from kvpolicy.storage.make import make_store
@@ -64,7 +65,9 @@ class Reading:
 class LayerCache:
     """One layer: stores for keys and values, where their tokens are, and the pending tokens."""
 
-    def __init__(self, start: Step, scratch: Scratch | None, reading: Reading) -> None:
+    def __init__(self, start: Step, scratch: Scratch | None, reading: Reading, site: Site | None = None) -> None:
+        self.site = site or Site()
+        """Where the layer stands in its model; side, heads and channels are those of its stores."""
         self.first, self.scratch, self.reading = start, scratch, reading
         self.placement = start.placement
         specs = [spec for side in SIDES for spec in self.placement.specs[side]]
@@ -137,11 +140,16 @@ class LayerCache:
         self.like = {"keys": keys[:, :, :0].detach().clone(), "values": values[:, :, :0].detach().clone()}
         self.stores = {
             side: [
-                make_store(self.placement.store_spec(side, s), self.like[side].shape[3])
+                make_store(self.placement.store_spec(side, s), self.like[side].shape[3], self.site_of(side))
                 for s in range(len(self.placement.first_tier[side]))
             ]
             for side in SIDES
         }
+
+    def site_of(self, side: str) -> Site:
+        """Where the stores of a side stand."""
+        _, heads, _, dim = self.like[side].shape
+        return replace(self.site, side="keys" if side == "keys" else "values", kv_heads=heads, head_dim=dim)
 
     def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Add tokens; returns all keys and values held before, decoded, and the new ones, in token order."""

@@ -29,8 +29,9 @@ def move(stores: Stores, new: dict[str, Tensor], moves: AllMoves) -> None:
         for store, parts, m in zip(held, coming, planned, strict=True):
             if store is None:
                 continue
-            for x in parts:
-                store.append(x, _partial(store, m.empty[0], x.shape[2]))
+            places = _positions(m.arrivals) if store.by_position else [None] * len(parts)
+            for x, positions in zip(parts, places, strict=True):
+                store.append(x, _partial(store, m.empty[0], x.shape[2]), positions)
             # After the arrivals, so that groups close as they would token by token.
             if isinstance(m.leaving, Tensor):
                 store.remove(m.leaving, _partial(store, m.empty[1], 0))
@@ -43,6 +44,15 @@ def _partial(store: Store, empty: Tensor | None, arriving: int) -> Tensor | None
     if empty is None or not isinstance(store, AffineStore) or not store.by_channel:
         return None
     return empty[..., empty.shape[2] - store.parts["exact"].length - arriving :]
+
+
+def _positions(arrivals: list[Arrival]) -> list[Tensor]:
+    """The positions of what `_collected` gives: `[tokens]`, or `[batch, kv_heads or 1, tokens]`."""
+    runs: dict[int, list[Tensor]] = {}
+    for _, _, _, positions, run in arrivals:
+        assert positions is not None
+        runs.setdefault(run, []).append(positions() if callable(positions) else torch.from_numpy(positions))
+    return [torch.cat(parts, dim=-1) for parts in runs.values()]
 
 
 def _collected(arrivals: list[Arrival], stores: list[Store | None], new: Tensor) -> list[Tensor]:

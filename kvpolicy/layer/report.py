@@ -12,10 +12,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from kvpolicy.interfaces.component import in_brief
 from kvpolicy.layer.layer import LayerCache
 from kvpolicy.placement.planner import State
 
-PARTS = ("codes", "scales", "zeros", "exact", "indices", "scores")
+PARTS = ("codes", "scales", "zeros", "exact", "indices", "scores", "state")
 
 
 @dataclass(frozen=True)
@@ -35,13 +36,15 @@ class StoreMemory:
     indices: int = 0
     scores: int = 0
     """The attention that tokens received, where policies ask for it."""
+    state: int = 0
+    """What transforms keep, once per store."""
     reserved: int = 0
     """Bytes of all pages, free ones included; not those of `indices`."""
 
     @property
     def bytes(self) -> int:
         """Bytes used."""
-        return self.codes + self.scales + self.zeros + self.exact + self.indices + self.scores
+        return sum(int(getattr(self, kind)) for kind in PARTS)
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ class Memory:
         return 8 * self.bytes / self.values if self.values else 0.0
 
     def total(self, part: str) -> int:
-        """Bytes of one part of the stores (codes, scales, zeros, exact, indices, scores) over all layers."""
+        """Bytes of one part of the stores (codes, scales, zeros, exact, indices, scores, state) over all layers."""
         return sum(int(getattr(s, part)) for s in self.stores) + (self.shared_indices if part == "indices" else 0)
 
     def table(self) -> str:
@@ -203,7 +206,7 @@ def _words(tier: Any) -> str:
 def _component(spec: Any) -> str:
     if isinstance(spec, str):
         return spec
-    options = ", ".join(f"{k} {v}" for k, v in spec.model_dump(exclude={"kind"}).items())
+    options = ", ".join(f"{k} {in_brief(v)}" for k, v in spec if k != "kind" and v != ())
     return f"{spec.kind}({options})"
 
 

@@ -13,6 +13,7 @@ from kvpolicy.layer.layer import LayerCache
 from kvpolicy.layer.save_file import Damaged, Held
 from kvpolicy.storage.affine import AffineStore
 from kvpolicy.storage.base import LARGE, Store
+from kvpolicy.storage.coded import POSITIONS, CodedStore, of_store
 from kvpolicy.storage.exact import ExactStore
 from kvpolicy.storage.make import make_store
 from kvpolicy.storage.named import NamedStore
@@ -42,6 +43,8 @@ def fill_stores(tiers: LayerCache, number: int, held: Held, device: torch.device
             try:
                 _check(parts, store, like, _formats(tiers.placement.store_spec(side, s), store, like))
                 store.restore({name: t if name == "sizes" else t.to(device) for name, t in parts.items()})
+                if isinstance(store, CodedStore) and store.chain is not None and not store.chain.invertible:
+                    raise CacheError("with what they keep its transforms must be invertible")
                 if isinstance(store, NamedStore):
                     _check_decoded(store, like)
                 expected = tiers.planner.length(side, s)
@@ -61,12 +64,14 @@ def _formats(spec: Any, store: Store, like: Tensor) -> Formats:
         assert isinstance(spec, AffineQuantizer)
         n = min(store.group_size or 1, MOST)
         spec = spec.model_copy(update={"group_size": n})
-    sample = make_store(spec, like.shape[3])
+    sample = make_store(spec, like.shape[3], store.site if isinstance(store, CodedStore) else None)
     assert sample is not None
     if isinstance(store, AffineStore) and store.lines is not None:
         sample.ragged((1, 1))
-    sample.append(torch.zeros((1, 1, n, like.shape[3]), dtype=like.dtype))
-    formats: Formats = {name: (t.dtype, tuple(t.shape[3:])) for name, t in sample.tensors().items()}
+    sample.append(torch.zeros((1, 1, n, like.shape[3]), dtype=like.dtype), None, torch.arange(n))
+    formats: Formats = {
+        name: (t.dtype, tuple(t.shape[2 + (not of_store(name)) :])) for name, t in sample.tensors().items()
+    }
     if isinstance(store, AffineStore) and store.by_channel:
         formats["exact"] = exact
     return formats
@@ -79,15 +84,20 @@ def _check(parts: dict[str, Tensor], store: Store, like: Tensor, formats: Format
             raise CacheError(f"its tensors must be {sorted(formats)}, found {name}")
         dtype, last = formats[name]
         first = store.lines if isinstance(store, AffineStore) and name == "groups" else rows_and_heads
-        fits = t.ndim == 1 if name == "sizes" else tuple(t.shape) == (*(first or ()), *t.shape[2:3], *last)
+        if name == POSITIONS or of_store(name):  # one for all rows or heads, or one for each
+            first = tuple(n if n == 1 else most for n, most in zip(t.shape[:2], rows_and_heads, strict=False))
+        tokens = () if of_store(name) else t.shape[2:3]
+        fits = t.ndim == 1 if name == "sizes" else tuple(t.shape) == (*(first or ()), *tokens, *last)
         if t.dtype != dtype or not fits:
             raise CacheError(
                 f"{name} must be {first} of tokens of {last} in {dtype}, found {str(tuple(t.shape))[:80]} in {t.dtype}"
             )
+    if isinstance(store, CodedStore):
+        _check_state(parts, formats)
     if isinstance(store, AffineStore):
         _check_packed(parts, store)
     elif isinstance(store, NamedStore) and parts:
-        lengths = {t.shape[2] for t in parts.values()}
+        lengths = {t.shape[2] for name, t in parts.items() if not of_store(name)}
         if parts.keys() != formats.keys() or len(lengths) > 1:
             raise CacheError(
                 f"{sorted(formats)} must be of the same tokens, found {sorted(parts)} of {sorted(lengths)}"
@@ -113,17 +123,19 @@ def _check_packed(parts: dict[str, Tensor], store: AffineStore) -> None:
             raise CacheError(f"each of {coded} tokens must belong to one of {groups} groups")
     elif groups != coded:
         raise CacheError(f"it must hold the parameters of {coded} tokens, found those of {groups}")
-    if store.quantizer.channel_separable:
-        _check_divisors(parts.get("channels"), coded)
+    if store.by_position and (parts[POSITIONS].shape[2] if POSITIONS in parts else 0) != coded + exact:
+        raise CacheError(f"it must hold the positions of {coded + exact} tokens")
 
 
-def _check_divisors(channels: Tensor | None, coded: int) -> None:
-    if channels is None:
-        fits = not coded
-    else:
-        fits = channels.shape[2] == 1 and bool((channels.isfinite() & (channels > 0)).all())
-    if not fits:
-        raise CacheError("what its channels were divided by must be there, finite and above 0")
+def _check_state(parts: dict[str, Tensor], formats: Formats) -> None:
+    """What transforms keep is there once anything was coded, and of numbers."""
+    expected = {name for name in formats if of_store(name)}
+    found = {name for name in parts if of_store(name)}
+    if found != expected and (found or any(name not in ("exact", POSITIONS, "sizes") for name in parts)):
+        raise CacheError(f"what its transforms keep must be {sorted(expected)}, found {sorted(found)}")
+    for name in found:
+        if parts[name].is_floating_point() and not parts[name].float().isfinite().all():
+            raise CacheError(f"{name} must be finite")
 
 
 def _check_decoded(store: NamedStore, like: Tensor) -> None:

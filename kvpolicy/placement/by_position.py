@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvpolicy.placement.attention_scores import Observer
-from kvpolicy.placement.moves import AllMoves, ColumnMap, Planner
+from kvpolicy.placement.contract import Planner
+from kvpolicy.placement.moves import AllMoves, ColumnMap
 from kvpolicy.placement.padding import Padding
 from kvpolicy.placement.step import Step
 

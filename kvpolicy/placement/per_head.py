@@ -17,7 +17,8 @@ from torch import Tensor
 
 from kvpolicy.interfaces.policy import RankPolicy
 from kvpolicy.placement.attention_scores import Observer
-from kvpolicy.placement.moves import EMPTY, NEW, NOTHING, AllMoves, Arrival, ColumnMap, Moves, Planner
+from kvpolicy.placement.contract import Planner
+from kvpolicy.placement.moves import EMPTY, NEW, NOTHING, AllMoves, Arrival, ColumnMap, Moves
 from kvpolicy.placement.padding import Padding
 from kvpolicy.placement.selection import highest, ranked
 from kvpolicy.placement.step import Counts, Step
@@ -234,17 +235,19 @@ class PerHeadPlacement(Planner):
         assert table is not None
         n = work.bounds[-1] - work.bounds[-2]
         if turn.step.quiet and most == n:  # all that are new, in order
-            arrival = Arrival((NEW,), np.arange(n, dtype=np.int64))
             positions, tiers, scores = work.positions, work.target, work.scores
+            arrival = Arrival((NEW,), np.arange(n, dtype=np.int64), (), lambda: _in_text(work.positions, turn.step))
         else:
             index = indices_of(inside, most)
             if len(work.live) and self._grouped(side, s):
                 index = _by_position(index, work.positions)
             sources = tuple(x for x in work.live if x < s)
             spans = list(pairwise(work.bounds))
-            arrival = Arrival((*sources, NEW), index, (*spans[: len(sources)], spans[-1]))
             place, empty = index.clamp(min=0), index < 0
-            positions = work.positions.gather(2, place).masked_fill_(empty, EMPTY)
+            given = work.positions.gather(2, place)
+            bounds = (*spans[: len(sources)], spans[-1])
+            arrival = Arrival((*sources, NEW), index, bounds, lambda: _in_text(given, turn.step))
+            positions = given.masked_fill(empty, EMPTY)
             tiers = work.target.gather(2, place).masked_fill_(empty, self.placement.nowhere)
             scores = None
             if "scores" in table.parts:
@@ -384,6 +387,12 @@ class PerHeadPlacement(Planner):
     def bytes(self, side: str, store: int) -> dict[str, int]:
         table = self.tables[side][store] if side in self.tables else None
         return {} if table is None else {**table.bytes(), "reserved": table.reserved()}
+
+
+def _in_text(slots: Tensor, step: Step) -> Tensor:
+    """The position among its row's real tokens of each of `slots`, `[batch, kv_heads or 1, tokens]`."""
+    seen = torch.tensor([row.seen for row in step.rows]).to(slots.device, non_blocking=True).view(-1, 1, 1)
+    return (seen - step.ages(slots)).clamp(min=0)
 
 
 def _by_position(index: Tensor, positions: Tensor) -> Tensor:

@@ -317,5 +317,7 @@ def _arrivals(entering: Ints, runs: Ints, above: Sequence[PositionList], start: 
                 here = old & (array[order[at]] == entering)
                 source[here], index[here] = s, order[at][here]
     cuts = np.flatnonzero((np.diff(source) != 0) | (np.diff(runs) != 0)) + 1
-    for part, indices, run in zip(*(np.split(x, cuts) for x in (source, index, runs)), strict=True):
-        yield Arrival((int(part[0]),), indices, run=int(run[0]))
+    for part, indices, run, positions in zip(
+        *(np.split(x, cuts) for x in (source, index, runs, entering)), strict=True
+    ):
+        yield Arrival((int(part[0]),), indices, positions=positions, run=int(run[0]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +11,6 @@ from kvpolicy.errors import PluginError
 from kvpolicy.interfaces.checks import versions
 from kvpolicy.interfaces.component import TRY, call
 from kvpolicy.interfaces.policy import RankPolicy
-from kvpolicy.placement.moves import Planner
 
 LOWEST = -(2.0**100)
 """The rank of a nan, and of minus infinity."""
@@ -58,21 +56,3 @@ def highest(rank: Tensor, budgets: Sequence[int]) -> Tensor:
     allowed = torch.tensor(budgets).to(rank.device, non_blocking=True).view(-1, 1, 1)
     within = (torch.arange(most, device=rank.device) < allowed).expand_as(best)
     return chosen.scatter_(2, best, within)
-
-
-def select(planners: Sequence[Planner], turns: Sequence[Any]) -> None:
-    """Let each tier that ranks its tokens select among them, after the tier above it.
-
-    Args:
-        planners: of one layer, or of all that select the same tokens, which go by the mean of their ranks.
-        turns: what each planner's `begin` gave.
-    """
-    for tier in range(len(planners[0].placement.policies)):
-        ranks = [planner.rank(turn, tier) for planner, turn in zip(planners, turns, strict=True)]
-        found = [rank for rank in ranks if rank is not None]
-        if not found:
-            continue
-        mean = torch.stack([rank.to(found[0].device) for rank in found]).mean(0) if len(found) > 1 else found[0]
-        for planner, turn, rank in zip(planners, turns, ranks, strict=True):
-            if rank is not None:
-                planner.select(turn, tier, mean.to(rank.device))

@@ -12,6 +12,7 @@ from kvpolicy.errors import RecipeError
 from kvpolicy.interfaces.component import Component
 from kvpolicy.interfaces.policy import Policy
 from kvpolicy.interfaces.quantizer import Quantizer
+from kvpolicy.interfaces.transform import Transform
 from kvpolicy.plugins import PluginInfo, Registry, registry
 from kvpolicy.recipe.explain import explain
 from kvpolicy.recipe.inherit import REFERENCE, TOP_KEYS, inherit, parameters
@@ -19,6 +20,8 @@ from kvpolicy.recipe.spec import Recipe, Tier, find_clash, find_overlaps, find_p
 from kvpolicy.recipe.yaml import BAD, SPEC_VERSION, Document, Path_, path_text
 from kvpolicy.words import clip, in_words, listed, quoted, suggest
 
+LISTS: dict[str, type[Component]] = {"transforms": Transform}
+"""Options of quantizers that are lists of other plugins."""
 TIER_KEYS = ("policy", "store", "keys", "values")
 
 
@@ -182,8 +185,8 @@ class _Builder:
         return BAD
 
     def _component(self, value: Any, path: Path_, base: type[Component]) -> Any:
-        what = "policy" if issubclass(base, Policy) else "quantizer"
-        known: Mapping[str, PluginInfo[Any]] = self.plugins.policies if what == "policy" else self.plugins.quantizers
+        what = base._role
+        known = self.plugins.known(what)
         if isinstance(value, base) or value is BAD:
             return value
         if not isinstance(value, dict):
@@ -199,7 +202,7 @@ class _Builder:
             self.note(at, f"a {what} must say its kind, found {in_words(kind)}; installed: {kinds}")
             return BAD
         try:
-            info = (self.plugins.policy if what == "policy" else self.plugins.quantizer)(kind)
+            info = self.plugins.find(what, kind)
         except RecipeError as error:
             self.note((*path, "kind"), str(error))
             return BAD
@@ -207,15 +210,20 @@ class _Builder:
 
     def _instance(self, info: PluginInfo[Any], options: dict[str, Any], path: Path_) -> Any:
         """The plugin with its options; BAD if one of them is not valid."""
-        valid = {}
+        valid: dict[str, Any] = {}
+        lists: dict[str, Any] = {}
         for name, option in options.items():
-            if _is_plain(option):
+            if name in LISTS and name in info.cls.model_fields and isinstance(option, list):
+                made = [self._member(item, (*path, name, i), LISTS[name]) for i, item in enumerate(option)]
+                if not any(item is BAD for item in made):
+                    valid[name], lists[name] = [], made
+            elif _is_plain(option):
                 valid[name] = option
             elif not _holds_bad(option):
                 self.note((*path, name), f"an option must be plain data, found {in_words(option)}")
         spoilt = set(options) - set(valid)
         try:
-            made = info.cls.model_validate_json(json.dumps(valid), strict=True)
+            component = info.cls.model_validate_json(json.dumps(valid), strict=True, context=lists)
         except ValidationError as error:
             for at, message in explain(info, error, valid, spoilt):
                 self.note((*path, *at), message)
@@ -225,8 +233,13 @@ class _Builder:
             message = f"{info.kind!r} of {info.home} failed: {type(error).__name__}: {clip(str(error), 300)}"
             self.note(path, message)
         else:
-            return BAD if spoilt else made
+            return BAD if spoilt else component
         return BAD
+
+    def _member(self, value: Any, path: Path_, base: type[Component]) -> Any:
+        """One of a list of plugins; a kind alone stands for it with its default options."""
+        plain = isinstance(value, str) and value in self.plugins.known(base._role)
+        return self._component({"kind": value} if plain else value, path, base)
 
 
 def _built(rows: Sequence[_Row]) -> tuple[Tier, ...]:

@@ -7,6 +7,7 @@ from textwrap import fill
 from typing import Any
 
 from kvpolicy.errors import RecipeError
+from kvpolicy.interfaces.component import in_brief
 from kvpolicy.interfaces.policy import RankPolicy
 from kvpolicy.recipe.spec import Recipe, Tier
 
@@ -23,7 +24,7 @@ def describe_store(store: Any) -> str:
     if isinstance(store, str):
         return store
     default = {name: field.default for name, field in type(store).model_fields.items()}
-    shown = [f"{name}={value}" for name, value in store if name in ("nbits", "per") or value != default[name]]
+    shown = [f"{n}={in_brief(value)}" for n, value in store if n in ("nbits", "per") or value != default[n]]
     return f"{store.kind}({', '.join(item for item in shown if not item.startswith('kind='))})"
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from kvpolicy.interfaces.component import Component
 from kvpolicy.plugins import PluginInfo, Registry, registry
+from kvpolicy.recipe.build import LISTS
 from kvpolicy.recipe.spec import Recipe, Tier
 from kvpolicy.recipe.yaml import SPEC_VERSION
 
@@ -19,6 +20,8 @@ def recipe_schema(plugins: Registry | None = None) -> dict[str, Any]:
     plugins = registry() if plugins is None else plugins
     definitions: dict[str, Any] = {"parameter": _PARAMETER}
     definitions["policy"] = _union("policy", plugins.policies, definitions)
+    words = _word_or_parameter(sorted(plugins.transforms))
+    definitions["transform"] = _by_type("object", _union("transform", plugins.transforms, definitions), words)
     definitions["quantizer"] = _union("quantizer", plugins.quantizers, definitions)
     words = _word_or_parameter(["full", "evict"])
     definitions["store"] = {
@@ -119,7 +122,9 @@ def _component(cls: type[Component], kind: str, name: str, definitions: dict[str
     for nested, definition in schema.pop("$defs", {}).items():
         definitions[f"{name}.{nested}"] = definition
     for option, described in schema["properties"].items():
-        if option != "kind":
+        if option in LISTS:
+            described["items"] = {"$ref": f"#/$defs/{LISTS[option]._role}"}
+        elif option != "kind":
             schema["properties"][option] = _or_parameter(described)
     return {**schema, "title": kind}
 

@@ -12,11 +12,14 @@ import torch
 from torch import Tensor
 
 from kvpolicy.errors import CacheError, RecipeError
-from kvpolicy.interfaces.checks import calibrated, check_fit
+from kvpolicy.interfaces.checks import calibrated
 from kvpolicy.interfaces.quantizer import AffineQuantizer
-from kvpolicy.storage.base import LARGE, Ints, Store
+from kvpolicy.interfaces.site import Site
+from kvpolicy.storage.base import LARGE, Ints
+from kvpolicy.storage.coded import POSITIONS, CodedStore
 from kvpolicy.storage.packing import dequantize, pack
 from kvpolicy.storage.pages import FULL, Pages, at_once, gather_tokens
+from kvpolicy.storage.scales import Scales, levels_of
 
 
 def group_size_of(quantizer: AffineQuantizer, head_dim: int) -> int:
@@ -55,7 +58,7 @@ def _best_size(nbits: int, head_dim: int) -> int:
     return next((d for d in sizes if d >= largest and d * nbits >= 64), head_dim)
 
 
-class AffineStore(Store):
+class AffineStore(CodedStore):
     """Packed integer codes per token, with a scale and an offset per group.
 
     Per channel, a group is closed once `group_size` tokens have arrived; until then they wait exactly. The
@@ -63,14 +66,17 @@ class AffineStore(Store):
     row or head they don't, and each has the number of its group.
     """
 
-    def __init__(self, quantizer: AffineQuantizer, head_dim: int) -> None:
-        check_fit(quantizer, head_dim)
-        self.quantizer, self.head_dim = quantizer, head_dim
+    def __init__(self, quantizer: AffineQuantizer, head_dim: int, site: Site | None = None) -> None:
+        super().__init__(quantizer, head_dim, site)
+        self.quantizer = quantizer
         self.group_size = group_size_of(quantizer, head_dim)
         self.by_channel = quantizer.per == "channel"
-        self.parts = {"codes": Pages(), "params": Pages(), "exact": Pages()}
-        if quantizer.channel_separable:
-            self.parts["channels"] = Pages(whole=True)
+        self.levels = levels_of(quantizer, self.site)
+        """What codes stand for, if not for themselves."""
+        self.scales = Scales(quantizer, self.levels)
+        self.numbers = head_dim if self.by_channel else head_dim // self.group_size
+        """Scales of a token, or of the channels of a group."""
+        self.parts |= {"codes": Pages(), "params": Pages(), "exact": Pages()}
         self.sizes = np.empty(0, dtype=np.int64)
         self.lines: tuple[int, int] | None = None
         self.most_groups = 64
@@ -82,30 +88,20 @@ class AffineStore(Store):
         return not self.by_channel or self.lines is None
 
     @property
-    def channels(self) -> Tensor | None:
-        """What each channel was divided by before encoding: `[batch, kv_heads, 1, head_dim]`."""
-        part = self.parts.get("channels")
-        return part.slice(0, 1) if part is not None and part.length else None
+    def direct(self) -> bool:
+        """Whether attention can take products with its codes as they lie."""
+        return self.grouped and (self.chain is None or self.chain.linear)
 
     @property
     def length(self) -> int:
         return self.parts["codes"].length + self.parts["exact"].length
 
-    def params_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """Type of scale and offset for numbers of type `dtype`.
-
-        A scale is a small part of the numbers' range: that of numbers that float16 holds may be less than float16
-        holds, and its error counts as often as the highest code says.
-        """
-        small = dtype == torch.float16 and self.quantizer.nbits > 2
-        return torch.float32 if small or self.quantizer.scale_dtype == "float32" else dtype
-
-    def append(self, x: Tensor, empty: Tensor | None = None) -> None:
+    def append(self, x: Tensor, empty: Tensor | None = None, positions: Tensor | None = None) -> None:
         if not x.shape[2]:
             return
+        self._note(x, positions)
         if not self.by_channel:
-            x = self._separated(x)
-            self._append_codes(x, x.reshape(-1, self.group_size))
+            self._append_codes(x, self.group_size)
             return
         size = self.group_size or x.shape[2]
         partial = self.parts["exact"]
@@ -114,35 +110,30 @@ class AffineStore(Store):
             return
         if partial.length:
             x = torch.cat([partial.slice(0, partial.length), x], dim=2)
-        x = x if empty is None else _filled(x, empty)
+        x = self._filled(x, empty)
         whole = x.shape[2] // size * size
         self._append_groups(x[:, :, :whole], size)
         self.parts["exact"] = Pages(partial.whole)
         if whole < x.shape[2]:
             self.parts["exact"].append(x[:, :, whole:])
 
+    def _filled(self, x: Tensor, empty: Tensor | None) -> Tensor:
+        """Of tokens that are to be coded those that are none replaced, as are their positions."""
+        if empty is None:
+            return x
+        if self.by_position:
+            places = self.parts[POSITIONS].all()[:, :, self.parts["codes"].length :]
+            places.copy_(_filled(places, empty))
+        return _filled(x, empty)
+
     def _append_groups(self, x: Tensor, size: int) -> None:
         before, count = self.parts["params"].length, x.shape[2] // size
-        self._append_codes(x, x.unflatten(2, (-1, size)).transpose(3, 4).reshape(-1, size))
+        self._append_codes(x, size)
         if self.lines is None:
             self.sizes = np.concatenate([self.sizes, np.full(count, size, dtype=np.int64)])
             return
         numbers = torch.arange(before, before + count, dtype=torch.int32, device=x.device).repeat_interleave(size)
         self.parts["groups"].append(numbers.view(1, 1, -1, 1).expand(*self.lines, -1, -1))
-
-    def _separated(self, x: Tensor) -> Tensor:
-        """`x` with each channel divided by the root of its largest magnitude among the first tokens that came."""
-        if not self.quantizer.channel_separable:
-            return x
-        if self.channels is None:
-            magnitude = x.float().abs()
-            # What is not finite says nothing of its channel, nor of the others by way of the mean.
-            root = torch.where(magnitude.isfinite(), magnitude, 0.0).amax(2, keepdim=True).sqrt()
-            # A channel that happens to be near zero in a few first tokens must not blow later ones up.
-            root = root.clamp(min=0.25 * root.mean(3, keepdim=True))
-            self.parts["channels"].append(torch.where(root > 0, root, 1.0).to(x.dtype))
-        assert self.channels is not None
-        return (x.float() / self.channels.float()).to(x.dtype)
 
     def ragged(self, lines: tuple[int, int]) -> None:
         self.lines = lines
@@ -168,7 +159,7 @@ class AffineStore(Store):
         at = index.clamp(max=coded - 1)
         codes = self.parts["codes"].gather(at)
         out = torch.empty((*codes.shape[:3], self.head_dim), dtype=dtype, device=codes.device)
-        self._decode(codes, *self._parameters(at), out)
+        self._decode(codes, *self._parameters(at), out, self._gathered(at))
         if partial.length:
             out = torch.where((index >= coded).unsqueeze(3), partial.gather((index - coded).clamp(min=0)), out)
         return out
@@ -177,20 +168,18 @@ class AffineStore(Store):
         """Scale and offset of the coded tokens at `index`."""
         if self.by_channel:
             index = self.parts["groups"].gather(index).squeeze(3)
-        params = self.parts["params"].gather(index)
-        half = params.shape[3] // 2
-        return params[..., :half], params[..., half:]
+        return self.scales.split(self.parts["params"].gather(index), self.numbers)
 
     def remove(self, index: Tensor, empty: Tensor | None = None) -> None:
         if not self.by_channel:
-            for name in ("codes", "params"):
+            for name in ("codes", "params", *self._along):
                 self.parts[name].remove(index)
             return
         partial = self.parts["exact"]
         if partial.length:  # rows and heads may lose different numbers of them, so they become a group of their own
             x, self.parts["exact"] = partial.all(), Pages(whole=True)
-            self._append_groups(x if empty is None else _filled(x, empty), x.shape[2])
-        for name in ("codes", "groups"):
+            self._append_groups(self._filled(x, empty), x.shape[2])
+        for name in ("codes", "groups", *self._along):
             self.parts[name].remove(index)
         self._forget_groups()
 
@@ -214,27 +203,30 @@ class AffineStore(Store):
             groups.all().copy_(renumbered[groups.all().long()])
             params.drop((~used).nonzero()[:, 0].cpu())
 
-    def _append_codes(self, x: Tensor, groups: Tensor) -> None:
+    def _append_codes(self, x: Tensor, size: int) -> None:
+        """Encode tokens; per channel, `size` at a time are a group."""
         batch, heads, n, dim = x.shape
-        affine = calibrated(self.quantizer, groups)
+        if self.chain is not None:
+            coded = self.parts["codes"].length
+            x = self.chain.forward(x, self._places(coded, coded + n))
+        groups = (x.unflatten(2, (-1, size)).transpose(3, 4) if self.by_channel else x).reshape(-1, size)
+        if self.quantizer.clip < 1:
+            low, high = (bound * self.quantizer.clip for bound in torch.aminmax(groups, dim=1, keepdim=True))
+            groups = groups.clamp(low, high)
+        affine = self.scales.rounded(calibrated(self.quantizer, groups), groups)
         codes = affine.codes
         if self.by_channel:
-            size = groups.shape[1]
             codes = codes.view(batch, heads, n // size, dim, size).transpose(3, 4)
-            params = [p.view(batch, heads, n // size, dim) for p in affine[1:]]
-        else:
-            params = [p.view(batch, heads, n, dim // self.group_size) for p in affine[1:]]
-        kept, dtype = torch.cat(params, dim=-1), self.params_dtype(x.dtype)
-        if dtype == torch.float16:  # a range that float16 holds may have a scale that it doesn't
-            limit = torch.finfo(dtype).max
-            kept = torch.where(kept.isfinite(), kept.clamp(-limit, limit), kept)
+        scale, offset = (p.view(batch, heads, -1, self.numbers) for p in affine[1:])
         self.parts["codes"].append(pack(codes.reshape(batch, heads, n, dim), self.quantizer.nbits))
-        self.parts["params"].append(kept.to(dtype))
+        self.parts["params"].append(self.scales.join(scale, offset, x.dtype))
 
     def drop(self, index: Ints) -> None:
         coded = self.parts["codes"].length
         packed, partial = index[index < coded], index[index >= coded] - coded
         self.parts["exact"].drop(torch.from_numpy(partial))
+        for name in self._along:
+            self.parts[name].drop(torch.from_numpy(index))
         if self.by_channel and len(packed):
             group = np.searchsorted(np.cumsum(self.sizes), packed, side="right")
             sizes = self.sizes - np.bincount(group, minlength=len(self.sizes))
@@ -253,10 +245,9 @@ class AffineStore(Store):
         codes, params = self.parts["codes"], self.parts["params"]
         if not self.by_channel:
             for (offset, c), (_, p) in zip(codes.blocks(), params.blocks(), strict=True):
-                half = p.shape[3] // 2
                 for lo in range(0, c.shape[2], block):
-                    part = p[:, :, lo : lo + block]
-                    yield offset + lo, c[:, :, lo : lo + block], part[..., :half], part[..., half:]
+                    part = self.scales.split(p[:, :, lo : lo + block], self.numbers)
+                    yield offset + lo, c[:, :, lo : lo + block], *part
             return
         most = at_once(codes.pages[0]) if codes.length else FULL
         cuts = [0, *(np.flatnonzero(np.diff(self.sizes)) + 1).tolist(), len(self.sizes)]
@@ -266,9 +257,9 @@ class AffineStore(Store):
             step = max(1, min(block, most) // size)
             for group in range(first, last, step):
                 n = min(step, last - group)
-                p = params.slice(group, group + n).unsqueeze(3)
+                part = self.scales.split(params.slice(group, group + n).unsqueeze(3), self.numbers)
                 c = codes.slice(token, token + n * size).unflatten(2, (n, size))
-                yield token, c, p[..., : self.head_dim], p[..., self.head_dim :]
+                yield token, c, *part
                 token += n * size
 
     def _blocks(self, block: int) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
@@ -281,22 +272,26 @@ class AffineStore(Store):
         for first in range(0, coded, block):
             last = min(first + block, coded)
             groups = self.parts["groups"].slice(first, last).squeeze(3)
-            params = gather_tokens(self.parts["params"].all(), groups)
-            half = params.shape[3] // 2
-            yield first, self.parts["codes"].slice(first, last), params[..., :half], params[..., half:]
+            params = self.scales.split(gather_tokens(self.parts["params"].all(), groups), self.numbers)
+            yield first, self.parts["codes"].slice(first, last), *params
 
-    def _decode(self, codes: Tensor, scale: Tensor, offset: Tensor, out: Tensor) -> None:
-        if codes.ndim == 5:
-            out = out.unflatten(2, codes.shape[2:4])
-        dequantize(codes, self.quantizer.nbits, self.head_dim, scale, offset, out)
-        if self.channels is not None:
-            out.mul_(self.channels)
+    def levels_on(self, device: torch.device) -> Tensor | None:
+        """`levels` on a device."""
+        if self.levels is not None and self.levels.device != device:
+            self.levels = self.levels.to(device)
+        return self.levels
+
+    def _decode(self, codes: Tensor, scale: Tensor, offset: Tensor, out: Tensor, places: Tensor | None) -> None:
+        shaped = out.unflatten(2, codes.shape[2:4]) if codes.ndim == 5 else out
+        dequantize(codes, self.quantizer.nbits, self.head_dim, scale, offset, shaped, self.levels_on(out.device))
+        if self.chain is not None:
+            out.copy_(self.chain.inverse(out, places))
 
     def decoded(self, block: int, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
         for first, codes, scale, offset in self._blocks(block):
             n = math.prod(codes.shape[2:-1])
             out = torch.empty((*codes.shape[:2], n, self.head_dim), dtype=dtype, device=codes.device)
-            self._decode(codes, scale, offset, out)
+            self._decode(codes, scale, offset, out, self._places(first, first + n))
             yield first, out
         coded = self.parts["codes"].length
         for first, x in self.parts["exact"].blocks():
@@ -304,41 +299,43 @@ class AffineStore(Store):
 
     def write(self, out: Tensor, start: int) -> None:
         for first, codes, scale, offset in self.affine_blocks(LARGE):
-            at = start + first
-            self._decode(codes, scale, offset, out[:, :, at : at + math.prod(codes.shape[2:-1])])
+            n = math.prod(codes.shape[2:-1])
+            part = out[:, :, start + first : start + first + n]
+            self._decode(codes, scale, offset, part, self._places(first, first + n))
         at = start + self.parts["codes"].length
         for first, x in self.parts["exact"].blocks():
             out[:, :, at + first : at + first + x.shape[2]] = x
 
     def spread(self, out: Tensor, index: Tensor) -> None:
-        if self.by_channel:
+        if self.by_channel or self.by_position:
             self.scatter(out, index)
             return
         # Codes are a tenth of what they decode to: they are put in order first, and decoded where they belong.
         first = int(index.min())
         n, index = int(index.max()) - first + 1, index - first
         codes, params = (self.parts[name].spread(index, n) for name in ("codes", "params"))
-        half = params.shape[3] // 2
-        self._decode(codes, params[..., :half], params[..., half:], out[:, :, first : first + n])
+        self._decode(codes, *self.scales.split(params, self.numbers), out[:, :, first : first + n], None)
 
     def take(self, index: Ints, dtype: torch.dtype) -> Tensor:
         coded = self.parts["codes"].length
         if self.by_channel or (len(index) and index[-1] >= coded):
             return super().take(index, dtype)
         codes, params = (self.parts[name].take(torch.from_numpy(index)) for name in ("codes", "params"))
-        half = params.shape[3] // 2
         out = torch.empty((*codes.shape[:3], self.head_dim), dtype=dtype, device=codes.device)
-        self._decode(codes, params[..., :half], params[..., half:], out)
+        self._decode(codes, *self.scales.split(params, self.numbers), out, self._taken(index))
         return out
 
     def bytes(self) -> dict[str, int]:
-        params = self.parts["params"].used() // 2
+        params, own = self.parts["params"], self._own_bytes()
+        scales = int(params.used() * self.scales.share(params.pages[0], self.numbers)) if params.length else 0
+        groups = self.sizes.nbytes + (self.parts["groups"].used() if "groups" in self.parts else 0)
         return {
             "codes": self.parts["codes"].used(),
-            "scales": params + (self.parts["channels"].used() if "channels" in self.parts else 0),
-            "zeros": params,
+            "scales": scales,
+            "zeros": params.used() - scales,
             "exact": self.parts["exact"].used(),
-            "indices": self.sizes.nbytes + (self.parts["groups"].used() if "groups" in self.parts else 0),
+            **own,
+            "indices": groups + own.get("indices", 0),
         }
 
     def tensors(self) -> dict[str, Tensor]:
@@ -348,7 +345,7 @@ class AffineStore(Store):
         return held
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        rest: dict[str, Any] = dict(tensors)
+        rest: dict[str, Any] = self._restore_own(tensors)
         if self.by_channel and self.lines is None:
             self.sizes = rest.pop("sizes").numpy().copy()
         super().restore(rest)

@@ -29,18 +29,25 @@ class Store(ABC):
     parts: dict[str, Pages]
 
     @property
+    def by_position(self) -> bool:
+        """Whether `append` must be given positions."""
+        return False
+
+    @property
     @abstractmethod
     def length(self) -> int:
         """Tokens held."""
 
     @abstractmethod
-    def append(self, x: Tensor, empty: Tensor | None = None) -> None:
+    def append(self, x: Tensor, empty: Tensor | None = None, positions: Tensor | None = None) -> None:
         """Encode and keep `x`; it is one arrival.
 
         Args:
             x: the tokens.
             empty: of a store per channel, which of the tokens that wait for their group, and then of `x`, are none:
                 `[batch, kv_heads or 1, tokens]`.
+            positions: the position of each token in its row's text, `[tokens]` or `[batch, kv_heads or 1, tokens]`; of
+                use to stores that are `by_position`.
         """
 
     @abstractmethod
@@ -53,7 +60,7 @@ class Store(ABC):
 
     @abstractmethod
     def bytes(self) -> dict[str, int]:
-        """Bytes used, by what they hold: codes, scales, zeros, exact, indices."""
+        """Bytes used, by what they hold: codes, scales, zeros, exact, indices, state."""
 
     def take(self, index: Ints, dtype: torch.dtype) -> Tensor:
         """The tokens at `index` (ascending), decoded."""

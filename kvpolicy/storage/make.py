@@ -5,14 +5,20 @@ from __future__ import annotations
 import torch
 
 from kvpolicy.interfaces.quantizer import AffineQuantizer, Quantizer, TensorQuantizer
+from kvpolicy.interfaces.site import Site
 from kvpolicy.storage.affine import AffineStore
 from kvpolicy.storage.base import LARGE, Store
 from kvpolicy.storage.exact import ExactStore
 from kvpolicy.storage.named import NamedStore
 
 
-def make_store(spec: Quantizer | str, head_dim: int) -> Store | None:
+def make_store(spec: Quantizer | str, head_dim: int, site: Site | None = None) -> Store | None:
     """The store for `full`, a quantizer, or `evict` (None).
+
+    Args:
+        spec: how keys or values are stored.
+        head_dim: their channels.
+        site: where the store stands, as far as that is known.
 
     Raises:
         RecipeError: the quantizer's options don't fit `head_dim` channels.
@@ -21,21 +27,21 @@ def make_store(spec: Quantizer | str, head_dim: int) -> Store | None:
     if spec == "evict":
         return None
     if isinstance(spec, AffineQuantizer):
-        return AffineStore(spec, head_dim)
-    return NamedStore(spec, head_dim) if isinstance(spec, TensorQuantizer) else ExactStore()
+        return AffineStore(spec, head_dim, site)
+    return NamedStore(spec, head_dim, site) if isinstance(spec, TensorQuantizer) else ExactStore()
 
 
-def try_store(quantizer: Quantizer, head_dim: int) -> None:
+def try_store(quantizer: Quantizer, head_dim: int, site: Site | None = None) -> None:
     """Encode and decode a few numbers, so that a quantizer that can't work fails at once and by name.
 
     Raises:
         RecipeError, PluginError: as `make_store`, and where what it returns is not what it must be.
     """
-    store = make_store(quantizer, head_dim)
+    store = make_store(quantizer, head_dim, site)
     assert store is not None
     with torch.no_grad():
         x = torch.linspace(-1.0, 1.0, 128 * head_dim, device="cpu").view(1, 1, 128, head_dim)
-        for part in x.split([96, 32], dim=2):
-            store.append(part)
+        for part, places in zip(x.split([96, 32], dim=2), torch.arange(128).split([96, 32]), strict=True):
+            store.append(part, None, places)
         for _ in store.decoded(LARGE, x.dtype):
             pass

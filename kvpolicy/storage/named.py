@@ -9,20 +9,21 @@ import torch
 from torch import Tensor
 
 from kvpolicy.errors import CacheError, PluginError
-from kvpolicy.interfaces.checks import check_fit, decoded, encoded
+from kvpolicy.interfaces.checks import decoded, encoded
 from kvpolicy.interfaces.component import TRY
 from kvpolicy.interfaces.quantizer import TensorQuantizer
-from kvpolicy.storage.base import Ints, Store
+from kvpolicy.interfaces.site import Site
+from kvpolicy.storage.base import Ints
+from kvpolicy.storage.coded import CodedStore
 from kvpolicy.storage.pages import Pages
 
 
-class NamedStore(Store):
+class NamedStore(CodedStore):
     """The tensors of a quantizer that is not affine, one entry per token, held as bytes whatever their type."""
 
-    def __init__(self, quantizer: TensorQuantizer, head_dim: int) -> None:
-        check_fit(quantizer, head_dim)
-        self.quantizer, self.head_dim = quantizer, head_dim
-        self.parts = {}
+    def __init__(self, quantizer: TensorQuantizer, head_dim: int, site: Site | None = None) -> None:
+        super().__init__(quantizer, head_dim, site)
+        self.quantizer = quantizer
         self.formats: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         """Of each tensor its type and its shape after `[batch, kv_heads, tokens]`."""
         self._length = 0
@@ -32,9 +33,13 @@ class NamedStore(Store):
     def length(self) -> int:
         return self._length
 
-    def append(self, x: Tensor, empty: Tensor | None = None) -> None:
-        if x.shape[2]:
-            self._add(encoded(self.quantizer, x))
+    def append(self, x: Tensor, empty: Tensor | None = None, positions: Tensor | None = None) -> None:
+        if not x.shape[2]:
+            return
+        self._note(x, positions)
+        if self.chain is not None:
+            x = self.chain.forward(x, self._places(self._length, self._length + x.shape[2]))
+        self._add(encoded(self.quantizer, x))
 
     def _add(self, tensors: dict[str, Tensor]) -> None:
         formats = {name: (t.dtype, tuple(t.shape[3:])) for name, t in tensors.items()}
@@ -54,7 +59,9 @@ class NamedStore(Store):
         super().ragged(lines)
 
     def gather(self, index: Tensor, dtype: torch.dtype) -> Tensor:
-        return self._decode({name: part.gather(index) for name, part in self.parts.items()}, dtype)
+        return self._decode(
+            {name: self.parts[name].gather(index) for name in self.formats}, dtype, self._gathered(index)
+        )
 
     def remove(self, index: Tensor, empty: Tensor | None = None) -> None:
         super().remove(index)
@@ -69,21 +76,25 @@ class NamedStore(Store):
         block = min(block, 1024)
         for offset in range(0, self._length, block):
             end = min(offset + block, self._length)
-            yield offset, self._decode({name: part.slice(offset, end) for name, part in self.parts.items()}, dtype)
+            parts = {name: self.parts[name].slice(offset, end) for name in self.formats}
+            yield offset, self._decode(parts, dtype, self._places(offset, end))
 
-    def _decode(self, parts: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
-        return decoded(self.quantizer, self._shaped(parts), dtype, self.head_dim)
+    def _decode(self, parts: dict[str, Tensor], dtype: torch.dtype, places: Tensor | None) -> Tensor:
+        x = decoded(self.quantizer, self._shaped(parts), dtype, self.head_dim)
+        return x if self.chain is None else self.chain.inverse(x, places).to(dtype)
 
     def _shaped(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: _from_bytes(part, *self.formats[name]) for name, part in parts.items()}
+        shaped = {name: _from_bytes(parts[name], *form) for name, form in self.formats.items() if name in parts}
+        return {**parts, **shaped}
 
     def bytes(self) -> dict[str, int]:
-        return {"codes": sum(part.used() for part in self.parts.values())}
+        return {"codes": sum(self.parts[name].used() for name in self.formats), **self._own_bytes()}
 
     def tensors(self) -> dict[str, Tensor]:
         return self._shaped(super().tensors())
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
+        tensors = self._restore_own(tensors)
         if not tensors:
             return
         if len({tuple(t.shape[:3]) for t in tensors.values()}) != 1 or any(t.ndim < 3 for t in tensors.values()):

@@ -114,7 +114,15 @@ def planes(packed: Tensor, nbits: int, head_dim: int, shifted: bool = True) -> I
         start += part.shape[-1]
 
 
-def dequantize(packed: Tensor, nbits: int, head_dim: int, scale: Tensor, offset: Tensor, out: Tensor) -> None:
+def dequantize(
+    packed: Tensor,
+    nbits: int,
+    head_dim: int,
+    scale: Tensor,
+    offset: Tensor,
+    out: Tensor,
+    levels: Tensor | None = None,
+) -> None:
     """Write `scale * code + offset` into `out`, computed in float32 and rounded once.
 
     Args:
@@ -125,10 +133,11 @@ def dequantize(packed: Tensor, nbits: int, head_dim: int, scale: Tensor, offset:
             leading dimensions broadcast against those of `packed`.
         offset: like `scale`.
         out: any float dtype, `[..., head_dim]` with the leading dimensions of `packed`; need not be contiguous.
+        levels: what stands in place of each code, float32 `[2**nbits]`.
     """
     block_elements = BLOCK_BYTES // out.element_size() * torch.get_num_threads()
     if out.numel() <= block_elements or out.ndim == 1:
-        _dequantize_block(packed, nbits, head_dim, scale, offset, out)
+        _dequantize_block(packed, nbits, head_dim, scale, offset, out, levels)
         return
     axis = max(range(out.ndim - 1), key=lambda dim: out.shape[dim])
     length = out.shape[axis]
@@ -136,7 +145,7 @@ def dequantize(packed: Tensor, nbits: int, head_dim: int, scale: Tensor, offset:
     for start in range(0, length, step):
         n = min(step, length - start)
         block, s, o, x = (_narrow(t, axis - out.ndim, start, n) for t in (packed, scale, offset, out))
-        _dequantize_block(block, nbits, head_dim, s, o, x)
+        _dequantize_block(block, nbits, head_dim, s, o, x, levels)
 
 
 def _narrow(x: Tensor, axis: int, start: int, n: int) -> Tensor:
@@ -144,12 +153,21 @@ def _narrow(x: Tensor, axis: int, start: int, n: int) -> Tensor:
     return x if broadcast else x.narrow(axis, start, n)
 
 
-def _dequantize_block(packed: Tensor, nbits: int, head_dim: int, scale: Tensor, offset: Tensor, out: Tensor) -> None:
+def looked_up(codes: Tensor, levels: Tensor) -> Tensor:
+    """The level of each code, float32."""
+    return levels.index_select(0, codes.flatten().int()).view(codes.shape)
+
+
+def _dequantize_block(
+    packed: Tensor, nbits: int, head_dim: int, scale: Tensor, offset: Tensor, out: Tensor, levels: Tensor | None
+) -> None:
     # On a CPU addcmul of 16-bit numbers computes in float32 and rounds once.
-    fused = scale.dtype == out.dtype and out.dtype != torch.float32 and out.device.type == "cpu"
+    fused = levels is None and scale.dtype == out.dtype and out.dtype != torch.float32 and out.device.type == "cpu"
     dtype = out.dtype if fused else torch.float32
     x = out if out.dtype == torch.float32 else torch.empty(out.shape, dtype=dtype, device=out.device)
-    if nbits == 3:
+    if levels is not None:
+        x.copy_(looked_up(unpack(packed, nbits, head_dim), levels))
+    elif nbits == 3:
         x.copy_(unpack(packed, nbits, head_dim))
     else:
         for _, first, last, plane in planes(packed, nbits, head_dim):

@@ -21,7 +21,7 @@ from words import CACHE
 
 import kvpolicy
 from kvpolicy import hookspecs
-from kvpolicy.plugins import registry
+from kvpolicy.plugins import HOOKS, registry
 from kvpolicy.recipe.load import bundled_names
 
 ROOT = Path(__file__).parents[2]
@@ -213,7 +213,7 @@ def test_every_recipe_key_and_option_is_documented(reference: ModuleType) -> Non
     schema = recipe_schema()
     for key in [*schema["properties"], *schema["$defs"]["tier"]["properties"]]:
         assert f"| `{key}` |" in text
-    for kind, info in [*registry().policies.items(), *registry().quantizers.items()]:
+    for kind, info in [item for what in HOOKS for item in registry().known(what).items()]:
         if info.distribution != "kvpolicy":
             continue
         section = text.partition(f"\n### {kind}\n")[2].partition("\n### ")[0]

@@ -19,10 +19,10 @@ from kvpolicy.errors import CacheError
 RECIPE = {
     "tiers": [
         {"policy": recent(9, 3), "store": "full"},
-        {"keys": by_channel(4, 8), "values": by_token(4, channel_separable=True)},
+        {"keys": by_channel(4, 8), "values": by_token(4, transforms=["scale"])},
     ]
 }
-CHANNELS, SIZES, TIER, ORDER = "0.values.1.channels", "0.keys.1.sizes", "state.0.tier.0", "state.0.keys.1"
+CHANNELS, SIZES, TIER, ORDER = "0.values.1.transforms.0.divisors", "0.keys.1.sizes", "state.0.tier.0", "state.0.keys.1"
 
 
 @pytest.fixture
@@ -49,10 +49,10 @@ def filled(x: torch.Tensor, at: int, value: float) -> torch.Tensor:
 
 
 TENSORS: dict[str, tuple[Any, str]] = {
-    "no divisors": (without(CHANNELS), "what its channels were divided by must be there"),
-    "a divisor of 0": (each(CHANNELS, lambda x: filled(x, 3, 0.0)), "divided by must be there, finite and above 0"),
-    "a divisor that is nan": (each(CHANNELS, lambda x: filled(x, 3, torch.nan)), "finite and above 0"),
-    "two divisors": (each(CHANNELS, lambda x: torch.cat([x, x], 2)), "divided by must be there"),
+    "no divisors": (without(CHANNELS), "what its transforms keep must be "),
+    "a divisor of 0": (each(CHANNELS, lambda x: filled(x, 3, 0.0)), "its transforms must be invertible"),
+    "a divisor that is nan": (each(CHANNELS, lambda x: filled(x, 3, torch.nan)), "must be finite"),
+    "two divisors": (each(CHANNELS, lambda x: torch.cat([x, x], 2)), "divisors must be"),
     "an emptied tier": (each(TIER, lambda x: x[:0]), "the tiers and the keys of store 0 must hold the same tokens"),
     "an emptied store": (without("0.values.1.codes"), "must hold the parameters of 0 tokens"),
     "an emptied order": (each(ORDER, lambda x: x[:0]), "keys and values must be in the same order|must be of the same"),
@@ -84,7 +84,7 @@ def test_tensors_that_can_not_be(kind: str, file: Path) -> None:
 RECIPES: dict[str, tuple[str, str]] = {
     "other bits": ("nbits: 4", "nbits: 2"),
     "other groups": ("group_size: 8", "group_size: 4"),
-    "no divisors": ("channel_separable: true", "channel_separable: false"),
+    "no divisors": ("- scale", "[]"),
     "other axis": ("per: channel", "per: token"),
     "another tier": ("tiers:", "tiers:\n- policy: {kind: sink, tokens: 2}\n  store: full"),
 }

@@ -29,7 +29,7 @@ from kvpolicy.layer.save_file import checksum
 CASES = int(os.environ.get("KVPOLICY_FUZZ_CASES", "350"))
 """Mutations in all; 10,000 take some ten minutes."""
 EVICTING = [{"policy": recent(9, 3), "store": "full"}, {"policy": sink(3), "store": by_channel(4, 5)}]
-DIVIDED = [{"policy": recent(9, 3), "store": "full"}, {"store": by_token(4, channel_separable=True)}]
+DIVIDED = [{"policy": recent(9, 3), "store": "full"}, {"store": by_token(4, transforms=["scale"])}]
 SAMPLES: dict[str, tuple[str, Any, bool]] = {
     "by channel": ("llama", NAMED["kivi"], False),
     "evicting": ("llama", {"tiers": [*EVICTING, {"store": "evict"}]}, False),
@@ -189,7 +189,7 @@ def mutated(sample: str, rng: random.Random) -> tuple[dict[str, str], dict[str, 
 
 def decoded(tensors: dict[str, torch.Tensor], layer: int, side: str, store: int, spec: Any) -> np.ndarray[Any, Any]:
     """What a store holds, from the tensors alone, in float64: `[batch, kv_heads, tokens, head_dim]`."""
-    parts = {k.split(".")[3]: t for k, t in tensors.items() if k.startswith(f"{layer}.{side}.{store}.")}
+    parts = {k.split(".", 3)[3]: t for k, t in tensors.items() if k.startswith(f"{layer}.{side}.{store}.")}
     whole = [x.double().numpy() for x in (parts.get("exact"),) if x is not None]
     if "codes" not in parts:
         return np.concatenate(whole, axis=2) if whole else np.zeros((2, 2, 0, 32))
@@ -202,8 +202,8 @@ def decoded(tensors: dict[str, torch.Tensor], layer: int, side: str, store: int,
         scale, offset = (np.repeat(x, parts["sizes"].numpy(), axis=2) for x in (scale, offset))
     scale, offset = (np.repeat(x, dim // x.shape[3], axis=3) for x in (scale, offset))
     x = number * scale + offset
-    if "channels" in parts:
-        x = x * parts["channels"].double().numpy()
+    if "transforms.0.divisors" in parts:
+        x = x * parts["transforms.0.divisors"].double().numpy()
     return np.concatenate([x, *whole], axis=2)
 
 

@@ -13,6 +13,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kvpolicy_hadamard import Hadamard
+from kvpolicy_scale import Scale
 from layers import HEAD_DIM, Layer, random_tokens
 from liars import LIARS, Good, GoodPolicy, GoodRank, GoodTensors, lying, raising
 
@@ -251,10 +253,10 @@ def test_scores_list_what_is_allowed() -> None:
     [
         Good(nbits=2),
         Good(nbits=8, per="channel", group_size=8),
-        Good(channel_separable=True, group_size=8),
+        Good(transforms=(Scale(), Hadamard(seed=1)), group_size=8),
         GoodTensors(),
     ],
-    ids=["token", "channel", "separable", "tensors"],
+    ids=["token", "channel", "transforms", "tensors"],
 )
 def test_what_is_checked_waits_for_no_device(quantizer: Quantizer, dtype: torch.dtype) -> None:
     """Tensors of the device `meta` have no numbers: to read one is an error."""

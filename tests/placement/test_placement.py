@@ -141,7 +141,7 @@ def test_every_token_is_in_one_store_a_side_and_the_plan_moves_just_those(recipe
                 assert flat == list(range(state.seen))
             for s, (store, moves) in enumerate(zip(held, plan[side], strict=True)):
                 content = before.stores[side][s].array.tolist()
-                for (source,), indices, _, _ in moves.arrivals:
+                for (source,), indices, *_ in moves.arrivals:
                     origin = range(before.seen, state.seen) if source < 0 else before.stores[side][source].array
                     content += [int(origin[i]) for i in indices]
                 gone = set() if moves.leaving is None else set(moves.leaving.tolist())

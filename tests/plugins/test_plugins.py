@@ -15,7 +15,7 @@ else:
     import tomli as tomllib
 
 from kvpolicy.errors import PluginError, RecipeError
-from kvpolicy.plugins import Registry, registry, suggest
+from kvpolicy.plugins import HOOKS, Registry, registry, suggest
 
 ROOT = Path(__file__).parents[2]
 POLICY = """
@@ -76,7 +76,7 @@ def test_entry_points_name_every_file_in_the_plugin_folders() -> None:
 def test_entry_points_are_installed() -> None:
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]["kvpolicy"]
     found = registry()
-    installed = {i.entry_point for group in (found.policies, found.quantizers) for i in group.values()}
+    installed = {i.entry_point for what in HOOKS for i in found.known(what).values()}
     installed |= {broken.name for broken in found.broken}
     missing = sorted(set(declared) - installed)
     assert not missing, f"these entry points are new: install the package again (pip install -e .): {missing}"
@@ -124,7 +124,10 @@ BROKEN = {
     "syntax": ("def (", "SyntaxError"),
     "raises": ("raise RuntimeError('at import')", "RuntimeError: at import"),
     "exits": ("raise SystemExit(3)", "SystemExit: 3"),
-    "no hook": ("x = 1", "no policy and no quantizer; a plugin module must have a function kvpolicy_policies"),
+    "no hook": (
+        "x = 1",
+        "it gives no policy and no quantizer and no transform; a plugin module must have a function kvpolicy_policies",
+    ),
     "hook raises": (
         "import kvpolicy\n@kvpolicy.hookimpl\ndef kvpolicy_policies():\n    return 1 / 0",
         "ZeroDivisionError",

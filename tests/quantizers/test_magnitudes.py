@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from kvpolicy_hqq import Hqq
 from kvpolicy_int import Int
 from kvpolicy_quanto import Quanto
+from kvpolicy_scale import Scale
 from torch import Tensor
 
 from kvpolicy.interfaces.quantizer import AffineQuantizer, unit_factor
@@ -173,7 +174,7 @@ def test_a_bad_number_spoils_its_group_alone_where_channels_are_apart(data: st.D
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
     dtype = data.draw(st.sampled_from(DTYPES))
     x = (torch.randn(2, 2, 12, 32, generator=generator) * 10 ** (torch.arange(32) % 3 - 1)).to(dtype)
-    quantizer = Int(nbits=data.draw(st.sampled_from(BITS)), group_size=8, channel_separable=True)
+    quantizer = Int(nbits=data.draw(st.sampled_from(BITS)), group_size=8, transforms=(Scale(),))
     places = data.draw(
         st.lists(
             st.tuples(st.integers(0, 1), st.integers(0, 1), st.integers(0, 11), st.integers(0, 31)),

@@ -9,7 +9,8 @@ import pytest
 from jsonschema.exceptions import best_match
 from ruamel.yaml import YAML
 
-from kvpolicy.plugins import registry
+from kvpolicy.plugins import HOOKS, registry
+from kvpolicy.recipe.build import LISTS
 from kvpolicy.recipe.inherit import BUNDLED
 from kvpolicy.recipe.load import bundled_names, load_recipe
 from kvpolicy.recipe.schema import recipe_schema
@@ -121,17 +122,20 @@ def test_errors_point_at_the_option(text: str) -> None:
 
 def test_editors_are_offered_the_words() -> None:
     assert SCHEMA["$defs"]["store"]["examples"] == ["full", "evict"]
+    assert SCHEMA["$defs"]["transform"]["else"]["examples"] == sorted(registry().transforms)
     for what, known in (("policy", registry().policies), ("quantizer", registry().quantizers)):
         assert SCHEMA["$defs"][what]["properties"]["kind"]["examples"] == sorted(known)
 
 
 def test_every_installed_kind_and_option_is_described() -> None:
-    for what, known in (("policy", registry().policies), ("quantizer", registry().quantizers)):
-        for kind, info in known.items():
+    for what in HOOKS:
+        for kind, info in registry().known(what).items():
             definition = SCHEMA["$defs"][f"{what}-{kind}"]
             assert set(definition["properties"]) == set(info.cls.model_fields)
             assert definition["additionalProperties"] is False
             for option, described in definition["properties"].items():
-                if option != "kind":
+                if option in LISTS:
+                    assert described["items"] == {"$ref": f"#/$defs/{option[:-1]}"}
+                elif option != "kind":
                     assert described["description"]
                     assert {"$ref": "#/$defs/parameter"} in described["anyOf"]

@@ -17,7 +17,7 @@ EIGHT = [
     {"kind": "int", "nbits": 8, "per": "token", "group_size": 8},
     {"kind": "int", "nbits": 8, "per": "channel", "group_size": 8},
     {"kind": "int", "nbits": 8, "per": "channel", "group_size": "arrival"},
-    {"kind": "int", "nbits": 8, "per": "token", "group_size": "head", "channel_separable": True},
+    {"kind": "int", "nbits": 8, "per": "token", "group_size": "head", "transforms": ["scale"]},
 ]
 
 
@@ -79,7 +79,7 @@ def check(layer: Layer, keys: Tensor, values: Tensor, real: Tensor) -> None:
     stores = [store for specs in layer.tiers.placement.specs.values() for store in specs]
     few = any(getattr(store, "nbits", 8) < 8 for store in stores)
     # Divisors may have been found on a single token.
-    bound = torch.inf if few else 0.3 if any(getattr(store, "channel_separable", False) for store in stores) else 0.08
+    bound = torch.inf if few else 0.3 if any(getattr(store, "transforms", ()) for store in stores) else 0.08
     places = torch.as_tensor(layer.cache.positions(0).positions).expand(len(keys), 2, -1)
     for found, given_to in zip(layer.cache.dense(0), (keys, values), strict=True):
         at = places.clamp(min=0).unsqueeze(3).expand(-1, -1, -1, found.shape[3])

@@ -1,0 +1,36 @@
+"""Where a store stands: what a transform, a quantizer or an extra may know of its place in the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Rotary", "Site"]
+
+Rotary = Callable[["Tensor"], "tuple[Tensor, Tensor]"]
+"""Positions `[batch or 1, tokens]` to cos and sin, float32 `[batch or 1, tokens, rotated channels]`."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """The layer and the side that a store belongs to. Not all is known everywhere: defaults say what is assumed."""
+
+    layer: int = 0
+    """Index of the layer in the model."""
+    layers: int = 1
+    """Layers of the model."""
+    side: Literal["keys", "values"] = "keys"
+    """What the store holds."""
+    kv_heads: int = 1
+    """Heads of keys and values."""
+    head_dim: int = 64
+    """Channels of a head, on this side."""
+    rotary: Rotary | None = None
+    """The model's own rotary embedding, positions to cos and sin. None where it is unknown: the cache was made from a
+    config, the model has none that is a function of the position alone, or the model is gone."""
+    fitted: Mapping[str, Tensor] = field(default_factory=dict)
+    """This layer's part of a calibration; empty where there is none."""

@@ -1,0 +1,94 @@
+"""The base class of transforms: linear maps between keys or values and what is coded of them."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
+
+from kvpolicy.interfaces.component import Component
+from kvpolicy.interfaces.site import Site
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["NEEDS", "Transform"]
+
+NEEDS = frozenset({"positions", "queries", "calibration"})
+
+
+class Transform(Component):
+    """A linear map: `y = forward(x)` is coded in place of `x`, and `x = inverse(y)` is what the codes stand for.
+
+    `transforms: [...]` is an option of every quantizer; they apply from left to right. Tokens that wait for their group
+    are kept as they came and pass through the transforms when the group is full.
+
+    Attention on an attached model decodes nothing where every transform of a store has an `adjoint`: the query goes
+    through it once for keys, and for values `inverse` is applied once, to the weighted sum. Otherwise keys and values
+    are decoded block by block. A map with a constant part is not linear and must leave `adjoint` out.
+
+    All arithmetic is in the type of the tensor that is given, float32 or float64. Tensors are not to be written to.
+
+    Example:
+        Channels in another order::
+
+            class Reverse(Transform):
+                kind: Literal["reverse"] = "reverse"
+
+                def forward(self, x, state, positions):
+                    return x.flip(-1)
+
+                def inverse(self, y, state, positions):
+                    return y.flip(-1)
+
+                def adjoint(self, q, state):
+                    return q.flip(-1)
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    """What it must be given, of `"positions"`, `"queries"` and `"calibration"`. Without `"positions"`, `forward` and
+    `inverse` are given None for them; with it, `adjoint` is not asked. A store keeps the position of each token then,
+    as int32."""
+
+    _role: ClassVar[str] = "transform"
+
+    def check(self, site: Site) -> None:
+        """Raise a `RecipeError` where the options don't fit a place in a model; returns nothing."""
+        return
+
+    def fit(self, x: Tensor, queries: Tensor | None, site: Site) -> dict[str, Tensor]:
+        """What the transform keeps of the first tokens that reach a store: once per store; saved, and counted.
+
+        Args:
+            x: these tokens, in the type of the model: `[batch, kv_heads, tokens, head_dim]`.
+            queries: None.
+            site: where the store stands.
+
+        Returns:
+            Named tensors `[batch or 1, kv_heads or 1, ...]`, on the device of `x`. Rows of a batch must not depend on
+            each other. As the first tokens are those of the first update, codes depend on how a prompt is cut where
+            this looks at `x`.
+        """
+        return {}
+
+    @abstractmethod
+    def forward(self, x: Tensor, state: Mapping[str, Tensor], positions: Tensor | None) -> Tensor:
+        """What is coded of `x`, in its shape and type.
+
+        Args:
+            x: `[batch, kv_heads, tokens, head_dim]`.
+            state: what `fit` returned.
+            positions: the position in its row's text of each token, `[batch, kv_heads or 1, tokens]`; padding has some
+                position of no meaning.
+        """
+
+    @abstractmethod
+    def inverse(self, y: Tensor, state: Mapping[str, Tensor], positions: Tensor | None) -> Tensor:
+        """The inverse of `forward`. `y` may also be a weighted sum of tokens, one for each query."""
+
+    def adjoint(self, q: Tensor, state: Mapping[str, Tensor]) -> Tensor | None:
+        """The map of queries for which `<q, inverse(y)> == <adjoint(q), y>`, or None: decode block by block.
+
+        `q` is `[batch, kv_heads, queries, head_dim]`. The answer is None always or never.
+        """
+        return None

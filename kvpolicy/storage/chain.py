@@ -1,0 +1,116 @@
+"""The transforms of a store, one after the other, and what they keep."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvpolicy.errors import RecipeError
+from kvpolicy.interfaces.checks import adjoined, fitted, transformed
+from kvpolicy.interfaces.component import call
+from kvpolicy.interfaces.site import Site
+from kvpolicy.interfaces.transform import Transform
+
+__all__ = ["Chain"]
+
+
+class Chain:
+    """Transforms, applied left to right, with what each found on the first tokens that came.
+
+    Raises:
+        RecipeError: a transform doesn't fit the place of the store, or needs what is not there.
+    """
+
+    def __init__(self, transforms: tuple[Transform, ...], site: Site) -> None:
+        for transform in transforms:
+            for need in sorted(transform.needs - {"positions"}):
+                if need == "queries" or not site.fitted:
+                    raise RecipeError(
+                        f"transform {transform.kind!r} needs {need}, which no cache can give it yet; use one "
+                        "that needs none"
+                    )
+            call(transform, "check", site)
+        self.transforms, self.site = transforms, site
+        self.by_position = any("positions" in transform.needs for transform in transforms)
+        self.state: list[dict[str, Tensor]] = []
+        """What each transform keeps: `[batch or 1, kv_heads or 1, ...]`; empty before the first tokens."""
+        self._linear: bool | None = None
+
+    @property
+    def linear(self) -> bool:
+        """Whether queries can be mapped in place of keys, and weighted sums in place of values."""
+        if self._linear is None and self.state:
+            one = torch.zeros((*self._lines(), 1, self.site.head_dim), device=self._device())
+            self._linear = not self.by_position and self.adjoint(one) is not None
+        return bool(self._linear)
+
+    def _lines(self) -> list[int]:
+        """Rows and heads that tell themselves apart in what is kept."""
+        return [max((t.shape[i] for kept in self.state for t in kept.values()), default=1) for i in (0, 1)]
+
+    def _device(self) -> torch.device:
+        return next((t.device for kept in self.state for t in kept.values()), torch.device("cpu"))
+
+    @property
+    def invertible(self) -> bool:
+        """Whether the inverse gives back, roughly, what goes through; true of what was kept by this class itself."""
+        if not self.state:
+            return True
+        x = torch.linspace(-1.0, 2.0, self.site.head_dim, device=self._device()).expand(*self._lines(), 1, -1)
+        places = torch.zeros((1, 1, 1), dtype=torch.int32, device=x.device)
+        return bool((self.inverse(self.forward(x, places), places) - x).abs().max() < 0.05)
+
+    def forward(self, x: Tensor, positions: Tensor | None) -> Tensor:
+        """What is to be coded of `x`, in its type; the first time what is to be kept is found."""
+        y, fresh, state = x.float(), not self.state, list(self.state)
+        for i, transform in enumerate(self.transforms):
+            if fresh:
+                state.append(fitted(transform, y.to(x.dtype), self.site))
+            y = transformed(transform, "forward", y, state[i], positions)
+        if fresh:
+            self._keep(state)
+        return y.to(x.dtype)
+
+    def _keep(self, state: list[dict[str, Tensor]]) -> None:
+        with torch.inference_mode(False):  # or they could not be used outside
+            self.state = [{name: t.detach().clone() for name, t in kept.items()} for kept in state]
+
+    def inverse(self, y: Tensor, positions: Tensor | None) -> Tensor:
+        """What the numbers that were coded stand for, in float32."""
+        y = y.float()
+        for transform, state in zip(reversed(self.transforms), reversed(self.state), strict=True):
+            y = transformed(transform, "inverse", y, state, positions)
+        return y
+
+    def adjoint(self, q: Tensor) -> Tensor | None:
+        """Queries whose products with what was coded are those of `q` with what it stands for."""
+        for transform, state in zip(self.transforms, self.state, strict=True):
+            mapped = adjoined(transform, q, state)
+            if mapped is None:
+                return None
+            q = mapped
+        return q
+
+    def select(self, rows: Tensor) -> None:
+        for state in self.state:
+            for name, t in state.items():
+                if t.shape[0] > 1:  # one that is the same in all rows stays so
+                    with torch.inference_mode(False):
+                        state[name] = t.index_select(0, rows.to(t.device))
+
+    def to(self, device: torch.device) -> None:
+        self.state = [{name: t.to(device, non_blocking=True) for name, t in kept.items()} for kept in self.state]
+
+    def bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for kept in self.state for t in kept.values())
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {f"transforms.{i}.{name}": t for i, kept in enumerate(self.state) for name, t in kept.items()}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """The inverse of `tensors`, once something was coded."""
+        state: list[dict[str, Tensor]] = [{} for _ in self.transforms]
+        for name, t in tensors.items():
+            _, number, own = name.split(".", 2)
+            state[int(number)][own] = t
+        self._keep(state)

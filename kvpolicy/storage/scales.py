@@ -1,0 +1,148 @@
+"""Scale and offset of groups in the type that a quantizer asks for, side by side in one tensor."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from kvpolicy.errors import PluginError
+from kvpolicy.interfaces.component import TRY, call
+from kvpolicy.interfaces.quantizer import Affine, AffineQuantizer
+from kvpolicy.interfaces.site import Site
+
+__all__ = ["Scales", "levels_of"]
+
+E4M3 = torch.float8_e4m3fn
+LARGEST = 448.0
+"""The largest number of float8_e4m3."""
+
+
+def levels_of(quantizer: AffineQuantizer, site: Site) -> Tensor | None:
+    """What the codes of a quantizer stand for, or None: the codes themselves.
+
+    Raises:
+        PluginError: that is no ascending float32 tensor with an entry for each code.
+    """
+    found = call(quantizer, "levels", site)
+    if found is None:
+        return None
+    count = 2**quantizer.nbits
+    fits = isinstance(found, Tensor) and found.dtype == torch.float32 and found.shape == (count,)
+    if not fits or not found.isfinite().all() or not (found.diff() > 0).all():
+        shown = f"{tuple(found.shape)} in {found.dtype}" if isinstance(found, Tensor) else type(found).__name__
+        raise PluginError(
+            f"quantizer {quantizer.kind!r} must give {count} ascending numbers in float32 from levels, found {shown}. "
+            f"{TRY}"
+        )
+    levels: Tensor = found.detach().cpu().clone()
+    return levels
+
+
+class Scales:
+    """How scale and offset are kept: `[..., numbers]` of one float type, or as bytes for a type of 8 bits.
+
+    The scales come first, then the offsets, if the quantizer has any.
+    """
+
+    def __init__(self, quantizer: AffineQuantizer, levels: Tensor | None) -> None:
+        self.quantizer, self.levels = quantizer, levels
+        self.small = quantizer.scale_dtype in ("float8_e4m3", "e8m0")
+        """Whether scales have 8 bits."""
+
+    def dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Type of the tensor that is kept for numbers of type `dtype`.
+
+        A scale is a small part of the numbers' range: that of numbers that float16 holds may be less than float16
+        holds, and its error counts as often as the highest code says.
+        """
+        if self.small:
+            return torch.uint8
+        low = dtype == torch.float16 and self.quantizer.nbits > 2
+        return torch.float32 if low or self.quantizer.scale_dtype == "float32" else dtype
+
+    def rounded(self, affine: Affine, groups: Tensor) -> Affine:
+        """With scales of 8 bits: what they and the offsets will be read as, and the nearest codes by that."""
+        if not self.small:
+            return affine
+        scale, offset = affine.scale, affine.offset
+        if self.quantizer.scale_dtype == "e8m0":
+            scale = _power(_exponent(scale))
+        else:
+            offset = _e4m3(offset, up=False).float()
+            top = 2**self.quantizer.nbits - 1 if self.levels is None else float(self.levels[-1])
+            # Whatever the offset lost is to be within the levels still.
+            scale = _e4m3(scale + (affine.offset - offset) / max(top, 1e-3), up=True).float()
+        x = (groups.float() - offset) / torch.where(scale > 0, scale, 1.0)
+        if self.levels is None:
+            codes = x.round().clamp(0, 2**self.quantizer.nbits - 1).nan_to_num(0)
+        else:
+            levels = self.levels.to(x.device)
+            codes = torch.bucketize(x.nan_to_num(0), (levels[1:] + levels[:-1]) / 2)
+        return Affine(codes.to(torch.uint8), scale, offset)
+
+    def join(self, scale: Tensor, offset: Tensor, dtype: torch.dtype) -> Tensor:
+        """What is kept of scales and offsets `[..., numbers]`, in float32, of numbers of type `dtype`."""
+        kept = self.dtype(dtype)
+        if not self.small:
+            both = torch.cat([scale, offset], dim=-1) if self.quantizer.offsets else scale
+            return _within(both, kept).to(kept)
+        if self.quantizer.scale_dtype == "e8m0":
+            wide = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+            parts = [_exponent(scale), offset.to(wide).view(torch.uint8)]
+        else:
+            parts = [_e4m3(scale, up=True).view(torch.uint8), _e4m3(offset, up=False).view(torch.uint8)]
+        return torch.cat(parts, dim=-1) if self.quantizer.offsets else parts[0]
+
+    def split(self, params: Tensor, numbers: int) -> tuple[Tensor, Tensor]:
+        """Scales and offsets `[..., numbers]` of what `join` gave; zeros where there are no offsets."""
+        scale, offset = params[..., :numbers], params[..., numbers:]
+        e8m0 = self.quantizer.scale_dtype == "e8m0"
+        if self.small:
+            scale = _power(scale) if e8m0 else _read(scale, E4M3)
+        if not self.quantizer.offsets:
+            return scale, scale.new_zeros(()).expand(scale.shape)
+        if self.small:
+            wide = torch.bfloat16 if offset.shape[-1] == 2 * numbers else torch.float32
+            offset = _read(offset, wide if e8m0 else E4M3)
+        return scale, offset
+
+    def share(self, params: Tensor, numbers: int) -> Fraction:
+        """The part of what is kept that scales are."""
+        if not self.quantizer.offsets:
+            return Fraction(1)
+        return Fraction(numbers, params.shape[-1]) if self.small else Fraction(1, 2)
+
+
+def _read(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bytes as numbers of a type, in float32. Where they lie they may not be aligned."""
+    return x.clone(memory_format=torch.contiguous_format).view(dtype).float()
+
+
+def _within(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A range that float16 holds may have a scale that it doesn't."""
+    if dtype != torch.float16:
+        return x
+    limit = torch.finfo(dtype).max
+    return torch.where(x.isfinite(), x.clamp(-limit, limit), x)
+
+
+def _exponent(x: Tensor) -> Tensor:
+    """The exponent of the least power of two that is no smaller, as e8m0 has it; 0 for 0."""
+    bits = x.contiguous().view(torch.int32)
+    exponent = (bits >> 23) + ((bits & 0x7FFFFF) > 0)
+    return torch.where(x > 0, exponent.clamp(max=254), 0).to(torch.uint8)
+
+
+def _power(exponent: Tensor) -> Tensor:
+    return (exponent.int() << 23).view(torch.float32)
+
+
+def _e4m3(x: Tensor, up: bool) -> Tensor:
+    """`x` rounded up, or down, to float8_e4m3; what is beyond its range is brought within."""
+    size = x.abs().clamp(max=LARGEST)
+    near = size.to(E4M3)
+    bits, away = near.view(torch.uint8).int(), (x >= 0) == up
+    bits = bits + (away & (near.float() < size)).int() - (~away & (near.float() > size)).int()
+    return (bits | ((x < 0).int() << 7)).to(torch.uint8).view(E4M3)

@@ -1,0 +1,324 @@
+"""Whatever stands before, in and beside the codes of a store: attention reads what decoding gives."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kvpolicy_hadamard import Hadamard
+from kvpolicy_int import Int
+from kvpolicy_nf4 import Nf4
+from kvpolicy_scale import Scale
+from layers import HEAD_DIM, Layer, random_tokens
+from ragged import reference
+from torch import Tensor
+
+from kvpolicy import Affine, CompressedCache, Site, Transform, attach, load_recipe, make_cache
+from kvpolicy.errors import PluginError, RecipeError
+from kvpolicy.recipe.load import load_yaml
+from kvpolicy.storage.make import make_store
+
+BLOCKS: dict[str, Any] = {"kind": "recent", "window": 5, "flush": 7}
+
+
+@pytest.fixture(autouse=True)
+def _no_grad() -> Any:
+    with torch.no_grad():
+        yield
+
+
+class Turn(Transform):
+    """Turns pairs of channels by an angle that grows with the position: of no adjoint."""
+
+    kind: Literal["turn"] = "turn"
+    needs: ClassVar[frozenset[str]] = frozenset({"positions"})
+
+    def _turned(self, x: Tensor, positions: Tensor | None, sign: int) -> Tensor:
+        assert positions is not None
+        angles = positions.to(x.dtype).unsqueeze(3) * 10.0 ** -torch.arange(x.shape[3] // 2, device=x.device).to(
+            x.dtype
+        )
+        a, b = x[..., ::2], x[..., 1::2]
+        cos, sin = angles.cos(), sign * angles.sin()
+        return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
+
+    def forward(self, x: Tensor, state: Mapping[str, Tensor], positions: Tensor | None) -> Tensor:
+        return self._turned(x, positions, -1)
+
+    def inverse(self, y: Tensor, state: Mapping[str, Tensor], positions: Tensor | None) -> Tensor:
+        return self._turned(y, positions, 1)
+
+
+class Shift(Transform):
+    """Subtracts the mean of the first tokens: not linear, of no adjoint."""
+
+    kind: Literal["shift"] = "shift"
+
+    def fit(self, x: Tensor, queries: Tensor | None, site: Site) -> dict[str, Tensor]:
+        return {"mean": x.mean(2, keepdim=True)}
+
+    def forward(self, x: Tensor, state: Mapping[str, Tensor], positions: Tensor | None) -> Tensor:
+        return x - state["mean"]
+
+    def inverse(self, y: Tensor, state: Mapping[str, Tensor], positions: Tensor | None) -> Tensor:
+        return y + state["mean"]
+
+
+class Cubes(Int):
+    """Levels that are no line, in any number of bits."""
+
+    kind: Literal["cubes"] = "cubes"  # type: ignore[assignment]
+
+    def levels(self, site: Site) -> Tensor:
+        return torch.linspace(-1, 1, 2**self.nbits) ** 3 * 2 + 0.25
+
+    def calibrate(self, groups: Tensor) -> Affine:
+        x, levels = groups.float(), self.levels(Site())
+        offset = x.mean(1, keepdim=True)
+        scale = (x - offset).abs().amax(1, keepdim=True) / 2
+        codes = torch.bucketize((x - offset) / scale.clamp(min=1e-9), (levels[1:] + levels[:-1]) / 2)
+        return Affine(codes.to(torch.uint8), scale, offset)
+
+
+CHAINS: list[tuple[Transform, ...]] = [
+    (),
+    (Hadamard(),),
+    (Scale(), Hadamard(seed=4)),
+    (Hadamard(), Shift()),
+    (Turn(), Hadamard()),
+]
+
+
+@st.composite
+def stores(draw: st.DrawFn) -> Any:
+    per = draw(st.sampled_from(["token", "channel"]))
+    size = draw(st.sampled_from([8, 16, "head"] if per == "token" else [4, 8]))
+    nbits = draw(st.sampled_from([1, 2, 3, 4, 8]))
+    kind = draw(st.sampled_from([Int, Cubes, Nf4]))
+    options = {"per": per, "group_size": size, "transforms": draw(st.sampled_from(CHAINS))}
+    options |= {"scale_dtype": draw(st.sampled_from(["model", "float32", "float8_e4m3", "e8m0"]))}
+    return kind(nbits=4 if kind is Nf4 else nbits, clip=draw(st.sampled_from([1.0, 0.8])), **options)
+
+
+@st.composite
+def recipes(draw: st.DrawFn) -> Any:
+    last = {side: draw(stores()) for side in ("keys", "values")}
+    tiers: list[dict[str, Any]] = [{"policy": draw(st.sampled_from([BLOCKS, {"kind": "recent", "window": 9}]))}]
+    if draw(st.booleans()):
+        budget = draw(st.sampled_from([6, 0.3]))
+        select = draw(st.sampled_from(["head", "layer"]))
+        tiers.append({"policy": {"kind": "attention", "budget": budget, "select": select}})
+    tiers = [{**tier, "store": "full"} for tier in tiers]
+    return load_recipe({"tiers": [*tiers, last]})
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_attention_is_that_on_what_is_decoded(data: st.DataObject) -> None:
+    layer = Layer(data.draw(recipes()))
+    total = data.draw(st.integers(30, 120))
+    real = torch.ones(2, total, dtype=torch.bool)
+    if data.draw(st.booleans()):
+        real[data.draw(st.integers(0, 1)), : data.draw(st.integers(1, 20))] = False
+    query, keys, values = random_tokens(total, data.draw(st.integers(0, 99)), 2)
+    cuts = sorted({0, total, *data.draw(st.lists(st.integers(1, total - 1), max_size=6))})
+    cuts = [*cuts[:-1], *range(max(cuts[-2] + 1, total - 9), total + 1)]
+    for first, last in itertools.pairwise(cuts):
+        now = slice(first, last)
+        parts = [x[:, :, now] for x in (query, keys, values)]
+        expected = reference(layer, parts[0], (parts[1], parts[2]), real[:, now], first) if first else None
+        found = layer(*parts, real[:, now])
+        if expected is not None:
+            torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
+        layer.cache.commit()
+        held = sum(t.numel() * t.element_size() for s in held_stores(layer) for t in s.tensors().values())
+        assert held == sum(sum(s.bytes().values()) for s in held_stores(layer))
+        what = data.draw(st.sampled_from(["go on", "crop", "select"]))
+        if what == "crop" and last < total:
+            layer.cache.crop(-1)
+            layer(*(x[:, :, last - 1 : last] for x in (query, keys, values)), real[:, last - 1 : last])
+        elif what == "select":
+            rows = torch.tensor(data.draw(st.sampled_from([[1, 0], [0, 0], [1, 1]])))
+            layer.cache.batch_select_indices(rows)
+            query, keys, values, real = (x[rows] for x in (query, keys, values, real))
+
+
+def held_stores(layer: Layer) -> list[Any]:
+    return [store for stores in layer.tiers.stores.values() for store in stores if store is not None]
+
+
+MARK = 99.0
+
+
+class Told(Transform):
+    """Checks that the positions are those that the first channel of marked tokens says; it is the identity."""
+
+    kind: Literal["told"] = "told"
+    needs: ClassVar[frozenset[str]] = frozenset({"positions"})
+
+    def forward(self, x: Tensor, state: Mapping[str, Tensor], positions: Tensor | None) -> Tensor:
+        return self._checked(x, positions)
+
+    def inverse(self, y: Tensor, state: Mapping[str, Tensor], positions: Tensor | None) -> Tensor:
+        return self._checked(y, positions)
+
+    def _checked(self, x: Tensor, positions: Tensor | None) -> Tensor:
+        assert positions is not None
+        assert ((x[..., 0].round() == positions) | (x[..., 1] != MARK)).all()
+        return x
+
+
+@pytest.mark.parametrize("per", ["token", "channel"])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("select", [None, "layer", "head"])
+def test_transforms_are_told_positions_among_real_tokens(per: Any, padded: bool, select: str | None) -> None:
+    store = Int(nbits=8, per=per, group_size=1 if per == "token" else 8, transforms=(Told(),))
+    tiers: list[dict[str, Any]] = [{"policy": BLOCKS, "store": "full"}]
+    if select:
+        tiers.append({"policy": {"kind": "attention", "budget": 6, "select": select}, "store": "full"})
+    layer = Layer(load_recipe({"tiers": [*tiers, {"keys": store, "values": "full" if per == "token" else store}]}))
+    total = 90
+    real = torch.ones(2, total, dtype=torch.bool)
+    if padded:
+        real[1, :13] = False
+    query, keys, values = random_tokens(total, 1, 2)
+    text = (real.long().cumsum(1) - 1).float()
+    for x in (keys, values):
+        x[..., 0], x[..., 1] = text[:, None], torch.where(real, MARK, 0.0)[:, None]
+    for first, last in itertools.pairwise([0, 40, 41, 55, *range(56, 80), 90]):
+        layer(*(x[:, :, first:last] for x in (query, keys, values)), real[:, first:last])
+    layer.cache.crop(-3)
+    layer.cache.dense(0)
+
+
+@pytest.mark.parametrize(
+    "quantizer",
+    [Int(nbits=4, transforms=(Hadamard(seed=1), Scale())), Int(nbits=2, per="channel", transforms=(Turn(), Scale()))],
+    ids=["token", "channel"],
+)
+def test_a_restored_store_goes_on(quantizer: Any) -> None:
+    stored = make_store(quantizer, HEAD_DIM)
+    other = make_store(quantizer, HEAD_DIM)
+    assert stored is not None
+    assert other is not None
+    x = random_tokens(50, 0)[1]
+    stored.append(x, None, torch.arange(50))
+    other.restore({name: t.clone() for name, t in stored.tensors().items()})
+    for store in (stored, other):
+        store.append(x + 1, None, torch.arange(50, 100))
+    found = [torch.cat([part for _, part in store.decoded(64, torch.float32)], 2) for store in (stored, other)]
+    assert torch.equal(*found)
+
+
+def test_what_a_transform_needs_and_nobody_has_is_refused_by_name() -> None:
+    class Asks(Hadamard):
+        needs: ClassVar[frozenset[str]] = frozenset({"queries"})
+
+    class Wants(Hadamard):
+        needs: ClassVar[frozenset[str]] = frozenset({"calibration"})
+
+    for transform, word in ((Asks(), "queries"), (Wants(), "calibration")):
+        recipe = load_recipe({"tiers": [{"store": Int(transforms=(transform,))}]})
+        with pytest.raises(RecipeError, match=rf"tiers\[0\]\.keys \(int\), layer 0: transform 'hadamard' needs {word}"):
+            Layer(recipe)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"forward": lambda *a: a[1][..., :1]}, "must give .* from forward, found"),
+        ({"forward": lambda *a: a[1].double()}, "must give .* from forward, found .* torch.float64"),
+        ({"inverse": lambda *a: None}, "must give .* from inverse, found NoneType"),
+        ({"adjoint": lambda *a: 3}, "must give .* from adjoint, found int"),
+        ({"forward": lambda *a: a[1].add_(1)}, "must not change what forward is given"),
+        ({"fit": lambda *a: [1]}, "must give named tensors from fit"),
+        ({"fit": lambda *a: {"x": torch.zeros(7, 2)}}, r"\[batch or 1, kv_heads or 1, \.\.\.\]"),
+        ({"fit": lambda *a: 1 / 0}, "transform 'hadamard': fit must not fail, found ZeroDivisionError"),
+    ],
+)
+def test_transforms_that_misbehave_are_named(change: dict[str, Any], told: str) -> None:
+    liar: Any = type("Liar", (Hadamard,), {"__module__": __name__, **change})
+    store: Any = make_store(Int(nbits=8, group_size=8, transforms=(liar(),)), HEAD_DIM)
+
+    def used() -> None:
+        store.append(torch.randn(2, 2, 9, HEAD_DIM))
+        store.take(torch.arange(2).numpy(), torch.float32)
+        assert store.direct
+
+    with pytest.raises(PluginError, match=told):
+        used()
+
+
+def test_a_recipe_of_before_says_what_replaces_its_option() -> None:
+    for value in (True, False):
+        with pytest.raises(
+            RecipeError, match=r"tiers\[0\]\.store: channel_separable is .*transforms: \[\{kind: scale\}\]"
+        ):
+            load_recipe({"tiers": [{"store": {"kind": "int", "channel_separable": value}}]})
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        (["hadamrd"], r"transforms\[0\].*hadamrd"),
+        (
+            [{"kind": "hadamard", "sed": 1}],
+            r"transforms\[0\]\.sed: unknown option 'sed' of hadamard",
+        ),
+        ([{"kind": "hadamard", "seed": -1}], r"transforms\[0\]\.seed: must be .* 0, found -1"),
+        ("hadamard", r"transforms: must be a list"),
+        ([{"kind": "int"}], r"transforms\[0\]\.kind: no transform of kind 'int'; installed: hadamard"),
+        ([3], r"transforms\[0\]: a transform must be a mapping with kind and options, found"),
+    ],
+)
+def test_what_is_wrong_with_a_list_of_transforms_is_told_by_its_place(value: Any, told: str) -> None:
+    with pytest.raises(RecipeError, match=told):
+        load_recipe({"tiers": [{"store": {"kind": "int", "transforms": value}}]})
+
+
+def test_transforms_are_parameters_and_are_written_again() -> None:
+    text = "params: {t: hadamard, s: 3}\ntiers:\n- {store: {kind: int, transforms: [$t, {kind: hadamard, seed: $s}]}}\n"
+    recipe = load_yaml(text)
+    assert recipe.tiers[0].keys.transforms == (Hadamard(), Hadamard(seed=3))  # type: ignore[union-attr]
+    for resolved in (False, True):
+        assert load_yaml(recipe.to_yaml(resolved=resolved)).tiers == recipe.tiers
+
+
+def test_a_model_generates_alike_attached_and_not(tmp_path: Path) -> None:
+    from models import ids, tiny
+    from words import CACHE
+
+    model = tiny("llama")
+    recipe = {
+        "tiers": [
+            {"policy": {"kind": "recent", "window": 8}, "store": "full"},
+            {
+                "keys": {"kind": "int", "nbits": 4, "transforms": ["hadamard"]},
+                "values": {
+                    "kind": "int",
+                    "nbits": 4,
+                    "per": "channel",
+                    "transforms": [{"kind": "hadamard", "seed": 2}],
+                },
+            },
+        ]
+    }
+    cache, other = make_cache(recipe, model), make_cache(recipe, model)
+    with attach(model):
+        model(ids(60), **{CACHE: cache})
+        one = [model(ids(1, seed=t), **{CACHE: cache}).logits for t in range(9)]
+    model(ids(60), **{CACHE: other})
+    two = [model(ids(1, seed=t), **{CACHE: other}).logits for t in range(9)]
+    torch.testing.assert_close(torch.stack(one), torch.stack(two), rtol=1e-3, atol=1e-3)
+    cache.save(tmp_path / "cache")
+    loaded = CompressedCache.load(tmp_path / "cache", model)
+    assert loaded.memory().total("state") == cache.memory().total("state") > 0
+    with attach(model):
+        one, two = ([model(ids(1, seed=99), **{CACHE: c}).logits] for c in (cache, loaded))
+    assert torch.equal(one[0], two[0])
