@@ -82,7 +82,7 @@ def _decoded(arrival: Arrival, stores: list[Store | None], new: Tensor) -> Tenso
 
 
 def _by_head(arrival: Arrival, index: Tensor, stores: list[Store | None], new: Tensor) -> Tensor:
-    """Each row and head from its own sources; anything in empty places."""
+    """Each row and head from its own sources; zeros in empty places."""
     out: Tensor | None = None
     for source, (first, end) in zip(arrival.sources, arrival.bounds, strict=True):
         if first == end:
@@ -92,4 +92,4 @@ def _by_head(arrival: Arrival, index: Tensor, stores: list[Store | None], new: T
         x = gather_tokens(new, local) if store is None else store.gather(local, new.dtype)
         out = x if out is None else torch.where((index >= first).unsqueeze(3), x, out)
     assert out is not None
-    return out
+    return out.masked_fill((index < 0).unsqueeze(3), 0.0)

@@ -244,10 +244,9 @@ class PerHeadPlacement(Planner):
             sources = tuple(x for x in work.live if x < s)
             spans = list(pairwise(work.bounds))
             place, empty = index.clamp(min=0), index < 0
-            given = work.positions.gather(2, place)
+            positions = work.positions.gather(2, place).masked_fill_(empty, EMPTY)
             bounds = (*spans[: len(sources)], spans[-1])
-            arrival = Arrival((*sources, NEW), index, bounds, lambda: _in_text(given, turn.step))
-            positions = given.masked_fill(empty, EMPTY)
+            arrival = Arrival((*sources, NEW), index, bounds, lambda: _in_text(positions, turn.step))
             tiers = work.target.gather(2, place).masked_fill_(empty, self.placement.nowhere)
             scores = None
             if "scores" in table.parts:

@@ -88,6 +88,8 @@ class Store(ABC):
             out: `[batch, kv_heads, tokens, head_dim]`.
             index: `[batch, kv_heads or 1, tokens of the store]`.
         """
+        if not out.shape[2]:
+            return
         index = index.expand(*out.shape[:2], -1)
         for offset, x in self.decoded(LARGE, out.dtype):
             at = index[:, :, offset : offset + x.shape[2], None]
