@@ -14,12 +14,23 @@ from torch import Tensor
 
 from kvpolicy.errors import KvpolicyError
 from kvpolicy.interfaces.component import Component
+from kvpolicy.interfaces.extra import Extra
 from kvpolicy.interfaces.policy import Policy
 from kvpolicy.interfaces.quantizer import AffineQuantizer, Quantizer
 from kvpolicy.interfaces.transform import Transform
 from kvpolicy.plugins import PluginInfo, registry
 
-__all__ = ["Block", "TwoTier", "name_of", "policies", "quantizers", "required_options", "tensor", "transforms"]
+__all__ = [
+    "Block",
+    "TwoTier",
+    "extras",
+    "name_of",
+    "policies",
+    "quantizers",
+    "required_options",
+    "tensor",
+    "transforms",
+]
 
 C = TypeVar("C", bound=Component)
 NUMBERS = (0, 1, 2, 3, 7, 32, 0.3, 0.9, True, False)
@@ -111,6 +122,11 @@ def quantizers() -> list[Quantizer]:
             if not _fits_nowhere(same):
                 made.setdefault(name_of(same), same)
     return list(made.values())
+
+
+def extras() -> list[Extra]:
+    """Extras to try."""
+    return _params(registry().extras)
 
 
 def transforms() -> list[Transform]:

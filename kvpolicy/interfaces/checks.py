@@ -1,4 +1,4 @@
-"""What quantizers and transforms return, checked before a store takes it.
+"""What quantizers, transforms and extras return, checked before a store takes it.
 
 Types, shapes and devices are compared, which costs nothing; numbers are looked at on a CPU alone, where no device
 waits.
@@ -14,11 +14,23 @@ from torch import Tensor
 
 from kvpolicy.errors import PluginError
 from kvpolicy.interfaces.component import TRY, Component, call
+from kvpolicy.interfaces.extra import Extra, Grouping
 from kvpolicy.interfaces.quantizer import Affine, AffineQuantizer, Quantizer, TensorQuantizer
 from kvpolicy.interfaces.site import Site
 from kvpolicy.interfaces.transform import Transform
 
-__all__ = ["adjoined", "calibrated", "check_fit", "decoded", "encoded", "fitted", "transformed", "versions"]
+__all__ = [
+    "adjoined",
+    "calibrated",
+    "check_fit",
+    "decoded",
+    "encoded",
+    "fitted",
+    "part_of",
+    "taken",
+    "transformed",
+    "versions",
+]
 
 
 def versions(tensors: Iterable[Tensor]) -> list[int]:
@@ -177,3 +189,41 @@ def _mapped(
     if versions([x, *state.values()]) != before:
         raise _fail(transform, f"must not change what {method} is given, found it changed")
     return found
+
+
+def taken(extra: Extra, x: Tensor, grouping: Grouping, site: Site) -> tuple[Tensor, dict[str, Tensor]]:
+    """What an extra leaves of `x` to be coded, and what it keeps of it.
+
+    Raises:
+        PluginError: it raised, returned something else, or wrote to `x`.
+    """
+    before = versions([x])
+    found = call(extra, "take", x, grouping, site)
+    y, parts = found if isinstance(found, tuple) and len(found) == 2 else (None, None)
+    if not isinstance(y, Tensor) or (y.shape, y.dtype, y.device) != (x.shape, x.dtype, x.device):
+        raise _fail(extra, f"must give {_found(x)} and named tensors from take, found {_found(y)}")
+    if versions([x]) != before:
+        raise _fail(extra, "must not change the tensor that take is given, found it changed")
+    return y, part_of(extra, "take", parts, x)
+
+
+def part_of(extra: Extra, method: str, found: Any, x: Tensor) -> dict[str, Tensor]:
+    """Named tensors of the tokens `x`, each on its axis.
+
+    Raises:
+        PluginError: they are not.
+    """
+    if not isinstance(found, dict) or not all(isinstance(name, str) and name.isidentifier() for name in found):
+        raise _fail(extra, f"must give named tensors from {method}, found {_found(found)}")
+    for name, t in found.items():
+        axis = extra.axes.get(name, "token")
+        first = {"token": x.shape[:3], "arrival": (*x.shape[:2], 1), "store": ()}[axis]
+        fits = isinstance(t, Tensor) and t.layout == torch.strided and t.device == x.device
+        fits = fits and tuple(t.shape[: len(first)]) == tuple(first)
+        if fits and axis == "store":
+            fits = t.ndim >= 2 and t.shape[0] == 1 and t.shape[1] in (1, x.shape[1])
+        if not fits:
+            raise _fail(
+                extra, f"must give tensors per {axis} of {tuple(first)} from {method}, found {name} of {_found(t)}"
+            )
+    return dict(found)

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from kvpolicy.errors import PluginError
 from kvpolicy.interfaces.component import LIST, MOST, TRY, Component, call, list_of
+from kvpolicy.interfaces.extra import Extra
 from kvpolicy.interfaces.site import Site
 from kvpolicy.interfaces.transform import Transform
 
@@ -41,6 +42,9 @@ class Quantizer(Component):
 
     transforms: Annotated[tuple[Transform, ...], list_of(Transform), LIST[0], LIST[1]] = Field(
         (), description="Linear maps that keys or values go through before they are coded, from left to right."
+    )
+    extras: Annotated[tuple[Extra, ...], list_of(Extra), LIST[0], LIST[1]] = Field(
+        (), description="What is kept beside the codes, such as outliers: each takes its own, from left to right."
     )
 
     _role: ClassVar[str] = "quantizer"

@@ -22,7 +22,7 @@ UNSEEN = (
     "no model tells this cache of padding while it is not attached, so that padded rows can't be told apart; make it "
     "for the model that runs: make_cache(recipe, model)"
 )
-KINDS = ("codes", "scales", "zeros", "exact", "indices", "scores", "state")
+KINDS = ("codes", "scales", "zeros", "exact", "indices", "scores", "state", "extras")
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,8 @@ class StoreMemory:
     """The attention that tokens received, where policies ask for it."""
     state: int = 0
     """What transforms keep, once per store."""
+    extras: int = 0
+    """What extras keep beside the codes."""
     reserved: int = 0
     """Bytes of all pages, free ones included; not those of `indices`."""
 
@@ -88,7 +90,7 @@ class Memory:
         return 8 * self.bytes / self.values if self.values else 0.0
 
     def total(self, kind: str) -> int:
-        """Bytes of one kind (codes, scales, zeros, exact, indices, scores, state) over all layers."""
+        """Bytes of one kind (codes, scales, zeros, exact, indices, scores, state, extras) over all layers."""
         return sum(int(getattr(s, kind)) for s in self.stores) + (self.shared_indices if kind == "indices" else 0)
 
     def table(self) -> str:

@@ -13,10 +13,12 @@ from kvpolicy.layer.layer import LayerCache
 from kvpolicy.layer.save_header import Damaged, Held
 from kvpolicy.storage.affine import AffineStore
 from kvpolicy.storage.base import LARGE, Store
-from kvpolicy.storage.coded import POSITIONS, CodedStore, of_store
+from kvpolicy.storage.beside import EXTRAS
+from kvpolicy.storage.coded import POSITIONS, CodedStore
 from kvpolicy.storage.exact import ExactStore
 from kvpolicy.storage.make import make_store
 from kvpolicy.storage.named import NamedStore
+from kvpolicy.storage.named_parts import GROUPS, SIZES
 
 __all__ = ["fill_stores", "save_stores"]
 
@@ -45,11 +47,15 @@ def fill_stores(tiers: LayerCache, number: int, held: Held, device: torch.device
             like = tiers.like[side]
             try:
                 _check(parts, store, like, _kinds(tiers.placement.store_spec(side, s), store, like))
-                store.restore({name: t if name == "sizes" else t.to(device) for name, t in parts.items()})
+                store.restore(
+                    {name: t if name == "sizes" or name.endswith(SIZES) else t.to(device) for name, t in parts.items()}
+                )
                 if isinstance(store, CodedStore) and store.chain is not None and not store.chain.invertible:
                     raise CacheError("with what they keep its transforms must be invertible")
-                if isinstance(store, NamedStore):
+                if isinstance(store, NamedStore) or (isinstance(store, CodedStore) and store.beside is not None):
                     _check_decoded(store, like)
+                if isinstance(store, CodedStore) and store.beside is not None:
+                    store.beside.check(store.parts["codes"].length if isinstance(store, AffineStore) else store.length)
                 expected = tiers.expected_length(side, s)
                 if store.length != expected:
                     raise CacheError(f"it must hold {expected} tokens, found {store.length}")
@@ -72,10 +78,16 @@ def _kinds(spec: Any, store: Store, like: Tensor) -> Kinds:
     if isinstance(store, AffineStore) and store.lines is not None:
         sample.ragged((1, 1))
     sample.append(torch.zeros((1, 1, n, like.shape[3]), dtype=like.dtype), None, torch.arange(n))
-    kinds: Kinds = {name: (t.dtype, tuple(t.shape[2 + (not of_store(name)) :])) for name, t in sample.tensors().items()}
+    kinds: Kinds = {
+        name: (t.dtype, tuple(t.shape[2 + (not _of_store(sample, name)) :])) for name, t in sample.tensors().items()
+    }
     if isinstance(store, AffineStore) and store.by_channel:
         kinds["exact"] = exact
     return kinds
+
+
+def _of_store(store: Store, name: str) -> bool:
+    return isinstance(store, CodedStore) and store.of_store(name)
 
 
 def _check(parts: dict[str, Tensor], store: Store, like: Tensor, kinds: Kinds) -> None:
@@ -85,21 +97,31 @@ def _check(parts: dict[str, Tensor], store: Store, like: Tensor, kinds: Kinds) -
             raise CacheError(f"its tensors must be {sorted(kinds)}, found {name}")
         dtype, last = kinds[name]
         first = store.lines if isinstance(store, AffineStore) and name == "groups" else rows_and_heads
-        if name == POSITIONS or of_store(name):  # one for all rows or heads, or one for each
+        if name.endswith(GROUPS):
+            first = store.lines if isinstance(store, AffineStore) else None
+            first = first or tuple(t.shape[:2])
+        if name == POSITIONS or _of_store(store, name):  # one for all rows or heads, or one for each
             first = tuple(n if n == 1 else most for n, most in zip(t.shape[:2], rows_and_heads, strict=False))
-        tokens = () if of_store(name) else t.shape[2:3]
-        fits = t.ndim == 1 if name == "sizes" else tuple(t.shape) == (*(first or ()), *tokens, *last)
+        tokens = () if _of_store(store, name) else t.shape[2:3]
+        fits = (
+            t.ndim == 1
+            if name == "sizes" or name.endswith(SIZES)
+            else tuple(t.shape) == (*(first or ()), *tokens, *last)
+        )
         if t.dtype != dtype or not fits:
             raise CacheError(
                 f"{name} must be {first} of tokens of {last} in {dtype}, found {str(tuple(t.shape))[:80]} in {t.dtype}"
             )
     if isinstance(store, CodedStore):
-        _check_state(parts, kinds)
+        _check_state(parts, kinds, store)
     if isinstance(store, AffineStore):
         _check_packed(parts, store)
     elif isinstance(store, NamedStore) and parts:
-        lengths = {t.shape[2] for name, t in parts.items() if not of_store(name)}
-        if parts.keys() != kinds.keys() or len(lengths) > 1:
+        lengths = {
+            t.shape[2] for name, t in parts.items() if not _of_store(store, name) and not name.startswith(EXTRAS)
+        }
+        own = {name for name in parts if not name.startswith(EXTRAS)}
+        if own != {name for name in kinds if not name.startswith(EXTRAS)} or len(lengths) > 1:
             raise CacheError(f"{sorted(kinds)} must be of the same tokens, found {sorted(parts)} of {sorted(lengths)}")
 
 
@@ -126,22 +148,25 @@ def _check_packed(parts: dict[str, Tensor], store: AffineStore) -> None:
         raise CacheError(f"it must hold the positions of {coded + exact} tokens")
 
 
-def _check_state(parts: dict[str, Tensor], kinds: Kinds) -> None:
+def _check_state(parts: dict[str, Tensor], kinds: Kinds, store: Store) -> None:
     """What transforms keep is there once anything was coded, and of numbers."""
-    expected = {name for name in kinds if of_store(name)}
-    found = {name for name in parts if of_store(name)}
+    expected = {name for name in kinds if _of_store(store, name)}
+    found = {name for name in parts if _of_store(store, name)}
     if found != expected and (found or any(name not in ("exact", POSITIONS, "sizes") for name in parts)):
         raise CacheError(f"what its transforms keep must be {sorted(expected)}, found {sorted(found)}")
+    beside, kept = ({n for n in x if n.startswith(EXTRAS) and ":" not in n} for x in (kinds, parts))
+    if kept and kept != beside:
+        raise CacheError(f"what its extras keep must be {sorted(beside)}, found {sorted(kept)}")
     for name in found:
         if parts[name].is_floating_point() and not parts[name].float().isfinite().all():
             raise CacheError(f"{name} must be finite")
 
 
-def _check_decoded(store: NamedStore, like: Tensor) -> None:
-    """What a quantizer keeps means something to itself alone: it must be able to read it."""
+def _check_decoded(store: NamedStore | AffineStore, like: Tensor) -> None:
+    """What a quantizer, or an extra, keeps means something to itself alone: it must be able to read it."""
     try:
         for first, x in store.decoded(LARGE, like.dtype):
-            n = min(1024, store.length - first)
+            n = min(1024, store.length - first) if isinstance(store, NamedStore) else x.shape[2]
             if tuple(x.shape) != (*like.shape[:2], n, like.shape[3]) or x.dtype != like.dtype:
                 raise CacheError(f"it must decode to {like.shape[3]} channels, found {tuple(x.shape)} in {x.dtype}")
     except MissingDependencyError:
@@ -149,4 +174,5 @@ def _check_decoded(store: NamedStore, like: Tensor) -> None:
     except PluginError as error:  # it could write this once, so the file is not what it wrote
         cause, kind = error.__cause__ or error, store.quantizer.kind
         text = f"{type(cause).__name__}: {str(cause)[:120]}"
-        raise CacheError(f"quantizer {kind!r} can't decode it: {text}") from None
+        also = " with its extras" if store.beside is not None else ""
+        raise CacheError(f"quantizer {kind!r}{also} can't decode it: {text}") from None

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from kvpolicy.errors import RecipeError
 from kvpolicy.interfaces.component import Component
+from kvpolicy.interfaces.extra import Extra
 from kvpolicy.interfaces.policy import Policy
 from kvpolicy.interfaces.quantizer import Quantizer
 from kvpolicy.interfaces.transform import Transform
@@ -22,7 +23,7 @@ from kvpolicy.words import clip, in_words, listed, quoted, suggest
 
 __all__ = ["BUNDLED", "TIER_KEYS", "TOP_KEYS", "build", "bundled_names"]
 
-LISTS: dict[str, type[Component]] = {"transforms": Transform}
+LISTS: dict[str, type[Component]] = {"transforms": Transform, "extras": Extra}
 """Options of quantizers that are lists of other plugins."""
 TIER_KEYS = ("policy", "store", "keys", "values")
 

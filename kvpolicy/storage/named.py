@@ -14,7 +14,7 @@ from kvpolicy.interfaces.component import TRY
 from kvpolicy.interfaces.quantizer import TensorQuantizer
 from kvpolicy.interfaces.site import Site
 from kvpolicy.storage.base import Ints
-from kvpolicy.storage.coded import CodedStore
+from kvpolicy.storage.coded import Aside, CodedStore
 from kvpolicy.storage.pages import Pages
 
 __all__ = ["NamedStore"]
@@ -41,7 +41,14 @@ class NamedStore(CodedStore):
         self._note(x, positions)
         if self.chain is not None:
             x = self.chain.forward(x, self._places(self._length, self._length + x.shape[2]))
-        self._add(encoded(self.quantizer, x))
+        x, beside = self.beside.take(x, 1) if self.beside is not None else (x, [])
+        tensors = encoded(self.quantizer, x)
+        self._add(tensors)
+        if self.beside is not None:
+            error = None
+            if self.beside.fits:
+                error = x.float() - decoded(self.quantizer, tensors, torch.float32, self.head_dim)
+            self.beside.keep(beside, error, x, 1)
 
     def _add(self, tensors: dict[str, Tensor]) -> None:
         formats = {name: (t.dtype, tuple(t.shape[3:])) for name, t in tensors.items()}
@@ -67,11 +74,15 @@ class NamedStore(CodedStore):
 
     def remove(self, index: Tensor, empty: Tensor | None = None) -> None:
         super().remove(index)
+        for kept in self._kept:
+            kept.remove(index)
         self._length -= index.shape[2]
 
     def drop(self, index: Ints) -> None:
         for part in self.parts.values():
             part.drop(torch.from_numpy(index))
+        for kept in self._kept:
+            kept.drop(index)
         self._length -= len(index)
 
     def decoded(self, block: int, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
@@ -79,11 +90,10 @@ class NamedStore(CodedStore):
         for offset in range(0, self._length, block):
             end = min(offset + block, self._length)
             parts = {name: self.parts[name].slice(offset, end) for name in self.formats}
-            yield offset, self._decode(parts, dtype, self._places(offset, end))
+            yield offset, self._decode(parts, dtype, self._sliced(offset, end))
 
-    def _decode(self, parts: dict[str, Tensor], dtype: torch.dtype, places: Tensor | None) -> Tensor:
-        x = decoded(self.quantizer, self._shaped(parts), dtype, self.head_dim)
-        return x if self.chain is None else self.chain.inverse(x, places).to(dtype)
+    def _decode(self, parts: dict[str, Tensor], dtype: torch.dtype, aside: Aside) -> Tensor:
+        return self._finished(decoded(self.quantizer, self._shaped(parts), dtype, self.head_dim), aside).to(dtype)
 
     def _shaped(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:
         shaped = {name: _from_bytes(parts[name], *form) for name, form in self.formats.items() if name in parts}

@@ -15,12 +15,17 @@ from kvpolicy_hadamard import Hadamard
 from kvpolicy_int import Int
 from kvpolicy_nf4 import Nf4
 from kvpolicy_scale import Scale
+from kvpolicy_sparse import Sparse
 from layers import HEAD_DIM, Layer, random_tokens
+from models import ids, tiny
 from ragged import reference
+from safetensors.torch import load_file
+from saved import rewritten
 from torch import Tensor
+from words import CACHE
 
-from kvpolicy import Affine, CompressedCache, Site, Transform, attach, load_recipe, make_cache
-from kvpolicy.errors import PluginError, RecipeError
+from kvpolicy import Affine, CompressedCache, Extra, Site, Transform, attach, load_recipe, make_cache
+from kvpolicy.errors import CacheError, PluginError, RecipeError
 from kvpolicy.recipe.load import load_yaml
 from kvpolicy.storage.make import make_store
 
@@ -86,6 +91,29 @@ class Cubes(Int):
         return Affine(codes.to(torch.uint8), scale, offset)
 
 
+class MeanError(Extra):
+    """The mean error of each token, and of each channel of an arrival: of all three axes, additive."""
+
+    kind: Literal["mean-error"] = "mean-error"
+    axes: ClassVar[Mapping[str, Any]] = {"across": "arrival", "one": "store"}
+    additive: ClassVar[bool] = True
+
+    def fit(self, error: Tensor, grouping: Any, site: Site) -> dict[str, Tensor]:
+        mean = error.mean(3, keepdim=True).half()
+        across = (error - mean.float()).mean(2, keepdim=True).to(torch.float8_e5m2)
+        return {"mean": mean, "across": across, "one": torch.ones(1, 1, 1, 1, device=error.device)}
+
+    def add(self, out: Tensor, parts: Mapping[str, Tensor]) -> None:
+        out += parts["one"] * (parts["mean"].float() + parts["across"].float())
+
+
+EXTRAS: list[tuple[Extra, ...]] = [
+    (),
+    (Sparse(),),
+    (Sparse(count=3), MeanError()),
+    (MeanError(),),
+    (Sparse(share=0.3),),
+]
 CHAINS: list[tuple[Transform, ...]] = [
     (),
     (Hadamard(),),
@@ -102,6 +130,7 @@ def stores(draw: st.DrawFn) -> Any:
     nbits = draw(st.sampled_from([1, 2, 3, 4, 8]))
     kind = draw(st.sampled_from([Int, Cubes, Nf4]))
     options = {"per": per, "group_size": size, "transforms": draw(st.sampled_from(CHAINS))}
+    options |= {"extras": draw(st.sampled_from(EXTRAS))}
     options |= {"scale_dtype": draw(st.sampled_from(["model", "float32", "float8_e4m3", "e8m0"]))}
     return kind(nbits=4 if kind is Nf4 else nbits, clip=draw(st.sampled_from([1.0, 0.8])), **options)
 
@@ -291,9 +320,6 @@ def test_transforms_are_parameters_and_are_written_again() -> None:
 
 
 def test_a_model_generates_alike_attached_and_not(tmp_path: Path) -> None:
-    from models import ids, tiny
-    from words import CACHE
-
     model = tiny("llama")
     recipe = {
         "tiers": [
@@ -322,3 +348,41 @@ def test_a_model_generates_alike_attached_and_not(tmp_path: Path) -> None:
     with attach(model):
         one, two = ([model(ids(1, seed=99), **{CACHE: c}).logits] for c in (cache, loaded))
     assert torch.equal(one[0], two[0])
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("per", ["token", "channel"])
+def test_caches_with_extras_are_saved(per: str, padded: bool, tmp_path: Path) -> None:
+    model = tiny("llama")
+    low = {"kind": "int", "nbits": 2, "per": per, "group_size": 8}
+    low |= {"extras": [{"kind": "sparse", "count": 2}], "transforms": [{"kind": "hadamard", "seed": 5}]}
+    recipe = {"tiers": [{"policy": BLOCKS, "store": "full"}, {"store": low}]}
+    cache = make_cache(recipe, model)
+    mask = torch.ones(2, 60, dtype=torch.long)
+    mask[1, :9] = 1 - padded
+    with attach(model):
+        model(ids(60, batch=2), **{CACHE: cache}, attention_mask=mask)
+        cache.save(tmp_path / "cache")
+        loaded = CompressedCache.load(tmp_path / "cache", model)
+        assert loaded.memory().stores == cache.memory().stores
+        assert cache.memory().total("extras") > 0
+        for seed in range(12):
+            one, two = (model(ids(1, batch=2, seed=seed), **{CACHE: c}).logits for c in (cache, loaded))
+            assert torch.equal(one, two)
+    content = (tmp_path / "cache").read_bytes()
+    names = sorted(n for n in load_file(tmp_path / "cache") if ".extras.0." in n)
+    changes: list[Any] = [None, lambda t: t[:-1], lambda t: t[:, :, :-1] if t.ndim > 2 else t + 1, lambda t: t.double()]
+    for name, change in itertools.product(names, changes):
+        (tmp_path / "cache").write_bytes(content)
+
+        def changed(held: dict[str, Tensor], name: str = name, change: Any = change) -> dict[str, Tensor]:
+            rest = {n: t for n, t in held.items() if n != name}
+            return rest if change is None else {**rest, name: change(held[name]).contiguous()}
+
+        with pytest.raises(CacheError, match="damaged"):
+            CompressedCache.load(rewritten(tmp_path / "cache", tensors=changed), model)
+    if per == "token":
+        (tmp_path / "cache").write_bytes(content)
+        far = rewritten(tmp_path / "cache", lambda held: {n: t + 100 if "channel" in n else t for n, t in held.items()})
+        with pytest.raises(CacheError, match=r"damaged.*quantizer 'int' with its extras can't decode it"):
+            CompressedCache.load(far, model)
