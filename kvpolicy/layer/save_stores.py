@@ -52,7 +52,7 @@ def fill_stores(tiers: LayerCache, number: int, held: Held, device: torch.device
                 )
                 if isinstance(store, CodedStore) and store.chain is not None and not store.chain.invertible:
                     raise CacheError("with what they keep its transforms must be invertible")
-                if isinstance(store, NamedStore) or (isinstance(store, CodedStore) and store.beside is not None):
+                if isinstance(store, NamedStore) or (isinstance(store, AffineStore) and store.beside is not None):
                     _check_decoded(store, like)
                 if isinstance(store, CodedStore) and store.beside is not None:
                     store.beside.check(store.parts["codes"].length if isinstance(store, AffineStore) else store.length)
@@ -75,7 +75,7 @@ def _kinds(spec: Any, store: Store, like: Tensor) -> Kinds:
         spec = spec.model_copy(update={"group_size": n})
     sample = make_store(spec, like.shape[3], store.site if isinstance(store, CodedStore) else None)
     assert sample is not None
-    if isinstance(store, AffineStore) and store.lines is not None:
+    if _lines(store) is not None:
         sample.ragged((1, 1))
     sample.append(torch.zeros((1, 1, n, like.shape[3]), dtype=like.dtype), None, torch.arange(n))
     kinds: Kinds = {
@@ -84,6 +84,13 @@ def _kinds(spec: Any, store: Store, like: Tensor) -> Kinds:
     if isinstance(store, AffineStore) and store.by_channel:
         kinds["exact"] = exact
     return kinds
+
+
+def _lines(store: Store) -> tuple[int, int] | None:
+    """Rows and heads that differ, once some do."""
+    return (
+        store.lines if isinstance(store, AffineStore) else store.named.lines if isinstance(store, NamedStore) else None
+    )
 
 
 def _of_store(store: Store, name: str) -> bool:
@@ -98,8 +105,7 @@ def _check(parts: dict[str, Tensor], store: Store, like: Tensor, kinds: Kinds) -
         dtype, last = kinds[name]
         first = store.lines if isinstance(store, AffineStore) and name == "groups" else rows_and_heads
         if name.endswith(GROUPS):
-            first = store.lines if isinstance(store, AffineStore) else None
-            first = first or tuple(t.shape[:2])
+            first = _lines(store)
         if name == POSITIONS or _of_store(store, name):  # one for all rows or heads, or one for each
             first = tuple(n if n == 1 else most for n, most in zip(t.shape[:2], rows_and_heads, strict=False))
         tokens = () if _of_store(store, name) else t.shape[2:3]
@@ -117,11 +123,9 @@ def _check(parts: dict[str, Tensor], store: Store, like: Tensor, kinds: Kinds) -
     if isinstance(store, AffineStore):
         _check_packed(parts, store)
     elif isinstance(store, NamedStore) and parts:
-        lengths = {
-            t.shape[2] for name, t in parts.items() if not _of_store(store, name) and not name.startswith(EXTRAS)
-        }
-        own = {name for name in parts if not name.startswith(EXTRAS)}
-        if own != {name for name in kinds if not name.startswith(EXTRAS)} or len(lengths) > 1:
+        own, all_ = ({n for n in x if not n.startswith(EXTRAS) and ":" not in n} for x in (parts, kinds))
+        lengths = {parts[n].shape[2] for n in own if store.named.axis(n) == "token" and not _of_store(store, n)}
+        if own != all_ or len(lengths) > 1:
             raise CacheError(f"{sorted(kinds)} must be of the same tokens, found {sorted(parts)} of {sorted(lengths)}")
 
 

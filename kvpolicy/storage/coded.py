@@ -141,8 +141,9 @@ class CodedStore(Store):
         """Bytes of positions, and of what transforms keep."""
         own = {"indices": self.parts[POSITIONS].used()} if self.by_position else {}
         if self.beside is not None:
-            own["indices"] = own.get("indices", 0) + sum(kept.used_by_groups() for kept in self._kept)
-            own["extras"] = sum(kept.used() for kept in self._kept)
+            beside = self.beside.kept
+            own["indices"] = own.get("indices", 0) + sum(kept.used_by_groups() for kept in beside)
+            own["extras"] = sum(kept.used() for kept in beside)
         return own if self.chain is None else {**own, "state": self.chain.bytes()}
 
     def reserved(self) -> int:
@@ -153,8 +154,9 @@ class CodedStore(Store):
         """Whether a tensor of that name, of those that are saved, has no entry for each token or group."""
         if name.startswith(EXTRAS):
             _, number, own = name.split(".", 2)
-            at = int(number) if number.isdecimal() else len(self._kept)
-            return at < len(self._kept) and self._kept[at].axis(own) == "store"
+            beside = self.beside.kept if self.beside is not None else []
+            at = int(number) if number.isdecimal() else len(beside)
+            return at < len(beside) and beside[at].axis(own) == "store"
         return name.startswith(OWN) and name != POSITIONS
 
     def tensors(self) -> dict[str, Tensor]:
