@@ -40,11 +40,14 @@ def key_scores(store: Store, rows: Tensor, out: Tensor, columns: Columns) -> Non
             product = _channel_product if codes.ndim == 5 else _token_product
             n = codes.shape[2] * (codes.shape[3] if codes.ndim == 5 else 1)
             if isinstance(columns, int):
-                product(store, mapped, codes, scale, offset, out[..., columns + first : columns + first + n])
-                continue
-            scores = out.new_empty((*out.shape[:3], n))
+                scores = out[..., columns + first : columns + first + n]
+            else:
+                scores = out.new_empty((*out.shape[:3], n))
             product(store, mapped, codes, scale, offset, scores)
-            _put(out, scores, columns, first)
+            if store.beside is not None:
+                store.beside.add_scores(mapped, scores, first)
+            if not isinstance(columns, int):
+                _put(out, scores, columns, first)
     for first, x in _dense_blocks(store, rows):
         _put(out, rows @ x.transpose(2, 3), columns, first)
 
@@ -63,7 +66,10 @@ def add_values(store: Store, weights: Tensor, out: Tensor, columns: Columns) -> 
         for first, codes, scale, offset in store.affine_blocks(_block(store, out)):
             tokens = codes.shape[2] * (codes.shape[3] if codes.ndim == 5 else 1)
             add = _add_by_channel if codes.ndim == 5 else _add_by_token
-            add(store, _get(weights, columns, first, tokens), codes, scale, offset, result)
+            chosen = _get(weights, columns, first, tokens)
+            add(store, chosen, codes, scale, offset, result)
+            if store.beside is not None:
+                store.beside.add_values(chosen, result, first)
         if store.chain is not None:
             out += store.chain.inverse(result, None)
     for first, x in _dense_blocks(store, out):
