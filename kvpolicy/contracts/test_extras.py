@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvpolicy.attention.reference import add_values, key_scores
+from kvpolicy.attention.products import add_values, key_scores
 from kvpolicy.contracts.samples import extras, name_of, tensor
 from kvpolicy.interfaces.extra import Extra, Grouping
 from kvpolicy.interfaces.site import Site
