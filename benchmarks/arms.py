@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -28,8 +27,17 @@ SLOW_STEPS = 16
 DYNAMIC, PACKED = "DynamicCache", "DynamicCache, packed heads"
 QUANTO, HQQ = "QuantizedCache quanto", "QuantizedCache HQQ"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-MODULE = SimpleNamespace(num_key_value_groups=HEADS // KV_HEADS, is_causal=True, layer_idx=0)
-"""What the attention functions ask of a layer of the model."""
+
+
+class Module:
+    """What the attention functions ask of a layer of the model."""
+
+    num_key_value_groups = HEADS // KV_HEADS
+    is_causal = True
+    layer_idx = 0
+
+
+MODULE = Module()
 
 
 def config() -> LlamaConfig:

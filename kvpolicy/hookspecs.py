@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import pluggy
 
+from kvpolicy.interfaces.backend import Backend
 from kvpolicy.interfaces.extra import Extra
 from kvpolicy.interfaces.policy import Policy
 from kvpolicy.interfaces.quantizer import Quantizer
 from kvpolicy.interfaces.transform import Transform
 
-__all__ = ["hookimpl", "hookspec", "kvpolicy_extras", "kvpolicy_policies", "kvpolicy_quantizers", "kvpolicy_transforms"]
+__all__ = [
+    "hookimpl",
+    "hookspec",
+    "kvpolicy_backends",
+    "kvpolicy_extras",
+    "kvpolicy_policies",
+    "kvpolicy_quantizers",
+    "kvpolicy_transforms",
+]
 
 hookspec = pluggy.HookspecMarker("kvpolicy")
 hookimpl = pluggy.HookimplMarker("kvpolicy")
@@ -36,4 +45,10 @@ def kvpolicy_transforms() -> list[type[Transform]]:
 @hookspec
 def kvpolicy_extras() -> list[type[Extra]]:
     """The extras of this plugin, as classes."""
+    raise AssertionError("a specification is not called")
+
+
+@hookspec
+def kvpolicy_backends() -> list[type[Backend]]:
+    """The backends of attention of this plugin, as classes."""
     raise AssertionError("a specification is not called")

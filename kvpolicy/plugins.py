@@ -17,6 +17,7 @@ import pluggy
 
 from kvpolicy import hookspecs
 from kvpolicy.errors import PluginError, RecipeError
+from kvpolicy.interfaces.backend import Backend
 from kvpolicy.interfaces.component import Component
 from kvpolicy.interfaces.extra import AXES, Extra
 from kvpolicy.interfaces.policy import Policy
@@ -34,6 +35,7 @@ HOOKS: dict[str, tuple[str, type[Component]]] = {
     "quantizer": ("quantizers", Quantizer),
     "transform": ("transforms", Transform),
     "extra": ("extras", Extra),
+    "backend": ("backends", Backend),
 }
 """For each type of plugin the table of `Registry` that holds it, and its base class; hooks are named by the table."""
 
@@ -82,6 +84,7 @@ class Registry:
     quantizers: dict[str, PluginInfo[Quantizer]] = field(default_factory=dict)
     transforms: dict[str, PluginInfo[Transform]] = field(default_factory=dict)
     extras: dict[str, PluginInfo[Extra]] = field(default_factory=dict)
+    backends: dict[str, PluginInfo[Backend]] = field(default_factory=dict)
     broken: list[BrokenPlugin] = field(default_factory=list)
 
     @classmethod

@@ -1,29 +1,22 @@
-"""Attention straight from the stores: keys and values are read where they lie, packed codes plane by plane.
-
-Softmax(QK^T)V does not depend on the order of the tokens, so nothing is sorted back. Scores of all stores stand side
-by side as columns, in float32; each store then adds its share of the output.
-"""
+"""Attention straight from the stores: keys and values are read where they lie."""
 
 from __future__ import annotations
 
 from itertools import product
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from kvpolicy.attention.backend import assigned, merged
 from kvpolicy.attention.mask import as_mask, mask_scores
-from kvpolicy.attention.products import add_values, key_scores
+from kvpolicy.attention.reference import SCORES, exponentials
+from kvpolicy.interfaces.backend import AttentionOptions, Part, StoreView
+from kvpolicy.layer.layer import LayerCache
+from kvpolicy.placement.attention_scores import Observer
 from kvpolicy.placement.moves import ColumnMap
 
-if TYPE_CHECKING:
-    from kvpolicy.layer.layer import LayerCache
-    from kvpolicy.placement.attention_scores import Observer
-
-SCORES = 1 << 24
-"""Scores computed at a time; more queries than fit take another turn over the stores."""
 ALL = ColumnMap([], [], 0, False, lambda: torch.empty(0, dtype=torch.int64))
-"""ColumnMap where all tokens are new ones, in order."""
+"""Columns where all tokens are new ones, in order."""
 OBSERVED = 1 << 19
 """Scores of a prompt computed at a time on a CPU for policies that ask for them, ..."""
 KEYS = 2048
@@ -59,42 +52,26 @@ def attend(
     Raises:
         CacheError: the mask has another number of columns.
     """
-    batch, heads, queries, dim = query.shape
-    keys, values = new
-    kv_heads = keys.shape[1]
-    grouped = query.float().mul(dim**-0.5 if scaling is None else scaling).unflatten(1, (kv_heads, -1))
-    groups = grouped.shape[2]
+    options = AttentionOptions(query.shape[3] ** -0.5 if scaling is None else scaling, softcap, sinks, observer)
+    shown = as_mask(mask, tiers.committed + new[0].shape[2], new[0].shape[1])
+    pieces = assigned(query, _whole(tiers, new), shown, options, tiers.step.spread)
+    tiers.backends = tuple(dict.fromkeys(backend.kind for backend, _ in pieces))
+    found = []
+    for number, (backend, part) in enumerate(pieces):
+        own = options if number == 0 or sinks is None else AttentionOptions(options.scaling, softcap)
+        found.append(backend.attend(query, part, shown, own))
+    return merged(found)[0].transpose(1, 2).to(query.dtype)
+
+
+def _whole(tiers: LayerCache, new: tuple[Tensor, Tensor]) -> Part:
+    """All that a layer holds, and the tokens that are coming in."""
     columns = tiers.columns()
-    held = columns.width
-    width = held + keys.shape[2]
-    mask = as_mask(mask, tiers.committed + keys.shape[2], kv_heads)
-    out = query.new_empty((batch, queries, heads, values.shape[3]))
-    step = max(1, SCORES // (batch * heads * width))
-    for first in range(0, queries, step):
-        last = min(first + step, queries)
-        rows = grouped[:, :, :, first:last].flatten(2, 3)
-        shape = (batch, kv_heads, rows.shape[2], width)
-        scores = rows.new_zeros(shape) if columns.gaps else rows.new_empty(shape)
-        for store, where in zip(tiers.stores["keys"], columns.keys, strict=True):
-            if store is not None and store.length:
-                key_scores(store, rows, scores, where)
-        scores[..., held:] = rows @ keys.float().transpose(2, 3)
-        shaped = scores.unflatten(2, (groups, last - first))
-        if softcap is not None:
-            scores.div_(softcap).tanh_().mul_(softcap)
-        at = torch.arange(first, last)
-        mask_scores(shaped, mask, at, columns, queries, keys.shape[2])
-        visible = shaped > -torch.inf if observer is not None else None
-        total = exponentials(shaped, sinks)
-        result = scores[..., held:] @ values.float()
-        for store, where in zip(tiers.stores["values"], columns.values, strict=True):
-            if store is not None and store.length:
-                add_values(store, scores, result, where)
-        result = result.unflatten(2, (groups, last - first)).div_(total)
-        out[:, first:last] = result.flatten(1, 2).transpose(1, 2)
-        if observer is not None:
-            observer.watch(at + keys.shape[2] - queries, shaped.div_(total), visible, slice(0, kv_heads), kv_heads)
-    return out
+    keys, values = (
+        tuple(StoreView(s, at) for s, at in zip(tiers.stores[side], where, strict=True) if s is not None and s.length)
+        for side, where in (("keys", columns.keys), ("values", columns.values))
+    )
+    heads, dim = new[1].shape[1], new[1].shape[3]
+    return Part(keys, values, columns.width, columns.gaps, columns.positions, heads, dim, new)
 
 
 def observe(
@@ -130,18 +107,5 @@ def observe(
         shown = mask if mask is None or mask.shape[1] == 1 else mask[:, own]
         mask_scores(scores, shown, at, ALL, queries, stop)
         visible = scores > -torch.inf
-        total = exponentials(scores, None if sinks is None else sinks[head * groups : (head + 1) * groups])
+        total, _ = exponentials(scores, None if sinks is None else sinks[head * groups : (head + 1) * groups])
         observer.watch(at + tokens - queries, scores.div_(total), visible, own, kv_heads)
-
-
-def exponentials(scores: Tensor, sinks: Tensor | None) -> Tensor:
-    """Replace scores by their exponentials; returns what divides them: `[batch, kv_heads, groups, queries, 1]`."""
-    largest = scores.amax(-1, keepdim=True)
-    if sinks is not None:
-        sinks = sinks.float().view(1, *scores.shape[1:3], 1, 1)
-        largest = torch.maximum(largest, sinks)
-    largest.masked_fill_(largest == -torch.inf, 0.0)
-    total = scores.sub_(largest).exp_().sum(-1, keepdim=True)
-    if sinks is not None:
-        total += (sinks - largest).exp_()
-    return total.masked_fill_(total == 0, 1.0)

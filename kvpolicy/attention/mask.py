@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
 from kvpolicy.errors import CacheError
-from kvpolicy.placement.moves import ColumnMap
+
+
+class Columns(Protocol):
+    """What is to be known of the columns of scores that stand for tokens held; then come those of new tokens."""
+
+    @property
+    def width(self) -> int: ...
+    @property
+    def gaps(self) -> bool: ...
+    @property
+    def positions(self) -> Callable[[], Tensor]: ...
 
 
 def as_mask(mask: Tensor | None, seen: int, kv_heads: int) -> Tensor | None:
@@ -23,7 +36,7 @@ def as_mask(mask: Tensor | None, seen: int, kv_heads: int) -> Tensor | None:
     return mask.unsqueeze(2) if mask.shape[1] == 1 else mask.unflatten(1, (kv_heads, -1))
 
 
-def _gathered(mask: Tensor | None, columns: ColumnMap, new: int) -> Tensor | None:
+def _gathered(mask: Tensor | None, columns: Columns, new: int) -> Tensor | None:
     """The mask's columns in the order of the scores'."""
     if not columns.width:
         return mask if mask is None else mask[..., mask.shape[-1] - new :]
@@ -44,9 +57,9 @@ def _gathered(mask: Tensor | None, columns: ColumnMap, new: int) -> Tensor | Non
     return torch.cat([held, wide[..., seen:]], dim=-1)
 
 
-def mask_scores(scores: Tensor, mask: Tensor | None, at: Tensor, columns: ColumnMap, queries: int, new: int) -> None:
+def mask_scores(scores: Tensor, mask: Tensor | None, at: Tensor, columns: Columns, queries: int, new: int) -> None:
     """Mask scores `[batch, kv_heads, groups, queries, columns]` of the queries `at`, in place."""
-    if queries > 1 and (mask is None or mask.shape[3] != queries):
+    if queries > 1 and new and (mask is None or mask.shape[3] != queries):
         query = at.to(scores.device, non_blocking=True)[:, None] + (new - queries)
         later = torch.arange(new, device=scores.device) > query
         scores[..., -new:].masked_fill_(later, -torch.inf)

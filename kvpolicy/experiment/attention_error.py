@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kvpolicy.attention.attend import ALL, exponentials
+from kvpolicy.attention.attend import ALL
 from kvpolicy.attention.mask import as_mask, mask_scores
+from kvpolicy.attention.reference import exponentials
 from kvpolicy.experiment.attention_distance import Distances
 from kvpolicy.hf.attach import watching
 from kvpolicy.hf.cache import CompressedCache
@@ -236,7 +237,7 @@ def exact_attention(
     shaped = scores.unflatten(2, (grouped.shape[2], queries))
     shown = as_mask(mask, keys.shape[2], keys.shape[1])
     mask_scores(shaped, shown, torch.arange(queries), ALL, queries, keys.shape[2])
-    shaped.div_(exponentials(shaped, options.get("s_aux")))
+    shaped.div_(exponentials(shaped, options.get("s_aux"))[0])
     output = (scores @ values.float()).unflatten(2, (grouped.shape[2], queries))
     return output.flatten(1, 2).transpose(1, 2), scores
 

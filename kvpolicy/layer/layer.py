@@ -86,6 +86,8 @@ class LayerCache:
         self.staged: dict[str, Tensor] = {}
         self.decoded: dict[str, Tensor] = {}
         self.densely = False
+        self.backends: tuple[str, ...] = ()
+        """Who computed attention last."""
         self.broken = False
 
     @property
@@ -171,7 +173,7 @@ class LayerCache:
         if self.committed == 0 and keys.shape[2] and not self.placement.kinds:
             self.add(keys, values)
             return keys, values
-        staged = {"keys": keys.detach(), "values": values.detach()}
+        staged = {side: x.detach() if x.requires_grad else x for side, x in (("keys", keys), ("values", values))}
         held = self.planner.width
         first = self.committed == 0  # gradients reach the tokens of a first update
         shown = {"keys": keys, "values": values} if first else staged
@@ -233,14 +235,16 @@ class LayerCache:
 
     def _enter(self, new: dict[str, Tensor]) -> None:
         """Take in new tokens, none pending: the newest wait, the others are let into the tiers."""
-        new = {side: x.to(self.like[side].dtype) for side, x in new.items()}  # autocast may have changed it
+        if any(x.dtype != self.like[side].dtype for side, x in new.items()):  # autocast may have changed it
+            new = {side: x.to(self.like[side].dtype) for side, x in new.items()}
         n = new["keys"].shape[2]
         early = max(n - MAX_PENDING, 0)
         if self.placement.kinds:  # scores speak of an update as a whole, and layers that agree wait for each other
             early = n if n > MAX_APART and not self.placement.shared else 0
         if early:
             self._let_in({side: x[:, :, :early] for side, x in new.items()}, early, n)
-        self.pending = {side: x[:, :, early:].clone() for side, x in new.items()} if early < n else {}
+            new = {side: x[:, :, early:] for side, x in new.items()}
+        self.pending = {side: x.clone() for side, x in new.items()} if early < n else {}
 
     def commit(self) -> None:
         """Let the pending tokens into the tiers."""

@@ -95,6 +95,11 @@ class AffineStore(CodedStore):
         return self.grouped and alone and (self.chain is None or self.chain.linear)
 
     @property
+    def format(self) -> str:
+        more = {"levels": self.levels, "transforms": self.chain, "extras": self.beside}
+        return "+".join(["affine", *(name for name, found in more.items() if found is not None)])
+
+    @property
     def length(self) -> int:
         return self.parts["codes"].length + self.parts["exact"].length
 
@@ -278,6 +283,9 @@ class AffineStore(CodedStore):
         codes, params = self.parts["codes"], self.parts["params"]
         if not self.by_channel:
             for (offset, c), (_, p) in zip(codes.blocks(), params.blocks(), strict=True):
+                if c.shape[2] <= block:
+                    yield offset, c, *self.scales.split(p, self.numbers)
+                    continue
                 for lo in range(0, c.shape[2], block):
                     part = self.scales.split(p[:, :, lo : lo + block], self.numbers)
                     yield offset + lo, c[:, :, lo : lo + block], *part

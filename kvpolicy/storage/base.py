@@ -29,6 +29,11 @@ class Store(ABC):
     parts: dict[str, Pages]
 
     @property
+    @abstractmethod
+    def format(self) -> str:
+        """What is kept, in words that backends of attention look at: `exact`, `affine`, `affine+levels` and so on."""
+
+    @property
     def by_position(self) -> bool:
         """Whether `append` must be given positions."""
         return False

@@ -18,6 +18,10 @@ class ExactStore(Store):
         self.parts = {"exact": Pages()}
 
     @property
+    def format(self) -> str:
+        return "exact"
+
+    @property
     def length(self) -> int:
         return self.parts["exact"].length
 

@@ -31,6 +31,10 @@ class NamedStore(CodedStore):
         return [self.named, *super()._kept]
 
     @property
+    def format(self) -> str:
+        return self.quantizer.kind
+
+    @property
     def length(self) -> int:
         return self.named.length
 

@@ -71,6 +71,13 @@ def _signed(word: int) -> int:
 def pack(codes: Tensor, nbits: int) -> Tensor:
     """Pack `codes`, uint8 in `[0, 2**nbits)`, along their last dimension."""
     head_dim, parts = codes.shape[-1], []
+    if nbits == 8:
+        return codes
+    if nbits != 3 and head_dim * nbits % 8 == 0:
+        shifts = torch.arange(0, 8, nbits, dtype=torch.uint8, device=codes.device).unsqueeze(1)
+        planes_of = codes.unflatten(-1, (len(shifts), -1)) & ((1 << nbits) - 1)
+        packed: Tensor = (planes_of << shifts).sum(-2, dtype=torch.uint8)
+        return packed
     for bits, low in PARTS[nbits]:
         width = _width(head_dim, bits)
         part = codes.new_zeros((*codes.shape[:-1], width))

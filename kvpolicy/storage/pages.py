@@ -19,7 +19,8 @@ FEWER = 16
 class Pages:
     """A tensor `[batch, kv_heads, tokens, width]` in pages of 64 to 4,096 tokens (on a CPU).
 
-    Growth allocates a page and copies nothing; tokens that leave from the front or the back free whole pages.
+    Growth allocates a page and copies nothing but a few tokens: up to 1,024 are kept in one page, which is copied as it
+    grows. Tokens that leave from the front or the back free whole pages.
     With `whole` there is one page, copied as it grows, whose tokens may be taken and removed head by head.
     """
 
@@ -45,7 +46,7 @@ class Pages:
         done, n = 0, x.shape[2]
         while done < n:
             free = self.capacity - self.start - self.length
-            if free == 0 and self.whole:
+            if free == 0 and (self.whole or (0 < self.length + n - done <= LARGEST and self.pages)):
                 self._regrow(x, self.length + n - done)
                 continue
             if free == 0:
@@ -64,7 +65,8 @@ class Pages:
 
     def _regrow(self, like: Tensor, tokens: int) -> None:
         with torch.inference_mode(False):
-            shape = (*like.shape[:2], tokens + max(tokens // 8, 8), like.shape[3])
+            more = max(tokens // 8, 8) if self.whole else max(tokens // 4, SMALLEST)
+            shape = (*like.shape[:2], tokens + more, like.shape[3])
             page = torch.empty(shape, dtype=like.dtype, device=like.device)
         for offset, block in self.blocks():
             page[:, :, offset : offset + block.shape[2]] = block
@@ -105,7 +107,7 @@ class Pages:
         for page in self.pages:
             n = min(page.shape[2] - start, self.length - offset)
             if n > 0:
-                yield offset, page[:, :, start : start + n]
+                yield offset, page if n == page.shape[2] else page[:, :, start : start + n]
                 offset += n
             start = 0
 
@@ -141,6 +143,10 @@ class Pages:
         first, last = int(index[0]), int(index[-1])
         if first == self.length - n:
             self._truncate(first)
+            return
+        if last == n - 1 and not self.whole:
+            self.start += n
+            self._truncate(self.length - n)
             return
         if last + 1 - n <= self.length - 1 - last and not self.whole:  # which begins with its page
             self._close_from_front(index, last)

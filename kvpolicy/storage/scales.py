@@ -97,6 +97,9 @@ class Scales:
 
     def split(self, params: Tensor, numbers: int) -> tuple[Tensor, Tensor]:
         """Scales and offsets `[..., numbers]` of what `join` gave; zeros where there are no offsets."""
+        if not self.small and self.quantizer.offsets:
+            scale, offset = params.chunk(2, dim=-1)
+            return scale, offset
         scale, offset = params[..., :numbers], params[..., numbers:]
         e8m0 = self.quantizer.scale_dtype == "e8m0"
         if self.small:

@@ -1,0 +1,119 @@
+"""Who computes the attention of a layer, and how what several backends computed becomes one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from kvpolicy.attention.reference import REFERENCE
+from kvpolicy.errors import PluginError
+from kvpolicy.interfaces.backend import AttentionOptions, AttentionSpec, Backend, Part, StoreView
+from kvpolicy.interfaces.component import TRY, call
+from kvpolicy.plugins import registry
+
+
+@lru_cache(1)
+def others() -> tuple[Backend, ...]:
+    """The installed backends that are asked before the reference, in the order in which they are."""
+    found = [
+        info.cls(kind=info.kind)
+        for info in registry().backends.values()
+        if info.cls.priority > 0 and info.missing is None
+    ]
+    return tuple(sorted(found, key=lambda backend: (-backend.priority, backend.kind)))
+
+
+@lru_cache(4096)
+def chosen(spec: AttentionSpec) -> Backend:
+    """The first backend that serves `spec`.
+
+    Raises:
+        PluginError: a backend answers otherwise than by a text or None.
+    """
+    for backend in others():
+        reason = call(backend, "refuses", spec)
+        if reason is None:
+            return backend
+        if not isinstance(reason, str):
+            raise PluginError(
+                f"backend {backend.kind!r}: refuses must return a reason or None, found {reason!r:.80}. {TRY}"
+            )
+    return REFERENCE
+
+
+def split(part: Part) -> list[Part]:
+    """The parts in which keys lie in one store and values in one, as far as the order of the columns tells them apart.
+
+    Stores whose tokens are not neighbours among the columns stay together, with all that overlaps them.
+    """
+    views = [view for view in (*part.keys, *part.values) if view.store.length]
+    if part.gaps or not views or any(not isinstance(view.columns, int) for view in views):
+        return [part]
+    spans = [[(int(v.columns), int(v.columns) + v.store.length) for v in side] for side in (part.keys, part.values)]
+    cuts = sorted({at for side in spans for span in side for at in span if span[0] < span[1]})
+    both = [at for at in cuts if all(not any(a < at < b for a, b in side) for side in spans)]
+    parts: list[Part] = []
+    for first, last in pairwise(both):
+        sides = [_within(side, first, last) for side in (part.keys, part.values)]
+        found = replace(part, keys=sides[0], values=sides[1], width=last - first, new=None)
+        parts.append(replace(found, positions=_shifted(part, first, last)))
+    if part.new is not None:
+        parts.append(replace(part, keys=(), values=(), width=0, positions=_shifted(part, 0, 0)))
+    return parts
+
+
+def _within(views: Sequence[StoreView], first: int, last: int) -> tuple[StoreView, ...]:
+    inside = [v for v in views if isinstance(v.columns, int) and v.store.length and first <= v.columns < last]
+    return tuple(StoreView(v.store, v.columns - first) for v in inside if isinstance(v.columns, int))
+
+
+def _shifted(part: Part, first: int, last: int) -> Callable[[], Tensor]:
+    return lambda: part.positions()[..., first:last]
+
+
+def assigned(
+    query: Tensor, part: Part, mask: Tensor | None, options: AttentionOptions, by_head: bool
+) -> list[tuple[Backend, Part]]:
+    """Who serves which part; the reference serves all that falls to it in one."""
+    if options.observer is not None or not others():
+        return [(REFERENCE, part)]
+    pieces = [(chosen(_spec(query, piece, mask, options, by_head)), piece) for piece in split(part)]
+    if all(backend is REFERENCE for backend, _ in pieces):
+        return [(REFERENCE, part)]
+    return pieces
+
+
+def _spec(query: Tensor, part: Part, mask: Tensor | None, options: AttentionOptions, by_head: bool) -> AttentionSpec:
+    keys, values = (tuple(view.store.format for view in side) for side in (part.keys, part.values))
+    if part.new is not None:
+        keys, values = (*keys, "exact"), (*values, "exact")
+    return AttentionSpec(
+        keys,
+        values,
+        query.device.type,
+        query.dtype,
+        query.shape[3],
+        part.value_dim,
+        query.shape[1] // part.kv_heads,
+        query.shape[2],
+        mask is not None,
+        options.softcap is not None,
+        options.sinks is not None,
+        by_head,
+    )
+
+
+def merged(found: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Partial results, outputs and logarithms of sums, as one."""
+    if len(found) == 1:
+        return found[0]
+    lse = torch.stack([part for _, part in found])
+    total = lse.logsumexp(0)
+    shares = (lse - total.masked_fill(total == -torch.inf, 0.0)).exp_()
+    out = torch.stack([part for part, _ in found])
+    return (out * shares.unsqueeze(-1)).sum(0), total

@@ -1,0 +1,118 @@
+"""The backend that serves everything, in PyTorch: the oracle of all others.
+
+Softmax(QK^T)V does not depend on the order of the tokens, so nothing is sorted back. Scores of all stores of a part
+stand side by side as columns, in float32; each store then adds its share of the output.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from kvpolicy.attention.mask import mask_scores
+from kvpolicy.attention.products import add_values, key_scores
+from kvpolicy.hookspecs import hookimpl
+from kvpolicy.interfaces.backend import AttentionOptions, AttentionSpec, Backend, Part
+
+SCORES = 1 << 24
+"""Scores computed at a time; more queries than fit take another turn over the stores."""
+
+
+class Reference(Backend):
+    """Reads packed codes where they lie and decodes other stores block by block; on any device."""
+
+    kind: Literal["reference"] = "reference"
+    priority: ClassVar[int] = 0
+
+    def refuses(self, spec: AttentionSpec) -> str | None:
+        return None
+
+    def attend(
+        self, query: Tensor, part: Part, mask: Tensor | None, options: AttentionOptions
+    ) -> tuple[Tensor, Tensor]:
+        batch, heads, queries, _ = query.shape
+        width = part.width + (0 if part.new is None else part.new[0].shape[2])
+        step = max(1, SCORES // (batch * heads * width))
+        if queries <= step:
+            return self.some(query, part, mask, options, 0, queries)
+        found = [
+            self.some(query[:, :, first : first + step], part, mask, options, first, queries)
+            for first in range(0, queries, step)
+        ]
+        return torch.cat([out for out, _ in found], dim=2), torch.cat([lse for _, lse in found], dim=2)
+
+    def some(
+        self, query: Tensor, part: Part, mask: Tensor | None, options: AttentionOptions, first: int, of: int
+    ) -> tuple[Tensor, Tensor]:
+        """`attend` for some of `of` queries, the first of which is number `first`."""
+        keys, values = part.new if part.new is not None else (None, None)
+        batch, _, queries, _ = query.shape
+        rows = query.float().mul(options.scaling).reshape(batch, part.kv_heads, -1, query.shape[3])
+        held, new = part.width, 0 if keys is None else keys.shape[2]
+        shape = (*rows.shape[:3], held + new)
+        scores = rows.new_zeros(shape) if part.gaps else rows.new_empty(shape)
+        for store, where in part.keys:
+            if store.length:
+                key_scores(store, rows, scores, where)
+        if keys is not None:
+            scores[..., held:] = rows @ keys.float().transpose(2, 3)
+        shaped = scores.unflatten(2, (-1, queries))
+        weigh(shaped, part, mask, options, first, of)
+        visible = shaped > -torch.inf if options.observer is not None else None
+        total, lse = exponentials(shaped, options.sinks, mask is not None or part.gaps)
+        if values is None:
+            out = rows.new_zeros((*rows.shape[:3], part.value_dim))
+        else:
+            out = (scores[..., held:] if held else scores) @ values.float()
+        for store, where in part.values:
+            if store.length:
+                add_values(store, scores, out, where)
+        out = out.unflatten(2, (-1, queries)).div_(total)
+        if options.observer is not None:
+            at = torch.arange(first, first + queries)
+            options.observer.watch(at + new - of, shaped.div_(total), visible, slice(0, part.kv_heads), part.kv_heads)
+        return out.flatten(1, 2), lse.flatten(1, 2)
+
+
+def weigh(scores: Tensor, part: Part, mask: Tensor | None, options: AttentionOptions, first: int, of: int) -> None:
+    """Cap and mask scores `[batch, kv_heads, groups, queries, columns]` of `of` queries from `first` on, in place."""
+    if options.softcap is not None:
+        scores.div_(options.softcap).tanh_().mul_(options.softcap)
+    new = 0 if part.new is None else part.new[0].shape[2]
+    if mask is not None or part.gaps or (of > 1 and new):
+        mask_scores(scores, mask, torch.arange(first, first + scores.shape[3]), part, of, new)
+
+
+def exponentials(scores: Tensor, sinks: Tensor | None, maybe_none: bool = True) -> tuple[Tensor, Tensor]:
+    """Replace scores by their exponentials.
+
+    Args:
+        scores: `[batch, kv_heads, groups, queries, columns]`.
+        sinks: a score per head that is summed with the rest.
+        maybe_none: whether there may be a query that sees nothing.
+
+    Returns:
+        What divides them, `[batch, kv_heads, groups, queries, 1]`, and the logarithm of the sum of the exponentials of
+        the scores as they were, `[batch, kv_heads, groups, queries]`.
+    """
+    largest = scores.amax(-1, keepdim=True)
+    if sinks is not None:
+        sinks = sinks.float().view(1, *scores.shape[1:3], 1, 1)
+        largest = torch.maximum(largest, sinks)
+    if maybe_none:
+        largest = largest.masked_fill_(largest == -torch.inf, 0.0)
+    total = scores.sub_(largest).exp_().sum(-1, keepdim=True)
+    if sinks is not None:
+        total += (sinks - largest).exp_()
+    lse = total.log().add_(largest).squeeze(-1)
+    return (total.masked_fill_(total == 0, 1.0) if maybe_none else total), lse
+
+
+REFERENCE = Reference()
+
+
+@hookimpl
+def kvpolicy_backends() -> list[type[Backend]]:
+    return [Reference]

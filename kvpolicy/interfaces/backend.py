@@ -1,0 +1,148 @@
+"""The base class of backends: who computes attention over what a layer holds."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+
+from kvpolicy.interfaces.component import Component
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+__all__ = ["AttentionOptions", "AttentionSpec", "Backend", "Part", "StoreView", "Stored"]
+
+
+class Stored(Protocol):
+    """A store, as far as every backend can read it. What else a format offers is documented with its store."""
+
+    @property
+    def format(self) -> str:
+        """What is kept: `exact`, `affine` (packed codes, a scale and an offset per group) or another word."""
+        ...
+
+    @property
+    def length(self) -> int:
+        """Tokens held."""
+        ...
+
+    def decoded(self, block: int, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+        """All tokens in order, decoded some `block` at a time, each with the index of its first token."""
+        ...
+
+
+class StoreView(NamedTuple):
+    """A store, and where its tokens stand among the columns of the scores."""
+
+    store: Any
+    """A `Stored`."""
+    columns: int | Tensor
+    """From this column on, or an index for each token: `[tokens]` or `[batch, kv_heads or 1, tokens]`."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Tokens whose keys and whose values lie in some stores, and perhaps those that are just coming in."""
+
+    keys: tuple[StoreView, ...]
+    values: tuple[StoreView, ...]
+    width: int
+    """Columns of the tokens that are held."""
+    gaps: bool
+    """Whether some of these columns hold no token."""
+    positions: Callable[[], Tensor]
+    """The slot of each of these columns, -1 where no token is: `[columns]` or `[batch, kv_heads or 1, columns]`."""
+    kv_heads: int
+    value_dim: int
+    """Channels of a value."""
+    new: tuple[Tensor, Tensor] | None = None
+    """Keys and values `[batch, kv_heads, tokens, head_dim]` that are just coming in; their columns are the last."""
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """What a backend is asked to serve."""
+
+    keys: tuple[str, ...]
+    """The formats of the stores of keys."""
+    values: tuple[str, ...]
+    device: str
+    """The type of the device, such as `cuda`."""
+    dtype: torch.dtype
+    head_dim: int
+    value_dim: int
+    groups: int
+    """Query heads of a KV head."""
+    queries: int
+    masked: bool
+    """Whether there is a mask."""
+    softcap: bool
+    sinks: bool
+    by_head: bool
+    """Whether rows or KV heads hold different tokens."""
+
+
+@dataclass(frozen=True)
+class AttentionOptions:
+    """What the model asks of its attention besides queries, keys and values."""
+
+    scaling: float
+    """Factor of the products."""
+    softcap: float | None = None
+    """Scores become `softcap * tanh(scores / softcap)`."""
+    sinks: Tensor | None = None
+    """A score per head that takes part in the softmax and adds nothing: `[heads]`."""
+    observer: Any = None
+    """Is told of the attention weights; only the reference backend is ever given one."""
+
+
+class Backend(Component):
+    """Computes attention of queries over a part of what a layer holds.
+
+    For each part of a layer backends are asked in the order of their `priority`, the highest first; the first that
+    does not refuse serves it. What several backends computed is merged by the logarithms of their sums.
+
+    Example:
+        A backend that decodes each store and calls PyTorch::
+
+            class Decoding(Backend):
+                kind: Literal["decoding"] = "decoding"
+                priority: ClassVar[int] = 1
+
+                def refuses(self, spec):
+                    return "it takes one query at a time" if spec.queries > 1 else None
+
+                def attend(self, query, part, mask, options):
+                    ...
+    """
+
+    _role: ClassVar[str] = "backend"
+    priority: ClassVar[int] = 0
+    """Who is asked first. That of the reference is 0: a backend below it is never asked."""
+
+    @abstractmethod
+    def refuses(self, spec: AttentionSpec) -> str | None:
+        """Why it can't serve this; None if it can. The same answer each time: it is asked once for each `spec`."""
+
+    @abstractmethod
+    def attend(
+        self, query: Tensor, part: Part, mask: Tensor | None, options: AttentionOptions
+    ) -> tuple[Tensor, Tensor]:
+        """Attention over one part, as if there were no other.
+
+        Args:
+            query: `[batch, heads, queries, head_dim]`, the newest `queries` of the tokens coming in, in the model's
+                dtype. If the part has those tokens, a query sees none that is newer.
+            part: what is attended.
+            mask: boolean (True attends) or additive, `[batch or 1, kv_heads or 1, groups or 1, queries or 1, slots]`;
+                its columns are slots of the text, the tokens coming in last. None: all is seen.
+            options: the rest.
+
+        Returns:
+            The output `[batch, heads, queries, head_dim of values]` in float32, zero where nothing is seen; and the
+            logarithm of the sum of the exponentials of the scores, sinks included: float32 `[batch, heads, queries]`,
+            minus infinity where nothing is seen.
+        """
