@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from kvpolicy.hf.cache import CompressedCache as CompressedCache
     from kvpolicy.hf.cache import make_cache as make_cache
     from kvpolicy.hookspecs import hookimpl as hookimpl
+    from kvpolicy.interfaces.backend import AttentionOptions as AttentionOptions
+    from kvpolicy.interfaces.backend import AttentionSpec as AttentionSpec
+    from kvpolicy.interfaces.backend import Backend as Backend
+    from kvpolicy.interfaces.backend import Part as Part
     from kvpolicy.interfaces.extra import Extra as Extra
     from kvpolicy.interfaces.extra import Grouping as Grouping
     from kvpolicy.interfaces.policy import Policy as Policy
@@ -32,9 +36,13 @@ __all__ = [
     "Affine",
     "AffineQuantizer",
     "Attached",
+    "AttentionOptions",
+    "AttentionSpec",
+    "Backend",
     "CompressedCache",
     "Extra",
     "Grouping",
+    "Part",
     "Policy",
     "Quantizer",
     "RankPolicy",
@@ -53,6 +61,10 @@ __all__ = [
 
 # Loaded at first use: torch and transformers take seconds, and `kvpolicy --help` needs neither.
 _HOMES = {
+    "AttentionOptions": "interfaces.backend",
+    "AttentionSpec": "interfaces.backend",
+    "Backend": "interfaces.backend",
+    "Part": "interfaces.backend",
     "Affine": "interfaces.quantizer",
     "AffineQuantizer": "interfaces.quantizer",
     "Attached": "hf.attach",

@@ -82,13 +82,14 @@ def assigned(
     """Who serves which part; the reference serves all that falls to it in one."""
     if options.observer is not None or not others():
         return [(REFERENCE, part)]
-    pieces = [(chosen(_spec(query, piece, mask, options, by_head)), piece) for piece in split(part)]
+    pieces = [(chosen(spec_of(query, piece, mask, options, by_head)), piece) for piece in split(part)]
     if all(backend is REFERENCE for backend, _ in pieces):
         return [(REFERENCE, part)]
     return pieces
 
 
-def _spec(query: Tensor, part: Part, mask: Tensor | None, options: AttentionOptions, by_head: bool) -> AttentionSpec:
+def spec_of(query: Tensor, part: Part, mask: Tensor | None, options: AttentionOptions, by_head: bool) -> AttentionSpec:
+    """What a backend is asked to serve."""
     keys, values = (tuple(view.store.format for view in side) for side in (part.keys, part.values))
     if part.new is not None:
         keys, values = (*keys, "exact"), (*values, "exact")

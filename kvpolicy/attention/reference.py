@@ -115,4 +115,5 @@ REFERENCE = Reference()
 
 @hookimpl
 def kvpolicy_backends() -> list[type[Backend]]:
+    """The backend of this file."""
     return [Reference]

@@ -215,4 +215,6 @@ def _component(spec: Any) -> str:
 def describe(number: int, layer: LayerCache, tiers: Sequence[Any]) -> LayerSummary:
     """How a committed layer is kept that goes by `tiers` of a recipe."""
     kept = "kvpolicy, dense: the model computes on keys and values" if layer.densely else "kvpolicy"
+    if layer.backends and not layer.densely:
+        kept = f"kvpolicy, attention by {' and '.join(layer.backends)}"
     return LayerSummary(number, kept, tuple(map(_words, tiers)), layer.held_after_commit())
