@@ -87,3 +87,25 @@ def test_padded_generation_saving_and_beams(name: str, tmp_path: Path) -> None:
         beams = make_cache(name, model)
         model.generate(tokens, attention_mask=mask, **{CACHE: beams}, max_new_tokens=20, num_beams=3)
     model.to("cpu")
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["even", "padded"])
+@pytest.mark.parametrize("name", bundled_names())
+def test_a_decode_step_waits_for_nothing(name: str, padded: bool) -> None:
+    model = tiny("llama", torch.bfloat16).to(DEVICE)
+    mask = torch.ones(2, 200, dtype=torch.long, device=DEVICE)
+    mask[1, :60] = not padded
+    tokens = ids(300, batch=2).to(DEVICE)
+    with attach(model):
+        cache = make_cache(name, model, **options(name))
+        model(tokens[:, :200], attention_mask=mask, **{CACHE: cache})
+        for t in range(200, 210):
+            model(tokens[:, t : t + 1], **{CACHE: cache})
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for t in range(210, 300):
+                model(tokens[:, t : t + 1], **{CACHE: cache})
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert cache.get_seq_length() == 300
