@@ -96,7 +96,12 @@ def observe(
     counted = torch.tensor(observer.queries, dtype=torch.int64).split(max(1, most // (batch * groups * tokens)))
     for head, at in product(range(kv_heads), counted if observer.queries else ()):
         stop = tokens if mask is not None else int(at[-1]) + 1 + tokens - queries
-        rows = query[:, head * groups : (head + 1) * groups, at.to(query.device)].float().mul(scale).flatten(1, 2)
+        rows = (
+            query[:, head * groups : (head + 1) * groups, at.to(query.device, non_blocking=True)]
+            .float()
+            .mul(scale)
+            .flatten(1, 2)
+        )
         scores = rows.new_empty((batch, 1, groups, len(at), stop))
         for first in range(0, stop, KEYS):
             part = keys[:, head, first : min(first + KEYS, stop)].float().transpose(1, 2)

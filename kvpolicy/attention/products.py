@@ -105,7 +105,7 @@ def _put(out: Tensor, scores: Tensor, columns: Columns, first: int) -> None:
     elif columns.ndim == 3:
         out.scatter_(3, _lines(columns, first, n, out), scores)
     else:
-        out.index_copy_(3, columns[first : first + n].to(out.device), scores)
+        out.index_copy_(3, columns[first : first + n].to(out.device, non_blocking=True), scores)
 
 
 def _get(weights: Tensor, columns: Columns, first: int, n: int) -> Tensor:
@@ -113,7 +113,7 @@ def _get(weights: Tensor, columns: Columns, first: int, n: int) -> Tensor:
         return weights[..., columns + first : columns + first + n]
     if columns.ndim == 3:
         return weights.gather(3, _lines(columns, first, n, weights))
-    return weights.index_select(3, columns[first : first + n].to(weights.device))
+    return weights.index_select(3, columns[first : first + n].to(weights.device, non_blocking=True))
 
 
 def _lines(columns: Tensor, first: int, n: int, like: Tensor) -> Tensor:
@@ -187,7 +187,11 @@ def _masks(nbits: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     shifts = range(0, 8, nbits)
     masks = torch.tensor([((1 << nbits) - 1) << shift for shift in shifts], dtype=torch.uint8)
     factors = torch.tensor([2.0**-shift for shift in shifts])
-    return masks.to(device), masks.repeat_interleave(8).view(torch.int64).to(device), factors.to(device)
+    return (
+        masks.to(device, non_blocking=True),
+        masks.repeat_interleave(8).view(torch.int64).to(device),
+        factors.to(device),
+    )
 
 
 def _by_group(parameter: Tensor) -> Tensor:

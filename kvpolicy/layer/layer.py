@@ -326,9 +326,9 @@ class LayerCache:
                         dense[:, :, :held] = 0
                     store.scatter_by_head(dense[:, :, :held], at)
                 elif number == 0:
-                    store.spread(dense, at.to(x.device))
+                    store.spread(dense, at.to(x.device, non_blocking=True))
                 else:
-                    store.scatter(dense, at.to(x.device))
+                    store.scatter(dense, at.to(x.device, non_blocking=True))
             dense[:, :, held:] = x
             out[side] = dense
         return out["keys"], out["values"]
@@ -399,7 +399,7 @@ class LayerCache:
                 self.observer.select(rows)
             for held in (self.pending, self.like):
                 for side, x in held.items():
-                    held[side] = x.index_select(0, rows.to(x.device))
+                    held[side] = x.index_select(0, rows.to(x.device, non_blocking=True))
 
     def to(self, device: torch.device) -> None:
         self.hold()

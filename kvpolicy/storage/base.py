@@ -73,7 +73,7 @@ class Store(ABC):
         for offset, x in self.decoded(LARGE, dtype):
             lo, hi = np.searchsorted(index, [offset, offset + x.shape[2]])
             if lo < hi:
-                parts.append(x.index_select(2, torch.from_numpy(index[lo:hi] - offset).to(x.device)))
+                parts.append(x.index_select(2, torch.from_numpy(index[lo:hi] - offset).to(x.device, non_blocking=True)))
         return torch.cat(parts, dim=2)
 
     def write(self, out: Tensor, start: int) -> None:

@@ -96,7 +96,7 @@ class Chain:
             for name, t in state.items():
                 if t.shape[0] > 1:  # one that is the same in all rows stays so
                     with torch.inference_mode(False):
-                        state[name] = t.index_select(0, rows.to(t.device))
+                        state[name] = t.index_select(0, rows.to(t.device, non_blocking=True))
 
     def to(self, device: torch.device) -> None:
         self.state = [{name: t.to(device, non_blocking=True) for name, t in kept.items()} for kept in self.state]

@@ -97,7 +97,9 @@ class NamedParts:
         assert self.groups is not None
         assert self.lines is not None
         if len(numbers):
-            self.groups.append(torch.from_numpy(numbers).to(device).view(1, 1, -1, 1).expand(*self.lines, -1, -1))
+            self.groups.append(
+                torch.from_numpy(numbers).to(device, non_blocking=True).view(1, 1, -1, 1).expand(*self.lines, -1, -1)
+            )
 
     def _of(self, axis: str) -> Iterator[tuple[str, Pages]]:
         return ((name, part) for name, part in self.parts.items() if self.axis(name) == axis)
@@ -175,7 +177,7 @@ class NamedParts:
         if lowest == highest:
             return found
         chosen = torch.from_numpy(number - lowest)
-        return {name: t.index_select(2, chosen.to(t.device)) for name, t in found.items()}
+        return {name: t.index_select(2, chosen.to(t.device, non_blocking=True)) for name, t in found.items()}
 
     def _shaped(self, flat: dict[str, Tensor]) -> dict[str, Tensor]:
         shaped = {
@@ -190,7 +192,7 @@ class NamedParts:
         for name, t in self.kept.items():
             if t.shape[0] > 1:
                 with torch.inference_mode(False):
-                    self.kept[name] = t.index_select(0, rows.to(t.device))
+                    self.kept[name] = t.index_select(0, rows.to(t.device, non_blocking=True))
         if self.groups is not None and self.lines is not None:
             self.groups.select(rows)
             self.lines = (len(rows), self.lines[1])

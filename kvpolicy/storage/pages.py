@@ -124,7 +124,11 @@ class Pages:
         """The tokens at `index` (ascending), copied."""
         lowest, highest = int(index[0]), int(index[-1])
         window = self.slice(lowest, highest + 1)
-        return _widest_view(window).index_select(2, (index - lowest).to(window.device)).view(window.dtype)
+        return (
+            _widest_view(window)
+            .index_select(2, (index - lowest).to(window.device, non_blocking=True))
+            .view(window.dtype)
+        )
 
     def spread(self, index: Tensor, n: int) -> Tensor:
         """A tensor of `n` tokens whose token `index[i]` is token i of this; the others are undefined."""
@@ -182,7 +186,9 @@ class Pages:
     def select(self, rows: Tensor) -> None:
         """Keep the batch rows `rows`, in that order, repeats included."""
         with torch.inference_mode(False):
-            self.pages = [_widest_view(p).index_select(0, rows.to(p.device)).view(p.dtype) for p in self.pages]
+            self.pages = [
+                _widest_view(p).index_select(0, rows.to(p.device, non_blocking=True)).view(p.dtype) for p in self.pages
+            ]
 
     def to(self, device: torch.device) -> None:
         self.pages = [page.to(device, non_blocking=True) for page in self.pages]
