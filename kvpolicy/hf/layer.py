@@ -146,7 +146,7 @@ class TieredLayer(DenseAccess, CacheLayerMixin):
         self.check_attached()
         if self.uneven is not None:
             raise CacheError(self.uneven)
-        held = self.tiers.held_after_commit()
+        held = self.tiers.held_after_commit(query_length)
         return held + query_length, self.tiers.seen - held
 
     def get_max_length(self) -> int:

@@ -45,6 +45,10 @@ class Policy(Component):
     _role: ClassVar[str] = "policy"
     acts: ClassVar[Literal["arrival", "step"]] = "step"
     """`arrival` if tokens leave only at a step that brings new ones into the tier; `step` if also at others."""
+    needs: ClassVar[frozenset[str]] = frozenset()
+    """What `keep` and `departures` must be given besides, of `"prompt"`: then they are called with one argument more,
+    the number of tokens of the prompt, or None while it goes on. The prompt ends when the first update of a single
+    token comes, the very first update excepted; `keep` is asked at that moment too, with `seen == prompt`."""
 
     @abstractmethod
     def keep(self, positions: Ints, seen: int) -> NDArray[np.bool_]:
@@ -71,7 +75,7 @@ class Policy(Component):
         """When each token leaves while the cache grows from `start` to `stop` tokens.
 
         Equal to calling `keep` after each single token. The default does just that, at the steps where
-        something can change.
+        something can change. Whether the prompt goes on is the same from `start` to `stop`.
 
         Args:
             positions: tokens held or arriving, ascending: `[tokens]`. Read-only, as are `arrivals`.
@@ -83,6 +87,9 @@ class Policy(Component):
         Returns:
             For each token the number of tokens seen when it leaves, or `NEVER`: `[tokens]`.
         """
+        return self._by_keep(positions, arrivals, start, stop, None)
+
+    def _by_keep(self, positions: Ints, arrivals: Ints, start: int, stop: int, prompt: int | None) -> Ints:
         left = np.full(len(positions), NEVER, dtype=np.int64)
         order = np.argsort(arrivals, kind="stable")
         arrived = arrivals[order]
@@ -95,14 +102,20 @@ class Policy(Component):
                 at = end
             if not len(held) or len(held) <= self._room(seen):
                 continue
-            stays = self._kept(positions[held], seen)
+            stays = self._kept(positions[held], seen, prompt)
             left[held[~stays]] = seen
             held = held[stays]
         return left
 
-    def _kept(self, positions: Ints, seen: int) -> NDArray[np.bool_]:
+    @property
+    def _prompted(self) -> bool:
+        """Whether it must know where the prompt ends."""
+        return "prompt" in self.needs
+
+    def _kept(self, positions: Ints, seen: int, prompt: int | None) -> NDArray[np.bool_]:
         """`keep`, its answer checked."""
-        stays: NDArray[np.bool_] = call(self, "keep", positions, seen)
+        told = (prompt,) if self._prompted else ()
+        stays: NDArray[np.bool_] = call(self, "keep", positions, seen, *told)
         if not isinstance(stays, np.ndarray) or stays.dtype != np.bool_ or stays.shape != positions.shape:
             raise PluginError(
                 f"policy {self.kind!r}: keep must return a NumPy array of bool {positions.shape}, found "
@@ -114,11 +127,15 @@ class Policy(Component):
         """`capacity`, its answer checked."""
         return _count(self, "capacity", call(self, "capacity", seen))
 
-    def _left(self, positions: Ints, arrivals: Ints, start: int, stop: int) -> Ints:
+    def _left(self, positions: Ints, arrivals: Ints, start: int, stop: int, prompt: int | None) -> Ints:
         """`departures`, its answer checked."""
         if self.acts not in ("arrival", "step"):
             raise PluginError(f"policy {self.kind!r}: acts must be arrival or step, found {self.acts!r}")
-        left = call(self, "departures", _read_only(positions), _read_only(arrivals), start, stop)
+        shown = _read_only(positions), _read_only(arrivals)
+        if self._prompted and type(self).departures is Policy.departures:
+            left = self._by_keep(*shown, start, stop, prompt)
+        else:
+            left = call(self, "departures", *shown, start, stop, *((prompt,) if self._prompted else ()))
         whole = isinstance(left, np.ndarray) and np.issubdtype(left.dtype, np.signedinteger)
         if not whole or left.shape != positions.shape:
             raise PluginError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -123,11 +123,23 @@ class LayerCache:
         """Where the committed tokens are by position; the same value in all layers with the same tiers."""
         return self.planner.step
 
-    def held_after_commit(self) -> int:
-        """Tokens that the stores will hold once the pending ones are committed; where rows differ, those held now."""
-        if not self.waiting or self.tells_apart or self.step.spread:
+    def held_after_commit(self, coming: int = 0) -> int:
+        """Tokens that the stores will hold once the pending ones are committed; where rows differ, those held now.
+
+        Args:
+            coming: tokens of the update before which this happens, if there is one.
+        """
+        ends = self._ends_prompt(coming)
+        if not (self.waiting or ends) or self.tells_apart or self.step.spread:
             return self.planner.width + self.waiting
-        return sum(s.length for s in self.step.advance(self.waiting, self.waiting, self.padding).state.stores["keys"])
+        step = self.step.advance(self.waiting, self.padding) if self.waiting else self.step
+        step = step.end_prompt() if ends else step
+        return sum(s.length for s in step.state.stores["keys"])
+
+    def _ends_prompt(self, coming: int) -> bool:
+        """Whether an update of so many tokens ends the prompt, and policies ask for that."""
+        asked = self.placement.prompted or bool(self.placement.kinds)
+        return coming == 1 and asked and self.seen > 0 and self.step.prompt is None
 
     @property
     def tells_apart(self) -> bool:
@@ -156,7 +168,7 @@ class LayerCache:
         if not self.stores:
             self.start(keys, values)
         self._check_rows(keys)
-        self.commit()
+        self.commit(keys.shape[2])
         new = {"keys": keys, "values": values}
         dense = (keys, values) if self.committed == 0 else self._dense(new, self.scratch)
         self.add(keys, values)
@@ -167,7 +179,7 @@ class LayerCache:
         if not self.stores:
             self.start(keys, values)
         self._check_rows(keys)
-        self.commit()
+        self.commit(keys.shape[2])
         if self.committed == 0 and keys.shape[2] and not self.placement.kinds:
             self.add(keys, values)
             return keys, values
@@ -227,7 +239,7 @@ class LayerCache:
         """Add tokens without decoding what is held: the pending ones commit, the newest of these wait."""
         if not self.stores:
             self.start(keys, values)
-        self.commit()
+        self.commit(keys.shape[2])
         with self._changing():
             self._enter({"keys": keys.detach(), "values": values.detach()})
 
@@ -239,18 +251,18 @@ class LayerCache:
         if self.placement.kinds:  # scores speak of an update as a whole, and layers that agree wait for each other
             early = n if n > MAX_APART and not self.placement.shared else 0
         if early:
-            self._let_in({side: x[:, :, :early] for side, x in new.items()}, early, n)
+            self._let_in({side: x[:, :, :early] for side, x in new.items()}, early)
         self.pending = {side: x[:, :, early:].clone() for side, x in new.items()} if early < n else {}
 
-    def commit(self) -> None:
-        """Let the pending tokens into the tiers."""
-        commit_all([self])
+    def commit(self, coming: int = 0) -> None:
+        """Let the pending tokens into the tiers; see `commit_all`."""
+        commit_all([self], coming)
 
-    def begin(self, n: int, of: int) -> Any:
-        """Plan to let in `n` tokens, the first of an update of `of`; see `Planner.begin`."""
+    def begin(self, n: int) -> Any:
+        """Plan to let in `n` tokens; see `Planner.begin`."""
         if self.tells_apart:
             self.by_head()
-        return self.planner.begin(n, of, self.padding, self.observer)
+        return self.planner.begin(n, self.padding, self.observer)
 
     def finish(self, new: dict[str, Tensor], turn: Any) -> None:
         """Let new tokens in as planned."""
@@ -288,8 +300,8 @@ class LayerCache:
                 "make a new one"
             )
 
-    def _let_in(self, new: dict[str, Tensor], n: int, of: int) -> None:
-        turn = self.begin(n, of)
+    def _let_in(self, new: dict[str, Tensor], n: int) -> None:
+        turn = self.begin(n)
         select([self.planner], [turn])
         self.finish(new, turn)
 
@@ -374,8 +386,6 @@ class LayerCache:
                 self.pending = {side: x[:, :, : length - self.committed].clone() for side, x in self.pending.items()}
                 if self.observer is not None:
                     self.observer.crop(length - self.committed)
-                if any(row.through > length for row in self.step.rows):
-                    move(self.stores, self.like, self.planner.crop(length))
                 return
             self.pending, self.observer = {}, None
             if length < self.committed:
@@ -411,18 +421,36 @@ class LayerCache:
                 held[side] = x.to(device, non_blocking=True)
 
 
-def commit_all(layers: Sequence[LayerCache]) -> None:
-    """Let the pending tokens of layers into their tiers: of one layer, or of all that select tokens together."""
+def commit_all(layers: Sequence[LayerCache], coming: int = 0) -> None:
+    """Let the pending tokens of layers into their tiers: of one layer, or of all that select tokens together.
+
+    Args:
+        layers: the layers.
+        coming: tokens of the update before which this happens, if there is one. The first that brings a single token to
+            a cache that holds some ends the prompt.
+    """
     for layer in layers:
         layer.check_whole()
         layer.hold()
     waiting = [layer for layer in layers if layer.waiting]
+    _advance(waiting, lambda layer: layer.begin(layer.waiting), lambda layer: layer.pending)
+    ending = [layer for layer in layers if layer._ends_prompt(coming)]
+    for layer in ending:
+        if not layer.placement.prompted:
+            layer.planner.step = layer.step.end_prompt()
+    ending = [layer for layer in ending if layer.placement.prompted]
+    _advance(ending, lambda layer: layer.planner.end_prompt(), lambda layer: layer.like)
+
+
+def _advance(
+    layers: Sequence[LayerCache], begin: Callable[[LayerCache], Any], new: Callable[[LayerCache], dict[str, Tensor]]
+) -> None:
     with ExitStack() as changing:
-        for layer in waiting:
+        for layer in layers:
             changing.enter_context(layer._changing())
-        turns = [layer.begin(layer.waiting, layer.waiting) for layer in waiting]
-        if waiting:
-            select([layer.planner for layer in waiting], turns)
-        for layer, turn in zip(waiting, turns, strict=True):
-            layer.finish(layer.pending, turn)
+        turns = [begin(layer) for layer in layers]
+        if layers:
+            select([layer.planner for layer in layers], turns)
+        for layer, turn in zip(layers, turns, strict=True):
+            layer.finish(new(layer), turn)
             layer.pending = {}

@@ -20,8 +20,11 @@ class ByPosition(Planner):
     def __init__(self, step: Step) -> None:
         self.step = step
 
-    def begin(self, n: int, of: int, padding: Padding | None, seen: Observer | None) -> Step:
-        return self.step.advance(n, of, padding)
+    def begin(self, n: int, padding: Padding | None, seen: Observer | None) -> Step:
+        return self.step.advance(n, padding)
+
+    def end_prompt(self) -> Step:
+        return self.step.end_prompt()
 
     def moves(self, turn: Step) -> AllMoves:
         self.step = turn

@@ -33,15 +33,18 @@ class Planner(ABC):
         return self.step.placement
 
     @abstractmethod
-    def begin(self, n: int, of: int, padding: Padding | None, seen: Observer | None) -> Any:
-        """Begin to let in `n` more tokens, the first of an update of `of`; returns what the other methods take.
+    def begin(self, n: int, padding: Padding | None, seen: Observer | None) -> Any:
+        """Begin to let in `n` more tokens; returns what the other methods take.
 
         Args:
             n: how many.
-            of: tokens of the update that brings them.
             padding: which slots are padding, up to these tokens.
             seen: what the update's queries attended to, if policies ask for it.
         """
+
+    @abstractmethod
+    def end_prompt(self) -> Any:
+        """As `begin`, where no token comes but the prompt ends with those that were let in."""
 
     def rank(self, turn: Any, tier: int) -> Tensor | None:
         """What a tier's policy ranks its tokens by now, `[batch, kv_heads or 1, tokens]`, if it selects any."""

@@ -96,11 +96,15 @@ class PerHeadPlacement(Planner):
     def width(self) -> int:
         return int(self.counts.sum(0).max())
 
-    def begin(self, n: int, of: int, padding: Padding | None, seen: Observer | None) -> Turn:
-        step = self.step.advance(n, of, padding)
+    def begin(self, n: int, padding: Padding | None, seen: Observer | None) -> Turn:
+        return self._turn(self.step.advance(n, padding), n, self._add_scores(seen, n))
+
+    def end_prompt(self) -> Turn:
+        return self._turn(self.step.end_prompt(), 0, self._add_scores(None, 0))
+
+    def _turn(self, step: Step, n: int, fresh: Tensor | None) -> Turn:
         counts = step.counts(self.counts)
         slots = step.new_slots(n, self._device).expand(*self.shape, -1)
-        fresh = self._add_scores(seen, n)
         return Turn(step, slots, counts, fresh, self._candidates("keys", step, slots, None, fresh))
 
     @property

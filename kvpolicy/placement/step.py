@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Ints = NDArray[np.int64]
-LINKS = 4
-"""Steps that a step remembers as its successors: an update takes three at most."""
+LINKS = 5
+"""Steps that a step remembers as its successors: an update takes four at most."""
 
 
 @dataclass(eq=False)
@@ -45,9 +45,8 @@ class Step:
     """Whether each row has positions of its own, which are not its slots."""
     spread: bool = False
     """Whether stores hold other tokens for each row or head. Orders of stores are then no part of `rows`."""
-    prompt: int = 0
-    """Slots seen before the first update of a single token; counted once stores are spread."""
-    prompting: bool = True
+    prompt: int | None = None
+    """Slots of the prompt, once it has ended and policies ask for it."""
     plan: AllMoves | None = None
     """How stores came from the step before to this one, unless spread."""
     before: tuple[State, ...] = ()
@@ -100,28 +99,41 @@ class Step:
             oldest._next = None
         return made
 
-    def advance(self, n: int, of: int, padding: Padding | None) -> Step:
-        """Let `n` more tokens in, the first of an update of `of`; `padding` speaks of all slots up to then."""
-        return self._follow(("advance", n, of), padding, lambda: self._advance(n, of, padding))
+    def advance(self, n: int, padding: Padding | None) -> Step:
+        """Let `n` more tokens in; `padding` speaks of all slots up to then."""
+        return self._follow(("advance", n), padding, lambda: self._advance(n, padding))
 
-    def _advance(self, n: int, of: int, padding: Padding | None) -> Step:
+    def end_prompt(self) -> Step:
+        """The prompt ends with the tokens seen."""
+        return self._follow(("end prompt",), self.padding, self._end_prompt)
+
+    def _end_prompt(self) -> Step:
+        if not self.placement.prompted:  # nothing moves: the number is all that is asked for
+            return replace(self._bare(), prompt=self.seen)
+        if not self.spread:
+            state, plan = self.placement.end_prompt(self.state)
+            return replace(self._bare(), rows=(state,), plan=plan, prompt=self.seen)
+        after = tuple(map(self.placement.end_prompt_row, self.rows))
+        return replace(self._bare(), rows=after, before=self.rows, prompt=self.seen)
+
+    def _advance(self, n: int, padding: Padding | None) -> Step:
         start, stop = self.seen, self.seen + n
         if not self.spread:
-            state, plan = self.placement.advance(self.state, n, of)
+            state, plan = self.placement.advance(self.state, n, self.prompt)
             return replace(self._bare(), rows=(state,), seen=stop, padding=padding, plan=plan)
         rows, by_row = self.rows, self.by_row
         if padding is not None and padding.before(stop) and not by_row:
             rows, by_row = rows * padding.batch, True
         if by_row:
             assert padding is not None
-            counts, whole = padding.count(start, stop), padding.count(start, start + of)
+            counts = padding.count(start, stop)
         else:
-            counts, whole = [n], [of]
+            counts = [n]
+        prompts = self.prompts() if self.by_row == by_row else self.prompts() * len(rows)
         after = tuple(
-            self.placement.advance_row(row, some, all_of) if some else row
-            for row, some, all_of in zip(rows, counts, whole, strict=True)
+            self.placement.advance_row(row, some, prompt) if some else row
+            for row, some, prompt in zip(rows, counts, prompts, strict=True)
         )
-        prompting = self.prompting and (of > 1 or start == 0)
         return replace(
             self._bare(),
             rows=after,
@@ -129,8 +141,6 @@ class Step:
             seen=stop,
             padding=padding,
             by_row=by_row,
-            prompting=prompting,
-            prompt=stop if prompting else self.prompt,
             quiet=not self._flows(rows, after) and not self._ranks(rows, after),
         )
 
@@ -152,7 +162,7 @@ class Step:
         """The same placement, stores from now on by row and head."""
         if self.spread:
             return self
-        row = State(self.state.seen, self.state.tiers[: self.placement.ranked], {}, self.state.through)
+        row = State(self.state.seen, self.state.tiers[: self.placement.ranked], {})
         return self._follow(("scattered",), self.padding, lambda: replace(self._bare(), rows=(row,), spread=True))
 
     def crop(self, length: int) -> Step:
@@ -162,20 +172,13 @@ class Step:
     def _crop(self, length: int) -> Step:
         seen, padding = min(self.seen, length), self.padding
         padding = padding.crop(seen) if padding is not None else None
+        prompt = None if self.prompt is None or length < self.prompt else self.prompt  # within it: it goes on
         if not self.spread:
             state, plan = self.placement.crop(self.state, length)
-            return replace(self._bare(), rows=(state,), seen=seen, padding=padding, plan=plan)
+            return replace(self._bare(), rows=(state,), seen=seen, padding=padding, plan=plan, prompt=prompt)
         real = self.padding.count(0, length) if self.by_row and self.padding is not None else [length]
         rows = tuple(self.placement.crop_row(row, n) for row, n in zip(self.rows, real, strict=True))
-        prompting = self.prompting or length <= self.prompt
-        return replace(
-            self._bare(),
-            rows=rows,
-            seen=seen,
-            padding=padding,
-            prompting=prompting,
-            prompt=min(self.prompt, length),
-        )
+        return replace(self._bare(), rows=rows, seen=seen, padding=padding, prompt=prompt)
 
     def select(self, rows: Ints) -> Step:
         """Keep the batch rows `rows`, in that order, repeats included."""
@@ -216,10 +219,10 @@ class Step:
         find = self.placement.in_columns
         return self._once(("in columns", device), lambda: find(self.state).to(device, non_blocking=True))  # type: ignore[no-any-return]
 
-    def prompts(self) -> list[int]:
-        """Tokens of the prompt, by row."""
-        if self.by_row and self.padding is not None:
-            return self.padding.count(0, self.prompt)
+    def prompts(self) -> list[int | None]:
+        """Tokens of the prompt, by row; None while it goes on."""
+        if self.prompt is not None and self.by_row and self.padding is not None:
+            return [*self.padding.count(0, self.prompt)]
         return [self.prompt] * len(self.rows)
 
     def new_slots(self, n: int, device: torch.device) -> Tensor:
@@ -287,7 +290,8 @@ class Step:
             assert isinstance(policy, RankPolicy)
             held = before[tier] + entering
             now = np.array([due(policy, a.seen, b.seen) for a, b in zip(self.before, self.rows, strict=True)])
-            budgets = [policy._budget(row.seen, prompt) for row, prompt in zip(self.rows, self.prompts(), strict=True)]
+            prompts = [row.seen if n is None else n for row, n in zip(self.rows, self.prompts(), strict=True)]
+            budgets = [policy._budget(row.seen, prompt) for row, prompt in zip(self.rows, prompts, strict=True)]
             allowed = np.where(now, np.array(budgets, dtype=np.int64), NEVER)[:, None]
             if (held > allowed).any():
                 selections[tier] = now, budgets

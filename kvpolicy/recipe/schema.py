@@ -47,7 +47,6 @@ def _top() -> dict[str, Any]:
         "name": {"type": "string", "minLength": 1},
         "summary": {"type": "string"},
         "source": {"type": "string"},
-        "placement": _word_or_parameter(["token", "update"]),
         "params": {
             "type": "object",
             "propertyNames": {"pattern": r"^[A-Za-z_]\w*$"},

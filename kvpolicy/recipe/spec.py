@@ -53,18 +53,10 @@ class Recipe(BaseModel):
     name: str = Field(default="custom", description="Name of the recipe.")
     summary: str = Field(default="", description="What it does, in a sentence or two.")
     source: str = Field(default="", description="Where the method comes from, such as the address of a paper.")
-    placement: Literal["token", "update"] = Field(
-        default="token",
-        description=(
-            "token: tokens are placed as if fed one by one, however the prompt is cut. update: decided once per "
-            "update; the first update descends whole to the last tier, later everything descends as soon as the "
-            "first policy lets any token go. With update the chunking of the prompt matters."
-        ),
-    )
     params: dict[str, str | int | float | bool] = Field(
         default_factory=dict,
         description="Parameters with their values. `$name` stands for one, as the whole value of a key below "
-        "tiers, layers and placement.",
+        "tiers and layers.",
     )
     tiers: tuple[Tier, ...] = Field(description="Tiers from the newest tokens down.")
     layers: dict[str, Literal["full"] | tuple[Tier, ...]] = Field(
@@ -86,9 +78,8 @@ class Recipe(BaseModel):
             for place, message in find_problems(tiers)
         ]
         found += find_overlaps(self.layers).values()
-        clash = find_clash(self.placement, [tiers for _, tiers in lists])
-        if found or clash:
-            problems = dict.fromkeys([*found, *([clash] if clash else [])])
+        if found:
+            problems = dict.fromkeys(found)
             raise RecipeError("\n".join(f"recipe {clip(self.name)}: {problem}" for problem in problems))
         return self
 
@@ -143,8 +134,6 @@ class Recipe(BaseModel):
             return dump_yaml(plain(self._template))
         written: dict[str, Any] = {"version": self.version, "name": self.name}
         written.update({k: getattr(self, k) for k in ("summary", "source") if getattr(self, k)})
-        if self.placement != "token":
-            written["placement"] = self.placement
         written["tiers"] = [tier.plain() for tier in self.tiers]
         if self.layers:
             written["layers"] = {
@@ -212,14 +201,6 @@ def _store_problems(tiers: Sequence[_TierLike], i: int, side: str) -> Iterator[t
             (i, side),
             f"precision must never rise down the list, found {_name(store)} below {_name(above)}; exchange the tiers",
         )
-
-
-def find_clash(placement: Any, lists: Sequence[Sequence[_TierLike]]) -> str | None:
-    """Why a way of placement doesn't go with tiers, if it doesn't."""
-    ranks = [tier.policy.kind for tiers in lists for tier in tiers if isinstance(tier.policy, RankPolicy)]
-    if placement == "update" and ranks:
-        return f"placement: update goes with policies by position only, found policy {ranks[0]!r}; remove placement"
-    return None
 
 
 def _misplaced(above: Any, below: Any) -> str | None:

@@ -181,13 +181,6 @@ def test_numbers_beyond_counting_are_refused(option: str, tmp_path: Any) -> None
     "recipe",
     [
         {"tiers": [{"store": {"kind": "int", "per": "channel", "group_size": "arrival"}}]},
-        {
-            "placement": "update",
-            "tiers": [
-                {"policy": {"kind": "recent", "window": 0, "flush": 8}, "store": "full"},
-                {"store": {"kind": "int", "per": "channel", "group_size": "arrival"}},
-            ],
-        },
     ],
 )
 def test_groups_by_arrival_need_arrivals_of_several_tokens(recipe: Any) -> None:

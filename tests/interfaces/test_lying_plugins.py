@@ -202,10 +202,10 @@ def test_departures_are_taken_where_they_are_possible(data: st.DataObject) -> No
     arrays = np.arange(n, dtype=np.int64), np.array(arrivals, dtype=np.int64)
     fits = all(left == NEVER or max(at, start + 1) <= left <= stop for left, at in zip(found, arrivals, strict=True))
     if fits:
-        assert policy._left(*arrays, start, stop).tolist() == found
+        assert policy._left(*arrays, start, stop, None).tolist() == found
     else:
         with pytest.raises(PluginError, match="must leave then or later"):
-            policy._left(*arrays, start, stop)
+            policy._left(*arrays, start, stop, None)
 
 
 WORDS = ["all", "probe", "last", "last probe", "mean", "sum", "max", "bananas", "", None, 1, True]
