@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from kvpolicy.hf.cache import CompressedCache as CompressedCache
     from kvpolicy.hf.cache import make_cache as make_cache
     from kvpolicy.hookspecs import hookimpl as hookimpl
+    from kvpolicy.interfaces.extra import Extra as Extra
+    from kvpolicy.interfaces.extra import Grouping as Grouping
     from kvpolicy.interfaces.policy import Policy as Policy
     from kvpolicy.interfaces.policy import RankPolicy as RankPolicy
     from kvpolicy.interfaces.policy import Scores as Scores
@@ -31,6 +33,8 @@ __all__ = [
     "AffineQuantizer",
     "Attached",
     "CompressedCache",
+    "Extra",
+    "Grouping",
     "Policy",
     "Quantizer",
     "RankPolicy",
@@ -53,6 +57,8 @@ _HOMES = {
     "AffineQuantizer": "interfaces.quantizer",
     "Attached": "hf.attach",
     "CompressedCache": "hf.cache",
+    "Extra": "interfaces.extra",
+    "Grouping": "interfaces.extra",
     "Policy": "interfaces.policy",
     "Quantizer": "interfaces.quantizer",
     "RankPolicy": "interfaces.policy",

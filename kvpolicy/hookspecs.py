@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pluggy
 
+from kvpolicy.interfaces.extra import Extra
 from kvpolicy.interfaces.policy import Policy
 from kvpolicy.interfaces.quantizer import Quantizer
 from kvpolicy.interfaces.transform import Transform
 
-__all__ = ["hookimpl", "hookspec", "kvpolicy_policies", "kvpolicy_quantizers", "kvpolicy_transforms"]
+__all__ = ["hookimpl", "hookspec", "kvpolicy_extras", "kvpolicy_policies", "kvpolicy_quantizers", "kvpolicy_transforms"]
 
 hookspec = pluggy.HookspecMarker("kvpolicy")
 hookimpl = pluggy.HookimplMarker("kvpolicy")
@@ -29,4 +30,10 @@ def kvpolicy_quantizers() -> list[type[Quantizer]]:
 @hookspec
 def kvpolicy_transforms() -> list[type[Transform]]:
     """The transforms of this plugin, as classes."""
+    raise AssertionError("a specification is not called")
+
+
+@hookspec
+def kvpolicy_extras() -> list[type[Extra]]:
+    """The extras of this plugin, as classes."""
     raise AssertionError("a specification is not called")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.metadata import EntryPoint, PackageNotFoundError, distribution, entry_points
@@ -18,6 +18,7 @@ import pluggy
 from kvpolicy import hookspecs
 from kvpolicy.errors import PluginError, RecipeError
 from kvpolicy.interfaces.component import Component
+from kvpolicy.interfaces.extra import AXES, Extra
 from kvpolicy.interfaces.policy import Policy
 from kvpolicy.interfaces.quantizer import AffineQuantizer, Quantizer, TensorQuantizer
 from kvpolicy.interfaces.transform import NEEDS, Transform
@@ -32,6 +33,7 @@ HOOKS: dict[str, tuple[str, type[Component]]] = {
     "policy": ("policies", Policy),
     "quantizer": ("quantizers", Quantizer),
     "transform": ("transforms", Transform),
+    "extra": ("extras", Extra),
 }
 """For each type of plugin the table of `Registry` that holds it, and its base class; hooks are named by the table."""
 
@@ -79,6 +81,7 @@ class Registry:
     policies: dict[str, PluginInfo[Policy]] = field(default_factory=dict)
     quantizers: dict[str, PluginInfo[Quantizer]] = field(default_factory=dict)
     transforms: dict[str, PluginInfo[Transform]] = field(default_factory=dict)
+    extras: dict[str, PluginInfo[Extra]] = field(default_factory=dict)
     broken: list[BrokenPlugin] = field(default_factory=list)
 
     @classmethod
@@ -128,7 +131,7 @@ class Registry:
             self._add(self.known(what), what, classes, point)
 
     def known(self, what: str) -> dict[str, PluginInfo[Any]]:
-        """The plugins of one type (policy, quantizer, transform), by kind."""
+        """The plugins of one type (policy, quantizer, transform, extra), by kind."""
         found: dict[str, PluginInfo[Any]] = getattr(self, HOOKS[what][0])
         return found
 
@@ -161,7 +164,7 @@ class Registry:
         return self.find("quantizer", kind)
 
     def find(self, what: str, kind: str) -> PluginInfo[Any]:
-        """The plugin of one type (policy, quantizer, transform) of that kind, or a `RecipeError`."""
+        """The plugin of one type (policy, quantizer, transform, extra) of that kind, or a `RecipeError`."""
         known = self.known(what)
         if kind in known:
             return known[kind]
@@ -247,6 +250,9 @@ def _check_class(cls: Any, hook: str, base: type[Component]) -> None:
         raise PluginError(
             f"class {cls.__name__}: needs must be a frozenset of {', '.join(sorted(NEEDS))}, found {needs!r}"
         )
+    axes: Any = getattr(cls, "axes", {})
+    if not isinstance(axes, Mapping) or not set(axes.values()) <= set(AXES):
+        raise PluginError(f"class {cls.__name__}: axes must map names to {', '.join(AXES)}, found {axes!r}")
     kind = _kind(cls)
     if not isinstance(kind, str) or not kind or kind in RESERVED:
         raise PluginError(

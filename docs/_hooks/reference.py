@@ -116,6 +116,11 @@ def transforms() -> str:
     return _options("transform")
 
 
+def extras() -> str:
+    """The built-in extras and their options."""
+    return _options("extra")
+
+
 def bundled() -> str:
     """The bundled recipes."""
     from kvpolicy.recipe.load import bundled_names, load_recipe
@@ -185,6 +190,7 @@ GENERATED: dict[str, Callable[[], str]] = {
     "policies": policies,
     "quantizers": quantizers,
     "transforms": transforms,
+    "extras": extras,
     "bundled": bundled,
     "cli": cli,
 }

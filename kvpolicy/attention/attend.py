@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy.attention.mask import as_mask, mask_scores
-from kvpolicy.attention.reference import add_values, key_scores
+from kvpolicy.attention.products import add_values, key_scores
 from kvpolicy.placement.moves import ColumnMap
 
 if TYPE_CHECKING:

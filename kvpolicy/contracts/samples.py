@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kvpolicy.errors import KvpolicyError
 from kvpolicy.interfaces.component import Component
+from kvpolicy.interfaces.extra import Extra
 from kvpolicy.interfaces.policy import Policy
 from kvpolicy.interfaces.quantizer import AffineQuantizer, Quantizer
 from kvpolicy.interfaces.transform import Transform
@@ -109,6 +110,11 @@ def quantizers() -> list[Quantizer]:
             if not _fits_nowhere(same):
                 made.setdefault(name_of(same), same)
     return list(made.values())
+
+
+def extras() -> list[Extra]:
+    """Extras to try."""
+    return _params(registry().extras)
 
 
 def transforms() -> list[Transform]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvpolicy.attention.reference import add_values, key_scores
+from kvpolicy.attention.products import add_values, key_scores
 from kvpolicy.contracts.samples import name_of, tensor, transforms
 from kvpolicy.errors import RecipeError
 from kvpolicy.interfaces.quantizer import AffineQuantizer

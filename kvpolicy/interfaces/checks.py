@@ -1,4 +1,4 @@
-"""What quantizers and transforms return, checked before a store takes it.
+"""What quantizers, transforms and extras return, checked before a store takes it.
 
 Types, shapes and devices are compared, which costs nothing; numbers are looked at on a CPU alone, where no device
 waits.
@@ -14,11 +14,23 @@ from torch import Tensor
 
 from kvpolicy.errors import PluginError
 from kvpolicy.interfaces.component import TRY, Component, call
+from kvpolicy.interfaces.extra import Extra, Grouping
 from kvpolicy.interfaces.quantizer import Affine, AffineQuantizer, Quantizer, TensorQuantizer
 from kvpolicy.interfaces.site import Site
 from kvpolicy.interfaces.transform import Transform
 
-__all__ = ["adjoined", "calibrated", "check_fit", "decoded", "encoded", "fitted", "transformed", "versions"]
+__all__ = [
+    "adjoined",
+    "calibrated",
+    "check_fit",
+    "decoded",
+    "encoded",
+    "fitted",
+    "part_of",
+    "taken",
+    "transformed",
+    "versions",
+]
 
 
 def versions(tensors: Iterable[Tensor]) -> list[int]:
@@ -81,28 +93,48 @@ def calibrated(quantizer: AffineQuantizer, groups: Tensor) -> Affine:
     return Affine(codes, scale, offset)
 
 
-def encoded(quantizer: TensorQuantizer, x: Tensor) -> dict[str, Tensor]:
-    """The tensors of `x`, `[batch, kv_heads, tokens, head_dim]`, by name.
+def encoded(quantizer: TensorQuantizer, x: Tensor, kept: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The tensors of `x`, `[batch, kv_heads, tokens, head_dim]`, by name; `kept` are those per store so far.
 
     Raises:
-        PluginError: the quantizer raised, returned something else, or wrote to `x`.
+        PluginError: the quantizer raised, returned something else, or wrote to what it was given.
     """
-    before = versions([x])
-    found = call(quantizer, "encode", x)
+    kept = kept or {}
+    before = versions([x, *kept.values()])
+    if "store" in quantizer.axes.values():
+        found = call(quantizer, "encode_with", x, dict(kept))
+    else:
+        found = call(quantizer, "encode", x)
     if not isinstance(found, dict) or not found or not all(isinstance(name, str) and name for name in found):
         shown = [str(name) for name in found] if isinstance(found, dict) else type(found).__name__
         raise _fail(quantizer, f"must give named tensors from encode, found {shown}")
     for name, tensor in found.items():
         plain = isinstance(tensor, Tensor) and tensor.layout == torch.strided and not tensor.is_quantized
-        if not plain or tensor.shape[:3] != x.shape[:3] or tensor.device != x.device:
+        first, words = _first(quantizer.axes.get(name, "token"), x, tensor)
+        fits = plain and tuple(tensor.shape[: len(first)]) == first and len(first) <= tensor.ndim
+        if not fits or tensor.device != x.device:
             raise _fail(
                 quantizer,
-                f"must give tensors [batch, kv_heads, tokens, ...] of {tuple(x.shape[:3])} on {x.device} from encode, "
+                f"must give tensors {words} of {tuple(x.shape[:3])} on {x.device} from encode, "
                 f"found {name} of {_found(tensor)}",
             )
-    if versions([x]) != before:
+    if not any(quantizer.axes.get(name, "token") == "token" for name in found):
+        raise _fail(quantizer, f"must give a tensor per token from encode, found {sorted(found)}")
+    if versions([x, *kept.values()]) != before:
         raise _fail(quantizer, "must not change the tensor that encode is given, found it changed")
-    return found
+    return {**found, **{name: t for name, t in kept.items() if name not in found}}
+
+
+def _first(axis: str, x: Tensor, found: Any) -> tuple[tuple[int, ...], str]:
+    """What the shape of a tensor of the tokens `x` must begin with, and that in words."""
+    batch, heads, tokens = x.shape[:3]
+    if axis == "token":
+        return (batch, heads, tokens), "[batch, kv_heads, tokens, ...]"
+    if axis == "arrival":
+        return (batch, heads, 1), "[batch, kv_heads, 1, ...]"
+    shape = tuple(getattr(found, "shape", ()))[:2]
+    first = tuple(1 if n == 1 else most for n, most in zip(shape, (batch, heads), strict=False))
+    return (first if len(first) == 2 else (batch, heads)), "[batch or 1, kv_heads or 1, ...]"
 
 
 def decoded(quantizer: TensorQuantizer, parts: dict[str, Tensor], dtype: torch.dtype, head_dim: int) -> Tensor:
@@ -177,3 +209,41 @@ def _mapped(
     if versions([x, *state.values()]) != before:
         raise _fail(transform, f"must not change what {method} is given, found it changed")
     return found
+
+
+def taken(extra: Extra, x: Tensor, grouping: Grouping, site: Site) -> tuple[Tensor, dict[str, Tensor]]:
+    """What an extra leaves of `x` to be coded, and what it keeps of it.
+
+    Raises:
+        PluginError: it raised, returned something else, or wrote to `x`.
+    """
+    before = versions([x])
+    found = call(extra, "take", x, grouping, site)
+    y, parts = found if isinstance(found, tuple) and len(found) == 2 else (None, None)
+    if not isinstance(y, Tensor) or (y.shape, y.dtype, y.device) != (x.shape, x.dtype, x.device):
+        raise _fail(extra, f"must give {_found(x)} and named tensors from take, found {_found(y)}")
+    if versions([x]) != before:
+        raise _fail(extra, "must not change the tensor that take is given, found it changed")
+    return y, part_of(extra, "take", parts, x)
+
+
+def part_of(extra: Extra, method: str, found: Any, x: Tensor) -> dict[str, Tensor]:
+    """Named tensors of the tokens `x`, each on its axis.
+
+    Raises:
+        PluginError: they are not.
+    """
+    if not isinstance(found, dict) or not all(isinstance(name, str) and name.isidentifier() for name in found):
+        raise _fail(extra, f"must give named tensors from {method}, found {_found(found)}")
+    for name, t in found.items():
+        axis = extra.axes.get(name, "token")
+        first = {"token": x.shape[:3], "arrival": (*x.shape[:2], 1), "store": ()}[axis]
+        fits = isinstance(t, Tensor) and t.layout == torch.strided and t.device == x.device
+        fits = fits and tuple(t.shape[: len(first)]) == tuple(first)
+        if fits and axis == "store":
+            fits = t.ndim >= 2 and t.shape[0] == 1 and t.shape[1] in (1, x.shape[1])
+        if not fits:
+            raise _fail(
+                extra, f"must give tensors per {axis} of {tuple(first)} from {method}, found {name} of {_found(t)}"
+            )
+    return dict(found)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
 from kvpolicy.errors import PluginError
 from kvpolicy.interfaces.component import LIST, MOST, TRY, Component, call, list_of
+from kvpolicy.interfaces.extra import Axis, Extra
 from kvpolicy.interfaces.site import Site
 from kvpolicy.interfaces.transform import Transform
 
@@ -41,6 +43,9 @@ class Quantizer(Component):
 
     transforms: Annotated[tuple[Transform, ...], list_of(Transform), LIST[0], LIST[1]] = Field(
         (), description="Linear maps that keys or values go through before they are coded, from left to right."
+    )
+    extras: Annotated[tuple[Extra, ...], list_of(Extra), LIST[0], LIST[1]] = Field(
+        (), description="What is kept beside the codes, such as outliers: each takes its own, from left to right."
     )
 
     _role: ClassVar[str] = "quantizer"
@@ -78,25 +83,37 @@ def unit_factor(size: Tensor) -> Tensor:
 
 
 class TensorQuantizer(Quantizer):
-    """A quantizer that keeps whatever tensors it likes, one entry per token.
+    """A quantizer that keeps whatever tensors it likes: per token, per arrival or per store.
 
     The core appends, gathers, crops, saves and counts them, as bytes: they may be of any type, float8 included. A
     token's tensors must be decodable without its neighbours'. A quantizer with integer codes, a scale and an
     offset is an `AffineQuantizer` instead, and shares the packed stores and everything built on them.
     """
 
+    axes: ClassVar[Mapping[str, Axis]] = {}
+    """The axis of each tensor that it keeps; `"token"` for those that are not named. One at least is per token."""
+
     @abstractmethod
     def encode(self, x: Tensor) -> dict[str, Tensor]:
-        """Encode `x` of `[batch, kv_heads, tokens, head_dim]`: tensors of `[batch, kv_heads, tokens, ...]`.
+        """Encode tokens that arrive together, `x` of `[batch, kv_heads, tokens, head_dim]`.
 
-        Names, types and trailing shapes are the same each time, the device is that of `x`, and `x` is not written to.
+        Returns:
+            Named tensors: per token `[batch, kv_heads, tokens, ...]`, per arrival `[batch, kv_heads, 1, ...]`, per
+            store `[batch or 1, kv_heads or 1, ...]`. Names, types and trailing shapes are the same each time, the
+            device is that of `x`, and `x` is not written to. Of tensors per store the first are kept, and need not be
+            given again: a quantizer with such is asked by `encode_with`.
         """
+
+    def encode_with(self, x: Tensor, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`encode`, with the tensors per store that are kept so far: none the first time."""
+        return self.encode(x)
 
     @abstractmethod
     def decode(self, encoded: dict[str, Tensor], dtype: dtype) -> Tensor:
         """The inverse of `encode`, as `dtype`: `[batch, kv_heads, tokens, head_dim]`.
 
-        It is given the tensors of any tokens that were encoded, in any order, and must not write to them.
+        It is given the tensors of any tokens that were encoded, in any order, and must not write to them: per arrival
+        the entry of each token, or one for all of them, `[batch, kv_heads, tokens or 1, ...]`.
         """
 
 

@@ -16,7 +16,7 @@ from kvpolicy.interfaces.component import in_brief
 from kvpolicy.layer.layer import LayerCache
 from kvpolicy.placement.planner import State
 
-PARTS = ("codes", "scales", "zeros", "exact", "indices", "scores", "state")
+PARTS = ("codes", "scales", "zeros", "exact", "indices", "scores", "state", "extras")
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,8 @@ class StoreMemory:
     """The attention that tokens received, where policies ask for it."""
     state: int = 0
     """What transforms keep, once per store."""
+    extras: int = 0
+    """What extras keep beside the codes."""
     reserved: int = 0
     """Bytes of all pages, free ones included; not those of `indices`."""
 
@@ -82,7 +84,7 @@ class Memory:
         return 8 * self.bytes / self.values if self.values else 0.0
 
     def total(self, part: str) -> int:
-        """Bytes of one part of the stores (codes, scales, zeros, exact, indices, scores, state) over all layers."""
+        """Bytes over all layers of codes, scales, zeros, exact tokens, indices, scores, state or extras."""
         return sum(int(getattr(s, part)) for s in self.stores) + (self.shared_indices if part == "indices" else 0)
 
     def table(self) -> str:

@@ -13,10 +13,12 @@ from kvpolicy.layer.layer import LayerCache
 from kvpolicy.layer.save_file import Damaged, Held
 from kvpolicy.storage.affine import AffineStore
 from kvpolicy.storage.base import LARGE, Store
-from kvpolicy.storage.coded import POSITIONS, CodedStore, of_store
+from kvpolicy.storage.beside import EXTRAS
+from kvpolicy.storage.coded import POSITIONS, CodedStore
 from kvpolicy.storage.exact import ExactStore
 from kvpolicy.storage.make import make_store
 from kvpolicy.storage.named import NamedStore
+from kvpolicy.storage.named_parts import GROUPS, SIZES
 
 Formats = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 """For each tensor of a store its dtype, and its shape after batch, heads and tokens."""
@@ -42,11 +44,15 @@ def fill_stores(tiers: LayerCache, number: int, held: Held, device: torch.device
             parts, like = held.below(f"{number}.{side}.{s}."), tiers.like[side]
             try:
                 _check(parts, store, like, _formats(tiers.placement.store_spec(side, s), store, like))
-                store.restore({name: t if name == "sizes" else t.to(device) for name, t in parts.items()})
+                store.restore(
+                    {name: t if name == "sizes" or name.endswith(SIZES) else t.to(device) for name, t in parts.items()}
+                )
                 if isinstance(store, CodedStore) and store.chain is not None and not store.chain.invertible:
                     raise CacheError("with what they keep its transforms must be invertible")
-                if isinstance(store, NamedStore):
+                if isinstance(store, NamedStore) or (isinstance(store, AffineStore) and store.beside is not None):
                     _check_decoded(store, like)
+                if isinstance(store, CodedStore) and store.beside is not None:
+                    store.beside.check(store.parts["codes"].length if isinstance(store, AffineStore) else store.length)
                 expected = tiers.planner.length(side, s)
                 if store.length != expected:
                     raise CacheError(f"it must hold {expected} tokens, found {store.length}")
@@ -66,15 +72,26 @@ def _formats(spec: Any, store: Store, like: Tensor) -> Formats:
         spec = spec.model_copy(update={"group_size": n})
     sample = make_store(spec, like.shape[3], store.site if isinstance(store, CodedStore) else None)
     assert sample is not None
-    if isinstance(store, AffineStore) and store.lines is not None:
+    if _lines(store) is not None:
         sample.ragged((1, 1))
     sample.append(torch.zeros((1, 1, n, like.shape[3]), dtype=like.dtype), None, torch.arange(n))
     formats: Formats = {
-        name: (t.dtype, tuple(t.shape[2 + (not of_store(name)) :])) for name, t in sample.tensors().items()
+        name: (t.dtype, tuple(t.shape[2 + (not _of_store(sample, name)) :])) for name, t in sample.tensors().items()
     }
     if isinstance(store, AffineStore) and store.by_channel:
         formats["exact"] = exact
     return formats
+
+
+def _lines(store: Store) -> tuple[int, int] | None:
+    """Rows and heads that differ, once some do."""
+    return (
+        store.lines if isinstance(store, AffineStore) else store.named.lines if isinstance(store, NamedStore) else None
+    )
+
+
+def _of_store(store: Store, name: str) -> bool:
+    return isinstance(store, CodedStore) and store.of_store(name)
 
 
 def _check(parts: dict[str, Tensor], store: Store, like: Tensor, formats: Formats) -> None:
@@ -84,21 +101,28 @@ def _check(parts: dict[str, Tensor], store: Store, like: Tensor, formats: Format
             raise CacheError(f"its tensors must be {sorted(formats)}, found {name}")
         dtype, last = formats[name]
         first = store.lines if isinstance(store, AffineStore) and name == "groups" else rows_and_heads
-        if name == POSITIONS or of_store(name):  # one for all rows or heads, or one for each
+        if name.endswith(GROUPS):
+            first = _lines(store)
+        if name == POSITIONS or _of_store(store, name):  # one for all rows or heads, or one for each
             first = tuple(n if n == 1 else most for n, most in zip(t.shape[:2], rows_and_heads, strict=False))
-        tokens = () if of_store(name) else t.shape[2:3]
-        fits = t.ndim == 1 if name == "sizes" else tuple(t.shape) == (*(first or ()), *tokens, *last)
+        tokens = () if _of_store(store, name) else t.shape[2:3]
+        fits = (
+            t.ndim == 1
+            if name == "sizes" or name.endswith(SIZES)
+            else tuple(t.shape) == (*(first or ()), *tokens, *last)
+        )
         if t.dtype != dtype or not fits:
             raise CacheError(
                 f"{name} must be {first} of tokens of {last} in {dtype}, found {str(tuple(t.shape))[:80]} in {t.dtype}"
             )
     if isinstance(store, CodedStore):
-        _check_state(parts, formats)
+        _check_state(parts, formats, store)
     if isinstance(store, AffineStore):
         _check_packed(parts, store)
     elif isinstance(store, NamedStore) and parts:
-        lengths = {t.shape[2] for name, t in parts.items() if not of_store(name)}
-        if parts.keys() != formats.keys() or len(lengths) > 1:
+        own, all_ = ({n for n in x if not n.startswith(EXTRAS) and ":" not in n} for x in (parts, formats))
+        lengths = {parts[n].shape[2] for n in own if store.named.axis(n) == "token" and not _of_store(store, n)}
+        if own != all_ or len(lengths) > 1:
             raise CacheError(
                 f"{sorted(formats)} must be of the same tokens, found {sorted(parts)} of {sorted(lengths)}"
             )
@@ -127,22 +151,25 @@ def _check_packed(parts: dict[str, Tensor], store: AffineStore) -> None:
         raise CacheError(f"it must hold the positions of {coded + exact} tokens")
 
 
-def _check_state(parts: dict[str, Tensor], formats: Formats) -> None:
+def _check_state(parts: dict[str, Tensor], formats: Formats, store: Store) -> None:
     """What transforms keep is there once anything was coded, and of numbers."""
-    expected = {name for name in formats if of_store(name)}
-    found = {name for name in parts if of_store(name)}
+    expected = {name for name in formats if _of_store(store, name)}
+    found = {name for name in parts if _of_store(store, name)}
     if found != expected and (found or any(name not in ("exact", POSITIONS, "sizes") for name in parts)):
         raise CacheError(f"what its transforms keep must be {sorted(expected)}, found {sorted(found)}")
+    beside, kept = ({n for n in x if n.startswith(EXTRAS) and ":" not in n} for x in (formats, parts))
+    if kept and kept != beside:
+        raise CacheError(f"what its extras keep must be {sorted(beside)}, found {sorted(kept)}")
     for name in found:
         if parts[name].is_floating_point() and not parts[name].float().isfinite().all():
             raise CacheError(f"{name} must be finite")
 
 
-def _check_decoded(store: NamedStore, like: Tensor) -> None:
-    """Only the quantizer knows what its tensors mean, so it must be able to decode them."""
+def _check_decoded(store: NamedStore | AffineStore, like: Tensor) -> None:
+    """What a quantizer, or an extra, keeps means something to itself alone: it must be able to read it."""
     try:
         for first, x in store.decoded(LARGE, like.dtype):
-            n = min(1024, store.length - first)
+            n = min(1024, store.length - first) if isinstance(store, NamedStore) else x.shape[2]
             if tuple(x.shape) != (*like.shape[:2], n, like.shape[3]) or x.dtype != like.dtype:
                 raise CacheError(f"it must decode to {like.shape[3]} channels, found {tuple(x.shape)} in {x.dtype}")
     except MissingDependencyError:
@@ -150,4 +177,5 @@ def _check_decoded(store: NamedStore, like: Tensor) -> None:
     except PluginError as error:  # it could write this once, so the file is not what it wrote
         cause, kind = error.__cause__ or error, store.quantizer.kind
         text = f"{type(cause).__name__}: {str(cause)[:120]}"
-        raise CacheError(f"quantizer {kind!r} can't decode it: {text}") from None
+        also = " with its extras" if store.beside is not None else ""
+        raise CacheError(f"quantizer {kind!r}{also} can't decode it: {text}") from None

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from kvpolicy.errors import RecipeError
 from kvpolicy.interfaces.component import Component
+from kvpolicy.interfaces.extra import Extra
 from kvpolicy.interfaces.policy import Policy
 from kvpolicy.interfaces.quantizer import Quantizer
 from kvpolicy.interfaces.transform import Transform
@@ -20,7 +21,7 @@ from kvpolicy.recipe.spec import Recipe, Tier, find_overlaps, find_problems
 from kvpolicy.recipe.yaml import BAD, SPEC_VERSION, Document, Path_, path_text
 from kvpolicy.words import clip, in_words, listed, quoted, suggest
 
-LISTS: dict[str, type[Component]] = {"transforms": Transform}
+LISTS: dict[str, type[Component]] = {"transforms": Transform, "extras": Extra}
 """Options of quantizers that are lists of other plugins."""
 TIER_KEYS = ("policy", "store", "keys", "values")
 

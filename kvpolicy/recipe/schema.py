@@ -20,8 +20,10 @@ def recipe_schema(plugins: Registry | None = None) -> dict[str, Any]:
     plugins = registry() if plugins is None else plugins
     definitions: dict[str, Any] = {"parameter": _PARAMETER}
     definitions["policy"] = _union("policy", plugins.policies, definitions)
-    words = _word_or_parameter(sorted(plugins.transforms))
-    definitions["transform"] = _by_type("object", _union("transform", plugins.transforms, definitions), words)
+    for what in ("transform", "extra"):
+        known = plugins.known(what)
+        kinds = _word_or_parameter(sorted(known))
+        definitions[what] = _by_type("object", _union(what, known, definitions), kinds)
     definitions["quantizer"] = _union("quantizer", plugins.quantizers, definitions)
     words = _word_or_parameter(["full", "evict"])
     definitions["store"] = {

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from kvpolicy.errors import CacheError, RecipeError
 from kvpolicy.interfaces.checks import calibrated
-from kvpolicy.interfaces.quantizer import AffineQuantizer
+from kvpolicy.interfaces.extra import Grouping
+from kvpolicy.interfaces.quantizer import AffineQuantizer, Quantizer
 from kvpolicy.interfaces.site import Site
 from kvpolicy.storage.base import LARGE, Ints
-from kvpolicy.storage.coded import POSITIONS, CodedStore
+from kvpolicy.storage.coded import NOTHING, POSITIONS, Aside, CodedStore
 from kvpolicy.storage.packing import dequantize, pack
 from kvpolicy.storage.pages import FULL, Pages, at_once, gather_tokens
 from kvpolicy.storage.scales import Scales, levels_of
@@ -90,7 +91,8 @@ class AffineStore(CodedStore):
     @property
     def direct(self) -> bool:
         """Whether attention can take products with its codes as they lie."""
-        return self.grouped and (self.chain is None or self.chain.linear)
+        alone = self.beside is None or self.beside.additive
+        return self.grouped and alone and (self.chain is None or self.chain.linear)
 
     @property
     def length(self) -> int:
@@ -174,6 +176,8 @@ class AffineStore(CodedStore):
         if not self.by_channel:
             for name in ("codes", "params", *self._along):
                 self.parts[name].remove(index)
+            for kept in self._kept:
+                kept.remove(index)
             return
         partial = self.parts["exact"]
         if partial.length:  # rows and heads may lose different numbers of them, so they become a group of their own
@@ -181,6 +185,8 @@ class AffineStore(CodedStore):
             self._append_groups(self._filled(x, empty), x.shape[2])
         for name in ("codes", "groups", *self._along):
             self.parts[name].remove(index)
+        for kept in self._kept:
+            kept.remove(index)
         self._forget_groups()
 
     def _forget_groups(self) -> None:
@@ -209,6 +215,8 @@ class AffineStore(CodedStore):
         if self.chain is not None:
             coded = self.parts["codes"].length
             x = self.chain.forward(x, self._places(coded, coded + n))
+        arrivals = n // size if self.by_channel else 1
+        x, beside = self.beside.take(x, arrivals) if self.beside is not None else (x, [])
         groups = (x.unflatten(2, (-1, size)).transpose(3, 4) if self.by_channel else x).reshape(-1, size)
         if self.quantizer.clip < 1:
             low, high = (bound * self.quantizer.clip for bound in torch.aminmax(groups, dim=1, keepdim=True))
@@ -218,8 +226,31 @@ class AffineStore(CodedStore):
         if self.by_channel:
             codes = codes.view(batch, heads, n // size, dim, size).transpose(3, 4)
         scale, offset = (p.view(batch, heads, -1, self.numbers) for p in affine[1:])
-        self.parts["codes"].append(pack(codes.reshape(batch, heads, n, dim), self.quantizer.nbits))
-        self.parts["params"].append(self.scales.join(scale, offset, x.dtype))
+        packed = pack(codes.reshape(batch, heads, n, dim), self.quantizer.nbits)
+        params = self.scales.join(scale, offset, x.dtype)
+        self.parts["codes"].append(packed)
+        self.parts["params"].append(params)
+        if self.beside is not None:
+            error = self._error(x, packed, params, arrivals) if self.beside.fits else None
+            self.beside.keep(beside, error, x, arrivals)
+
+    def _error(self, x: Tensor, packed: Tensor, params: Tensor, arrivals: int) -> Tensor:
+        """What coding lost of `x`, in float32."""
+        out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+        shaped = out
+        if self.by_channel:
+            packed, params = packed.unflatten(2, (arrivals, -1)), params.unsqueeze(3)
+            shaped = out.unflatten(2, (arrivals, -1))
+        self._dequantize(packed, *self.scales.split(params, self.numbers), shaped)
+        return x.float() - out
+
+    def _dequantize(self, codes: Tensor, scale: Tensor, offset: Tensor, out: Tensor) -> None:
+        levels = self.levels_on(out.device)
+        dequantize(codes, self.quantizer.nbits, self.head_dim, scale, offset, out, levels)
+
+    def _grouping(self, quantizer: Quantizer) -> Grouping:
+        assert isinstance(quantizer, AffineQuantizer)
+        return Grouping(quantizer.per, group_size_of(quantizer, self.head_dim))
 
     def drop(self, index: Ints) -> None:
         coded = self.parts["codes"].length
@@ -227,6 +258,8 @@ class AffineStore(CodedStore):
         self.parts["exact"].drop(torch.from_numpy(partial))
         for name in self._along:
             self.parts[name].drop(torch.from_numpy(index))
+        for kept in self._kept:
+            kept.drop(packed)
         if self.by_channel and len(packed):
             group = np.searchsorted(np.cumsum(self.sizes), packed, side="right")
             sizes = self.sizes - np.bincount(group, minlength=len(self.sizes))
@@ -281,17 +314,17 @@ class AffineStore(CodedStore):
             self.levels = self.levels.to(device)
         return self.levels
 
-    def _decode(self, codes: Tensor, scale: Tensor, offset: Tensor, out: Tensor, places: Tensor | None) -> None:
+    def _decode(self, codes: Tensor, scale: Tensor, offset: Tensor, out: Tensor, aside: Aside) -> None:
         shaped = out.unflatten(2, codes.shape[2:4]) if codes.ndim == 5 else out
-        dequantize(codes, self.quantizer.nbits, self.head_dim, scale, offset, shaped, self.levels_on(out.device))
-        if self.chain is not None:
-            out.copy_(self.chain.inverse(out, places))
+        self._dequantize(codes, scale, offset, shaped)
+        if self.chain is not None or self.beside is not None:
+            out.copy_(self._finished(out, aside))
 
     def decoded(self, block: int, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
         for first, codes, scale, offset in self._blocks(block):
             n = math.prod(codes.shape[2:-1])
             out = torch.empty((*codes.shape[:2], n, self.head_dim), dtype=dtype, device=codes.device)
-            self._decode(codes, scale, offset, out, self._places(first, first + n))
+            self._decode(codes, scale, offset, out, self._sliced(first, first + n))
             yield first, out
         coded = self.parts["codes"].length
         for first, x in self.parts["exact"].blocks():
@@ -301,20 +334,20 @@ class AffineStore(CodedStore):
         for first, codes, scale, offset in self.affine_blocks(LARGE):
             n = math.prod(codes.shape[2:-1])
             part = out[:, :, start + first : start + first + n]
-            self._decode(codes, scale, offset, part, self._places(first, first + n))
+            self._decode(codes, scale, offset, part, self._sliced(first, first + n))
         at = start + self.parts["codes"].length
         for first, x in self.parts["exact"].blocks():
             out[:, :, at + first : at + first + x.shape[2]] = x
 
     def spread(self, out: Tensor, index: Tensor) -> None:
-        if self.by_channel or self.by_position:
+        if self.by_channel or self.by_position or self.beside is not None:
             self.scatter(out, index)
             return
         # Codes are a tenth of what they decode to: they are put in order first, and decoded where they belong.
         first = int(index.min())
         n, index = int(index.max()) - first + 1, index - first
         codes, params = (self.parts[name].spread(index, n) for name in ("codes", "params"))
-        self._decode(codes, *self.scales.split(params, self.numbers), out[:, :, first : first + n], None)
+        self._decode(codes, *self.scales.split(params, self.numbers), out[:, :, first : first + n], NOTHING)
 
     def take(self, index: Ints, dtype: torch.dtype) -> Tensor:
         coded = self.parts["codes"].length

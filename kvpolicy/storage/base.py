@@ -60,7 +60,7 @@ class Store(ABC):
 
     @abstractmethod
     def bytes(self) -> dict[str, int]:
-        """Bytes used, by what they hold: codes, scales, zeros, exact, indices, state."""
+        """Bytes used, by what they hold: codes, scales, zeros, exact, indices, state, extras."""
 
     def take(self, index: Ints, dtype: torch.dtype) -> Tensor:
         """The tokens at `index` (ascending), decoded."""

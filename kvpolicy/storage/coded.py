@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kvpolicy.errors import CacheError
 from kvpolicy.interfaces.checks import check_fit
+from kvpolicy.interfaces.extra import Grouping
 from kvpolicy.interfaces.quantizer import Quantizer
 from kvpolicy.interfaces.site import Site
 from kvpolicy.storage.base import Ints, Store
+from kvpolicy.storage.beside import EXTRAS, Beside, Parts
 from kvpolicy.storage.chain import Chain
+from kvpolicy.storage.named_parts import NamedParts
 from kvpolicy.storage.pages import Pages
 
-__all__ = ["POSITIONS", "CodedStore", "of_store"]
+__all__ = ["NOTHING", "POSITIONS", "Aside", "CodedStore"]
 
 OWN = "transforms."
 """How the names of what belongs to transforms begin."""
@@ -24,9 +28,16 @@ POSITIONS = "transforms.positions"
 """
 
 
-def of_store(name: str) -> bool:
-    """Whether a tensor of that name, of those that are saved, has no entry for each token or group."""
-    return name.startswith(OWN) and name != POSITIONS
+class Aside(NamedTuple):
+    """What decoding needs of some tokens besides their codes."""
+
+    places: Tensor | None
+    """Their positions, where transforms need them."""
+    parts: Parts | None
+    """What extras keep of them."""
+
+
+NOTHING = Aside(None, None)
 
 
 class CodedStore(Store):
@@ -40,14 +51,24 @@ class CodedStore(Store):
         self.head_dim = head_dim
         self.site = replace(site or Site(), head_dim=head_dim)
         self.chain = Chain(quantizer.transforms, self.site) if quantizer.transforms else None
+        self.beside = Beside(quantizer.extras, self.site, self._grouping(quantizer)) if quantizer.extras else None
         self.parts = {}
         if self.by_position:
             self.parts[POSITIONS] = Pages()
+
+    def _grouping(self, quantizer: Quantizer) -> Grouping:
+        """Which numbers share a scale."""
+        return Grouping("token", self.head_dim)
 
     @property
     def by_position(self) -> bool:
         """Whether tokens can't be coded without their positions."""
         return self.chain is not None and self.chain.by_position
+
+    @property
+    def _kept(self) -> list[NamedParts]:
+        """What extras keep of the tokens that are coded."""
+        return self.beside.kept if self.beside is not None else []
 
     @property
     def _along(self) -> tuple[str, ...]:
@@ -69,13 +90,28 @@ class CodedStore(Store):
         """Positions of the tokens from `first` to `last`, if they are needed: `[batch, kv_heads or 1, tokens]`."""
         return self.parts[POSITIONS].slice(first, last).squeeze(3) if self.by_position and first < last else None
 
-    def _gathered(self, index: Tensor) -> Tensor | None:
-        """Positions of the tokens at `index`, `[batch, kv_heads or 1, tokens]`, if they are needed."""
-        return self.parts[POSITIONS].gather(index).squeeze(3) if self.by_position else None
+    def _sliced(self, first: int, last: int) -> Aside:
+        """What there is beside the codes from `first` to `last`."""
+        found = self.beside.slice(first, last) if self.beside is not None and first < last else None
+        return Aside(self._places(first, last), found)
 
-    def _taken(self, index: Ints) -> Tensor | None:
-        """Positions of the tokens at `index`, ascending, if they are needed."""
-        return self.parts[POSITIONS].take(torch.from_numpy(index)).squeeze(3) if self.by_position else None
+    def _gathered(self, index: Tensor) -> Aside:
+        """What there is beside the codes at `index`, `[batch, kv_heads or 1, tokens]`."""
+        found = self.beside.gather(index) if self.beside is not None else None
+        return Aside(self.parts[POSITIONS].gather(index).squeeze(3) if self.by_position else None, found)
+
+    def _taken(self, index: Ints) -> Aside:
+        """What there is beside the codes at `index`, ascending."""
+        found = self.beside.of_taken(index) if self.beside is not None and len(index) else None
+        places = self.parts[POSITIONS].take(torch.from_numpy(index)).squeeze(3) if self.by_position else None
+        return Aside(places, found)
+
+    def _finished(self, out: Tensor, aside: Aside) -> Tensor:
+        """What was decoded, with what is kept beside, led back from the space of the transforms."""
+        if self.beside is not None and aside.parts is not None:
+            out = out.float() if out.dtype != torch.float32 else out.clone()
+            self.beside.add(out, aside.parts)
+        return out if self.chain is None else self.chain.inverse(out, aside.places)
 
     def ragged(self, lines: tuple[int, int]) -> None:
         part = self.parts.get(POSITIONS)
@@ -84,28 +120,49 @@ class CodedStore(Store):
             self.parts[POSITIONS] = Pages(whole=True)
             self.parts[POSITIONS].append(x.expand(-1, lines[1], -1, -1))
         super().ragged(lines)
+        for kept in self._kept:
+            kept.ragged(lines)
 
     def select(self, rows: Tensor) -> None:
         super().select(rows)
+        for kept in self._kept:
+            kept.select(rows)
         if self.chain is not None:
             self.chain.select(rows)
 
     def to(self, device: torch.device) -> None:
         super().to(device)
+        for kept in self._kept:
+            kept.to(device)
         if self.chain is not None:
             self.chain.to(device)
 
     def _own_bytes(self) -> dict[str, int]:
         """Bytes of positions, and of what transforms keep."""
         own = {"indices": self.parts[POSITIONS].used()} if self.by_position else {}
+        if self.beside is not None:
+            beside = self.beside.kept
+            own["indices"] = own.get("indices", 0) + sum(kept.used_by_groups() for kept in beside)
+            own["extras"] = sum(kept.used() for kept in beside)
         return own if self.chain is None else {**own, "state": self.chain.bytes()}
 
     def reserved(self) -> int:
-        return super().reserved() + (self.chain.bytes() if self.chain is not None else 0)
+        own = sum(kept.reserved() for kept in self._kept)
+        return super().reserved() + own + (self.chain.bytes() if self.chain is not None else 0)
+
+    def of_store(self, name: str) -> bool:
+        """Whether a tensor of that name, of those that are saved, has no entry for each token or group."""
+        if name.startswith(EXTRAS):
+            _, number, own = name.split(".", 2)
+            beside = self.beside.kept if self.beside is not None else []
+            at = int(number) if number.isdecimal() else len(beside)
+            return at < len(beside) and beside[at].axis(own) == "store"
+        return name.startswith(OWN) and name != POSITIONS
 
     def tensors(self) -> dict[str, Tensor]:
         kept = self.chain.tensors() if self.chain is not None else {}
-        return {**super().tensors(), **kept}
+        beside = self.beside.tensors() if self.beside is not None else {}
+        return {**super().tensors(), **kept, **beside}
 
     def _restore_own(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Restore what belongs to transforms of what `tensors` gave; returns the rest."""
@@ -114,4 +171,6 @@ class CodedStore(Store):
             super().restore({POSITIONS: own.pop(POSITIONS)})
         if self.chain is not None and tensors:
             self.chain.restore(own)
-        return {name: t for name, t in tensors.items() if not name.startswith(OWN)}
+        if self.beside is not None:
+            self.beside.restore(tensors)
+        return {name: t for name, t in tensors.items() if not name.startswith((OWN, EXTRAS))}

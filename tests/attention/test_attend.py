@@ -13,8 +13,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from kvpolicy import Recipe, make_cache
-from kvpolicy.attention import attend
-from kvpolicy.attention import reference as products
+from kvpolicy.attention import attend, products
 from kvpolicy.errors import CacheError
 from kvpolicy.layer.layer import LayerCache
 

@@ -15,12 +15,17 @@ from kvpolicy_hadamard import Hadamard
 from kvpolicy_int import Int
 from kvpolicy_nf4 import Nf4
 from kvpolicy_scale import Scale
+from kvpolicy_sparse import Sparse
 from layers import HEAD_DIM, Layer, random_tokens
+from models import ids, tiny
 from ragged import reference
+from safetensors.torch import load_file
+from saved import rewritten
 from torch import Tensor
+from words import CACHE
 
-from kvpolicy import Affine, CompressedCache, Site, Transform, attach, load_recipe, make_cache
-from kvpolicy.errors import PluginError, RecipeError
+from kvpolicy import Affine, CompressedCache, Extra, Site, TensorQuantizer, Transform, attach, load_recipe, make_cache
+from kvpolicy.errors import CacheError, PluginError, RecipeError
 from kvpolicy.recipe.load import load_yaml
 from kvpolicy.storage.make import make_store
 
@@ -86,6 +91,52 @@ class Cubes(Int):
         return Affine(codes.to(torch.uint8), scale, offset)
 
 
+class Book(TensorQuantizer):
+    """Residuals in float8 of the nearest of four tokens that came first; a scale for each arrival."""
+
+    kind: Literal["book"] = "book"
+    axes: ClassVar[Mapping[str, Any]] = {"book": "store", "scale": "arrival"}
+
+    def encode(self, x: Tensor) -> dict[str, Tensor]:
+        raise AssertionError("it is asked with what is kept")
+
+    def encode_with(self, x: Tensor, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        book = kept["book"] if kept else x[:, :, :4].float()
+        nearest = torch.cdist(x.float(), book).argmin(3, keepdim=True)
+        left = x.float() - book.gather(2, nearest.expand(-1, -1, -1, x.shape[3]))
+        scale = left.abs().amax((2, 3), keepdim=True).clamp(min=1e-6)
+        found = {"index": nearest.to(torch.uint8), "scale": scale, "left": (left / scale).to(torch.float8_e4m3fn)}
+        return found if kept else {**found, "book": book}
+
+    def decode(self, encoded: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
+        left = encoded["left"].float()
+        near = encoded["book"].gather(2, encoded["index"].long().expand(left.shape))
+        return (near + left * encoded["scale"]).to(dtype)
+
+
+class MeanError(Extra):
+    """The mean error of each token, and of each channel of an arrival: of all three axes, additive."""
+
+    kind: Literal["mean-error"] = "mean-error"
+    axes: ClassVar[Mapping[str, Any]] = {"across": "arrival", "one": "store"}
+    additive: ClassVar[bool] = True
+
+    def fit(self, error: Tensor, grouping: Any, site: Site) -> dict[str, Tensor]:
+        mean = error.mean(3, keepdim=True).half()
+        across = (error - mean.float()).mean(2, keepdim=True).to(torch.float8_e5m2)
+        return {"mean": mean, "across": across, "one": torch.ones(1, 1, 1, 1, device=error.device)}
+
+    def add(self, out: Tensor, parts: Mapping[str, Tensor]) -> None:
+        out += parts["one"] * (parts["mean"].float() + parts["across"].float())
+
+
+EXTRAS: list[tuple[Extra, ...]] = [
+    (),
+    (Sparse(),),
+    (Sparse(count=3), MeanError()),
+    (MeanError(),),
+    (Sparse(share=0.3),),
+]
 CHAINS: list[tuple[Transform, ...]] = [
     (),
     (Hadamard(),),
@@ -100,8 +151,11 @@ def stores(draw: st.DrawFn) -> Any:
     per = draw(st.sampled_from(["token", "channel"]))
     size = draw(st.sampled_from([8, 16, "head"] if per == "token" else [4, 8]))
     nbits = draw(st.sampled_from([1, 2, 3, 4, 8]))
-    kind = draw(st.sampled_from([Int, Cubes, Nf4]))
+    kind = draw(st.sampled_from([Int, Cubes, Nf4, Book]))
+    if kind is Book:
+        return Book(transforms=draw(st.sampled_from(CHAINS)), extras=draw(st.sampled_from(EXTRAS)))
     options = {"per": per, "group_size": size, "transforms": draw(st.sampled_from(CHAINS))}
+    options |= {"extras": draw(st.sampled_from(EXTRAS))}
     options |= {"scale_dtype": draw(st.sampled_from(["model", "float32", "float8_e4m3", "e8m0"]))}
     return kind(nbits=4 if kind is Nf4 else nbits, clip=draw(st.sampled_from([1.0, 0.8])), **options)
 
@@ -199,8 +253,12 @@ def test_transforms_are_told_positions_among_real_tokens(per: Any, padded: bool,
 
 @pytest.mark.parametrize(
     "quantizer",
-    [Int(nbits=4, transforms=(Hadamard(seed=1), Scale())), Int(nbits=2, per="channel", transforms=(Turn(), Scale()))],
-    ids=["token", "channel"],
+    [
+        Int(nbits=4, transforms=(Hadamard(seed=1), Scale())),
+        Int(nbits=2, per="channel", transforms=(Turn(), Scale())),
+        Book(transforms=(Hadamard(),), extras=(MeanError(),)),
+    ],
+    ids=["token", "channel", "book"],
 )
 def test_a_restored_store_goes_on(quantizer: Any) -> None:
     stored = make_store(quantizer, HEAD_DIM)
@@ -291,9 +349,6 @@ def test_transforms_are_parameters_and_are_written_again() -> None:
 
 
 def test_a_model_generates_alike_attached_and_not(tmp_path: Path) -> None:
-    from models import ids, tiny
-    from words import CACHE
-
     model = tiny("llama")
     recipe = {
         "tiers": [
@@ -322,3 +377,86 @@ def test_a_model_generates_alike_attached_and_not(tmp_path: Path) -> None:
     with attach(model):
         one, two = ([model(ids(1, seed=99), **{CACHE: c}).logits] for c in (cache, loaded))
     assert torch.equal(one[0], two[0])
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("per", ["token", "channel"])
+def test_caches_with_extras_are_saved(per: str, padded: bool, tmp_path: Path) -> None:
+    model = tiny("llama")
+    low = {"kind": "int", "nbits": 2, "per": per, "group_size": 8}
+    low |= {"extras": [{"kind": "sparse", "count": 2}], "transforms": [{"kind": "hadamard", "seed": 5}]}
+    recipe = {"tiers": [{"policy": BLOCKS, "store": "full"}, {"store": low}]}
+    cache = make_cache(recipe, model)
+    mask = torch.ones(2, 60, dtype=torch.long)
+    mask[1, :9] = 1 - padded
+    with attach(model):
+        model(ids(60, batch=2), **{CACHE: cache}, attention_mask=mask)
+        cache.save(tmp_path / "cache")
+        loaded = CompressedCache.load(tmp_path / "cache", model)
+        assert loaded.memory().stores == cache.memory().stores
+        assert cache.memory().total("extras") > 0
+        for seed in range(12):
+            one, two = (model(ids(1, batch=2, seed=seed), **{CACHE: c}).logits for c in (cache, loaded))
+            assert torch.equal(one, two)
+    content = (tmp_path / "cache").read_bytes()
+    names = sorted(n for n in load_file(tmp_path / "cache") if ".extras.0." in n)
+    changes: list[Any] = [None, lambda t: t[:-1], lambda t: t[:, :, :-1] if t.ndim > 2 else t + 1, lambda t: t.double()]
+    for name, change in itertools.product(names, changes):
+        (tmp_path / "cache").write_bytes(content)
+
+        def changed(held: dict[str, Tensor], name: str = name, change: Any = change) -> dict[str, Tensor]:
+            rest = {n: t for n, t in held.items() if n != name}
+            return rest if change is None else {**rest, name: change(held[name]).contiguous()}
+
+        with pytest.raises(CacheError, match="damaged"):
+            CompressedCache.load(rewritten(tmp_path / "cache", tensors=changed), model)
+    if per == "token":
+        (tmp_path / "cache").write_bytes(content)
+        far = rewritten(tmp_path / "cache", lambda held: {n: t + 100 if "channel" in n else t for n, t in held.items()})
+        with pytest.raises(CacheError, match=r"damaged.*quantizer 'int' with its extras can't decode it"):
+            CompressedCache.load(far, model)
+
+
+def test_tensors_per_arrival_and_store_are_kept_no_longer_than_needed() -> None:
+    store: Any = make_store(Book(), HEAD_DIM)
+    x = random_tokens(60, 3)[1]
+    for part in x.split(6, dim=2):
+        store.append(part)
+    whole = torch.cat([part for _, part in store.decoded(9, torch.float32)], 2)
+    assert (whole - x).abs().max() < 0.3
+    assert store.named.parts["scale"].length == 10
+    gone = torch.arange(60) < 40
+    store.drop(gone.nonzero()[:, 0].numpy())
+    assert store.named.parts["scale"].length == 4
+    sizes = {"index": 1, "left": HEAD_DIM}
+    assert store.bytes() == {"codes": 2 * 20 * sum(sizes.values()) + 2 * 4 * 4 + 2 * 4 * HEAD_DIM * 4, "indices": 32}
+    store.ragged((1, 2))
+    assert torch.equal(store.gather(torch.arange(20).expand(1, 2, -1), torch.float32), whole[:, :, 40:])
+    store.remove(torch.arange(15).expand(1, 2, -1))
+    assert store.named.parts["scale"].length == 1
+    store.append(x[:, :, :5])
+    other: Any = make_store(Book(), HEAD_DIM)
+    other.ragged((1, 2))
+    other.restore({name: t.clone() for name, t in store.tensors().items()})
+    index = torch.arange(10).expand(1, 2, -1)
+    assert torch.equal(other.gather(index, torch.float32), store.gather(index, torch.float32))
+    assert other.bytes() == store.bytes()
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"scale": lambda t: t.expand(-1, -1, 9, -1)}, r"\[batch, kv_heads, 1, \.\.\.\] of .* found scale"),
+        ({"book": lambda t: t.repeat(2, 2, 1, 1)}, r"\[batch or 1, kv_heads or 1, \.\.\.\] of .* found book"),
+        ({"index": lambda t: t[:, :, :-1]}, r"\[batch, kv_heads, tokens, \.\.\.\] of .* found index"),
+    ],
+)
+def test_tensors_on_a_wrong_axis_are_named(change: dict[str, Any], told: str) -> None:
+    class Wrong(Book):
+        def encode_with(self, x: Tensor, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            found = super().encode_with(x, kept)
+            return {name: change[name](t) if name in change else t for name, t in found.items()}
+
+    store: Any = make_store(Wrong(), HEAD_DIM)
+    with pytest.raises(PluginError, match=told):
+        store.append(random_tokens(9, 0)[1])

@@ -16,6 +16,7 @@ from kvpolicy.plugins import registry
 from kvpolicy.storage.affine import AffineStore, group_size_of
 from kvpolicy.storage.base import Store
 from kvpolicy.storage.make import make_store
+from kvpolicy.storage.named import NamedStore
 from kvpolicy.storage.packing import packed_width
 
 HEADS, DIM = 2, 16
@@ -135,7 +136,8 @@ def check(store: Store, reference: Reference, dtype: torch.dtype) -> None:
 
 
 def check_bytes(store: Store, dtype: torch.dtype) -> None:
-    pages = [page for part in store.parts.values() for page in part.pages]
+    named = store.named.parts if isinstance(store, NamedStore) else {}
+    pages = [page for part in (*store.parts.values(), *named.values()) for page in part.pages]
     assert store.reserved() == sum(page.untyped_storage().nbytes() for page in pages)
     found = store.bytes()
     if isinstance(store, AffineStore):
@@ -148,7 +150,8 @@ def check_bytes(store: Store, dtype: torch.dtype) -> None:
         assert found["exact"] == rows * store.parts["exact"].length * DIM * dtype.itemsize
         assert found["indices"] == len(store.sizes) * 8
         assert store.sizes.sum() == (coded if q.per == "channel" else 0)
-    held = sum(b.numel() * b.element_size() for part in store.parts.values() for _, b in part.blocks())
+    parts = [*store.parts.values(), *named.values()]
+    held = sum(b.numel() * b.element_size() for part in parts for _, b in part.blocks())
     assert sum(found.values()) == held + found.get("indices", 0)
 
 

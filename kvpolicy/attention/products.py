@@ -6,6 +6,7 @@ Packed codes are read plane by plane, in blocks that stay in cache; nothing is d
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -13,11 +14,13 @@ from torch import Tensor
 
 from kvpolicy.storage.affine import AffineStore
 from kvpolicy.storage.base import Store
-from kvpolicy.storage.packing import looked_up, plane_width, planes, unpack
+from kvpolicy.storage.packing import looked_up, unpack
 
+PIECES = {1: 8, 2: 4, 4: 2, 8: 1}
+"""Planes of a byte, by the bits of a code."""
 BLOCK = 1 << 20
-"""Numbers of a plane, for all heads and rows, that a CPU reads at a time: more need memory, fewer make more calls."""
-ELSEWHERE = 3 << 19
+"""Numbers, for all heads and rows, that a CPU reads at a time: more need memory, fewer make more calls."""
+ELSEWHERE = 3 << 21
 """The same on other devices, where each call costs a launch."""
 Columns = int | Tensor
 """Where the tokens of a store stand among the columns: from an offset on, or an index for each, `[tokens]` or
@@ -40,11 +43,14 @@ def key_scores(store: Store, rows: Tensor, out: Tensor, columns: Columns) -> Non
             product = _channel_product if codes.ndim == 5 else _token_product
             n = codes.shape[2] * (codes.shape[3] if codes.ndim == 5 else 1)
             if isinstance(columns, int):
-                product(store, mapped, codes, scale, offset, out[..., columns + first : columns + first + n])
-                continue
-            scores = out.new_empty((*out.shape[:3], n))
+                scores = out[..., columns + first : columns + first + n]
+            else:
+                scores = out.new_empty((*out.shape[:3], n))
             product(store, mapped, codes, scale, offset, scores)
-            _put(out, scores, columns, first)
+            if store.beside is not None:
+                store.beside.add_scores(mapped, scores, first)
+            if not isinstance(columns, int):
+                _put(out, scores, columns, first)
     for first, x in _dense_blocks(store, rows):
         _put(out, rows @ x.transpose(2, 3), columns, first)
 
@@ -63,7 +69,10 @@ def add_values(store: Store, weights: Tensor, out: Tensor, columns: Columns) -> 
         for first, codes, scale, offset in store.affine_blocks(_block(store, out)):
             tokens = codes.shape[2] * (codes.shape[3] if codes.ndim == 5 else 1)
             add = _add_by_channel if codes.ndim == 5 else _add_by_token
-            add(store, _get(weights, columns, first, tokens), codes, scale, offset, result)
+            chosen = _get(weights, columns, first, tokens)
+            add(store, chosen, codes, scale, offset, result)
+            if store.beside is not None:
+                store.beside.add_values(chosen, result, first)
         if store.chain is not None:
             out += store.chain.inverse(result, None)
     for first, x in _dense_blocks(store, out):
@@ -73,8 +82,7 @@ def add_values(store: Store, weights: Tensor, out: Tensor, columns: Columns) -> 
 def _block(store: Store, like: Tensor) -> int:
     """Tokens to read at a time; `like` has the batch, the heads and the channels of the store."""
     most = BLOCK if like.device.type == "cpu" else ELSEWHERE
-    width = plane_width(store.head_dim, store.quantizer.nbits) if isinstance(store, AffineStore) else like.shape[3]
-    return max(64, most // (width * like.shape[0] * like.shape[1]))
+    return max(64, most // like[:, :, 0].numel())
 
 
 def _dense_blocks(store: Store, like: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -109,52 +117,75 @@ def _lines(columns: Tensor, first: int, n: int, like: Tensor) -> Tensor:
     return columns[:, :, None, first : first + n].expand(*like.shape[:3], -1)
 
 
-def _pieces(first: int, last: int, size: int) -> Iterator[tuple[int, int, int]]:
-    """Group, first and last + 1 channel of the parts of a plane that lie in one group of channels each."""
-    for group in range(first // size, -(-last // size)):
-        yield group, max(first, group * size), min(last, (group + 1) * size)
+def _stacked(store: AffineStore, codes: Tensor, count: int) -> tuple[Tensor, Tensor | None]:
+    """The codes, or their levels, as float32, cut into pieces of neighbouring channels that lie side by side.
+
+    A piece is a plane of the packed codes, left where it lies in its byte, where groups of channels consist of whole
+    planes. Else it is a group.
+
+    Args:
+        store: where they are from.
+        codes: packed, `[..., width]`.
+        count: groups of channels with parameters of their own.
+
+    Returns:
+        `[pieces, ..., channels of a piece]`, and what each piece is to be multiplied with, if anything.
+    """
+    nbits, dim, width = store.quantizer.nbits, store.head_dim, codes.shape[-1]
+    levels = store.levels_on(codes.device)
+    pieces = PIECES.get(nbits, 0)
+    if levels is None and pieces and width * pieces == dim and pieces % count == 0:
+        masks, factors = _masks(nbits, codes.device)
+        return (codes & masks.view(-1, *[1] * codes.ndim)).float(), factors
+    whole = unpack(codes, nbits, dim) if nbits < 8 else codes
+    x = whole.unflatten(-1, (count, -1)).permute(-2, *range(whole.ndim - 1), -1)
+    return (
+        x.to(torch.float32, memory_format=torch.contiguous_format) if levels is None else looked_up(x, levels)
+    ), None
+
+
+@functools.cache
+def _masks(nbits: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Of each plane of a byte the bits, and what makes them a code."""
+    shifts = range(0, 8, nbits)
+    masks = torch.tensor([((1 << nbits) - 1) << shift for shift in shifts], dtype=torch.uint8)
+    factors = torch.tensor([2.0**-shift for shift in shifts])
+    return masks.to(device), factors.to(device)
 
 
 def _by_group(parameter: Tensor) -> Tensor:
     """A parameter per token and group as float32 `[groups, batch * kv_heads, tokens]`, its tokens neighbours."""
-    return parameter.flatten(0, 1).permute(2, 0, 1).contiguous().float()
+    return parameter.flatten(0, 1).permute(2, 0, 1).float().contiguous()
 
 
-def _floats(store: AffineStore, codes: Tensor) -> Iterator[tuple[float, int, int, Tensor]]:
-    """The planes of codes, or of their levels, as float32, each in the place of the one before."""
-    nbits, levels = store.quantizer.nbits, store.levels_on(codes.device)
-    if levels is not None:
-        whole = [(1.0, 0, store.head_dim, unpack(codes, nbits, store.head_dim))] if nbits == 3 else None
-        for factor, first, last, plane in whole or planes(codes, nbits, store.head_dim):
-            yield factor, first, last, looked_up(plane, levels)
-        return
-    buffer = None
-    for factor, first, last, plane in planes(codes, nbits, store.head_dim, shifted=False):
-        if buffer is None or buffer.shape != plane.shape:
-            buffer = torch.empty(plane.shape, dtype=torch.float32, device=plane.device)
-        buffer.copy_(plane)
-        del plane  # before the next one is made
-        yield factor, first, last, buffer
+def _in_pieces(rows: Tensor, pieces: int, factors: Tensor | None) -> Tensor:
+    """`[..., head_dim]` as `[pieces, ..., channels of a piece]`, multiplied with what belongs to each."""
+    x = rows.unflatten(-1, (pieces, -1))
+    if factors is not None:
+        x = x * factors.unsqueeze(1)
+    return x.permute(-2, *range(rows.ndim - 1), -1)
+
+
+def _joined(x: Tensor, factors: Tensor | None) -> Tensor:
+    """The inverse of `_in_pieces` for what was multiplied with the pieces: `[..., head_dim]`."""
+    joined = x.permute(*range(1, x.ndim - 1), 0, -1)
+    if factors is not None:
+        joined = joined * factors.unsqueeze(1)
+    return joined.flatten(-2)
 
 
 def _token_product(store: AffineStore, rows: Tensor, codes: Tensor, scale: Tensor, offset: Tensor, out: Tensor) -> None:
     count = scale.shape[3]
-    size = store.head_dim // count
-    scales, offsets = _by_group(scale), _by_group(offset)
-    flat = rows.flatten(0, 1)
-    sums: list[Tensor | None] = [None] * count
-    for factor, first, last, x in _floats(store, codes.flatten(0, 1)):
-        part = flat[..., first:last] * factor
-        for group, lo, hi in _pieces(first, last, size):
-            q, y = part[..., lo - first : hi - first], x[..., lo - first : hi - first].transpose(1, 2)
-            before = sums[group]
-            sums[group] = torch.bmm(q, y) if before is None else before.baddbmm_(q, y)
-    totals = flat.unflatten(2, (count, size)).sum(3)
-    result = out.flatten(0, 1)
-    torch.bmm(totals, offsets.transpose(0, 1), out=result)
-    for summed, by in zip(sums, scales, strict=True):
-        assert summed is not None
-        result.addcmul_(summed, by.unsqueeze(1))
+    flat, result = rows.flatten(0, 1), out.flatten(0, 1)
+    x, factors = _stacked(store, codes.flatten(0, 1), count)
+    product = _in_pieces(flat, len(x), factors) @ x.transpose(2, 3)
+    if count < len(x):
+        product = product.unflatten(0, (count, -1)).sum(1)
+    product.mul_(_by_group(scale).unsqueeze(2))
+    totals = flat.unflatten(2, (count, -1)).sum(3)
+    torch.bmm(totals, offset.flatten(0, 1).float().transpose(1, 2), out=result)
+    for part in product:
+        result.add_(part)
 
 
 def _channel_product(
@@ -162,22 +193,18 @@ def _channel_product(
 ) -> None:
     groups, size = codes.shape[2:4]
     shifts = rows @ offset[:, :, :, 0].float().transpose(2, 3)
+    x, factors = _stacked(store, codes.flatten(0, 2), 1)
+    scale = scale[:, :, :, 0].float()
     if rows.shape[2] >= size:
-        result = shifts.repeat_interleave(size, dim=3)
-        for factor, first, last, x in _floats(store, codes):
-            y = x.mul_(scale[..., first:last].float()).flatten(2, 3)
-            result.add_(rows[..., first:last] @ y.transpose(2, 3), alpha=factor)
-        out.copy_(result)
+        x.mul_(_in_pieces(scale.flatten(0, 2), len(x), factors).unsqueeze(2))
+        y = x.view(len(x), *rows.shape[:2], groups * size, -1)
+        out.copy_((_in_pieces(rows, len(x), None) @ y.transpose(3, 4)).sum(0))
+        out.unflatten(3, (groups, size)).add_(shifts.unsqueeze(4))
         return
     # Fewer rows than tokens of a group: they take its scales, each group apart.
-    product = None
-    for factor, first, last, x in _floats(store, codes.flatten(0, 2)):
-        part = rows[..., first:last].unsqueeze(2) * factor
-        scaled = (part * scale[..., first:last].float()).flatten(0, 2)
-        y = x.transpose(1, 2)
-        product = torch.bmm(scaled, y) if product is None else product.baddbmm_(scaled, y)
-    assert product is not None
-    by_group = product.view(*rows.shape[:2], groups, rows.shape[2], size).transpose(2, 3)
+    scaled = (rows.unsqueeze(2) * scale.unsqueeze(3)).flatten(0, 2)
+    product = _in_pieces(scaled, len(x), factors) @ x.transpose(2, 3)
+    by_group = product.sum(0).view(*rows.shape[:2], groups, rows.shape[2], size).transpose(2, 3)
     torch.add(by_group, shifts.unsqueeze(4), out=out.unflatten(3, (groups, size)))
 
 
@@ -185,24 +212,20 @@ def _add_by_token(
     store: AffineStore, weights: Tensor, codes: Tensor, scale: Tensor, offset: Tensor, out: Tensor
 ) -> None:
     count = scale.shape[3]
-    size = store.head_dim // count
-    scales, offsets = _by_group(scale), _by_group(offset)
     flat, total = weights.flatten(0, 1), out.flatten(0, 1)
-    scaled, of = flat, -1
-    for factor, first, last, x in _floats(store, codes.flatten(0, 1)):
-        for group, lo, hi in _pieces(first, last, size):
-            if group != of:
-                scaled, of = flat * scales[group].unsqueeze(1), group
-            total[..., lo:hi].add_(torch.bmm(scaled, x[..., lo - first : hi - first]), alpha=factor)
-    shares = torch.bmm(flat, offsets.permute(1, 2, 0))
-    total.unflatten(2, (count, size)).add_(shares.unsqueeze(3))
+    x, factors = _stacked(store, codes.flatten(0, 1), count)
+    scaled = flat * _by_group(scale).unsqueeze(2)
+    found = scaled.unsqueeze(1) @ x.unflatten(0, (count, -1)) if count < len(x) else scaled @ x
+    total.add_(_joined(found.flatten(0, found.ndim - 4), factors))
+    shares = torch.bmm(flat, offset.flatten(0, 1).float())
+    total.unflatten(2, (count, -1)).add_(shares.unsqueeze(3))
 
 
 def _add_by_channel(
     store: AffineStore, weights: Tensor, codes: Tensor, scale: Tensor, offset: Tensor, out: Tensor
 ) -> None:
     groups, size = codes.shape[2:4]
-    for factor, first, last, x in _floats(store, codes):
-        y = x.mul_(scale[..., first:last].float()).flatten(2, 3)
-        out[..., first:last].add_(weights @ y, alpha=factor)
+    x, factors = _stacked(store, codes, 1)
+    x.mul_(_in_pieces(scale.float(), len(x), None))
+    out.add_(_joined(weights @ x.flatten(3, 4), factors))
     out += weights.unflatten(3, (groups, size)).sum(4) @ offset[:, :, :, 0].float()
