@@ -183,9 +183,11 @@ def test_tokens_only_descend(policy: Policy) -> None:
 
 
 RANKS = [policy for policy in POLICIES if isinstance(policy, RankPolicy)]
+ATTENDING = [policy for policy in RANKS if policy._scorer() is None]
+"""Those that rank by attention, without a scorer."""
 
 
-@pytest.mark.parametrize("policy", RANKS, ids=[name_of(policy) for policy in RANKS])
+@pytest.mark.parametrize("policy", ATTENDING, ids=[name_of(policy) for policy in ATTENDING])
 def test_tokens_are_ranked_each_for_itself(policy: RankPolicy) -> None:
     generator = torch.Generator().manual_seed(0)
     attention = torch.rand(2, 3, 50, generator=generator) * 20
@@ -205,7 +207,7 @@ def test_tokens_are_ranked_each_for_itself(policy: RankPolicy) -> None:
     torch.testing.assert_close(moved, rank[..., order], msg="rank must not depend on the order of the tokens")
 
 
-@pytest.mark.parametrize("policy", RANKS, ids=[name_of(policy) for policy in RANKS])
+@pytest.mark.parametrize("policy", ATTENDING, ids=[name_of(policy) for policy in ATTENDING])
 def test_tokens_that_no_counted_query_saw_are_ranked(policy: RankPolicy) -> None:
     for ages in (torch.arange(6, 0, -1), torch.zeros(6, dtype=torch.int64)):
         rank = policy.rank(torch.zeros(1, 1, 6), torch.zeros(1, 1, 6), ages.view(1, 1, -1))
@@ -222,7 +224,7 @@ def test_a_budget_is_a_number_of_tokens_that_never_falls(policy: RankPolicy) -> 
     assert budgets == sorted(budgets), "a budget must not fall as more tokens are seen: tokens that left do not return"
 
 
-@pytest.mark.parametrize("policy", RANKS, ids=[name_of(policy) for policy in RANKS])
+@pytest.mark.parametrize("policy", ATTENDING, ids=[name_of(policy) for policy in ATTENDING])
 def test_scores_are_the_same_each_time(policy: RankPolicy) -> None:
     asked = [policy.scores() for _ in range(3)]
     assert all(isinstance(scores, Scores) for scores in asked), (
@@ -230,3 +232,28 @@ def test_scores_are_the_same_each_time(policy: RankPolicy) -> None:
     )
     assert asked[0] == asked[1] == asked[2], "scores must be the same each time"
     assert type(policy).model_validate(policy.model_dump()).scores() == asked[0], "scores must depend on options alone"
+
+
+@pytest.mark.parametrize("policy", RANKS, ids=[name_of(policy) for policy in RANKS])
+def test_who_ranks_is_the_same_each_time(policy: RankPolicy) -> None:
+    assert policy.ranked_by() == policy.ranked_by(), "ranked_by must be the same each time"
+    assert type(policy).model_validate(policy.model_dump()).ranked_by() == policy.ranked_by()
+
+
+@pytest.mark.parametrize("policy", RANKS, ids=[name_of(policy) for policy in RANKS])
+def test_thresholds_and_budgets_of_heads_fit_what_competes(policy: RankPolicy) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rank = torch.randn(2, 3, 40, generator=generator)
+    rank[:, 1, 10:] = -torch.inf
+    shown, budgets = rank.clone(), torch.full((2, 3), 7)
+    stays, counts = policy.stay(rank), policy.head_budgets(rank, budgets)
+    assert torch.equal(shown, rank), "stay and head_budgets must not change what they are given"
+    for found, dtype, shape in ((stays, torch.bool, rank.shape), (counts, torch.int64, budgets.shape)):
+        assert found is None or (found.dtype, found.shape) == (dtype, shape)
+    if counts is not None:
+        assert (counts >= 0).all()
+    order = torch.randperm(40, generator=generator)
+    if stays is not None:
+        moved = policy.stay(rank[..., order])
+        assert moved is not None
+        assert torch.equal(moved, stays[..., order]), "stay must not depend on the order of the tokens"

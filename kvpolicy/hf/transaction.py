@@ -142,7 +142,7 @@ class Guard:
             self._check_columns(mask, tokens)
         coming = self._padding_with(mask, tokens, before, attached)
         own = {i: _kept(x) for i, x in enumerate(self.layers) if not isinstance(x, TieredLayer)}
-        if attached and self.selects_together:
+        if self.selects_together and (attached or not any(tiers.placement.kinds for tiers in self.tiers)):
             self.commit(tokens)
         self._pass = Transaction(before, padding, own, _caller())
         self.reading.padding, self.reading.attached = coming, attached
@@ -291,6 +291,8 @@ class Guard:
         seen = tiered.tiers.seen
         if seen > min([seen, *self._lengths()]):
             self.whole()
+        if self.selects_together and len(set(self._lengths())) == 1:
+            self.commit(keys.shape[2])
         padding = self.reading.padding
         if padding is not None and padding.length < seen + keys.shape[2]:
             self.reading.padding = padding.append(

@@ -71,7 +71,7 @@ class LayerCache:
         self.first, self.scratch, self.reading = start, scratch, reading
         self.placement = start.placement
         specs = [spec for side in SIDES for spec in self.placement.specs[side]]
-        self.told_apart = any(spec != "full" for spec in specs) or bool(self.placement.kinds)
+        self.told_apart = any(spec != "full" for spec in specs) or self.placement.ranks
         """Whether it matters which tokens are padding: not where all is kept as it came."""
         self.clear()
 
@@ -124,28 +124,33 @@ class LayerCache:
         return self.planner.step
 
     def held_after_commit(self, coming: int = 0) -> int:
-        """Tokens that the stores will hold once the pending ones are committed; where rows differ, those held now.
+        """Tokens that the stores will hold once the pending ones are committed.
 
         Args:
             coming: tokens of the update before which this happens, if there is one.
         """
         ends = self._ends_prompt(coming)
-        if not (self.waiting or ends) or self.tells_apart or self.step.spread:
-            return self.planner.width + self.waiting
-        step = self.step.advance(self.waiting, self.padding) if self.waiting else self.step
-        step = step.end_prompt() if ends else step
-        return sum(s.length for s in step.state.stores["keys"])
+        if not self.waiting and not ends:
+            return self.planner.width
+        planner = self.by_head() if self.tells_apart else self.planner
+        return planner.width_after(self.waiting, self.padding, ends)
 
     def _ends_prompt(self, coming: int) -> bool:
         """Whether an update of so many tokens ends the prompt, and policies ask for that."""
-        asked = self.placement.prompted or bool(self.placement.kinds)
+        asked = self.placement.prompted or self.placement.ranks
         return coming == 1 and asked and self.seen > 0 and self.step.prompt is None
+
+    @property
+    def attending(self) -> list[str]:
+        """The policies that must see attention."""
+        policies = self.placement.policies
+        return [p.kind for p in policies if isinstance(p, RankPolicy) and p._scores() is not None]
 
     @property
     def tells_apart(self) -> bool:
         """Whether rows, or heads that policies look at, have places of their own."""
         padded = self.padding is not None and self.padding.before(self.padding.length)
-        return padded or bool(self.placement.kinds)
+        return padded or self.placement.ranks
 
     def start(self, keys: Tensor, values: Tensor) -> None:
         """Make the stores for tensors of this kind: an empty slice of each is kept for type and device."""
@@ -195,7 +200,7 @@ class LayerCache:
         """What the views of `stage` stand for, for models that compute on it."""
         if self.placement.kinds:
             self.staged = {}
-            kinds = ", ".join(repr(p.kind) for p in self.placement.policies if isinstance(p, RankPolicy))
+            kinds = ", ".join(map(repr, self.attending))
             raise CacheError(
                 f"policy {kinds} must see attention, and this model computes on keys and values before its attention; "
                 "use a recipe that selects tokens by position"
@@ -248,21 +253,22 @@ class LayerCache:
         new = {side: x.to(self.like[side].dtype) for side, x in new.items()}  # autocast may have changed it
         n = new["keys"].shape[2]
         early = max(n - MAX_PENDING, 0)
-        if self.placement.kinds:  # scores speak of an update as a whole, and layers that agree wait for each other
-            early = n if n > MAX_APART and not self.placement.shared else 0
+        if self.placement.ranks:  # scores speak of an update as a whole, and layers that agree wait for each other
+            most = MAX_APART if self.placement.kinds else MAX_PENDING
+            early = n if n > most and not self.placement.shared else 0
         if early:
-            self._let_in({side: x[:, :, :early] for side, x in new.items()}, early)
+            self._let_in({side: x[:, :, :early] for side, x in new.items()})
         self.pending = {side: x[:, :, early:].clone() for side, x in new.items()} if early < n else {}
 
     def commit(self, coming: int = 0) -> None:
         """Let the pending tokens into the tiers; see `commit_all`."""
         commit_all([self], coming)
 
-    def begin(self, n: int) -> Any:
-        """Plan to let in `n` tokens; see `Planner.begin`."""
+    def begin(self, new: dict[str, Tensor]) -> Any:
+        """Plan to let in new tokens; see `Planner.begin`."""
         if self.tells_apart:
             self.by_head()
-        return self.planner.begin(n, self.padding, self.observer)
+        return self.planner.begin(new, self.padding, self.observer)
 
     def finish(self, new: dict[str, Tensor], turn: Any) -> None:
         """Let new tokens in as planned."""
@@ -300,8 +306,8 @@ class LayerCache:
                 "make a new one"
             )
 
-    def _let_in(self, new: dict[str, Tensor], n: int) -> None:
-        turn = self.begin(n)
+    def _let_in(self, new: dict[str, Tensor]) -> None:
+        turn = self.begin(new)
         select([self.planner], [turn])
         self.finish(new, turn)
 
@@ -310,7 +316,7 @@ class LayerCache:
         if not isinstance(self.planner, PerHeadPlacement):
             like = self.like["keys"]
             with self._changing():
-                planner = PerHeadPlacement(self.step, like.shape[0], like.shape[1], like.device)
+                planner = PerHeadPlacement(self.step, like.shape[0], self.site_of("keys"), like.device)
                 for store in (store for stores in self.stores.values() for store in stores if store is not None):
                     store.ragged(planner.shape)
                 self.planner = planner
@@ -433,7 +439,7 @@ def commit_all(layers: Sequence[LayerCache], coming: int = 0) -> None:
         layer.check_whole()
         layer.hold()
     waiting = [layer for layer in layers if layer.waiting]
-    _advance(waiting, lambda layer: layer.begin(layer.waiting), lambda layer: layer.pending)
+    _advance(waiting, lambda layer: layer.begin(layer.pending), lambda layer: layer.pending)
     ending = [layer for layer in layers if layer._ends_prompt(coming)]
     for layer in ending:
         if not layer.placement.prompted:

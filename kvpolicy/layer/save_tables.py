@@ -105,10 +105,8 @@ class Filling:
         if number >= len(self.states):
             raise Damaged(f"it must go by one of {len(self.states)} states, found {number}")
         entry = self.states[number]
-        if placement.kinds or (tiers.padding is not None and tiers.padding.before(entry.seen)):
-            raise Damaged(
-                "rows that are padded, or placed by attention, must have tables of their own, found one state"
-            )
+        if placement.ranks or (tiers.padding is not None and tiers.padding.before(entry.seen)):
+            raise Damaged("rows that are padded, or ranked, must have tables of their own, found one state")
         step = self._once(
             "state",
             number,
@@ -120,7 +118,7 @@ class Filling:
 
     def _ragged(self, tiers: LayerCache, number: int, entry: RaggedEntry) -> None:
         placement, padding = tiers.placement, tiers.padding
-        if padding is None and not placement.kinds:
+        if padding is None and not placement.ranks:
             raise Damaged("rows must have the same tokens where none is padded, found tables")
         ragged = tiers.by_head()
         rows = ragged.shape[0]
@@ -137,7 +135,7 @@ class Filling:
         step = self._once("rows", entry.rows, placement, entry, make)
         saved: Tables = {side: [] for side in ragged.tables}
         for side, s, table in _tables(ragged):
-            parts = _parts(self.held.below(f"{number}.table.{side}.{s}."), table, 2 * len(placement.kinds))
+            parts = _parts(self.held.below(f"{number}.table.{side}.{s}."), table, placement.scores.width)
             saved[side].append((placement.tiers_of_store(side, s), parts))
             if parts["positions"].shape[2]:
                 moved = {name: x.to(table.device) for name, x in parts.items()}

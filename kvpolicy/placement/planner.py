@@ -6,7 +6,7 @@ lets go, and when, depends only on what arrived in it, and when.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvpolicy.interfaces.policy import NEVER, Policy, RankPolicy
+from kvpolicy.interfaces.scorer import Scorer
+from kvpolicy.interfaces.scores import Scores
 from kvpolicy.placement.moves import NEW, NOTHING, AllMoves, Arrival, Moves
 from kvpolicy.placement.position_list import PositionList
 
@@ -34,6 +36,37 @@ class TierLike(Protocol):
     def keys(self) -> Any: ...
     @property
     def values(self) -> Any: ...
+
+
+class ScoreColumns:
+    """What is stored beside each token for the policies that rank tokens: a number for each column."""
+
+    def __init__(self, policies: Mapping[int, RankPolicy]) -> None:
+        """Of policies, by the number of their tier."""
+        asked = {tier: scores for tier, policy in policies.items() if (scores := policy._scores()) is not None}
+        self.kinds: list[Scores] = list(dict.fromkeys(asked.values()))
+        """The attention that the policies ask for. Two columns each: its sum, and the queries that saw the token."""
+        self.scorer = {tier: policy._scorer() for tier, policy in policies.items()}
+        self.features: list[Scorer] = []
+        """The scorers that score tokens as they arrive. A column each."""
+        for scorer in self.scorer.values():
+            if scorer is not None and scorer._on_arrival and scorer not in self.features:
+                self.features.append(scorer)
+        self.attention = {tier: 2 * self.kinds.index(scores) for tier, scores in asked.items()}
+        """For the tier of each policy that asks for attention the column of its sum."""
+        self.kind_of_feature = [
+            next((self.attention.get(t) for t, s in self.scorer.items() if s == feature), None)
+            for feature in self.features
+        ]
+        """The column of the attention that each of `features` asks for."""
+        arrivals = any(policy.among == "arrival" for policy in policies.values())
+        self.judged = 2 * len(self.kinds) + len(self.features) if arrivals else None
+        """The column of the tier that a token competed in already, where policies ask for arrivals."""
+        self.width = 2 * len(self.kinds) + len(self.features) + arrivals
+
+    def feature(self, scorer: Scorer) -> int:
+        """The column of one of `features`."""
+        return 2 * len(self.kinds) + self.features.index(scorer)
 
 
 @dataclass(frozen=True)
@@ -74,20 +107,25 @@ class Placement:
             for side, specs in self.specs.items()
         }
         self.alike = self.specs["keys"] == self.specs["values"]
-        ranks = [i for i, policy in enumerate(self.policies) if isinstance(policy, RankPolicy)]
+        ranks = {i: p for i, p in enumerate(self.policies) if isinstance(p, RankPolicy)}
         self.ranked = min(ranks, default=len(self.policies) - 1)
-        """The first tier that selects by attention; the tiers above it are placed by position alone."""
-        policies = [policy for policy in self.policies if isinstance(policy, RankPolicy)]
-        self.by_head = any(policy.select == "head" for policy in policies)
-        self.shared = any(policy.select == "shared" for policy in policies)
+        """The first tier that ranks its tokens; the tiers above it are placed by position alone."""
+        self.ranks = bool(ranks)
+        self.by_head = any(policy.share == "head" for policy in ranks.values())
+        self.shared = any(policy.share == "model" for policy in ranks.values())
+        self.shares = len({policy.share for policy in ranks.values()})
+        """How many kinds of sharing there are: if several, the places of tokens differ where selections agree."""
         self.prompted = any(policy is not None and policy._prompted for policy in self.policies)
         """Whether tokens may descend as the prompt ends."""
-        asked = {i: p._scores() for i, p in enumerate(self.policies) if isinstance(p, RankPolicy)}
-        self.kinds = list(dict.fromkeys(asked.values()))
-        """The attention that the policies ask for."""
-        self.kind_of = {tier: self.kinds.index(scores) for tier, scores in asked.items()}
-        """Which of `kinds` the policy of a tier asked for."""
+        self.reads_counts = [policy.kind for policy in ranks.values() if policy._reads_counts]
+        """The policies of which the device alone knows how many tokens stay."""
+        self.scores = ScoreColumns(ranks)
         self._start = self._empty()
+
+    @property
+    def kinds(self) -> list[Scores]:
+        """The attention that policies ask for."""
+        return self.scores.kinds
 
     @property
     def tier_dtype(self) -> torch.dtype:

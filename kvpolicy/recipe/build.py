@@ -13,6 +13,7 @@ from kvpolicy.interfaces.component import Component
 from kvpolicy.interfaces.extra import Extra
 from kvpolicy.interfaces.policy import Policy
 from kvpolicy.interfaces.quantizer import Quantizer
+from kvpolicy.interfaces.scorer import Scorer
 from kvpolicy.interfaces.transform import Transform
 from kvpolicy.plugins import PluginInfo, Registry, registry
 from kvpolicy.recipe.explain import explain
@@ -23,6 +24,8 @@ from kvpolicy.words import clip, in_words, listed, quoted, suggest
 
 LISTS: dict[str, type[Component]] = {"transforms": Transform, "extras": Extra}
 """Options of quantizers that are lists of other plugins."""
+ONE: dict[str, type[Component]] = {"scorer": Scorer}
+"""Options of policies that are another plugin."""
 TIER_KEYS = ("policy", "store", "keys", "values")
 
 
@@ -211,6 +214,9 @@ class _Builder:
                 made = [self._member(item, (*path, name, i), LISTS[name]) for i, item in enumerate(option)]
                 if not any(item is BAD for item in made):
                     valid[name], lists[name] = [], made
+            elif name in ONE and name in info.cls.model_fields:
+                if (one := self._member(option, (*path, name), ONE[name])) is not BAD:
+                    valid[name], lists[name] = {}, one
             elif _is_plain(option):
                 valid[name] = option
             elif not _holds_bad(option):

@@ -36,7 +36,7 @@ HEADS: list[Any] = [
 ]
 SHARED: list[Any] = [
     {"policy": {"kind": "recent", "window": 4}, "store": "full"},
-    {"policy": {"kind": "attention", "budget": 6, "select": "shared"}, "store": "full"},
+    {"policy": {"kind": "attention", "budget": 6, "share": "model"}, "store": "full"},
     {"store": "evict"},
 ]
 PLACES = ("kvpolicy", "kvpolicy_", "transformers", "torch/nn/modules/module.py")
