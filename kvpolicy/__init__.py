@@ -20,11 +20,13 @@ if TYPE_CHECKING:
     from kvpolicy.interfaces.extra import Grouping as Grouping
     from kvpolicy.interfaces.policy import Policy as Policy
     from kvpolicy.interfaces.policy import RankPolicy as RankPolicy
-    from kvpolicy.interfaces.policy import Scores as Scores
     from kvpolicy.interfaces.quantizer import Affine as Affine
     from kvpolicy.interfaces.quantizer import AffineQuantizer as AffineQuantizer
     from kvpolicy.interfaces.quantizer import Quantizer as Quantizer
     from kvpolicy.interfaces.quantizer import TensorQuantizer as TensorQuantizer
+    from kvpolicy.interfaces.scorer import Given as Given
+    from kvpolicy.interfaces.scorer import Scorer as Scorer
+    from kvpolicy.interfaces.scores import Scores as Scores
     from kvpolicy.interfaces.site import Site as Site
     from kvpolicy.interfaces.transform import Transform as Transform
     from kvpolicy.recipe.load import Recipe as Recipe
@@ -41,12 +43,14 @@ __all__ = [
     "Backend",
     "CompressedCache",
     "Extra",
+    "Given",
     "Grouping",
     "Part",
     "Policy",
     "Quantizer",
     "RankPolicy",
     "Recipe",
+    "Scorer",
     "Scores",
     "Site",
     "TensorQuantizer",
@@ -70,12 +74,14 @@ _HOMES = {
     "Attached": "hf.attach",
     "CompressedCache": "hf.cache",
     "Extra": "interfaces.extra",
+    "Given": "interfaces.scorer",
     "Grouping": "interfaces.extra",
     "Policy": "interfaces.policy",
     "Quantizer": "interfaces.quantizer",
     "RankPolicy": "interfaces.policy",
     "Recipe": "recipe.load",
-    "Scores": "interfaces.policy",
+    "Scorer": "interfaces.scorer",
+    "Scores": "interfaces.scores",
     "Site": "interfaces.site",
     "TensorQuantizer": "interfaces.quantizer",
     "Transform": "interfaces.transform",

@@ -8,6 +8,7 @@ from kvpolicy.interfaces.backend import Backend
 from kvpolicy.interfaces.extra import Extra
 from kvpolicy.interfaces.policy import Policy
 from kvpolicy.interfaces.quantizer import Quantizer
+from kvpolicy.interfaces.scorer import Scorer
 from kvpolicy.interfaces.transform import Transform
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "kvpolicy_extras",
     "kvpolicy_policies",
     "kvpolicy_quantizers",
+    "kvpolicy_scorers",
     "kvpolicy_transforms",
 ]
 
@@ -33,6 +35,12 @@ def kvpolicy_policies() -> list[type[Policy]]:
 @hookspec
 def kvpolicy_quantizers() -> list[type[Quantizer]]:
     """The quantizers of this plugin, as classes."""
+    raise AssertionError("a specification is not called")
+
+
+@hookspec
+def kvpolicy_scorers() -> list[type[Scorer]]:
+    """The scorers of this plugin, as classes."""
     raise AssertionError("a specification is not called")
 
 

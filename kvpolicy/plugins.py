@@ -11,9 +11,10 @@ from importlib.metadata import EntryPoint, PackageNotFoundError, distribution, e
 from importlib.util import find_spec
 from itertools import pairwise
 from types import ModuleType
-from typing import Any, Generic, TypeVar, get_args
+from typing import Annotated, Any, Generic, TypeVar, get_args
 
 import pluggy
+from pydantic import PlainSerializer, PlainValidator, SerializationInfo, ValidationInfo, WithJsonSchema
 
 from kvpolicy import hookspecs
 from kvpolicy.errors import PluginError, RecipeError
@@ -22,16 +23,18 @@ from kvpolicy.interfaces.component import Component
 from kvpolicy.interfaces.extra import AXES, Extra
 from kvpolicy.interfaces.policy import Policy
 from kvpolicy.interfaces.quantizer import AffineQuantizer, Quantizer, TensorQuantizer
+from kvpolicy.interfaces.scorer import SHOWN, Scorer
 from kvpolicy.interfaces.transform import NEEDS, Transform
 from kvpolicy.words import listed, quoted, suggest
 
-__all__ = ["GROUP", "BrokenPlugin", "PluginInfo", "Registry", "registry"]
+__all__ = ["GROUP", "BrokenPlugin", "PluginInfo", "Registry", "ScorerOption", "registry"]
 
 GROUP = "kvpolicy"
 RESERVED = {"full", "evict"}
 C = TypeVar("C", bound=Component)
 HOOKS: dict[str, tuple[str, type[Component]]] = {
     "policy": ("policies", Policy),
+    "scorer": ("scorers", Scorer),
     "quantizer": ("quantizers", Quantizer),
     "transform": ("transforms", Transform),
     "extra": ("extras", Extra),
@@ -81,6 +84,7 @@ class Registry:
     """All plugins of some entry points, by kind."""
 
     policies: dict[str, PluginInfo[Policy]] = field(default_factory=dict)
+    scorers: dict[str, PluginInfo[Scorer]] = field(default_factory=dict)
     quantizers: dict[str, PluginInfo[Quantizer]] = field(default_factory=dict)
     transforms: dict[str, PluginInfo[Transform]] = field(default_factory=dict)
     extras: dict[str, PluginInfo[Extra]] = field(default_factory=dict)
@@ -134,7 +138,7 @@ class Registry:
             self._add(self.known(what), what, classes, point)
 
     def known(self, what: str) -> dict[str, PluginInfo[Any]]:
-        """The plugins of one type (policy, quantizer, transform, extra), by kind."""
+        """The plugins of one type (policy, scorer, quantizer, transform, extra), by kind."""
         found: dict[str, PluginInfo[Any]] = getattr(self, HOOKS[what][0])
         return found
 
@@ -167,7 +171,7 @@ class Registry:
         return self.find("quantizer", kind)
 
     def find(self, what: str, kind: str) -> PluginInfo[Any]:
-        """The plugin of one type (policy, quantizer, transform, extra) of that kind, or a `RecipeError`."""
+        """The plugin of one type (policy, scorer, quantizer, transform, extra) of that kind, or a `RecipeError`."""
         known = self.known(what)
         if kind in known:
             return known[kind]
@@ -248,11 +252,14 @@ def _check_class(cls: Any, hook: str, base: type[Component]) -> None:
             f"class {cls.__name__}: acts must be arrival or step and requires the name of a library or None, found "
             f"{acts!r} and {requires!r}"
         )
+    allowed = {Transform: NEEDS, Policy: frozenset({"prompt"}), Scorer: SHOWN}.get(base, frozenset())
     needs: Any = getattr(cls, "needs", frozenset())
-    if base is Transform and not (isinstance(needs, frozenset) and needs <= NEEDS):
+    if allowed and not (isinstance(needs, frozenset) and needs <= allowed and (needs or base is not Scorer)):
         raise PluginError(
-            f"class {cls.__name__}: needs must be a frozenset of {', '.join(sorted(NEEDS))}, found {needs!r}"
+            f"class {cls.__name__}: needs must be a frozenset of {', '.join(sorted(allowed))}, found {needs!r}"
         )
+    if not isinstance(getattr(cls, "pools", False), bool):
+        raise PluginError(f"class {cls.__name__}: pools must be True or False, found {getattr(cls, 'pools', None)!r}")
     axes: Any = getattr(cls, "axes", {})
     if not isinstance(axes, Mapping) or not set(axes.values()) <= set(AXES):
         raise PluginError(f"class {cls.__name__}: axes must map names to {', '.join(AXES)}, found {axes!r}")
@@ -274,3 +281,24 @@ def _kind(cls: type[Component]) -> Any:
 def registry() -> Registry:
     """The plugins of this environment, loaded at first use."""
     return Registry.load(entry_points(group=GROUP))
+
+
+def _scorer(value: Any, info: ValidationInfo) -> Scorer:
+    given = (info.context or {}).get(info.field_name, value)  # made by whoever builds a recipe
+    options = {"kind": given} if isinstance(given, str) else given
+    if isinstance(options, dict) and isinstance(kind := options.get("kind"), str):
+        try:
+            given = registry().find("scorer", kind).cls.model_validate(options, strict=True)
+        except RecipeError as error:
+            raise ValueError(str(error)) from None
+    if not isinstance(given, Scorer):
+        raise ValueError(f"must be a scorer, or a mapping with its kind, found {type(given).__name__}")
+    return given
+
+
+def _written(scorer: Scorer, info: SerializationInfo) -> dict[str, Any]:
+    return scorer.model_dump(mode=info.mode)
+
+
+ScorerOption = Annotated[Scorer, PlainValidator(_scorer), PlainSerializer(_written), WithJsonSchema({"type": "object"})]
+"""An option of a policy that is a scorer: an instance, a mapping with kind and options, or a kind alone."""

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from kvpolicy.hookspecs import hookimpl
-from kvpolicy.interfaces.component import MOST, Budget, budget_tokens
+from kvpolicy.interfaces.component import MOST, LayerBudget, budget_tokens
 from kvpolicy.interfaces.policy import Policy, Queries, RankPolicy, Scores
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -26,8 +26,12 @@ class Attention(RankPolicy):
     """
 
     kind: Literal["attention"] = "attention"
-    budget: Budget = Field(
-        0.1, description="Tokens that stay at most: a number, or a fraction of the tokens that `of` names."
+    budget: LayerBudget = Field(
+        0.1,
+        description=(
+            "Tokens that stay at most: a number, or a fraction of the tokens that `of` names; a list of such, one for "
+            "each layer, or a mapping of layers (such as 2-5) to such."
+        ),
     )
     of: Literal["seen", "prompt"] = Field(
         "seen", description="What a fraction is taken of: the tokens seen, or those of the prompt."
@@ -64,7 +68,7 @@ class Attention(RankPolicy):
     @model_validator(mode="after")
     def _check_use(self) -> Attention:
         """Options that would do nothing are refused."""
-        idle: dict[str, str] = {}
+        idle: dict[str, str] = {"of": "among: tier or pairs"} if self.among == "arrival" else {}
         if self.queries != "probe":
             idle |= dict.fromkeys(("newest", "random", "seed"), "queries: probe")
         if self.score != "normalised":

@@ -106,6 +106,11 @@ def policies() -> str:
     return _options("policy")
 
 
+def scorers() -> str:
+    """The built-in scorers and their options."""
+    return _options("scorer")
+
+
 def quantizers() -> str:
     """The built-in quantizers and their options."""
     return _options("quantizer")
@@ -188,6 +193,7 @@ GENERATED: dict[str, Callable[[], str]] = {
     "recipe-fields": recipe_fields,
     "tier-fields": tier_fields,
     "policies": policies,
+    "scorers": scorers,
     "quantizers": quantizers,
     "transforms": transforms,
     "extras": extras,

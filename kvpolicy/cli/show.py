@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from kvpolicy.cli.output import new_table, show_table
-
-if TYPE_CHECKING:
-    from kvpolicy.recipe.spec import Recipe
 
 
 def show(
@@ -37,16 +34,18 @@ def show(
     if loaded.params:
         typer.echo("# " + ", ".join(f"{name}={value}" for name, value in loaded.params.items()))
     typer.echo(loaded.to_yaml(resolved=True))
-    fed = "a prompt of " if loaded.placement == "update" else ""
-    show_table(_tiers_table(f"Tiers after {fed}{tokens} tokens", loaded, loaded.tiers, tokens), err=True)
+    from kvpolicy.recipe.plot import asks_for_prompt
+
+    fed = "a prompt of " if asks_for_prompt(loaded) else ""
+    show_table(_tiers_table(f"Tiers after {fed}{tokens} tokens", loaded.tiers, tokens), err=True)
     for key, own in loaded.layers.items():
         if own != "full":
-            show_table(_tiers_table(f"Tiers of layers {key}", loaded, own, tokens), err=True)
+            show_table(_tiers_table(f"Tiers of layers {key}", own, tokens), err=True)
         else:
             typer.echo(f"Layers {key}: full", err=True)
 
 
-def _tiers_table(title: str, recipe: Recipe, tiers: Any, tokens: int) -> Any:
+def _tiers_table(title: str, tiers: Any, tokens: int) -> Any:
     from rich.text import Text
 
     from kvpolicy.interfaces.policy import RankPolicy
@@ -55,7 +54,7 @@ def _tiers_table(title: str, recipe: Recipe, tiers: Any, tokens: int) -> Any:
 
     table = new_table(title, "tier", "policy", "keys", "values", "tokens", "positions")
     chosen = False
-    for i, (tier, held) in enumerate(zip(tiers, simulate(tiers, tokens, recipe.placement), strict=True)):
+    for i, (tier, held) in enumerate(zip(tiers, simulate(tiers, tokens), strict=True)):
         policy = "takes the rest" if tier.policy is None else describe_policy(tier.policy)
         chosen = chosen or isinstance(tier.policy, RankPolicy)
         keys, values = describe_store(tier.keys), describe_store(tier.values)

@@ -17,6 +17,7 @@ from kvpolicy.interfaces.component import Component
 from kvpolicy.interfaces.extra import Extra
 from kvpolicy.interfaces.policy import Policy
 from kvpolicy.interfaces.quantizer import AffineQuantizer, Quantizer
+from kvpolicy.interfaces.scorer import Scorer
 from kvpolicy.interfaces.transform import Transform
 from kvpolicy.plugins import PluginInfo, registry
 
@@ -93,6 +94,11 @@ def name_of(component: Component) -> str:
 def policies() -> list[Policy]:
     """Policies to try."""
     return _params(registry().policies)
+
+
+def scorers() -> list[Scorer]:
+    """Scorers to try."""
+    return _params(registry().scorers)
 
 
 def quantizers() -> list[Quantizer]:

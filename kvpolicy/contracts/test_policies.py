@@ -28,10 +28,21 @@ def _cases(seed: int = 0) -> list[tuple[Ints, int]]:
     return [(positions.astype(np.int64), seen) for positions, seen in cases]
 
 
+def _prompts(policy: Policy, seen: int) -> list[tuple[int | None, ...]]:
+    """What a policy may be told of the prompt, after the arguments that all are: nothing, unless it asks."""
+    if not policy._prompted:
+        return [()]
+    return [(None,), *((prompt,) for prompt in sorted({1, seen // 2 or 1, seen}))]
+
+
+def _asked(policy: Policy) -> list[tuple[Ints, int, tuple[int | None, ...]]]:
+    return [(positions, seen, told) for positions, seen in _cases() for told in _prompts(policy, seen)]
+
+
 @EVERY
 def test_keep_returns_a_boolean_mask_of_the_tokens(policy: Policy) -> None:
-    for positions, seen in _cases():
-        mask = policy.keep(positions.copy(), seen)
+    for positions, seen, told in _asked(policy):
+        mask = policy.keep(positions.copy(), seen, *told)
         assert isinstance(mask, np.ndarray), f"keep must return a numpy array, found {type(mask).__name__}"
         assert mask.dtype == np.bool_, f"keep must return booleans, found {mask.dtype}"
         assert mask.shape == positions.shape, f"keep must return {positions.shape}, found {mask.shape}"
@@ -39,14 +50,14 @@ def test_keep_returns_a_boolean_mask_of_the_tokens(policy: Policy) -> None:
 
 @EVERY
 def test_keep_is_pure(policy: Policy) -> None:
-    cases = _cases()
-    first = [policy.keep(positions.copy(), seen) for positions, seen in cases]
-    for (positions, seen), mask in reversed(list(zip(cases, first, strict=True))):
+    cases = _asked(policy)
+    first = [policy.keep(positions.copy(), seen, *told) for positions, seen, told in cases]
+    for (positions, seen, told), mask in reversed(list(zip(cases, first, strict=True))):
         shown = positions.copy()
-        assert np.array_equal(policy.keep(shown, seen), mask), "keep must give the same for the same tokens"
+        assert np.array_equal(policy.keep(shown, seen, *told), mask), "keep must give the same for the same tokens"
         assert np.array_equal(shown, positions), "keep must not change the positions that it is shown"
     fresh = type(policy).model_validate(policy.model_dump())
-    assert all(np.array_equal(fresh.keep(p.copy(), s), m) for (p, s), m in zip(cases, first, strict=True))
+    assert all(np.array_equal(fresh.keep(p.copy(), s, *t), m) for (p, s, t), m in zip(cases, first, strict=True))
 
 
 @EVERY
@@ -66,15 +77,19 @@ def test_all_tokens_stay_within_the_capacity(policy: Policy) -> None:
         cases += [(np.arange(most), seen), (np.arange(seen - most, seen), seen), (np.arange(seen)[::seen], seen)]
     for positions, seen in cases:
         if len(positions) <= policy.capacity(seen):
-            assert policy.keep(positions, seen).all(), "no token may leave while no more than capacity(seen) are held"
+            for told in _prompts(policy, seen):
+                stays = policy.keep(positions, seen, *told)
+                assert stays.all(), "no token may leave while no more than capacity(seen) are held"
 
 
-def _one_by_one(policy: Policy, positions: Ints, arrivals: Ints, start: int, stop: int) -> Ints:
+def _one_by_one(
+    policy: Policy, positions: Ints, arrivals: Ints, start: int, stop: int, told: tuple[int | None, ...]
+) -> Ints:
     left = np.full(len(positions), NEVER, dtype=np.int64)
     for seen in range(start + 1, stop + 1):
         held = np.flatnonzero((np.maximum(arrivals, start) <= seen) & (left == NEVER))
         if len(held):
-            left[held[~policy.keep(positions[held], seen)]] = seen
+            left[held[~policy.keep(positions[held], seen, *told)]] = seen
     return left
 
 
@@ -86,8 +101,9 @@ def test_departures_equal_calling_keep_one_by_one(policy: Policy, block: int) ->
     arrivals = (positions // block + 1) * block
     here = arrivals <= stop
     positions, arrivals = positions[here], arrivals[here]
-    expected = _one_by_one(policy, positions, arrivals, start, stop)
-    _check_departures(policy, positions, arrivals, (start, stop), expected)
+    for told in [(None,), (1,)] if policy._prompted else [()]:
+        expected = _one_by_one(policy, positions, arrivals, start, stop, told)
+        _check_departures(policy, positions, arrivals, (start, stop), told, expected)
 
 
 @EVERY
@@ -96,16 +112,25 @@ def test_departures_go_on_from_what_is_held(policy: Policy, block: int) -> None:
     start, stop = 150, 260
     positions = np.arange(stop, dtype=np.int64)
     arrivals = (positions // block + 1) * block
-    left = _one_by_one(policy, positions[arrivals <= start], arrivals[arrivals <= start], 0, start)
-    held = np.concatenate([left == NEVER, (arrivals > start)[len(left) :]]) & (arrivals <= stop)
-    positions, arrivals = positions[held], np.maximum(arrivals[held], start)
-    expected = _one_by_one(policy, positions, arrivals, start, stop)
-    _check_departures(policy, positions, arrivals, (start, stop), expected)
+    for told in [(None,), (40,)] if policy._prompted else [()]:
+        early = arrivals <= start
+        left = _one_by_one(policy, positions[early], arrivals[early], 0, start, told)
+        held = np.concatenate([left == NEVER, ~early[len(left) :]]) & (arrivals <= stop)
+        here = positions[held], np.maximum(arrivals[held], start)
+        expected = _one_by_one(policy, *here, start, stop, told)
+        _check_departures(policy, *here, (start, stop), told, expected)
 
 
-def _check_departures(policy: Policy, positions: Ints, arrivals: Ints, steps: tuple[int, int], expected: Ints) -> None:
+def _check_departures(
+    policy: Policy,
+    positions: Ints,
+    arrivals: Ints,
+    steps: tuple[int, int],
+    told: tuple[int | None, ...],
+    expected: Ints,
+) -> None:
     shown = positions.copy(), arrivals.copy()
-    found = policy.departures(*shown, *steps)
+    found = policy._left(*shown, *steps, *told) if policy._prompted else policy.departures(*shown, *steps)
     assert isinstance(found, np.ndarray), f"departures must return a numpy array, found {type(found).__name__}"
     assert np.issubdtype(found.dtype, np.signedinteger), f"departures must return integers, found {found.dtype}"
     assert found.shape == positions.shape, f"departures must return {positions.shape}, found {found.shape}"
@@ -120,10 +145,16 @@ def _first(found: Ints, expected: Ints) -> str:
 
 
 def _placed(tiers: list[TwoTier], chunks: tuple[int, ...]) -> State:
+    """After a prompt in `chunks`, then as many tokens again."""
     planner = Placement(tiers)
     state = planner.start()
     for chunk in chunks:
         state, _ = planner.advance(state, chunk)
+    if planner.prompted:
+        prompt = state.seen
+        state, _ = planner.end_prompt(state)
+        for chunk in chunks:
+            state, _ = planner.advance(state, chunk, prompt)
     return state
 
 
@@ -144,16 +175,19 @@ def test_any_chunking_gives_the_same_placement(policy: Policy, below: bool) -> N
 @EVERY
 def test_tokens_only_descend(policy: Policy) -> None:
     tiers = [TwoTier(Block()), TwoTier(policy), TwoTier(None)]
-    picture = history(tiers, 200)
-    for step in range(1, len(picture)):
-        before, after = picture[step - 1, :step], picture[step, :step]
-        assert (after >= before).all(), f"a token that left must not come back, found one at step {step}"
+    for prompt in (1, 100):
+        picture = history(tiers, 200, prompt)
+        for step in range(1, len(picture)):
+            before, after = picture[step - 1, :step], picture[step, :step]
+            assert (after >= before).all(), f"a token that left must not come back, found one at step {step}"
 
 
 RANKS = [policy for policy in POLICIES if isinstance(policy, RankPolicy)]
+ATTENDING = [policy for policy in RANKS if policy._scorer() is None]
+"""Those that rank by attention, without a scorer."""
 
 
-@pytest.mark.parametrize("policy", RANKS, ids=[name_of(policy) for policy in RANKS])
+@pytest.mark.parametrize("policy", ATTENDING, ids=[name_of(policy) for policy in ATTENDING])
 def test_tokens_are_ranked_each_for_itself(policy: RankPolicy) -> None:
     generator = torch.Generator().manual_seed(0)
     attention = torch.rand(2, 3, 50, generator=generator) * 20
@@ -173,7 +207,7 @@ def test_tokens_are_ranked_each_for_itself(policy: RankPolicy) -> None:
     torch.testing.assert_close(moved, rank[..., order], msg="rank must not depend on the order of the tokens")
 
 
-@pytest.mark.parametrize("policy", RANKS, ids=[name_of(policy) for policy in RANKS])
+@pytest.mark.parametrize("policy", ATTENDING, ids=[name_of(policy) for policy in ATTENDING])
 def test_tokens_that_no_counted_query_saw_are_ranked(policy: RankPolicy) -> None:
     for ages in (torch.arange(6, 0, -1), torch.zeros(6, dtype=torch.int64)):
         rank = policy.rank(torch.zeros(1, 1, 6), torch.zeros(1, 1, 6), ages.view(1, 1, -1))
@@ -190,7 +224,7 @@ def test_a_budget_is_a_number_of_tokens_that_never_falls(policy: RankPolicy) -> 
     assert budgets == sorted(budgets), "a budget must not fall as more tokens are seen: tokens that left do not return"
 
 
-@pytest.mark.parametrize("policy", RANKS, ids=[name_of(policy) for policy in RANKS])
+@pytest.mark.parametrize("policy", ATTENDING, ids=[name_of(policy) for policy in ATTENDING])
 def test_scores_are_the_same_each_time(policy: RankPolicy) -> None:
     asked = [policy.scores() for _ in range(3)]
     assert all(isinstance(scores, Scores) for scores in asked), (
@@ -198,3 +232,28 @@ def test_scores_are_the_same_each_time(policy: RankPolicy) -> None:
     )
     assert asked[0] == asked[1] == asked[2], "scores must be the same each time"
     assert type(policy).model_validate(policy.model_dump()).scores() == asked[0], "scores must depend on options alone"
+
+
+@pytest.mark.parametrize("policy", RANKS, ids=[name_of(policy) for policy in RANKS])
+def test_who_ranks_is_the_same_each_time(policy: RankPolicy) -> None:
+    assert policy.ranked_by() == policy.ranked_by(), "ranked_by must be the same each time"
+    assert type(policy).model_validate(policy.model_dump()).ranked_by() == policy.ranked_by()
+
+
+@pytest.mark.parametrize("policy", RANKS, ids=[name_of(policy) for policy in RANKS])
+def test_thresholds_and_budgets_of_heads_fit_what_competes(policy: RankPolicy) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rank = torch.randn(2, 3, 40, generator=generator)
+    rank[:, 1, 10:] = -torch.inf
+    shown, budgets = rank.clone(), torch.full((2, 3), 7)
+    stays, counts = policy.stay(rank), policy.head_budgets(rank, budgets)
+    assert torch.equal(shown, rank), "stay and head_budgets must not change what they are given"
+    for found, dtype, shape in ((stays, torch.bool, rank.shape), (counts, torch.int64, budgets.shape)):
+        assert found is None or (found.dtype, found.shape) == (dtype, shape)
+    if counts is not None:
+        assert (counts >= 0).all()
+    order = torch.randperm(40, generator=generator)
+    if stays is not None:
+        moved = policy.stay(rank[..., order])
+        assert moved is not None
+        assert torch.equal(moved, stays[..., order]), "stay must not depend on the order of the tokens"

@@ -307,10 +307,10 @@ def make_cache(recipe: Any, model_or_config: Any, *, strict: bool = False, **par
         start = next((step for known, _, step in starts if known == tiers), None)
         if not any(known == tiers and dim == checked for known, checked, _ in starts):
             try:
-                check_stores(tiers, loaded.placement, dim, site)
+                check_stores(tiers, dim, site)
             except RecipeError as error:
                 raise RecipeError(f"recipe {loaded.name}: {error}") from None
-            start = start or Step.first(Placement(tiers, loaded.placement))
+            start = start or Step.first(Placement(tiers))
             starts.append((tiers, dim, start))
         assert start is not None
         layers[i] = TieredLayer(start, scratch, reading, site)

@@ -10,7 +10,6 @@ from transformers.cache_utils import CacheLayerMixin
 
 from kvpolicy.errors import CacheError
 from kvpolicy.hf.modes import ATTACHED, HELD, barred, precise, uncompiled, wants_gradients
-from kvpolicy.interfaces.policy import RankPolicy
 from kvpolicy.interfaces.site import Site
 from kvpolicy.layer.layer import LayerCache, Reading
 from kvpolicy.layer.view import Scratch
@@ -94,17 +93,21 @@ class TieredLayer(DenseAccess, CacheLayerMixin):
         """Refuse what only an attached model can do, before any token is let in.
 
         Raises:
-            CacheError: a policy must see attention, or rows are padded differently.
+            CacheError: a policy must see attention, or rows or heads hold different numbers of tokens.
         """
         if self.attached:
             return
         if self.tiers.placement.kinds:
-            kinds = [p.kind for p in self.tiers.placement.policies if isinstance(p, RankPolicy)]
             raise CacheError(
-                f"policy {kinds[0]!r} selects tokens by the attention that they receive, which only an attached model "
-                "shows; use: with kvpolicy.attach(model): ..."
+                f"policy {self.tiers.attending[0]!r} selects tokens by the attention that they receive, which only an "
+                "attached model shows; use: with kvpolicy.attach(model): ..."
             )
-        if self.tiers.step.spread:
+        if self.tiers.placement.reads_counts:
+            raise CacheError(
+                f"policy {self.tiers.placement.reads_counts[0]!r} lets other numbers of tokens stay in each row "
+                "and head, which only an attached model can read; use: with kvpolicy.attach(model): ..."
+            )
+        if self.tiers.step.by_row:
             raise CacheError(
                 "a cache that was filled by padded batches must go on with an attached model, found one that is not; "
                 "use: with kvpolicy.attach(model): ..."
@@ -146,7 +149,7 @@ class TieredLayer(DenseAccess, CacheLayerMixin):
         self.check_attached()
         if self.uneven is not None:
             raise CacheError(self.uneven)
-        held = self.tiers.held_after_commit()
+        held = self.tiers.held_after_commit(query_length)
         return held + query_length, self.tiers.seen - held
 
     def get_max_length(self) -> int:

@@ -64,18 +64,17 @@ def head_dim_of(text: Any, layer: int) -> int | None:
     return hidden // heads if isinstance(heads, int) and isinstance(hidden, int) and heads else None
 
 
-def check_stores(tiers: Any, placement: str, dim: int | None, site: Site) -> None:
+def check_stores(tiers: Any, dim: int | None, site: Site) -> None:
     """Encode a few numbers with every quantizer, so that what can't work fails now and by name."""
     for number, tier in enumerate(tiers):
         for side in ("keys", "values"):
             spec = getattr(tier, side)
             if not isinstance(spec, Quantizer):
                 continue
-            if getattr(spec, "group_size", None) == "arrival" and (number == 0 or placement == "update"):
+            if getattr(spec, "group_size", None) == "arrival" and number == 0:
                 raise RecipeError(
                     f"tiers[{number}].{side} ({spec.kind}): group_size: arrival must stand below a tier whose tokens "
-                    f"leave in blocks, with placement: token; found tier {number} with placement: {placement}. "
-                    "Give a number or auto"
+                    "leave in blocks, found tier 0. Give a number or auto"
                 )
             try:
                 try_store(spec, dim or 64, replace(site, side="keys" if side == "keys" else "values"))

@@ -78,7 +78,7 @@ def save_cache(cache: Savable, path: Any) -> None:
         recipe=cache.recipe.to_yaml(),
         model_type=cache.origin.model_type,
         layers=layers,
-        states=[StateEntry(seen=s.seen, through=s.state.through) for s in saving.steps],
+        states=[StateEntry(seen=s.seen, prompt=s.prompt) for s in saving.steps],
         versions=_versions(),
         model=ModelEntry(config=model.config, weights=model.weights),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from threading import get_ident
@@ -142,14 +142,14 @@ class Guard:
             self._check_columns(mask, tokens)
         coming = self._padding_with(mask, tokens, before, attached)
         own = {i: _kept(x) for i, x in enumerate(self.layers) if not isinstance(x, TieredLayer)}
-        if attached and self.selects_together:
-            self.commit()
+        if self.selects_together and (attached or not any(tiers.placement.kinds for tiers in self.tiers)):
+            self.commit(tokens)
         self._pass = Transaction(before, padding, own, _caller())
         self.reading.padding, self.reading.attached = coming, attached
 
     def _check_columns(self, mask: Tensor, tokens: int) -> None:
         """Refuse a 4-D mask that has columns for dropped tokens."""
-        held = next(tiers.held_after_commit() for tiers in self.tiers if tiers.evicts)
+        held = next(tiers.held_after_commit(tokens) for tiers in self.tiers if tiers.evicts)
         if mask.shape[3] != held + tokens:
             raise CacheError(
                 f"a 4-D attention mask must have a column for each of the {held + tokens} tokens that the layers of "
@@ -262,7 +262,14 @@ class Guard:
             )
         if len({tiers.committed for tiers in self.tiers}) > 1:
             self.commit()
+        self._agree()
         self._pass = None
+
+    def _agree(self) -> None:
+        """Where the prompt has ended for some layers it has for all."""
+        if any(tiers.step.prompt is not None for tiers in self.tiers):
+            for group in self._groups(tiers for tiers in self.tiers if tiers.step.prompt is None):
+                commit_all(group, coming=1)
 
     def expect(self, layer: int, keys: Tensor) -> None:
         """Refuse tokens for a layer that has seen more than the others, or in a pass of another thread."""
@@ -284,6 +291,8 @@ class Guard:
         seen = tiered.tiers.seen
         if seen > min([seen, *self._lengths()]):
             self.whole()
+        if self.selects_together and len(set(self._lengths())) == 1:
+            self.commit(keys.shape[2])
         padding = self.reading.padding
         if padding is not None and padding.length < seen + keys.shape[2]:
             self.reading.padding = padding.append(
@@ -320,6 +329,7 @@ class Guard:
             )
         for tiers in behind:
             tiers.commit()
+        self._agree()
 
     @contextmanager
     def rows_of_all(self, what: str) -> Iterator[None]:
@@ -355,14 +365,18 @@ class Guard:
         if self._pass is not None and not self._pass.alive():
             self.take_back()
 
-    def commit(self) -> None:
-        """Let the pending tokens into the tiers, in all layers."""
+    def commit(self, coming: int = 0) -> None:
+        """Let the pending tokens into the tiers, in all layers; see `commit_all`."""
+        for group in self._groups(self.tiers):
+            commit_all(group, coming)
+
+    def _groups(self, layers: Iterable[LayerCache]) -> Iterable[list[LayerCache]]:
+        """Layers that select together, the others each for itself."""
         groups: dict[int, list[LayerCache]] = {}
-        for number, tiers in enumerate(self.tiers):
+        for number, tiers in enumerate(layers):
             placement = tiers.placement
             groups.setdefault(id(placement) if placement.shared else -1 - number, []).append(tiers)
-        for group in groups.values():
-            commit_all(group)
+        return groups.values()
 
     @contextmanager
     def emptying(self) -> Iterator[None]:

@@ -1,17 +1,19 @@
-"""The base classes of token-selection policies: by position, and by the attention that tokens receive."""
+"""The base classes of token-selection policies: by position, and by ranks."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from kvpolicy.errors import PluginError
-from kvpolicy.interfaces.component import MOST, TRY, Component, call
+from kvpolicy.interfaces.component import MOST, TRY, ByLayer, Component, call
+from kvpolicy.interfaces.scorer import Scorer
+from kvpolicy.interfaces.scores import Queries as Queries
+from kvpolicy.interfaces.scores import Scores as Scores
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,6 +47,10 @@ class Policy(Component):
     _role: ClassVar[str] = "policy"
     acts: ClassVar[Literal["arrival", "step"]] = "step"
     """`arrival` if tokens leave only at a step that brings new ones into the tier; `step` if also at others."""
+    needs: ClassVar[frozenset[str]] = frozenset()
+    """What `keep` and `departures` must be given besides, of `"prompt"`: then they are called with one argument more,
+    the number of tokens of the prompt, or None while it goes on. The prompt ends when the first update of a single
+    token comes, the very first update excepted; `keep` is asked at that moment too, with `seen == prompt`."""
 
     @abstractmethod
     def keep(self, positions: Ints, seen: int) -> NDArray[np.bool_]:
@@ -60,6 +66,15 @@ class Policy(Component):
             A boolean mask `[tokens]`, True where a token stays.
         """
 
+    def of_layer(self, layer: int, layers: int) -> Policy:
+        """The policy of a layer of a model that has `layers` of them: of a `LayerBudget` the layer's own.
+
+        Raises:
+            RecipeError: there is none for it.
+        """
+        own = {name: option.of(layer, layers) for name, option in self if isinstance(option, ByLayer)}
+        return self.model_copy(update=own) if own else self
+
     def capacity(self, seen: int) -> int:
         """As many tokens as surely all stay after `seen` tokens; `keep` is not asked while no more are held.
 
@@ -71,7 +86,7 @@ class Policy(Component):
         """When each token leaves while the cache grows from `start` to `stop` tokens.
 
         Equal to calling `keep` after each single token. The default does just that, at the steps where
-        something can change.
+        something can change. Whether the prompt goes on is the same from `start` to `stop`.
 
         Args:
             positions: tokens held or arriving, ascending: `[tokens]`. Read-only, as are `arrivals`.
@@ -83,6 +98,9 @@ class Policy(Component):
         Returns:
             For each token the number of tokens seen when it leaves, or `NEVER`: `[tokens]`.
         """
+        return self._by_keep(positions, arrivals, start, stop, None)
+
+    def _by_keep(self, positions: Ints, arrivals: Ints, start: int, stop: int, prompt: int | None) -> Ints:
         left = np.full(len(positions), NEVER, dtype=np.int64)
         order = np.argsort(arrivals, kind="stable")
         arrived = arrivals[order]
@@ -95,14 +113,20 @@ class Policy(Component):
                 at = end
             if not len(held) or len(held) <= self._room(seen):
                 continue
-            stays = self._kept(positions[held], seen)
+            stays = self._kept(positions[held], seen, prompt)
             left[held[~stays]] = seen
             held = held[stays]
         return left
 
-    def _kept(self, positions: Ints, seen: int) -> NDArray[np.bool_]:
+    @property
+    def _prompted(self) -> bool:
+        """Whether it must know where the prompt ends."""
+        return "prompt" in self.needs
+
+    def _kept(self, positions: Ints, seen: int, prompt: int | None) -> NDArray[np.bool_]:
         """`keep`, its answer checked."""
-        stays: NDArray[np.bool_] = call(self, "keep", positions, seen)
+        told = (prompt,) if self._prompted else ()
+        stays: NDArray[np.bool_] = call(self, "keep", positions, seen, *told)
         if not isinstance(stays, np.ndarray) or stays.dtype != np.bool_ or stays.shape != positions.shape:
             raise PluginError(
                 f"policy {self.kind!r}: keep must return a NumPy array of bool {positions.shape}, found "
@@ -114,11 +138,15 @@ class Policy(Component):
         """`capacity`, its answer checked."""
         return _count(self, "capacity", call(self, "capacity", seen))
 
-    def _left(self, positions: Ints, arrivals: Ints, start: int, stop: int) -> Ints:
+    def _left(self, positions: Ints, arrivals: Ints, start: int, stop: int, prompt: int | None) -> Ints:
         """`departures`, its answer checked."""
         if self.acts not in ("arrival", "step"):
             raise PluginError(f"policy {self.kind!r}: acts must be arrival or step, found {self.acts!r}")
-        left = call(self, "departures", _read_only(positions), _read_only(arrivals), start, stop)
+        shown = _read_only(positions), _read_only(arrivals)
+        if self._prompted and type(self).departures is Policy.departures:
+            left = self._by_keep(*shown, start, stop, prompt)
+        else:
+            left = call(self, "departures", *shown, start, stop, *((prompt,) if self._prompted else ()))
         whole = isinstance(left, np.ndarray) and np.issubdtype(left.dtype, np.signedinteger)
         if not whole or left.shape != positions.shape:
             raise PluginError(
@@ -157,60 +185,14 @@ def _described(found: Any) -> str:
     return f"{getattr(found, 'dtype', type(found).__name__)}{'' if shape is None else f' {tuple(shape)}'}"
 
 
-Queries = Literal["all", "probe", "last", "last probe"]
-HEADS = ("mean", "sum", "max")
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Which attention the core sums up, per token, for a policy that ranks tokens by it.
-
-    Policies that ask for the same share one tensor. It holds two numbers for each token and KV head: the attention
-    that the token received, summed over the queries that are counted, and how many of these could see it.
-
-    Raises:
-        PluginError: a field has a value that is not allowed; the error lists those that are.
-    """
-
-    queries: Queries = "all"
-    """Queries that count: `"all"`, probes (`"probe"`), or only the newest query (`"last"`) or the newest probe
-    (`"last probe"`), which replaces what was there."""
-    decode: Queries = "all"
-    """The same for updates of a single token, with the same allowed values."""
-    heads: Literal["mean", "sum", "max"] = "mean"
-    """How the query heads of a KV head are put together, query by query: `"mean"`, `"sum"` or `"max"`."""
-    newest: float = 0.05
-    """Probes: this share of an update's queries, the newest ones (at least one), ... A number from 0 to 1."""
-    random: float = 0.05
-    """... and this share, drawn at random from the others. A number from 0 to 1."""
-    period: int = 100
-    """Updates of fewer tokens, the first excepted, take their probes by position: the same shares of each such
-    stretch of the text. An integer from 1 to 2,147,483,647."""
-    seed: int = 0
-    """Seed of the random probes: an integer from 0 to 2,147,483,647."""
-
-    def __post_init__(self) -> None:
-        for name, allowed in (("queries", get_args(Queries)), ("decode", get_args(Queries)), ("heads", HEADS)):
-            if not isinstance(value := getattr(self, name), str) or value not in allowed:
-                raise PluginError(f"Scores: {name} must be one of {', '.join(map(repr, allowed))}, found {value!r:.80}")
-        for name in ("newest", "random"):
-            value = getattr(self, name)
-            if type(value) not in (int, float) or not 0 <= value <= 1:
-                raise PluginError(f"Scores: {name} must be a number from 0 to 1, found {value!r:.80}")
-        for name, least in (("period", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if type(value) is not int or not least <= value <= MOST:
-                raise PluginError(f"Scores: {name} must be an integer from {least} to {MOST}, found {value!r:.80}")
-
-
 class RankPolicy(Policy):
-    """Keeps the tokens of a tier that rank highest by the attention they received, the same number in every row.
+    """Keeps the tokens of a tier that rank highest, the same number in every row.
 
-    It works on attached models only (`kvpolicy.attach`), where the core sees attention. Write `scores`, `budget` and,
-    where the sum alone does not rank tokens, `rank`.
+    They are ranked by a scorer (`ranked_by`), or by the attention they received: then write `scores` and, where the sum
+    alone does not rank tokens, `rank`. Attention is seen on attached models only (`kvpolicy.attach`).
 
-    Tokens are selected once per update, after its last token, not token by token; an update of more than 24 tokens
-    commits as a whole at once.
+    Tokens are selected once per update, after its last token, not token by token; an update of more than 24 tokens (64
+    where no attention is asked for) commits as a whole at once.
 
     Example:
         A policy that keeps the n tokens with the most attention so far::
@@ -226,11 +208,18 @@ class RankPolicy(Policy):
                     return self.n
     """
 
-    select: Literal["head", "layer", "shared"] = Field(
+    share: Literal["head", "layer", "model"] = Field(
         "head",
         description=(
-            "Each KV head selects its own tokens, all heads of a layer the same, or all heads of all layers with the "
-            "same tiers."
+            "Who selects the same tokens: each KV head for itself, all heads of a layer, or all heads of all layers "
+            "with the same tiers."
+        ),
+    )
+    when: Literal["every", "prompt"] = Field(
+        "every",
+        description=(
+            "When tokens are selected: each time a multiple of `every` has been seen, or once, at the prompt's end, "
+            "after which all that come stay."
         ),
     )
     every: int = Field(
@@ -239,29 +228,102 @@ class RankPolicy(Policy):
         le=MOST,
         description="Tokens are selected anew each time a multiple of this many has been seen; in between all stay.",
     )
+    among: Literal["tier", "arrival", "pairs"] = Field(
+        "tier",
+        description=(
+            "Which tokens compete: all of the tier; those alone that arrived since it last selected, for a budget of "
+            "their own; or each two neighbours by position, as often as the budget asks."
+        ),
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_names(cls, options: Any) -> Any:
+        if isinstance(options, dict) and "select" in options and "select" not in cls.model_fields:
+            now = {"shared": "model"}.get(options["select"], options["select"])
+            raise ValueError(
+                f"option 'select' must be given as share, which is head, layer or model (select: shared of old), found "
+                f"select: {options['select']!r:.40}; write share: {now!s:.40}"
+            )
+        return options
 
     @model_validator(mode="after")
     def _check_selection(self) -> RankPolicy:
-        """For classes that declare these options anew."""
-        if self.select not in ("head", "layer", "shared") or type(self.every) is not int or self.every < 1:
-            raise PluginError(
-                f"policy {self.kind!r}: select must be head, layer or shared and every an integer, 1 or more, found "
-                f"{self.select!r} and {self.every!r}"
+        """Also for classes that declare these options anew."""
+        allowed = {
+            "share": ("head", "layer", "model"),
+            "when": ("every", "prompt"),
+            "among": ("tier", "arrival", "pairs"),
+        }
+        for name, words in allowed.items():
+            if (found := getattr(self, name)) not in words:
+                raise PluginError(f"policy {self.kind!r}: {name} must be one of {', '.join(words)}, found {found!r}")
+        if type(self.every) is not int or self.every < 1:
+            raise PluginError(f"policy {self.kind!r}: every must be an integer, 1 or more, found {self.every!r}")
+        if self.when == "prompt" and self.every != 1:
+            raise ValueError(f"option 'every' must go with when: every, found every: {self.every} with when: prompt")
+        if self.when == "prompt" and self.among == "arrival":
+            raise ValueError("option 'among: arrival' must go with when: every, found when: prompt, which selects once")
+        if self.among == "pairs" and self._reads_counts:
+            raise ValueError(
+                "option 'among: pairs' must go with a budget that is the same in all heads, found a threshold, or "
+                "budgets by head"
             )
         return self
 
-    @abstractmethod
-    def scores(self) -> Scores:
-        """The attention to be summed up; the same each time."""
+    def ranked_by(self) -> Scorer | None:
+        """The scorer that ranks tokens in place of `rank`, if there is one; the same each time."""
+        return None
+
+    def scores(self) -> Scores | None:
+        """The attention to be summed up; the same each time. Of no account where a scorer ranks."""
+        return None
 
     @abstractmethod
     def budget_tokens(self, seen: int, prompt: int) -> int:
         """How many tokens stay: an integer, 0 or more, that never falls as more tokens are seen.
 
         Args:
-            seen: tokens seen, padding not counted.
+            seen: tokens seen, padding not counted; with `among: arrival` the tokens that compete.
             prompt: tokens of the prompt: those seen before the first update of a single token.
         """
+
+    def head_budgets(self, rank: Tensor, budgets: Tensor) -> Tensor | None:
+        """How many tokens stay in each KV head, where that depends on their ranks; None: `budgets` in all.
+
+        The counts are then read back from the device each time the policy acts, and attention must be that of an
+        attached model, as heads hold different numbers of tokens.
+
+        Args:
+            rank: what the tokens are ranked by, minus infinity where a token does not compete: `[batch, kv_heads or 1,
+                tokens]`.
+            budgets: what `budget_tokens` gives, integers `[batch, kv_heads or 1]`.
+
+        Returns:
+            Integers `[batch, kv_heads or 1]`.
+        """
+        return None
+
+    def stay(self, rank: Tensor) -> Tensor | None:
+        """Which tokens stay, where a threshold says it; None: the budget does. Counts are read as of `head_budgets`.
+
+        Args:
+            rank: as `head_budgets` is given it.
+
+        Returns:
+            A mask of its shape.
+        """
+        return None
+
+    @property
+    def _reads_counts(self) -> bool:
+        """Whether how many tokens stay is known to the device alone."""
+        own = type(self)
+        return own.stay is not RankPolicy.stay or own.head_budgets is not RankPolicy.head_budgets
+
+    @property
+    def _prompted(self) -> bool:
+        return self.when == "prompt"
 
     def rank(self, attention: Tensor, queries: Tensor, ages: Tensor) -> Tensor:
         """What tokens are ranked by, the highest staying; by default their attention.
@@ -281,23 +343,40 @@ class RankPolicy(Policy):
         """`budget_tokens`, its answer checked."""
         return _count(self, "budget_tokens", call(self, "budget_tokens", seen, prompt))
 
-    def _scores(self) -> Scores:
-        """`scores`, its answer checked."""
-        try:
-            found = call(self, "scores")
-        except PluginError as error:
-            if str(error).startswith("Scores: "):  # which doesn't know who asks
-                raise PluginError(f"policy {self.kind!r}: {error}") from error
-            raise
-        if not isinstance(found, Scores):
+    def _scorer(self) -> Scorer | None:
+        """`ranked_by`, its answer checked."""
+        found = call(self, "ranked_by")
+        if found is not None and not isinstance(found, Scorer):
             raise PluginError(
-                f"policy {self.kind!r}: scores must return kvpolicy.Scores, found {type(found).__name__}. {TRY}"
+                f"policy {self.kind!r}: ranked_by must return a kvpolicy.Scorer or None, found {type(found).__name__}. "
+                f"{TRY}"
             )
         return found
 
-    def keep(self, positions: Ints, seen: int) -> NDArray[np.bool_]:
-        """A stand-in by position where there is no attention, as in pictures of a placement: the newest stay."""
+    def _scores(self) -> Scores | None:
+        """The attention that is to be summed up, if any is, checked."""
+        scorer = self._scorer()
+        if scorer is not None and not scorer._attends:
+            return None
+        asked: Component = self if scorer is None else scorer
+        try:
+            found = call(asked, "scores")
+        except PluginError as error:
+            if str(error).startswith("Scores: "):  # which doesn't know who asks
+                raise PluginError(f"{asked._role} {asked.kind!r}: {error}") from error
+            raise
+        if not isinstance(found, Scores):
+            besides = ", or ranked_by a scorer" if scorer is None else ""
+            raise PluginError(
+                f"{asked._role} {asked.kind!r}: scores must return kvpolicy.Scores{besides}, found "
+                f"{type(found).__name__}. {TRY}"
+            )
+        return found
+
+    def keep(self, positions: Ints, seen: int, prompt: int | None = None) -> NDArray[np.bool_]:
+        """A stand-in by position where there are no ranks, as in pictures of a placement: the newest stay."""
         stays = np.ones(len(positions), dtype=np.bool_)
-        if seen % self.every == 0:
+        acts = seen == prompt if self.when == "prompt" else seen % self.every == 0
+        if acts:
             stays[: max(0, len(positions) - self._budget(seen, seen))] = False
         return stays

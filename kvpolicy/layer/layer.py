@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -71,7 +71,7 @@ class LayerCache:
         self.first, self.scratch, self.reading = start, scratch, reading
         self.placement = start.placement
         specs = [spec for side in SIDES for spec in self.placement.specs[side]]
-        self.told_apart = any(spec != "full" for spec in specs) or bool(self.placement.kinds)
+        self.told_apart = any(spec != "full" for spec in specs) or self.placement.ranks
         """Whether it matters which tokens are padding: not where all is kept as it came."""
         self.clear()
 
@@ -125,17 +125,34 @@ class LayerCache:
         """Where the committed tokens are by position; the same value in all layers with the same tiers."""
         return self.planner.step
 
-    def held_after_commit(self) -> int:
-        """Tokens that the stores will hold once the pending ones are committed; where rows differ, those held now."""
-        if not self.waiting or self.tells_apart or self.step.spread:
-            return self.planner.width + self.waiting
-        return sum(s.length for s in self.step.advance(self.waiting, self.waiting, self.padding).state.stores["keys"])
+    def held_after_commit(self, coming: int = 0) -> int:
+        """Tokens that the stores will hold once the pending ones are committed.
+
+        Args:
+            coming: tokens of the update before which this happens, if there is one.
+        """
+        ends = self._ends_prompt(coming)
+        if not self.waiting and not ends:
+            return self.planner.width
+        planner = self.by_head() if self.tells_apart else self.planner
+        return planner.width_after(self.waiting, self.padding, ends)
+
+    def _ends_prompt(self, coming: int) -> bool:
+        """Whether an update of so many tokens ends the prompt, and policies ask for that."""
+        asked = self.placement.prompted or self.placement.ranks
+        return coming == 1 and asked and self.seen > 0 and self.step.prompt is None
+
+    @property
+    def attending(self) -> list[str]:
+        """The policies that must see attention."""
+        policies = self.placement.policies
+        return [p.kind for p in policies if isinstance(p, RankPolicy) and p._scores() is not None]
 
     @property
     def tells_apart(self) -> bool:
         """Whether rows, or heads that policies look at, have places of their own."""
         padded = self.padding is not None and self.padding.before(self.padding.length)
-        return padded or bool(self.placement.kinds)
+        return padded or self.placement.ranks
 
     def start(self, keys: Tensor, values: Tensor) -> None:
         """Make the stores for tensors of this kind: an empty slice of each is kept for type and device."""
@@ -158,7 +175,7 @@ class LayerCache:
         if not self.stores:
             self.start(keys, values)
         self._check_rows(keys)
-        self.commit()
+        self.commit(keys.shape[2])
         new = {"keys": keys, "values": values}
         dense = (keys, values) if self.committed == 0 else self._dense(new, self.scratch)
         self.add(keys, values)
@@ -169,7 +186,7 @@ class LayerCache:
         if not self.stores:
             self.start(keys, values)
         self._check_rows(keys)
-        self.commit()
+        self.commit(keys.shape[2])
         if self.committed == 0 and keys.shape[2] and not self.placement.kinds:
             self.add(keys, values)
             return keys, values
@@ -185,7 +202,7 @@ class LayerCache:
         """What the views of `stage` stand for, for models that compute on it."""
         if self.placement.kinds:
             self.staged = {}
-            kinds = ", ".join(repr(p.kind) for p in self.placement.policies if isinstance(p, RankPolicy))
+            kinds = ", ".join(map(repr, self.attending))
             raise CacheError(
                 f"policy {kinds} must see attention, and this model computes on keys and values before its attention; "
                 "use a recipe that selects tokens by position"
@@ -229,7 +246,7 @@ class LayerCache:
         """Add tokens without decoding what is held: the pending ones commit, the newest of these wait."""
         if not self.stores:
             self.start(keys, values)
-        self.commit()
+        self.commit(keys.shape[2])
         with self._changing():
             self._enter({"keys": keys.detach(), "values": values.detach()})
 
@@ -239,22 +256,23 @@ class LayerCache:
             new = {side: x.to(self.like[side].dtype) for side, x in new.items()}
         n = new["keys"].shape[2]
         early = max(n - MAX_PENDING, 0)
-        if self.placement.kinds:  # scores speak of an update as a whole, and layers that agree wait for each other
-            early = n if n > MAX_APART and not self.placement.shared else 0
+        if self.placement.ranks:  # scores speak of an update as a whole, and layers that agree wait for each other
+            most = MAX_APART if self.placement.kinds else MAX_PENDING
+            early = n if n > most and not self.placement.shared else 0
         if early:
-            self._let_in({side: x[:, :, :early] for side, x in new.items()}, early, n)
+            self._let_in({side: x[:, :, :early] for side, x in new.items()})
             new = {side: x[:, :, early:] for side, x in new.items()}
         self.pending = {side: x.clone() for side, x in new.items()} if early < n else {}
 
-    def commit(self) -> None:
-        """Let the pending tokens into the tiers."""
-        commit_all([self])
+    def commit(self, coming: int = 0) -> None:
+        """Let the pending tokens into the tiers; see `commit_all`."""
+        commit_all([self], coming)
 
-    def begin(self, n: int, of: int) -> Any:
-        """Plan to let in `n` tokens, the first of an update of `of`; see `Planner.begin`."""
+    def begin(self, new: dict[str, Tensor]) -> Any:
+        """Plan to let in new tokens; see `Planner.begin`."""
         if self.tells_apart:
             self.by_head()
-        return self.planner.begin(n, of, self.padding, self.observer)
+        return self.planner.begin(new, self.padding, self.observer)
 
     def finish(self, new: dict[str, Tensor], turn: Any) -> None:
         """Let new tokens in as planned."""
@@ -292,8 +310,8 @@ class LayerCache:
                 "make a new one"
             )
 
-    def _let_in(self, new: dict[str, Tensor], n: int, of: int) -> None:
-        turn = self.begin(n, of)
+    def _let_in(self, new: dict[str, Tensor]) -> None:
+        turn = self.begin(new)
         select([self.planner], [turn])
         self.finish(new, turn)
 
@@ -302,7 +320,7 @@ class LayerCache:
         if not isinstance(self.planner, PerHeadPlacement):
             like = self.like["keys"]
             with self._changing():
-                planner = PerHeadPlacement(self.step, like.shape[0], like.shape[1], like.device)
+                planner = PerHeadPlacement(self.step, like.shape[0], self.site_of("keys"), like.device)
                 for store in (store for stores in self.stores.values() for store in stores if store is not None):
                     store.ragged(planner.shape)
                 self.planner = planner
@@ -378,8 +396,6 @@ class LayerCache:
                 self.pending = {side: x[:, :, : length - self.committed].clone() for side, x in self.pending.items()}
                 if self.observer is not None:
                     self.observer.crop(length - self.committed)
-                if any(row.through > length for row in self.step.rows):
-                    move(self.stores, self.like, self.planner.crop(length))
                 return
             self.pending, self.observer = {}, None
             if length < self.committed:
@@ -415,18 +431,36 @@ class LayerCache:
                 held[side] = x.to(device, non_blocking=True)
 
 
-def commit_all(layers: Sequence[LayerCache]) -> None:
-    """Let the pending tokens of layers into their tiers: of one layer, or of all that select tokens together."""
+def commit_all(layers: Sequence[LayerCache], coming: int = 0) -> None:
+    """Let the pending tokens of layers into their tiers: of one layer, or of all that select tokens together.
+
+    Args:
+        layers: the layers.
+        coming: tokens of the update before which this happens, if there is one. The first that brings a single token to
+            a cache that holds some ends the prompt.
+    """
     for layer in layers:
         layer.check_whole()
         layer.hold()
     waiting = [layer for layer in layers if layer.waiting]
+    _advance(waiting, lambda layer: layer.begin(layer.pending), lambda layer: layer.pending)
+    ending = [layer for layer in layers if layer._ends_prompt(coming)]
+    for layer in ending:
+        if not layer.placement.prompted:
+            layer.planner.step = layer.step.end_prompt()
+    ending = [layer for layer in ending if layer.placement.prompted]
+    _advance(ending, lambda layer: layer.planner.end_prompt(), lambda layer: layer.like)
+
+
+def _advance(
+    layers: Sequence[LayerCache], begin: Callable[[LayerCache], Any], new: Callable[[LayerCache], dict[str, Tensor]]
+) -> None:
     with ExitStack() as changing:
-        for layer in waiting:
+        for layer in layers:
             changing.enter_context(layer._changing())
-        turns = [layer.begin(layer.waiting, layer.waiting) for layer in waiting]
-        if waiting:
-            select([layer.planner for layer in waiting], turns)
-        for layer, turn in zip(waiting, turns, strict=True):
-            layer.finish(layer.pending, turn)
+        turns = [begin(layer) for layer in layers]
+        if layers:
+            select([layer.planner for layer in layers], turns)
+        for layer, turn in zip(layers, turns, strict=True):
+            layer.finish(new(layer), turn)
             layer.pending = {}

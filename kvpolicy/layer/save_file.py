@@ -40,7 +40,10 @@ class StateEntry(_Entry):
     """A placement by position, which layers with the same tiers share."""
 
     seen: Count
-    through: Count
+    prompt: Count | None = None
+    """Tokens of the prompt, once it has ended and policies ask for it."""
+    through: Literal[0] = 0
+    """Of kvpolicy 0.1, where recipes with `placement: update` had another; these are refused by name."""
 
 
 class TiersEntry(_Entry):

@@ -71,14 +71,15 @@ class Saving:
         if group == len(self._rows):
             self._rows.append(step)
             for r, row in enumerate(step.rows):
-                self.tensors[f"state.rows.{group}.{r}"] = torch.tensor([row.seen, row.through])
+                self.tensors[f"state.rows.{group}.{r}"] = torch.tensor([row.seen])
                 self._add(f"state.rows.{group}.{r}.tier.", row.tiers[: ragged.placement.ranked])
         for side, s, table in _tables(ragged):
             for name, part in table.parts.items():
                 if part.length:
                     self.tensors[f"{number}.table.{side}.{s}.{name}"] = part.all()
-        seen, prompt, prompting = step.seen, step.prompt, step.prompting
-        return RaggedEntry(rows=group, count=len(step.rows), seen=seen, prompt=prompt, prompting=prompting)
+        prompt = step.seen if step.prompt is None else step.prompt
+        going_on = step.prompt is None
+        return RaggedEntry(rows=group, count=len(step.rows), seen=step.seen, prompt=prompt, prompting=going_on)
 
     def _add(self, prefix: str, arrays: Any) -> None:
         for i, array in enumerate(arrays):
@@ -104,22 +105,20 @@ class Filling:
         if number >= len(self.states):
             raise Damaged(f"it must go by one of {len(self.states)} states, found {number}")
         entry = self.states[number]
-        if placement.kinds or (tiers.padding is not None and tiers.padding.before(entry.seen)):
-            raise Damaged(
-                "rows that are padded, or placed by attention, must have tables of their own, found one state"
-            )
+        if placement.ranks or (tiers.padding is not None and tiers.padding.before(entry.seen)):
+            raise Damaged("rows that are padded, or ranked, must have tables of their own, found one state")
         step = self._once(
             "state",
             number,
             placement,
             entry,
-            lambda: Step(placement, (_state(placement, number, entry, self.held),), entry.seen, tiers.padding),
+            lambda: _by_position(placement, number, entry, self.held, tiers.padding),
         )
         tiers.planner = ByPosition(step)
 
     def _ragged(self, tiers: LayerCache, number: int, entry: RaggedEntry) -> None:
         placement, padding = tiers.placement, tiers.padding
-        if padding is None and not placement.kinds:
+        if padding is None and not placement.ranks:
             raise Damaged("rows must have the same tokens where none is padded, found tables")
         ragged = tiers.by_head()
         rows = ragged.shape[0]
@@ -130,13 +129,13 @@ class Filling:
 
         def make() -> Step:
             states = tuple(_rows(entry, placement, slots, self.held))
-            told = entry.prompt, entry.prompting
-            return Step(placement, states, entry.seen, padding, by_row, True, *told)
+            prompt = None if entry.prompting else entry.prompt
+            return Step(placement, states, entry.seen, padding, by_row, spread=True, prompt=prompt)
 
         step = self._once("rows", entry.rows, placement, entry, make)
         saved: Tables = {side: [] for side in ragged.tables}
         for side, s, table in _tables(ragged):
-            parts = _parts(self.held.below(f"{number}.table.{side}.{s}."), table, 2 * len(placement.kinds))
+            parts = _parts(self.held.below(f"{number}.table.{side}.{s}."), table, placement.scores.width)
             saved[side].append((placement.tiers_of_store(side, s), parts))
             if parts["positions"].shape[2]:
                 moved = {name: x.to(table.device) for name, x in parts.items()}
@@ -175,11 +174,17 @@ def _tables(ragged: PerHeadPlacement) -> Iterator[tuple[str, int, TokenTable]]:
 
 
 def _same(a: State, b: State) -> bool:
-    if (a.seen, a.through, a.stores.keys()) != (b.seen, b.through, b.stores.keys()):
+    if (a.seen, a.stores.keys()) != (b.seen, b.stores.keys()):
         return False
     tiers = all(np.array_equal(x, y) for x, y in zip(a.tiers, b.tiers, strict=True))
     orders = [pair for side in a.stores for pair in zip(a.stores[side], b.stores[side], strict=True)]
     return tiers and all(np.array_equal(x.array, y.array) for x, y in orders)
+
+
+def _by_position(placement: Placement, number: int, entry: StateEntry, held: Held, padding: Padding | None) -> Step:
+    if entry.prompt is not None and entry.prompt > entry.seen:
+        raise Damaged(f"a prompt must be of the {entry.seen} tokens seen at most, found {entry.prompt}")
+    return Step(placement, (_state(placement, number, entry, held),), entry.seen, padding, prompt=entry.prompt)
 
 
 def _state(placement: Placement, number: int, entry: StateEntry, held: Held) -> State:
@@ -194,8 +199,8 @@ def _state(placement: Placement, number: int, entry: StateEntry, held: Held) -> 
         if any(not np.array_equal(a.array, b.array) for a, b in zip(*stores.values(), strict=True)):
             raise Damaged("keys and values must be in the same order")
         stores["values"] = stores["keys"]
-    state = State(entry.seen, tiers, stores, entry.through)
-    _check_tiers(state, placement)
+    state = State(entry.seen, tiers, stores)
+    _check_tiers(state)
     _check_orders(state, placement)
     return state
 
@@ -204,9 +209,7 @@ def _growing(order: Tensor) -> PositionList:
     return PositionList(order.numpy(), len(order))
 
 
-def _check_tiers(state: State, placement: Placement) -> None:
-    if state.through > (state.seen if placement.mode == "update" else 0):
-        raise Damaged(f"tokens may go down as far as {state.seen} were seen, found {state.through}")
+def _check_tiers(state: State) -> None:
     for tier in state.tiers:
         if (np.diff(tier) <= 0).any() or (len(tier) and not 0 <= tier[0] <= tier[-1] < state.seen):
             raise Damaged(f"the positions of a tier must ascend below the {state.seen} tokens seen")
@@ -238,11 +241,11 @@ def _rows(entry: RaggedEntry, placement: Placement, padding: Padding | None, hel
     for r, expected in enumerate(counts):
         prefix = f"state.rows.{entry.rows}.{r}"
         numbers = held.take(prefix, torch.int64).tolist()
-        if len(numbers) != 2 or numbers[0] != expected or numbers[1] < 0:
+        if numbers not in ([expected], [expected, 0]):  # kvpolicy 0.1 wrote two
             raise Damaged(f"row {r} must have seen {expected} tokens, found {numbers[:2]}")
         tiers = tuple(held.take(f"{prefix}.tier.{i}", torch.int64).numpy() for i in range(placement.ranked))
-        rows.append(State(expected, tiers, {}, numbers[1]))
-        _check_tiers(rows[-1], placement)
+        rows.append(State(expected, tiers, {}))
+        _check_tiers(rows[-1])
     return rows
 
 

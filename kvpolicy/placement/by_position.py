@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -20,8 +22,11 @@ class ByPosition(Planner):
     def __init__(self, step: Step) -> None:
         self.step = step
 
-    def begin(self, n: int, of: int, padding: Padding | None, seen: Observer | None) -> Step:
-        return self.step.advance(n, of, padding)
+    def begin(self, new: Mapping[str, Tensor], padding: Padding | None, seen: Observer | None) -> Step:
+        return self.step.advance(new["keys"].shape[2], padding)
+
+    def end_prompt(self) -> Step:
+        return self.step.end_prompt()
 
     def moves(self, turn: Step) -> AllMoves:
         self.step = turn
@@ -41,6 +46,11 @@ class ByPosition(Planner):
     @property
     def width(self) -> int:
         return sum(order.length for order in self.step.state.stores["keys"])
+
+    def width_after(self, n: int, padding: Padding | None, ends: bool) -> int:
+        step = self.step.advance(n, padding) if n else self.step
+        step = step.end_prompt() if ends else step
+        return sum(order.length for order in step.state.stores["keys"])
 
     def columns(self, device: torch.device) -> ColumnMap:
         return self.step.columns(device)

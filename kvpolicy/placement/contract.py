@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,15 +33,18 @@ class Planner(ABC):
         return self.step.placement
 
     @abstractmethod
-    def begin(self, n: int, of: int, padding: Padding | None, seen: Observer | None) -> Any:
-        """Begin to let in `n` more tokens, the first of an update of `of`; returns what the other methods take.
+    def begin(self, new: Mapping[str, Tensor], padding: Padding | None, seen: Observer | None) -> Any:
+        """Begin to let in more tokens; returns what the other methods take.
 
         Args:
-            n: how many.
-            of: tokens of the update that brings them.
+            new: their keys and values, `[batch, kv_heads, tokens, head_dim]`.
             padding: which slots are padding, up to these tokens.
             seen: what the update's queries attended to, if policies ask for it.
         """
+
+    @abstractmethod
+    def end_prompt(self) -> Any:
+        """As `begin`, where no token comes but the prompt ends with those that were let in."""
 
     def rank(self, turn: Any, tier: int) -> Tensor | None:
         """What a tier's policy ranks its tokens by now, `[batch, kv_heads or 1, tokens]`, if it selects any."""
@@ -71,6 +74,10 @@ class Planner(ABC):
     @abstractmethod
     def width(self) -> int:
         """Tokens held by the row and head that holds most."""
+
+    @abstractmethod
+    def width_after(self, n: int, padding: Padding | None, ends: bool) -> int:
+        """`width` once `n` more tokens are let in, and the prompt `ends` with them; at most, where ranks decide it."""
 
     @abstractmethod
     def columns(self, device: torch.device) -> ColumnMap:

@@ -7,7 +7,8 @@ How many tokens are where is arithmetic on the host; which ones is known to the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import numpy as np
@@ -16,16 +17,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvpolicy.interfaces.policy import RankPolicy
+from kvpolicy.interfaces.site import Site
 from kvpolicy.placement.attention_scores import Observer
 from kvpolicy.placement.contract import Planner
 from kvpolicy.placement.moves import EMPTY, NEW, NOTHING, AllMoves, Arrival, ColumnMap, Moves
 from kvpolicy.placement.padding import Padding
-from kvpolicy.placement.selection import highest, ranked
+from kvpolicy.placement.selection import best_of_pairs, by_count_read, highest, ranked, scored, shared
 from kvpolicy.placement.step import Counts, Step
 from kvpolicy.placement.token_table import Candidates, TokenTable, in_order, indices_of
 from kvpolicy.storage.pages import gather_tokens
 
 Ints = NDArray[np.int64]
+NOWHERE = -1
+"""The tier of a token that did not compete yet."""
 
 
 @dataclass
@@ -37,23 +41,25 @@ class Turn:
     slots: Tensor
     """Of the new tokens, `[batch, kv_heads or 1, tokens]`."""
     counts: Counts
-    fresh: Tensor | None
-    """What the new tokens received of the attention that policies ask for."""
     keys: Candidates
+    known: dict[int, Ints] = field(default_factory=dict)
+    """Of tiers that selected, how many tokens stayed, where it had to be read from the device."""
 
 
 class PerHeadPlacement(Planner):
     """Tables of what the stores of a layer hold, by row and head."""
 
-    def __init__(self, step: Step, batch: int, kv_heads: int, device: torch.device) -> None:
+    def __init__(self, step: Step, batch: int, site: Site, device: torch.device) -> None:
         """Take over a layer whose tokens were in the same places in all rows and heads, as `step` says."""
-        self.step = step
+        self.step, self.site = step, site
         state, placement = step.state, step.placement
-        self.shape = (batch, kv_heads if placement.by_head else 1)
+        self.shape = (batch, site.kv_heads if placement.by_head else 1)
         self.aligned = placement.first_tier["keys"] == placement.first_tier["values"]
         tiers = [*state.tiers, np.empty(0, dtype=np.int64)]
         self.counts: Ints = np.array([len(held) for held in tiers], dtype=np.int64).reshape(-1, 1, 1)
         """Tokens of each tier: `[tiers, rows or 1, heads or 1]`."""
+        self.judged: Ints = np.zeros_like(self.counts)
+        """Of these, the tokens that competed already, where a policy asks for those that arrive."""
         self.tables: dict[str, list[TokenTable | None]] = {}
         for side in ("keys",) if self.aligned else ("keys", "values"):
             self.tables[side] = [
@@ -75,7 +81,7 @@ class PerHeadPlacement(Planner):
         return len(self.placement.policies) - 1
 
     def _scored(self, side: str, s: int) -> bool:
-        return side == "keys" and bool(self.placement.kinds) and self.movable(side, s)
+        return side == "keys" and self.placement.scores.width > 0 and self.movable(side, s)
 
     def movable(self, side: str, s: int) -> bool:
         """Whether tokens may leave a store: not if it is the last tier's alone."""
@@ -96,12 +102,29 @@ class PerHeadPlacement(Planner):
     def width(self) -> int:
         return int(self.counts.sum(0).max())
 
-    def begin(self, n: int, of: int, padding: Padding | None, seen: Observer | None) -> Turn:
-        step = self.step.advance(n, of, padding)
-        counts = step.counts(self.counts)
+    def width_after(self, n: int, padding: Padding | None, ends: bool) -> int:
+        step, counts, judged = self.step, self.counts, self.judged
+        if n:
+            step = step.advance(n, padding)
+            _, counts, judged, *_ = step.counts(counts, judged)
+        if ends and self.placement.prompted:
+            counts = step.end_prompt().counts(counts, judged).after
+        return int(counts.sum(0).max())
+
+    def begin(self, new: Mapping[str, Tensor], padding: Padding | None, seen: Observer | None) -> Turn:
+        n = new["keys"].shape[2]
+        return self._turn(self.step.advance(n, padding), n, new, seen)
+
+    def end_prompt(self) -> Turn:
+        return self._turn(self.step.end_prompt(), 0, {}, None)
+
+    def _turn(self, step: Step, n: int, new: Mapping[str, Tensor], seen: Observer | None) -> Turn:
+        counts = step.counts(self.counts, self.judged)
         slots = step.new_slots(n, self._device).expand(*self.shape, -1)
         fresh = self._add_scores(seen, n)
-        return Turn(step, slots, counts, fresh, self._candidates("keys", step, slots, None, fresh))
+        if fresh is not None and n:
+            self._add_features(fresh, new, slots, step)
+        return Turn(step, slots, counts, self._candidates("keys", step, slots, None, fresh))
 
     @property
     def _device(self) -> torch.device:
@@ -109,10 +132,9 @@ class PerHeadPlacement(Planner):
 
     def _add_scores(self, seen: Observer | None, n: int) -> Tensor | None:
         """Add what an update's queries attended to the scores of stored tokens; returns those of the new ones."""
-        kinds = len(self.placement.kinds)
-        if not kinds:
+        if not self.placement.scores.width:
             return None
-        fresh = torch.zeros((*self.shape, n, 2 * kinds), device=self._device)
+        fresh = torch.zeros((*self.shape, n, self.placement.scores.width), device=self._device)
         if seen is not None:
             at = 0
             for table in self.live():
@@ -121,6 +143,19 @@ class PerHeadPlacement(Planner):
                 at += table.length
             seen.add(fresh, at, n)
         return fresh
+
+    def _add_features(self, fresh: Tensor, new: Mapping[str, Tensor], slots: Tensor, step: Step) -> None:
+        """Score new tokens, where scorers do that as they arrive."""
+        columns = self.placement.scores
+        if columns.judged is not None:
+            fresh[..., columns.judged] = NOWHERE
+        for scorer, at in zip(columns.features, columns.kind_of_feature, strict=True):
+            shown = {**new, "positions": step.in_text(slots), "ages": step.ages(slots)}
+            if at is not None:
+                shown |= {"attention": fresh[..., at], "queries": fresh[..., at + 1]}
+            found = scored(scorer, shown, self.site)
+            found = found if found.shape[1] == self.shape[1] else found.mean(1, keepdim=True)
+            fresh[..., columns.feature(scorer)] = found
 
     def _candidates(
         self, side: str, step: Step, slots: Tensor, verdict: Tensor | None, fresh: Tensor | None
@@ -158,21 +193,66 @@ class PerHeadPlacement(Planner):
     def rank(self, turn: Turn, tier: int) -> Tensor | None:
         if tier not in turn.counts.selections:
             return None
-        policy, scores = self.placement.policies[tier], turn.keys.scores
+        policy = self.placement.policies[tier]
         assert isinstance(policy, RankPolicy)
-        assert scores is not None
-        kind = 2 * self.placement.kind_of[tier]
-        ages = turn.step.ages(turn.keys.positions)
-        return ranked(policy, scores[..., kind], scores[..., kind + 1], ages)
+        rank = self._rank(policy, turn, tier)
+        return shared(policy, rank.gather(2, self._order(turn, tier)) if self._apart(policy) else rank)
+
+    def _apart(self, policy: RankPolicy) -> bool:
+        """Whether heads or layers that select the same tokens may have them in different places."""
+        return policy.share != "head" and self.placement.shares > 1
+
+    def _order(self, turn: Turn, tier: int) -> Tensor:
+        """The places of a tier's tokens in token order, `[batch, kv_heads or 1, tokens]`; then others, in some rows."""
+        work, most = turn.keys, int(turn.counts.selections[tier].held.max())
+        last = torch.iinfo(work.positions.dtype).max
+        return work.positions.masked_fill(work.target != tier, last).argsort(dim=2, stable=True)[..., :most]
+
+    def _rank(self, policy: RankPolicy, turn: Turn, tier: int) -> Tensor:
+        columns, work = self.placement.scores, turn.keys
+        scorer, ages = columns.scorer[tier], turn.step.ages(work.positions)
+        if scorer is not None and scorer in columns.features:
+            assert work.scores is not None
+            return work.scores[..., columns.feature(scorer)]
+        shown = {"positions": turn.step.in_text(work.positions), "ages": ages}
+        if work.scores is not None and (at := columns.attention.get(tier)) is not None:
+            shown |= {"attention": work.scores[..., at], "queries": work.scores[..., at + 1]}
+        if scorer is None:
+            return ranked(policy, shown["attention"], shown["queries"], ages)
+        order = work.positions.argsort(dim=2, stable=True)
+        real = work.positions.gather(2, order) >= 0
+        found = scored(scorer, {name: x.gather(2, order) * real for name, x in shown.items()}, self.site)
+        return torch.empty_like(found).scatter_(2, order, found)
 
     def select(self, turn: Turn, tier: int, rank: Tensor) -> None:
-        now, budgets = turn.counts.selections[tier]
-        target = turn.keys.target
-        candidates = target == tier
-        if not now.all():
-            candidates &= torch.from_numpy(now).to(target.device, non_blocking=True).view(-1, 1, 1)
-        rank = rank.expand_as(candidates).masked_fill(~candidates, -torch.inf)
-        target.masked_fill_(candidates & ~highest(rank, budgets), tier + 1)
+        policy, work, chosen = self.placement.policies[tier], turn.keys, turn.counts.selections[tier]
+        assert isinstance(policy, RankPolicy)
+        target = work.target
+        candidates, judged = target == tier, self.placement.scores.judged
+        if not chosen.now.all():
+            candidates &= torch.from_numpy(chosen.now).to(target.device, non_blocking=True).view(-1, 1, 1)
+        compete = candidates
+        if policy.among == "arrival":
+            assert work.scores is not None
+            compete = candidates & (work.scores[..., judged] != tier)
+        if self._apart(policy):
+            order = self._order(turn, tier)
+            rank = rank.new_zeros(compete.shape).scatter_(2, order, rank.expand_as(order))
+        rank = rank.expand_as(compete).masked_fill(~compete, -torch.inf)
+        if policy._reads_counts:
+            stays = by_count_read(policy, rank, chosen.budgets)
+        elif policy.among == "pairs":
+            stays = best_of_pairs(rank, compete, work.positions, chosen.rounds)
+            stays &= highest(rank, np.where(chosen.budgets > 0, rank.shape[2], 0))
+        else:
+            stays = highest(rank, chosen.budgets)
+        target.masked_fill_(compete & ~stays, tier + 1)
+        if policy.among == "arrival":
+            assert work.scores is not None
+            work.scores[..., judged].masked_fill_(candidates & (target == tier), tier)
+        if policy._reads_counts:
+            turn.known[tier] = (target == tier).sum(2).cpu().numpy()
+            turn.counts = turn.step.counts(self.counts, self.judged, turn.known)
 
     def moves(self, turn: Turn) -> AllMoves:
         step, found = turn.step, {"keys": self._moves("keys", turn, turn.keys)}
@@ -183,7 +263,7 @@ class PerHeadPlacement(Planner):
             verdict = self._verdict(turn.keys, step.seen) if ranks else None
             values = self._candidates("values", step, turn.slots, verdict, None)
             found["values"] = self._moves("values", turn, values)
-        self.step, self.counts = step, turn.counts.after
+        self.step, self.counts, self.judged = step, turn.counts.after, turn.counts.judged
         return found
 
     def _verdict(self, keys: Candidates, stop: int) -> Tensor:
@@ -207,6 +287,9 @@ class PerHeadPlacement(Planner):
                 first, end = work.bounds[work.live.index(s)], work.bounds[work.live.index(s) + 1]
                 table.tiers.copy_(work.target[..., first:end])
                 table.positions.masked_fill_(~inside[..., first:end], EMPTY)
+                if (judged := self.placement.scores.judged) is not None and table.scores is not None:
+                    assert work.scores is not None
+                    table.scores[..., judged].copy_(work.scores[..., first:end, judged])
                 inside[..., first:end] = False
             arrivals = [self._arrive(side, s, turn, work, inside, most)] if most else []
             length = int(held.max())
@@ -236,7 +319,7 @@ class PerHeadPlacement(Planner):
         n = work.bounds[-1] - work.bounds[-2]
         if turn.step.quiet and most == n:  # all that are new, in order
             positions, tiers, scores = work.positions, work.target, work.scores
-            arrival = Arrival((NEW,), np.arange(n, dtype=np.int64), (), lambda: _in_text(work.positions, turn.step))
+            arrival = Arrival((NEW,), np.arange(n, dtype=np.int64), (), lambda: turn.step.in_text(work.positions))
         else:
             index = indices_of(inside, most)
             if len(work.live) and self._grouped(side, s):
@@ -246,7 +329,7 @@ class PerHeadPlacement(Planner):
             place, empty = index.clamp(min=0), index < 0
             positions = work.positions.gather(2, place).masked_fill_(empty, EMPTY)
             bounds = (*spans[: len(sources)], spans[-1])
-            arrival = Arrival((*sources, NEW), index, bounds, lambda: _in_text(positions, turn.step))
+            arrival = Arrival((*sources, NEW), index, bounds, lambda: turn.step.in_text(positions))
             tiers = work.target.gather(2, place).masked_fill_(empty, self.placement.nowhere)
             scores = None
             if "scores" in table.parts:
@@ -316,14 +399,16 @@ class PerHeadPlacement(Planner):
 
     def recount(self) -> None:
         """Ask the tables how many tokens they hold: after what only the device knows."""
-        counts = np.zeros((len(self.placement.policies), *self.shape), dtype=np.int64)
-        for table in (t for t in self.tables["keys"] if t is not None):
-            if table.length:
-                real = table.positions >= 0
-                for tier in range(len(counts)):
-                    counts[tier] += (real & (table.tiers == tier)).sum(2).cpu().numpy()
-        same = [(counts == counts.take([0], axis)).all() for axis in (1, 2)]
-        self.counts = counts[:, : 1 if same[0] else None, : 1 if same[1] else None]
+        counts = np.zeros((2, len(self.placement.policies), *self.shape), dtype=np.int64)
+        at = self.placement.scores.judged
+        for table in (t for t in self.tables["keys"] if t is not None and t.length):
+            for tier in range(counts.shape[1]):
+                here = (table.positions >= 0) & (table.tiers == tier)
+                counts[0, tier] += here.sum(2).cpu().numpy()
+                if at is not None and table.scores is not None:
+                    counts[1, tier] += (here & (table.scores[..., at] == tier)).sum(2).cpu().numpy()
+        same = [(counts == counts.take([0], axis)).all() for axis in (2, 3)]
+        self.counts, self.judged = counts[:, :, : 1 if same[0] else None, : 1 if same[1] else None]
         for side in self.tables:
             for s, own in enumerate(self.tables[side]):
                 if own is not None:
@@ -341,11 +426,13 @@ class PerHeadPlacement(Planner):
         self.shape = (len(rows), self.shape[1])
         for table in self._all():
             table.select(rows)
-        if self.step.padding is not None or self.counts.shape[1] > 1:
+        if self.step.padding is not None or max(self.counts.shape[1], self.judged.shape[1]) > 1:
             chosen = rows.cpu().numpy()
             self.step = self.step.select(chosen)
             if self.counts.shape[1] > 1:
                 self.counts = self.counts[:, chosen]
+            if self.judged.shape[1] > 1:
+                self.judged = self.judged[:, chosen]
 
     def to(self, device: torch.device) -> None:
         for table in self._all():
@@ -386,12 +473,6 @@ class PerHeadPlacement(Planner):
     def bytes(self, side: str, store: int) -> dict[str, int]:
         table = self.tables[side][store] if side in self.tables else None
         return {} if table is None else {**table.bytes(), "reserved": table.reserved()}
-
-
-def _in_text(slots: Tensor, step: Step) -> Tensor:
-    """The position among its row's real tokens of each of `slots`, `[batch, kv_heads or 1, tokens]`."""
-    seen = torch.tensor([row.seen for row in step.rows]).to(slots.device, non_blocking=True).view(-1, 1, 1)
-    return (seen - step.ages(slots)).clamp(min=0)
 
 
 def _by_position(index: Tensor, positions: Tensor) -> Tensor:

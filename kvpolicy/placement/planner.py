@@ -6,7 +6,7 @@ lets go, and when, depends only on what arrived in it, and when.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvpolicy.interfaces.policy import NEVER, Policy, RankPolicy
+from kvpolicy.interfaces.scorer import Scorer
+from kvpolicy.interfaces.scores import Scores
 from kvpolicy.placement.moves import NEW, NOTHING, AllMoves, Arrival, Moves
 from kvpolicy.placement.position_list import PositionList
 
@@ -36,6 +38,37 @@ class TierLike(Protocol):
     def values(self) -> Any: ...
 
 
+class ScoreColumns:
+    """What is stored beside each token for the policies that rank tokens: a number for each column."""
+
+    def __init__(self, policies: Mapping[int, RankPolicy]) -> None:
+        """Of policies, by the number of their tier."""
+        asked = {tier: scores for tier, policy in policies.items() if (scores := policy._scores()) is not None}
+        self.kinds: list[Scores] = list(dict.fromkeys(asked.values()))
+        """The attention that the policies ask for. Two columns each: its sum, and the queries that saw the token."""
+        self.scorer = {tier: policy._scorer() for tier, policy in policies.items()}
+        self.features: list[Scorer] = []
+        """The scorers that score tokens as they arrive. A column each."""
+        for scorer in self.scorer.values():
+            if scorer is not None and scorer._on_arrival and scorer not in self.features:
+                self.features.append(scorer)
+        self.attention = {tier: 2 * self.kinds.index(scores) for tier, scores in asked.items()}
+        """For the tier of each policy that asks for attention the column of its sum."""
+        self.kind_of_feature = [
+            next((self.attention.get(t) for t, s in self.scorer.items() if s == feature), None)
+            for feature in self.features
+        ]
+        """The column of the attention that each of `features` asks for."""
+        arrivals = any(policy.among == "arrival" for policy in policies.values())
+        self.judged = 2 * len(self.kinds) + len(self.features) if arrivals else None
+        """The column of the tier that a token competed in already, where policies ask for arrivals."""
+        self.width = 2 * len(self.kinds) + len(self.features) + arrivals
+
+    def feature(self, scorer: Scorer) -> int:
+        """The column of one of `features`."""
+        return 2 * len(self.kinds) + self.features.index(scorer)
+
+
 @dataclass(frozen=True)
 class State:
     """Where every committed token is.
@@ -44,13 +77,11 @@ class State:
         seen: tokens committed, dropped ones included.
         tiers: positions that each tier but the last holds, ascending.
         stores: for each side and store the positions held, in the order of the store.
-        through: positions below this go straight to the last tier (`placement: update` only).
     """
 
     seen: int
     tiers: tuple[Ints, ...]
     stores: dict[str, tuple[PositionList, ...]]
-    through: int = 0
 
 
 class _Flow(NamedTuple):
@@ -68,8 +99,7 @@ class Placement:
     nothing, and a group that is being split needs no copy of its parameters.
     """
 
-    def __init__(self, tiers: Sequence[TierLike], mode: str = "token") -> None:
-        self.mode = mode
+    def __init__(self, tiers: Sequence[TierLike]) -> None:
         self.policies = [tier.policy for tier in tiers]
         self.specs = {side: [getattr(tier, side) for tier in tiers] for side in ("keys", "values")}
         self.first_tier = {
@@ -77,18 +107,25 @@ class Placement:
             for side, specs in self.specs.items()
         }
         self.alike = self.specs["keys"] == self.specs["values"]
-        ranks = [i for i, policy in enumerate(self.policies) if isinstance(policy, RankPolicy)]
+        ranks = {i: p for i, p in enumerate(self.policies) if isinstance(p, RankPolicy)}
         self.ranked = min(ranks, default=len(self.policies) - 1)
-        """The first tier that selects by attention; the tiers above it are placed by position alone."""
-        policies = [policy for policy in self.policies if isinstance(policy, RankPolicy)]
-        self.by_head = any(policy.select == "head" for policy in policies)
-        self.shared = any(policy.select == "shared" for policy in policies)
-        asked = {i: p._scores() for i, p in enumerate(self.policies) if isinstance(p, RankPolicy)}
-        self.kinds = list(dict.fromkeys(asked.values()))
-        """The attention that the policies ask for."""
-        self.kind_of = {tier: self.kinds.index(scores) for tier, scores in asked.items()}
-        """Which of `kinds` the policy of a tier asked for."""
+        """The first tier that ranks its tokens; the tiers above it are placed by position alone."""
+        self.ranks = bool(ranks)
+        self.by_head = any(policy.share == "head" for policy in ranks.values())
+        self.shared = any(policy.share == "model" for policy in ranks.values())
+        self.shares = len({policy.share for policy in ranks.values()})
+        """How many kinds of sharing there are: if several, the places of tokens differ where selections agree."""
+        self.prompted = any(policy is not None and policy._prompted for policy in self.policies)
+        """Whether tokens may descend as the prompt ends."""
+        self.reads_counts = [policy.kind for policy in ranks.values() if policy._reads_counts]
+        """The policies of which the device alone knows how many tokens stay."""
+        self.scores = ScoreColumns(ranks)
         self._start = self._empty()
+
+    @property
+    def kinds(self) -> list[Scores]:
+        """The attention that policies ask for."""
+        return self.scores.kinds
 
     @property
     def tier_dtype(self) -> torch.dtype:
@@ -119,11 +156,16 @@ class Placement:
         first = [*self.first_tier[side], len(self.policies)]
         return range(first[store], first[store + 1])
 
-    def advance(self, state: State, n: int, of: int | None = None) -> tuple[State, AllMoves]:
-        """Commit `n` more tokens, the first ones of an update of `of` tokens (default `n`)."""
-        start, stop = state.seen, state.seen + n
-        through = self._through(state, n if of is None else of) if self.mode == "update" else 0
-        tiers, flows = self._flows(state, n, through)
+    def advance(self, state: State, n: int, prompt: int | None = None) -> tuple[State, AllMoves]:
+        """Commit `n` more tokens; `prompt` is the number of tokens of the prompt, None while it goes on."""
+        return self._planned(state, state.seen + n, *self._flows(state, n, prompt))
+
+    def end_prompt(self, state: State) -> tuple[State, AllMoves]:
+        """No token comes, but the prompt ends with those that were seen."""
+        return self._planned(state, state.seen, *self._ended(state))
+
+    def _planned(self, state: State, stop: int, tiers: tuple[Ints, ...], flows: list[_Flow]) -> tuple[State, AllMoves]:
+        start = state.seen
         stores: dict[str, tuple[PositionList, ...]] = {}
         plan: AllMoves = {}
         for side, first in self.first_tier.items():
@@ -131,21 +173,25 @@ class Placement:
                 stores[side], plan[side] = stores["keys"], plan["keys"]
                 break
             stores[side], plan[side] = self._plan_side(side, [flows[i] for i in first], state, start)
-        return State(stop, tiers, stores, through), plan
+        return State(stop, tiers, stores), plan
 
-    def advance_row(self, state: State, n: int, of: int) -> State:
+    def advance_row(self, state: State, n: int, prompt: int | None) -> State:
         """The tiers that are placed by position, one row of a batch alone after `n` more tokens; without stores."""
-        through = self._through(state, of) if self.mode == "update" else 0
-        tiers, _ = self._flows(state, n, through, self.ranked)
-        return State(state.seen + n, tiers, {}, through)
+        tiers, _ = self._flows(state, n, prompt, self.ranked)
+        return State(state.seen + n, tiers, {})
+
+    def end_prompt_row(self, state: State) -> State:
+        """`end_prompt`, of such tiers."""
+        tiers, _ = self._ended(state, self.ranked)
+        return State(state.seen, tiers, {})
 
     def crop_row(self, state: State, length: int) -> State:
         """The tiers that are placed by position, cut to positions below `length`."""
         tiers = tuple(tier[tier < length] for tier in state.tiers)
-        return State(min(state.seen, length), tiers, {}, min(state.through, length))
+        return State(min(state.seen, length), tiers, {})
 
     def _flows(
-        self, state: State, n: int, through: int, count: int | None = None
+        self, state: State, n: int, prompt: int | None, count: int | None = None
     ) -> tuple[tuple[Ints, ...], list[_Flow]]:
         start, stop = state.seen, state.seen + n
         new = np.arange(start, stop, dtype=np.int64)
@@ -153,26 +199,28 @@ class Placement:
         flows = [flow]
         tiers: list[Ints] = []
         for policy, held in zip(self.policies[:count], state.tiers, strict=False):
-            stay, flow = self._descend(policy, held, flow, start, stop, through)
+            stay, flow = self._descend(policy, held, flow, start, stop, prompt)
             tiers.append(stay)
             flows.append(flow)
         return tuple(tiers), flows
 
-    def _through(self, state: State, of: int) -> int:
-        """By update: the first one goes down whole; later all goes down once the policy lets anything go."""
-        stop = state.seen + of
-        if state.seen == 0:
-            return stop
-        if state.seen < state.through:
-            return state.through
-        policy = self.policies[0]
-        if policy is None:
-            return 0
-        held = np.concatenate([state.tiers[0], np.arange(state.seen, stop, dtype=np.int64)])
-        return 0 if policy._kept(held, stop).all() else stop
+    def _ended(self, state: State, count: int | None = None) -> tuple[tuple[Ints, ...], list[_Flow]]:
+        """What descends as the prompt ends: a tier is asked if it must know, or if tokens come from above."""
+        seen, moving = state.seen, NONE
+        tiers: list[Ints] = []
+        flows = [_Flow(NONE, NONE)]
+        for policy, own in zip(self.policies[:count], state.tiers, strict=False):
+            assert policy is not None
+            held = np.sort(np.concatenate([own, moving]))
+            if len(held) and (policy._prompted or len(moving)):
+                stays = policy._kept(held, seen, seen)
+                held, moving = held[stays], held[~stays]
+            tiers.append(held)
+            flows.append(_Flow(moving, np.full(len(moving), seen, dtype=np.int64)))
+        return tuple(tiers), flows
 
     def _descend(
-        self, policy: Policy | None, held: Ints, flow: _Flow, start: int, stop: int, through: int
+        self, policy: Policy | None, held: Ints, flow: _Flow, start: int, stop: int, prompt: int | None
     ) -> tuple[Ints, _Flow]:
         assert policy is not None
         if not len(held) and not len(flow.positions):
@@ -182,10 +230,7 @@ class Placement:
         if len(positions) > 1 and (np.diff(positions) < 0).any():
             order = np.argsort(positions, kind="stable")
             positions, arrivals = positions[order], arrivals[order]
-        if self.mode == "update":
-            left = np.where(positions < through, stop, NEVER)
-        else:
-            left = policy._left(positions, arrivals, start, stop)
+        left = policy._left(positions, arrivals, start, stop, prompt)
         leaves = left != NEVER
         if not leaves.any():
             return positions, _Flow(NONE, NONE)
@@ -246,7 +291,7 @@ class Placement:
         if self.alike:
             stores["values"] = stores["keys"]
         tiers = tuple(t[t < length] for t in state.tiers)
-        return State(min(state.seen, length), tiers, stores, min(state.through, length)), plan
+        return State(min(state.seen, length), tiers, stores), plan
 
     def layout(self, state: State, side: str) -> tuple[list[int | Tensor], int]:
         """Where in token order each store's tokens go: an offset where they stay neighbours, else an index each.

@@ -1,58 +1,149 @@
-"""Selection: what tokens are ranked by, which rank highest, and layers that select together."""
+"""Selection: when policies select, what their tokens are ranked by, and which stay."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kvpolicy.errors import PluginError
 from kvpolicy.interfaces.checks import versions
-from kvpolicy.interfaces.component import TRY, call
+from kvpolicy.interfaces.component import TRY, Component, call
 from kvpolicy.interfaces.policy import RankPolicy
+from kvpolicy.interfaces.scorer import Given, Scorer
+from kvpolicy.interfaces.site import Site
 
+Ints = NDArray[np.int64]
 LOWEST = -(2.0**100)
 """The rank of a nan, and of minus infinity."""
 
 
-def due(policy: RankPolicy, start: int, stop: int) -> bool:
-    """Whether a policy selects anew as the tokens seen grow from `start` to `stop`."""
-    return stop // policy.every > start // policy.every
+def due(policy: RankPolicy, start: int, stop: int, ended: bool) -> bool:
+    """Whether a policy selects as the tokens seen grow from `start` to `stop`, or as the prompt `ended` after these."""
+    if policy.when == "prompt":
+        return ended
+    return stop // policy.every > start // policy.every or (ended and stop % policy.every == 0)
+
+
+def halvings(held: Ints, budgets: Ints) -> Ints:
+    """How often `held` tokens are halved, one of each two staying and an odd one, to be no more than `budgets`."""
+    rounds, left = np.zeros_like(held), held.copy()
+    while (over := (left > budgets) & (left > 1)).any():
+        left = np.where(over, -(-left // 2), left)
+        rounds += over
+    return rounds
+
+
+def _checked(asker: Component, method: str, shown: tuple[Any, ...], given: tuple[Tensor, ...], shape: Any) -> Tensor:
+    """What `method` of a plugin returns: floats of a shape, on the device of what it was given and left as it was."""
+    before, device = versions(given), given[0].device
+    found = call(asker, method, *shown)
+    if not isinstance(found, Tensor) or found.shape != shape or not found.is_floating_point():
+        raise PluginError(
+            f"{asker._role} {asker.kind!r}: {method} must return a float tensor {tuple(shape)}, found "
+            f"{getattr(found, 'dtype', type(found).__name__)} {tuple(getattr(found, 'shape', ()))}. {TRY}"
+        )
+    if found.device != device or versions(given) != before:
+        wrong = f"one on {found.device}" if found.device != device else "changed arguments"
+        raise PluginError(
+            f"{asker._role} {asker.kind!r}: {method} must return a tensor on {device} and leave its arguments as they "
+            f"are, found {wrong}. {TRY}"
+        )
+    return found
+
+
+def scored(scorer: Scorer, shown: dict[str, Tensor], site: Site) -> Tensor:
+    """What a scorer gives to tokens, `[batch, kv_heads or 1, tokens]`, in float32.
+
+    Args:
+        scorer: the scorer.
+        shown: all that can be shown of the tokens.
+        site: where they are.
+
+    Raises:
+        PluginError: it returns something else, or raises.
+    """
+    needs = scorer.needs | ({"ages"} if "positions" in scorer.needs else set())
+    given = {name: x for name, x in shown.items() if name in needs}
+    shape = next((x.shape[:3] for name, x in given.items() if name in ("keys", "values")), None)
+    shape = next(iter(given.values())).shape if shape is None else shape
+    return _checked(scorer, "score", (Given(**given), site), tuple(given.values()), shape).float()
 
 
 def ranked(policy: RankPolicy, attention: Tensor, queries: Tensor, ages: Tensor) -> Tensor:
-    """What a policy ranks tokens by, `[batch, kv_heads or 1, tokens]`.
+    """What a policy ranks tokens by without a scorer, `[batch, kv_heads or 1, tokens]`.
 
     Raises:
         PluginError: the policy returns something else.
     """
-    shown = (attention, queries, ages)
-    before = versions(shown)
-    rank = call(policy, "rank", *shown)
-    if not isinstance(rank, Tensor) or rank.shape != attention.shape or not rank.is_floating_point():
-        raise PluginError(
-            f"policy {policy.kind!r}: rank must return a float tensor {tuple(attention.shape)}, found "
-            f"{getattr(rank, 'dtype', type(rank).__name__)} {tuple(getattr(rank, 'shape', ()))}. {TRY}"
-        )
-    if rank.device != attention.device or versions(shown) != before:
-        found = f"one on {rank.device}" if rank.device != attention.device else "changed arguments"
-        raise PluginError(
-            f"policy {policy.kind!r}: rank must return a tensor on {attention.device} and leave its arguments as they "
-            f"are, found {found}. {TRY}"
-        )
-    rank = rank.float() if policy.select == "head" else rank.float().mean(1, keepdim=True)
+    shown = attention, queries, ages
+    return _checked(policy, "rank", shown, shown, attention.shape).float()
+
+
+def shared(policy: RankPolicy, rank: Tensor) -> Tensor:
+    """The mean over the heads that select the same tokens."""
+    rank = rank if policy.share == "head" else rank.mean(1, keepdim=True)
     # Above what is no candidate at all, also after a mean over layers.
     return rank.nan_to_num(nan=LOWEST, posinf=torch.inf, neginf=LOWEST)
 
 
-def highest(rank: Tensor, budgets: Sequence[int]) -> Tensor:
-    """True at the `budgets[row]` highest of each head of a row."""
-    most = max(0, min(max(budgets), rank.shape[2]))
+def highest(rank: Tensor, budgets: Ints) -> Tensor:
+    """True at the highest of each row and head, `budgets` of them: `[rows or 1, heads or 1]`."""
+    most = max(0, min(int(budgets.max()), rank.shape[2]))
     best = rank.topk(most, dim=2).indices
     chosen = torch.zeros_like(rank, dtype=torch.bool)
-    if len(set(budgets)) == 1:
+    if (budgets == budgets.flat[0]).all():
         return chosen.scatter_(2, best, True)
-    allowed = torch.tensor(budgets).to(rank.device, non_blocking=True).view(-1, 1, 1)
-    within = (torch.arange(most, device=rank.device) < allowed).expand_as(best)
-    return chosen.scatter_(2, best, within)
+    return chosen.scatter_(2, best, _below(most, torch.from_numpy(budgets).to(rank.device, non_blocking=True), best))
+
+
+def _below(most: int, budgets: Tensor, like: Tensor) -> Tensor:
+    return (torch.arange(most, device=like.device) < budgets.unsqueeze(-1)).expand_as(like)
+
+
+def best_of_pairs(rank: Tensor, candidates: Tensor, positions: Tensor, rounds: Ints) -> Tensor:
+    """The better of each two candidates that are neighbours by position, `rounds` times; of equal ones the first."""
+    last = torch.iinfo(positions.dtype).max
+    order = positions.masked_fill(~candidates, last).argsort(dim=2, stable=True)
+    stays, rank = candidates.gather(2, order), rank.gather(2, order)
+    many = torch.from_numpy(rounds).to(rank.device, non_blocking=True).unsqueeze(-1)
+    for turn in range(int(rounds.max())):
+        place = stays.cumsum(2) - 1  # among those that are left
+        into = torch.where(stays, place, rank.shape[2])
+        left = rank.new_full((*rank.shape[:2], rank.shape[2] + 1), -torch.inf).scatter_(2, into, rank)
+        other = (place ^ 1).clamp(min=0, max=rank.shape[2])  # no token: minus infinity
+        against = left.gather(2, other)
+        none = other >= stays.sum(2, keepdim=True)
+        better = none | (rank > against) | ((rank == against) & (place % 2 == 0))
+        stays = stays & torch.where(many > turn, better, True)
+    return torch.zeros_like(candidates).scatter_(2, order, stays)
+
+
+def by_count_read(policy: RankPolicy, rank: Tensor, budgets: Ints) -> Tensor:
+    """True at the tokens that stay by a threshold, or by budgets of each head.
+
+    Raises:
+        PluginError: the policy returns something else.
+    """
+    stays = call(policy, "stay", rank)
+    if stays is not None:
+        if not isinstance(stays, Tensor) or (stays.dtype, stays.shape) != (torch.bool, rank.shape):
+            raise PluginError(
+                f"policy {policy.kind!r}: stay must return a mask {tuple(rank.shape)} or None, found "
+                f"{getattr(stays, 'dtype', type(stays).__name__)} {tuple(getattr(stays, 'shape', ()))}. {TRY}"
+            )
+        return stays
+    shown = torch.from_numpy(np.array(np.broadcast_to(budgets, rank.shape[:2]))).to(rank.device)
+    found = call(policy, "head_budgets", rank, shown)
+    found = shown if found is None else found
+    whole = isinstance(found, Tensor) and found.dtype in (torch.int64, torch.int32) and found.shape == shown.shape
+    if not whole:
+        raise PluginError(
+            f"policy {policy.kind!r}: head_budgets must return integers {tuple(shown.shape)} or None, found "
+            f"{getattr(found, 'dtype', type(found).__name__)} {tuple(getattr(found, 'shape', ()))}. {TRY}"
+        )
+    order = rank.argsort(dim=2, descending=True, stable=True)
+    return torch.zeros_like(rank, dtype=torch.bool).scatter_(2, order, _below(rank.shape[2], found, order))

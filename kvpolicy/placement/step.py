@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import ReferenceType, ref
@@ -10,19 +10,20 @@ from weakref import ReferenceType, ref
 import numpy as np
 from numpy.typing import NDArray
 
-from kvpolicy.interfaces.policy import NEVER, RankPolicy
+from kvpolicy.interfaces.policy import RankPolicy
 from kvpolicy.placement.moves import EMPTY, AllMoves, ColumnMap
 from kvpolicy.placement.padding import Padding
 from kvpolicy.placement.planner import Placement, State
-from kvpolicy.placement.selection import due
+from kvpolicy.placement.selection import due, halvings
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
 Ints = NDArray[np.int64]
-LINKS = 4
-"""Steps that a step remembers as its successors: an update takes three at most."""
+Bools = NDArray[np.bool_]
+LINKS = 5
+"""Steps that a step remembers as its successors: an update takes four at most."""
 
 
 @dataclass(eq=False)
@@ -45,13 +46,14 @@ class Step:
     """Whether each row has positions of its own, which are not its slots."""
     spread: bool = False
     """Whether stores hold other tokens for each row or head. Orders of stores are then no part of `rows`."""
-    prompt: int = 0
-    """Slots seen before the first update of a single token; counted once stores are spread."""
-    prompting: bool = True
+    prompt: int | None = None
+    """Slots of the prompt, once it has ended and policies ask for it."""
     plan: AllMoves | None = None
     """How stores came from the step before to this one, unless spread."""
     before: tuple[State, ...] = ()
     """`rows` before the update, if spread."""
+    ended: bool = False
+    """Whether this is the step in which the prompt ended."""
     quiet: bool = False
     """Whether nothing that was held before may have moved, if spread."""
     _next: tuple[tuple[Any, ...], Step] | None = field(default=None, repr=False)
@@ -100,28 +102,41 @@ class Step:
             oldest._next = None
         return made
 
-    def advance(self, n: int, of: int, padding: Padding | None) -> Step:
-        """Let `n` more tokens in, the first of an update of `of`; `padding` speaks of all slots up to then."""
-        return self._follow(("advance", n, of), padding, lambda: self._advance(n, of, padding))
+    def advance(self, n: int, padding: Padding | None) -> Step:
+        """Let `n` more tokens in; `padding` speaks of all slots up to then."""
+        return self._follow(("advance", n), padding, lambda: self._advance(n, padding))
 
-    def _advance(self, n: int, of: int, padding: Padding | None) -> Step:
+    def end_prompt(self) -> Step:
+        """The prompt ends with the tokens seen."""
+        return self._follow(("end prompt",), self.padding, self._end_prompt)
+
+    def _end_prompt(self) -> Step:
+        if not self.placement.prompted:  # nothing moves: the number is all that is asked for
+            return replace(self._bare(), prompt=self.seen)
+        if not self.spread:
+            state, plan = self.placement.end_prompt(self.state)
+            return replace(self._bare(), rows=(state,), plan=plan, prompt=self.seen)
+        after = tuple(map(self.placement.end_prompt_row, self.rows))
+        return replace(self._bare(), rows=after, before=self.rows, prompt=self.seen, ended=True)
+
+    def _advance(self, n: int, padding: Padding | None) -> Step:
         start, stop = self.seen, self.seen + n
         if not self.spread:
-            state, plan = self.placement.advance(self.state, n, of)
+            state, plan = self.placement.advance(self.state, n, self.prompt)
             return replace(self._bare(), rows=(state,), seen=stop, padding=padding, plan=plan)
         rows, by_row = self.rows, self.by_row
         if padding is not None and padding.before(stop) and not by_row:
             rows, by_row = rows * padding.batch, True
         if by_row:
             assert padding is not None
-            counts, whole = padding.count(start, stop), padding.count(start, start + of)
+            counts = padding.count(start, stop)
         else:
-            counts, whole = [n], [of]
+            counts = [n]
+        prompts = self.prompts() if self.by_row == by_row else self.prompts() * len(rows)
         after = tuple(
-            self.placement.advance_row(row, some, all_of) if some else row
-            for row, some, all_of in zip(rows, counts, whole, strict=True)
+            self.placement.advance_row(row, some, prompt) if some else row
+            for row, some, prompt in zip(rows, counts, prompts, strict=True)
         )
-        prompting = self.prompting and (of > 1 or start == 0)
         return replace(
             self._bare(),
             rows=after,
@@ -129,8 +144,6 @@ class Step:
             seen=stop,
             padding=padding,
             by_row=by_row,
-            prompting=prompting,
-            prompt=stop if prompting else self.prompt,
             quiet=not self._flows(rows, after) and not self._ranks(rows, after),
         )
 
@@ -146,13 +159,13 @@ class Step:
 
     def _ranks(self, before: tuple[State, ...], after: tuple[State, ...]) -> bool:
         policies = [policy for policy in self.placement.policies if isinstance(policy, RankPolicy)]
-        return any(due(p, a.seen, b.seen) for p in policies for a, b in zip(before, after, strict=True))
+        return any(due(p, a.seen, b.seen, False) for p in policies for a, b in zip(before, after, strict=True))
 
     def scattered(self) -> Step:
         """The same placement, stores from now on by row and head."""
         if self.spread:
             return self
-        row = State(self.state.seen, self.state.tiers[: self.placement.ranked], {}, self.state.through)
+        row = State(self.state.seen, self.state.tiers[: self.placement.ranked], {})
         return self._follow(("scattered",), self.padding, lambda: replace(self._bare(), rows=(row,), spread=True))
 
     def crop(self, length: int) -> Step:
@@ -162,20 +175,13 @@ class Step:
     def _crop(self, length: int) -> Step:
         seen, padding = min(self.seen, length), self.padding
         padding = padding.crop(seen) if padding is not None else None
+        prompt = None if self.prompt is None or length < self.prompt else self.prompt  # within it: it goes on
         if not self.spread:
             state, plan = self.placement.crop(self.state, length)
-            return replace(self._bare(), rows=(state,), seen=seen, padding=padding, plan=plan)
+            return replace(self._bare(), rows=(state,), seen=seen, padding=padding, plan=plan, prompt=prompt)
         real = self.padding.count(0, length) if self.by_row and self.padding is not None else [length]
         rows = tuple(self.placement.crop_row(row, n) for row, n in zip(self.rows, real, strict=True))
-        prompting = self.prompting or length <= self.prompt
-        return replace(
-            self._bare(),
-            rows=rows,
-            seen=seen,
-            padding=padding,
-            prompting=prompting,
-            prompt=min(self.prompt, length),
-        )
+        return replace(self._bare(), rows=rows, seen=seen, padding=padding, prompt=prompt)
 
     def select(self, rows: Ints) -> Step:
         """Keep the batch rows `rows`, in that order, repeats included."""
@@ -188,7 +194,7 @@ class Step:
 
     def _bare(self) -> Step:
         """This step without what belongs to how it came about, for `replace`."""
-        return replace(self, plan=None, before=(), quiet=False, _next=None, _before=None, _derived={})
+        return replace(self, plan=None, before=(), ended=False, quiet=False, _next=None, _before=None, _derived={})
 
     def _once(self, key: Any, make: Callable[[], Any]) -> Any:
         if key not in self._derived:
@@ -216,10 +222,10 @@ class Step:
         find = self.placement.in_columns
         return self._once(("in columns", device), lambda: find(self.state).to(device, non_blocking=True))  # type: ignore[no-any-return]
 
-    def prompts(self) -> list[int]:
-        """Tokens of the prompt, by row."""
-        if self.by_row and self.padding is not None:
-            return self.padding.count(0, self.prompt)
+    def prompts(self) -> list[int | None]:
+        """Tokens of the prompt, by row; None while it goes on."""
+        if self.prompt is not None and self.by_row and self.padding is not None:
+            return [*self.padding.count(0, self.prompt)]
         return [self.prompt] * len(self.rows)
 
     def new_slots(self, n: int, device: torch.device) -> Tensor:
@@ -268,14 +274,24 @@ class Step:
             into[np.isin(positions, held, assume_unique=True)] = tier
         return positions, into
 
-    def counts(self, before: Ints) -> Counts:
-        """How many tokens each tier holds after this step, given those it held `before`."""
-        return self._once(("counts", before.shape, before.tobytes()), lambda: self._counts(before))  # type: ignore[no-any-return]
+    def counts(self, before: Ints, judged: Ints, known: Mapping[int, Ints] | None = None) -> Counts:
+        """How many tokens each tier holds after this step.
 
-    def _counts(self, before: Ints) -> Counts:
-        placement, ranked = self.placement, self.placement.ranked
-        rows = len(self.rows)
-        before = np.broadcast_to(before, (before.shape[0], max(rows, before.shape[1]), before.shape[2]))
+        Args:
+            before: those it held before.
+            judged: of these, the tokens that competed already.
+            known: of tiers that selected, what stayed there, where the device alone knew.
+        """
+        if known:
+            return self._counts(before, judged, known)
+        key = ("counts", before.shape, before.tobytes(), judged.shape, judged.tobytes())
+        return self._once(key, lambda: self._counts(before, judged, {}))  # type: ignore[no-any-return]
+
+    def _counts(self, before: Ints, judged: Ints, known: Mapping[int, Ints]) -> Counts:
+        placement, ranked, rows = self.placement, self.placement.ranked, len(self.rows)
+        shapes = (before.shape[1:], judged.shape[1:], *(stayed.shape for stayed in known.values()))
+        shape = (len(before), *np.broadcast_shapes((rows, 1), *shapes))
+        before, judged = np.broadcast_to(before, shape), np.broadcast_to(judged, shape).copy()
         after = before.copy()
         for tier in range(ranked):
             after[tier] = np.array([len(row.tiers[tier]) for row in self.rows], dtype=np.int64)[:, None]
@@ -286,15 +302,35 @@ class Step:
             policy = placement.policies[tier]
             assert isinstance(policy, RankPolicy)
             held = before[tier] + entering
-            now = np.array([due(policy, a.seen, b.seen) for a, b in zip(self.before, self.rows, strict=True)])
-            budgets = [policy._budget(row.seen, prompt) for row, prompt in zip(self.rows, self.prompts(), strict=True)]
-            allowed = np.where(now, np.array(budgets, dtype=np.int64), NEVER)[:, None]
-            if (held > allowed).any():
-                selections[tier] = now, budgets
-            after[tier] = np.minimum(held, allowed)
+            seen = [(a.seen, b.seen) for a, b in zip(self.before, self.rows, strict=True)]
+            now = np.array([due(policy, *pair, self.ended) for pair in seen])
+            if tier in known:
+                after[tier] = known[tier]
+            else:
+                after[tier] = held
+                selection = self._selection(policy, now, held, judged[tier]) if now.any() and held.any() else None
+                if selection is not None:
+                    selections[tier] = selection
+                    after[tier] = held if policy._reads_counts else selection.stay
+            if policy.among == "arrival":
+                judged[tier] = np.where(now[:, None], after[tier], judged[tier])
             entering = held - after[tier]
         after[-1] = 0 if placement.specs["keys"][-1] == "evict" else before[-1] + entering
-        return Counts(before, after, new, selections)
+        return Counts(before, after, judged, new, selections)
+
+    def _selection(self, policy: RankPolicy, now: Bools, held: Ints, judged: Ints) -> Selection | None:
+        """What a policy that acts now has to choose, None if all stay."""
+        old = judged if policy.among == "arrival" else np.zeros_like(held)
+        prompts = [row.seen if n is None else n for row, n in zip(self.rows, self.prompts(), strict=True)]
+        seen = [[row.seen] * held.shape[1] for row in self.rows]
+        asked = held - old if policy.among == "arrival" else np.broadcast_to(np.array(seen), held.shape)
+        budgets = _budgets(policy, asked, prompts)
+        if policy._reads_counts:
+            return Selection(now, held, budgets, held, np.zeros_like(held))
+        rounds = halvings(held, budgets) if policy.among == "pairs" else np.zeros_like(held)
+        stay = -(-held // 2**rounds) if policy.among == "pairs" else old + np.minimum(held - old, budgets)
+        stay = np.where(now[:, None], np.where(budgets > 0, stay, old), held)
+        return Selection(now, held, budgets, stay, rounds) if (stay < held).any() or policy.among == "arrival" else None
 
     def ages(self, positions: Tensor) -> Tensor:
         """How many real tokens were seen from each of `positions` on, itself included."""
@@ -305,6 +341,13 @@ class Step:
         at = positions.clamp(min=0, max=later.shape[1] - 1)
         return ages - later[:, None].expand(-1, positions.shape[1], -1).gather(2, at)  # type: ignore[no-any-return]
 
+    def in_text(self, slots: Tensor) -> Tensor:
+        """The position among its row's real tokens of each of `slots`, `[batch, kv_heads or 1, tokens]`."""
+        import torch
+
+        seen = torch.tensor([row.seen for row in self.rows]).to(slots.device, non_blocking=True).view(-1, 1, 1)
+        return (seen - self.ages(slots)).clamp(min=0)
+
     def _later(self) -> Tensor:
         import torch
 
@@ -312,16 +355,41 @@ class Step:
         return torch.from_numpy(self.padding.from_each(self.seen))
 
 
+class Selection(NamedTuple):
+    """What a tier's policy chooses now, by row and head: `[rows or 1, heads or 1]`."""
+
+    now: Bools
+    """Which rows select, `[rows]`."""
+    held: Ints
+    """Tokens in the tier before."""
+    budgets: Ints
+    stay: Ints
+    """How many tokens will be in the tier, where the host knows."""
+    rounds: Ints
+    """Of pairs, how often they are halved."""
+
+
 class Counts(NamedTuple):
     """How many tokens each tier holds, by row and head: `[tiers, rows or 1, heads or 1]`."""
 
     before: Ints
     after: Ints
-    """Of a tier that selects by attention, what its policy will have let stay."""
+    """Of a tier that ranks its tokens, what its policy will have let stay."""
+    judged: Ints
+    """Of these, those that competed already."""
     new: Ints
     """Real tokens that an update brings, `[rows, 1]`."""
-    selections: dict[int, tuple[NDArray[np.bool_], list[int]]]
-    """Of each tier that selects now: which rows do, and how many tokens may stay in each."""
+    selections: dict[int, Selection]
+    """Of each tier that selects now."""
+
+
+def _budgets(policy: RankPolicy, asked: Ints, prompts: Sequence[int]) -> Ints:
+    """The budget of each row and head, for as many tokens as `asked` says; `prompts` of all rows alike, or of each."""
+    found = np.empty_like(asked)
+    for row, prompt in enumerate(prompts if len(prompts) == len(asked) else [*prompts] * len(asked)):
+        for n in np.unique(asked[row]).tolist():
+            found[row][asked[row] == n] = policy._budget(n, prompt)
+    return found
 
 
 def _alike(a: Padding | None, b: Padding | None, stop: int) -> bool:

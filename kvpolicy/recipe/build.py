@@ -13,16 +13,19 @@ from kvpolicy.interfaces.component import Component
 from kvpolicy.interfaces.extra import Extra
 from kvpolicy.interfaces.policy import Policy
 from kvpolicy.interfaces.quantizer import Quantizer
+from kvpolicy.interfaces.scorer import Scorer
 from kvpolicy.interfaces.transform import Transform
 from kvpolicy.plugins import PluginInfo, Registry, registry
 from kvpolicy.recipe.explain import explain
 from kvpolicy.recipe.inherit import REFERENCE, TOP_KEYS, inherit, parameters
-from kvpolicy.recipe.spec import Recipe, Tier, find_clash, find_overlaps, find_problems
+from kvpolicy.recipe.spec import Recipe, Tier, find_overlaps, find_problems
 from kvpolicy.recipe.yaml import BAD, SPEC_VERSION, Document, Path_, path_text
 from kvpolicy.words import clip, in_words, listed, quoted, suggest
 
 LISTS: dict[str, type[Component]] = {"transforms": Transform, "extras": Extra}
 """Options of quantizers that are lists of other plugins."""
+ONE: dict[str, type[Component]] = {"scorer": Scorer}
+"""Options of policies that are another plugin."""
 TIER_KEYS = ("policy", "store", "keys", "values")
 
 
@@ -97,20 +100,13 @@ class _Builder:
             value = data.get(key, "")
             if value is not BAD and (not isinstance(value, str) or (key == "name" and not value.strip())):
                 self.note((key,), f"{key} must be text, found {in_words(value)}")
-        placement = data.get("placement", "token")
-        if placement is not BAD and placement not in ("token", "update"):
-            self.note(("placement",), f"placement must be token or update, found {in_words(placement)}")
         tiers = self._tiers(data["tiers"], ("tiers",))
         layers = self._layers(data.get("layers"))
-        clash = find_clash(placement, [tiers, *(own for own in layers.values() if own != "full")])
-        if clash:
-            self.note(("placement",), clash)
         self.document.check()
         recipe = Recipe(
             name=data["name"],
             summary=data.get("summary", ""),
             source=data.get("source", ""),
-            placement=placement,
             params=self.values,
             tiers=_built(tiers),
             layers={key: own if own == "full" else _built(own) for key, own in layers.items()},
@@ -218,6 +214,9 @@ class _Builder:
                 made = [self._member(item, (*path, name, i), LISTS[name]) for i, item in enumerate(option)]
                 if not any(item is BAD for item in made):
                     valid[name], lists[name] = [], made
+            elif name in ONE and name in info.cls.model_fields:
+                if (one := self._member(option, (*path, name), ONE[name])) is not BAD:
+                    valid[name], lists[name] = {}, one
             elif _is_plain(option):
                 valid[name] = option
             elif not _holds_bad(option):

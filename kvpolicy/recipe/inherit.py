@@ -13,7 +13,11 @@ from kvpolicy.recipe.yaml import BAD, SPEC_VERSION, Document, read_file
 from kvpolicy.words import clip, in_words, listed, quoted, suggest
 
 BUNDLED = Path(__file__).parent / "bundled"
-TOP_KEYS = ("version", "name", "summary", "source", "extends", "placement", "params", "tiers", "layers")
+TOP_KEYS = ("version", "name", "summary", "source", "extends", "params", "tiers", "layers")
+PLACEMENT = (
+    "placement must be removed, a key of version 0.1: tokens are placed as if fed one by one. Where it was update, "
+    "give the first tier policy: {kind: residual, length: 128}, as recipe hf-quantized does"
+)
 REFERENCE = re.compile(r"\$([A-Za-z_]\w*)")
 MAX_CHAIN = 20
 """Recipes that may extend one another in a row."""
@@ -161,7 +165,9 @@ def _check_top(document: Document) -> None:
     if version is not BAD and (type(version) is not int or version < 1):
         document.note(("version",), f"version must be {SPEC_VERSION}, found {in_words(version)}")
     for key in data:
-        if key not in TOP_KEYS:
+        if key == "placement":
+            document.note((key,), PLACEMENT)
+        elif key not in TOP_KEYS:
             message = f"unknown key {quoted(key)}{suggest(key, TOP_KEYS)}; allowed: {', '.join(TOP_KEYS)}"
             document.note((key,), message)
     params = data.get("params")

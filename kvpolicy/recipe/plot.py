@@ -54,8 +54,13 @@ def _colours(tiers: tuple[Tier, ...]) -> list[str]:
     return colours
 
 
-def _title(recipe: Recipe) -> str:
-    fed = "\n(tokens fed one per update)" if recipe.placement == "update" else ""
+def asks_for_prompt(recipe: Recipe) -> bool:
+    """Whether it matters to a policy where the prompt ends."""
+    return any(tier.policy is not None and tier.policy._prompted for tier in recipe.tiers)
+
+
+def _title(recipe: Recipe, prompt: int) -> str:
+    fed = f"\n(the first {prompt} tokens are the prompt)" if asks_for_prompt(recipe) else ""
     if any(isinstance(tier.policy, RankPolicy) for tier in recipe.tiers):
         fed = "\n(the newest tokens stand in for those chosen by attention)"
     return fill(f"{recipe.name[:160]}: the tier that holds each position", 60) + fed
@@ -66,11 +71,13 @@ def _label(number: int, tier: Tier) -> str:
 
 
 def plot_placement(recipe: Recipe, tokens: int, path: str | Path) -> Path:
-    """Draw which tier holds each position while `tokens` tokens are decoded one by one.
+    """Draw which tier holds each position while `tokens` tokens come one by one.
+
+    Where it matters to a policy, the first quarter of them is the prompt.
 
     Args:
         recipe: the recipe; layers with tiers of their own are not drawn.
-        tokens: tokens decoded.
+        tokens: how many.
         path: where the picture goes; its ending says the format.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -86,9 +93,10 @@ def plot_placement(recipe: Recipe, tokens: int, path: str | Path) -> Path:
     supported = sorted(FigureCanvasAgg.get_supported_filetypes())
     if target.suffix.lstrip(".").lower() not in supported:
         raise RecipeError(f"{target}: a picture must end in one of {', '.join(supported)}, found {target.suffix!r}")
-    picture = history(recipe.tiers, tokens, recipe.placement)
+    prompt = max(1, tokens // 4)
+    picture = history(recipe.tiers, tokens, prompt)
     colours = _colours(recipe.tiers)
-    title, labels = _title(recipe), [_label(i, tier) for i, tier in enumerate(recipe.tiers)]
+    title, labels = _title(recipe, prompt), [_label(i, tier) for i, tier in enumerate(recipe.tiers)]
     lines = title.count("\n") + sum(label.count("\n") + 1 for label in labels)
     figure = Figure(figsize=(7.5, 5.6 + 0.17 * max(0, lines - 3)), layout="constrained")
     axes = figure.add_subplot()

@@ -6,7 +6,7 @@ from typing import Any
 
 from kvpolicy.interfaces.component import Component
 from kvpolicy.plugins import PluginInfo, Registry, registry
-from kvpolicy.recipe.build import LISTS
+from kvpolicy.recipe.build import LISTS, ONE
 from kvpolicy.recipe.spec import Recipe, Tier
 from kvpolicy.recipe.yaml import SPEC_VERSION
 
@@ -19,11 +19,11 @@ def recipe_schema(plugins: Registry | None = None) -> dict[str, Any]:
     """A JSON schema (draft 2020-12) that editors can use, with every installed kind and its options."""
     plugins = registry() if plugins is None else plugins
     definitions: dict[str, Any] = {"parameter": _PARAMETER}
-    definitions["policy"] = _union("policy", plugins.policies, definitions)
-    for what in ("transform", "extra"):
+    for what in ("scorer", "transform", "extra"):
         known = plugins.known(what)
         kinds = _word_or_parameter(sorted(known))
         definitions[what] = _by_type("object", _union(what, known, definitions), kinds)
+    definitions["policy"] = _union("policy", plugins.policies, definitions)
     definitions["quantizer"] = _union("quantizer", plugins.quantizers, definitions)
     words = _word_or_parameter(["full", "evict"])
     definitions["store"] = {
@@ -49,7 +49,6 @@ def _top() -> dict[str, Any]:
         "name": {"type": "string", "minLength": 1},
         "summary": {"type": "string"},
         "source": {"type": "string"},
-        "placement": _word_or_parameter(["token", "update"]),
         "params": {
             "type": "object",
             "propertyNames": {"pattern": r"^[A-Za-z_]\w*$"},
@@ -126,6 +125,9 @@ def _component(cls: type[Component], kind: str, name: str, definitions: dict[str
     for option, described in schema["properties"].items():
         if option in LISTS:
             described["items"] = {"$ref": f"#/$defs/{LISTS[option]._role}"}
+        elif option in ONE:
+            shown = {k: described[k] for k in ("title", "description") if k in described}
+            schema["properties"][option] = {**shown, "$ref": f"#/$defs/{ONE[option]._role}"}
         elif option != "kind":
             schema["properties"][option] = _or_parameter(described)
     return {**schema, "title": kind}

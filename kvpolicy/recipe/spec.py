@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Protocol
@@ -10,15 +9,15 @@ from typing import Any, Literal, Protocol
 from pydantic import BaseModel, ConfigDict, Field, InstanceOf, PrivateAttr, SerializeAsAny, model_validator
 
 from kvpolicy.errors import RecipeError
+from kvpolicy.interfaces.budget import parse_selector as parse_selector
 from kvpolicy.interfaces.component import Component
 from kvpolicy.interfaces.policy import Policy, RankPolicy
 from kvpolicy.interfaces.quantizer import Quantizer, precision_of
 from kvpolicy.recipe.yaml import BAD, SPEC_VERSION, Path_, dump_yaml, path_text
-from kvpolicy.words import clip, quoted
+from kvpolicy.words import clip
 
 Store = Literal["full", "evict"] | SerializeAsAny[InstanceOf[Quantizer]]
 """`full`, `evict`, or a quantizer."""
-_SELECTOR = re.compile(r"(-?\d{1,9})(?:-(-?\d{1,9}))?")
 
 
 class Tier(BaseModel):
@@ -31,6 +30,11 @@ class Tier(BaseModel):
     )
     keys: Store = Field(description="How keys are stored: full, evict, or a quantizer.")
     values: Store = Field(description="How values are stored: full, evict, or a quantizer.")
+
+    def of_layer(self, layer: int, layers: int) -> Tier:
+        """With the options that a layer of a model of `layers` layers has of its own."""
+        policy = None if self.policy is None else self.policy.of_layer(layer, layers)
+        return self if policy is self.policy else self.model_copy(update={"policy": policy})
 
     def plain(self) -> dict[str, Any]:
         """As YAML writes it, every option spelt out."""
@@ -53,18 +57,10 @@ class Recipe(BaseModel):
     name: str = Field(default="custom", description="Name of the recipe.")
     summary: str = Field(default="", description="What it does, in a sentence or two.")
     source: str = Field(default="", description="Where the method comes from, such as the address of a paper.")
-    placement: Literal["token", "update"] = Field(
-        default="token",
-        description=(
-            "token: tokens are placed as if fed one by one, however the prompt is cut. update: decided once per "
-            "update; the first update descends whole to the last tier, later everything descends as soon as the "
-            "first policy lets any token go. With update the chunking of the prompt matters."
-        ),
-    )
     params: dict[str, str | int | float | bool] = Field(
         default_factory=dict,
         description="Parameters with their values. `$name` stands for one, as the whole value of a key below "
-        "tiers, layers and placement.",
+        "tiers and layers.",
     )
     tiers: tuple[Tier, ...] = Field(description="Tiers from the newest tokens down.")
     layers: dict[str, Literal["full"] | tuple[Tier, ...]] = Field(
@@ -86,9 +82,8 @@ class Recipe(BaseModel):
             for place, message in find_problems(tiers)
         ]
         found += find_overlaps(self.layers).values()
-        clash = find_clash(self.placement, [tiers for _, tiers in lists])
-        if found or clash:
-            problems = dict.fromkeys([*found, *([clash] if clash else [])])
+        if found:
+            problems = dict.fromkeys(found)
             raise RecipeError("\n".join(f"recipe {clip(self.name)}: {problem}" for problem in problems))
         return self
 
@@ -131,7 +126,10 @@ class Recipe(BaseModel):
                     )
                 used[i] = key
                 found[i] = FULL_TIERS if tiers == "full" else tiers
-        return found
+        try:
+            return [tuple(tier.of_layer(i, layers) for tier in tiers) for i, tiers in enumerate(found)]
+        except RecipeError as error:
+            raise RecipeError(f"recipe {clip(self.name)}: {error}") from None
 
     def to_yaml(self, resolved: bool = False) -> str:
         """YAML that loads as an equal recipe.
@@ -143,8 +141,6 @@ class Recipe(BaseModel):
             return dump_yaml(plain(self._template))
         written: dict[str, Any] = {"version": self.version, "name": self.name}
         written.update({k: getattr(self, k) for k in ("summary", "source") if getattr(self, k)})
-        if self.placement != "token":
-            written["placement"] = self.placement
         written["tiers"] = [tier.plain() for tier in self.tiers]
         if self.layers:
             written["layers"] = {
@@ -214,14 +210,6 @@ def _store_problems(tiers: Sequence[_TierLike], i: int, side: str) -> Iterator[t
         )
 
 
-def find_clash(placement: Any, lists: Sequence[Sequence[_TierLike]]) -> str | None:
-    """Why a way of placement doesn't go with tiers, if it doesn't."""
-    ranks = [tier.policy.kind for tiers in lists for tier in tiers if isinstance(tier.policy, RankPolicy)]
-    if placement == "update" and ranks:
-        return f"placement: update goes with policies by position only, found policy {ranks[0]!r}; remove placement"
-    return None
-
-
 def _misplaced(above: Any, below: Any) -> str | None:
     """Why a policy can't stand below another, if it can't."""
     if not isinstance(above, RankPolicy) or below is BAD:
@@ -232,11 +220,11 @@ def _misplaced(above: Any, below: Any) -> str | None:
             f"below a policy by attention ({above.kind!r}) another such or the last tier must stand, found {kind!r}; "
             "put policies by position above it"
         )
-    order = ("shared", "layer", "head")
-    if order.index(below.select) < order.index(above.select):
+    order = ("model", "layer", "head")
+    if order.index(below.share) < order.index(above.share):
         return (
-            f"below a tier with select: {above.select} a tier must select as finely, found select: {below.select}; "
-            f"use select: {above.select} in both"
+            f"below a tier with share: {above.share} a tier must select as finely, found share: {below.share}; "
+            f"use share: {above.share} in both"
         )
     return None
 
@@ -247,18 +235,6 @@ def _precision(store: Any) -> float:
 
 def _name(store: Any) -> str:
     return store if isinstance(store, str) else f"{store.kind} ({precision_of(store):g} bits)"
-
-
-def parse_selector(key: str) -> tuple[int, int]:
-    """First and last layer of `"3"`, `"-1"` or `"2-5"`, negative ones as written."""
-    match = _SELECTOR.fullmatch(key)
-    if match is None:
-        raise RecipeError(f'a layer selector is an index or a range such as "0", "-1" or "2-5", found {quoted(key)}')
-    first = int(match[1])
-    last = first if match[2] is None else int(match[2])
-    if (first < 0) == (last < 0) and last < first:
-        raise RecipeError(f"a range of layers must ascend, found {key!r}")
-    return first, last
 
 
 def find_overlaps(keys: Iterable[str]) -> dict[str, str]:

@@ -334,12 +334,12 @@ def test_beams_and_assisted_decoding_with_policies_by_attention(name: str) -> No
             assert cache.get_seq_length() == 279
 
 
-@pytest.mark.parametrize("select", ["head", "layer", "shared"])
+@pytest.mark.parametrize("select", ["head", "layer", "model"])
 def test_what_selects_together(select: str) -> None:
     model = tiny("llama")
     tiers = [
         {"policy": {"kind": "recent", "window": 8}, "store": "full"},
-        {"policy": {"kind": "attention", "budget": 20, "select": select}, "store": "full"},
+        {"policy": {"kind": "attention", "budget": 20, "share": select}, "store": "full"},
         {"store": "evict"},
     ]
     cache = make_cache({"tiers": tiers}, model)

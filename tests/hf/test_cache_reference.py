@@ -81,10 +81,11 @@ class Bin:
 class Layer:
     """One layer of the reference."""
 
-    def __init__(self, tiers: tuple[Any, ...], update_mode: bool) -> None:
-        self.tiers, self.update_mode = tiers, update_mode
+    def __init__(self, tiers: tuple[Any, ...]) -> None:
+        self.tiers = tiers
         self.members: list[list[int]] = [[] for _ in tiers]
-        self.seen = self.through = 0
+        self.seen = 0
+        self.prompt: int | None = None
         self.pending: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.bins: dict[str, list[Bin]] = {}
         self.bin_of: dict[str, list[int]] = {}
@@ -101,41 +102,41 @@ class Layer:
     def update(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         self.commit()
         self.nothing = keys[:, :, :0]
+        if keys.shape[2] == 1 and self.seen and self.prompt is None:
+            self.end_prompt()
         tokens = list(zip(keys.unbind(2), values.unbind(2), strict=True))
         early = max(len(tokens) - PENDING, 0)
-        self.flow(tokens[:early], len(tokens))
+        self.flow(tokens[:early])
         self.pending = tokens[early:]
 
     def commit(self) -> None:
         tokens, self.pending = self.pending, []
-        self.flow(tokens, len(tokens))
+        self.flow(tokens)
 
-    def falls(self, new: int, of: int) -> list[tuple[int, int, int]]:
+    def end_prompt(self) -> None:
+        self.prompt = self.seen
+        self.flow([], ends=True)
+
+    def falls(self, new: int, ends: bool = False) -> list[tuple[int, int, int]]:
         """Place `new` tokens one by one; every entry into a tier as (step, position, tier), in order."""
-        if self.update_mode and new:
-            policy, stop = self.tiers[0].policy, self.seen + of
-            held = np.array([*self.members[0], *range(self.seen, stop)], dtype=np.int64)
-            if self.seen == 0 or (self.seen >= self.through and not policy.keep(held, stop).all()):
-                self.through = stop
         entries: list[tuple[int, int, int]] = []
-        for _ in range(new):
-            falling, self.seen = [self.seen], self.seen + 1
+        for _ in range(new + ends):
+            falling, self.seen = ([], self.seen) if ends else ([self.seen], self.seen + 1)
             for i, tier in enumerate(self.tiers):
                 entries += [(self.seen, p, i) for p in falling]
                 members = sorted(self.members[i] + falling)
-                asked = members and tier.policy is not None and (falling or tier.policy.acts == "step")
+                asked = members and tier.policy is not None and (falling or ends or tier.policy.acts == "step")
                 falling = []
-                if asked and self.update_mode:
-                    falling = [p for p in members if p < self.through]
-                elif asked:
-                    keep = tier.policy.keep(np.array(members, dtype=np.int64), self.seen)
+                if asked:
+                    told = (self.prompt,) if tier.policy.needs else ()
+                    keep = tier.policy.keep(np.array(members, dtype=np.int64), self.seen, *told)
                     falling = [p for p, stays in zip(members, keep, strict=True) if not stays]
                 self.members[i] = [p for p in members if p not in falling]
         return entries
 
-    def flow(self, tokens: list[tuple[torch.Tensor, torch.Tensor]], of: int) -> None:
+    def flow(self, tokens: list[tuple[torch.Tensor, torch.Tensor]], ends: bool = False) -> None:
         start = self.seen
-        entries = self.falls(len(tokens), of)
+        entries = self.falls(len(tokens), ends)
         for s, side in enumerate(("keys", "values")):
             bins, bin_of = self.bins[side], self.bin_of[side]
             value = {start + i: x[s] for i, x in enumerate(tokens)}
@@ -157,7 +158,8 @@ class Layer:
 
     def crop(self, length: int) -> None:
         self.pending = self.pending[: max(length - self.seen, 0)]
-        self.seen, self.through = min(self.seen, length), min(self.through, length)
+        self.seen = min(self.seen, length)
+        self.prompt = None if self.prompt is None or length < self.prompt else self.prompt
         self.members = [[p for p in members if p < length] for members in self.members]
         for b in [*self.bins["keys"], *self.bins["values"]]:
             b.each(lambda d: {p: x for p, x in d.items() if p < length})
@@ -190,7 +192,7 @@ class Walk:
         self.forget()
 
     def forget(self) -> None:
-        self.layers = [Layer(self.recipe.tiers_of(i, LAYERS), self.recipe.placement == "update") for i in range(LAYERS)]
+        self.layers = [Layer(self.recipe.tiers_of(i, LAYERS)) for i in range(LAYERS)]
 
     @property
     def length(self) -> int:
@@ -202,6 +204,8 @@ class Walk:
             keys, values = self.cache.update(x[0], x[1], i)
             keys, values = keys.clone(), values.clone()
             layer.commit()
+            if n == 1 and layer.seen and layer.prompt is None:
+                layer.end_prompt()
             before = [layer.dense(side) for side in ("keys", "values")] if layer.length else [x[0, :, :, :0]] * 2
             assert torch.equal(keys, torch.cat([before[0], x[0]], dim=2))
             assert torch.equal(values, torch.cat([before[1], x[1]], dim=2))
@@ -275,12 +279,16 @@ class Walk:
             assert keys.dtype == self.dtype
             assert torch.equal(keys, layer.dense("keys")), f"keys of layer {i}"
             assert torch.equal(values, layer.dense("values")), f"values of layer {i}"
-            assert self.cache.layers[i].get_mask_sizes(3)[0] == 3 + self.after_settling(layer)
+            assert self.cache.layers[i].get_mask_sizes(3)[0] == 3 + self.after_settling(layer, 3)
+            assert self.cache.layers[i].get_mask_sizes(1)[0] == 1 + self.after_settling(layer, 1)
 
-    def after_settling(self, layer: Layer) -> int:
+    def after_settling(self, layer: Layer, coming: int) -> int:
         ahead = copy.copy(layer)
         ahead.members, ahead.pending = [list(members) for members in layer.members], []
-        ahead.falls(len(layer.pending), len(layer.pending))
+        ahead.falls(len(layer.pending))
+        if coming == 1 and ahead.prompt is None:
+            ahead.prompt = ahead.seen
+            ahead.falls(0, ends=True)
         return len(ahead.positions())
 
 

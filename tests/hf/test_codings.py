@@ -167,7 +167,7 @@ def recipes(draw: st.DrawFn) -> Any:
     if draw(st.booleans()):
         budget = draw(st.sampled_from([6, 0.3]))
         select = draw(st.sampled_from(["head", "layer"]))
-        tiers.append({"policy": {"kind": "attention", "budget": budget, "select": select}})
+        tiers.append({"policy": {"kind": "attention", "budget": budget, "share": select}})
     tiers = [{**tier, "store": "full"} for tier in tiers]
     return load_recipe({"tiers": [*tiers, last]})
 
@@ -235,7 +235,7 @@ def test_transforms_are_told_positions_among_real_tokens(per: Any, padded: bool,
     store = Int(nbits=8, per=per, group_size=1 if per == "token" else 8, transforms=(Told(),))
     tiers: list[dict[str, Any]] = [{"policy": BLOCKS, "store": "full"}]
     if select:
-        tiers.append({"policy": {"kind": "attention", "budget": 6, "select": select}, "store": "full"})
+        tiers.append({"policy": {"kind": "attention", "budget": 6, "share": select}, "store": "full"})
     layer = Layer(load_recipe({"tiers": [*tiers, {"keys": store, "values": "full" if per == "token" else store}]}))
     total = 90
     real = torch.ones(2, total, dtype=torch.bool)

@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import kvpolicy
 from kvpolicy.placement.simulate import simulate
+from tests.support.saved import rewritten
 
 FILE = Path(__file__).parents[1] / "golden" / "saved-by-0.1.0.safetensors"
 CONFIG = LlamaConfig(
@@ -63,3 +64,18 @@ def test_it_is_read_with_a_warning_and_goes_on(tmp_path: Path) -> None:
     cache.save(tmp_path / "again.safetensors")
     with safe_open(tmp_path / "again.safetensors", "pt") as file:
         assert file.metadata()["format_version"] != "1"
+
+
+def test_a_cache_of_a_recipe_that_is_gone_is_refused_by_name(tmp_path: Path) -> None:
+    """0.1 had `placement: update`: such a cache has other tokens in its tiers than today's recipe of that name."""
+    old = "placement: update\n"
+
+    def header(texts: dict[str, str]) -> dict[str, str]:
+        return {**texts, "recipe": texts["recipe"].replace("tiers:", f"{old}tiers:", 1)}
+
+    copied = tmp_path / "copy.safetensors"
+    copied.write_bytes(FILE.read_bytes())
+    with pytest.raises(kvpolicy.errors.CacheError, match="can't be used here") as raised:
+        kvpolicy.CompressedCache.load(rewritten(copied, header=header), LlamaForCausalLM(CONFIG))
+    assert "placement must be removed" in str(raised.value)
+    assert "kind: residual" in str(raised.value)

@@ -36,7 +36,7 @@ HEADS: list[Any] = [
 ]
 SHARED: list[Any] = [
     {"policy": {"kind": "recent", "window": 4}, "store": "full"},
-    {"policy": {"kind": "attention", "budget": 6, "select": "shared"}, "store": "full"},
+    {"policy": {"kind": "attention", "budget": 6, "share": "model"}, "store": "full"},
     {"store": "evict"},
 ]
 PLACES = ("kvpolicy", "kvpolicy_", "transformers", "torch/nn/modules/module.py")
@@ -419,3 +419,23 @@ def all_lines() -> None:
 
 if __name__ == "__main__":
     all_lines()
+
+
+@pytest.mark.parametrize("done", [1, 2, 3])
+def test_the_prompt_ends_in_all_layers_or_in_none(done: int) -> None:
+    """A single token that reached some layers alone, and was cropped again, ended the prompt in all of them."""
+    config = LlamaConfig(num_hidden_layers=3, hidden_size=64, num_attention_heads=2, head_dim=32)
+    cache = make_cache({"tiers": [{"policy": {"kind": "residual", "length": 8}, "store": "full"}, *QUANT[1:]]}, config)
+    x = torch.randn(1, 2, 31, 32)
+
+    def update(first: int, last: int, layers: int = 3) -> None:
+        for layer in range(layers):
+            cache.update(x[:, :, first:last], x[:, :, first:last], layer)
+
+    update(0, 20)
+    update(20, 21, done)
+    cache.crop(20)
+    update(20, 31)
+    cache.commit()
+    for layer in range(3):
+        assert cache.positions(layer).tiers.tolist() == [1] * 28 + [0] * 3

@@ -24,7 +24,7 @@ from kvpolicy.errors import KvpolicyError, MissingDependencyError, PluginError, 
 from kvpolicy.interfaces.component import Component
 from kvpolicy.interfaces.policy import NEVER
 from kvpolicy.interfaces.quantizer import AffineQuantizer, Quantizer
-from kvpolicy.placement.selection import ranked
+from kvpolicy.placement.selection import ranked, shared
 from kvpolicy.storage.make import make_store
 
 GOOD = {"affine": Good, "tensors": GoodTensors, "policy": GoodPolicy, "rank": GoodRank}
@@ -170,9 +170,9 @@ def test_a_nan_ranks_below_every_number_and_fills_the_budget_all_the_same() -> N
 @pytest.mark.parametrize("select", ["head", "layer"])
 def test_a_nan_ranks_above_what_is_no_candidate(select: Any) -> None:
     policy: Any = lying(GoodRank, "", rank=lambda self, attention, queries, ages: attention).make()
-    policy = policy.model_copy(update={"select": select})
+    policy = policy.model_copy(update={"share": select})
     attention = torch.tensor([[[1.0, torch.nan, -torch.inf, 0.5], [-2.0, 0.0, -torch.inf, -torch.inf]]])
-    rank = ranked(policy, attention, torch.ones(1, 2, 4), torch.ones(1, 2, 4))
+    rank = shared(policy, ranked(policy, attention, torch.ones(1, 2, 4), torch.ones(1, 2, 4)))
     assert (rank > -torch.inf).all()
     expected = attention if select == "head" else attention.mean(1, keepdim=True)
     assert torch.equal(rank[expected.isfinite()], expected[expected.isfinite()])
@@ -202,10 +202,10 @@ def test_departures_are_taken_where_they_are_possible(data: st.DataObject) -> No
     arrays = np.arange(n, dtype=np.int64), np.array(arrivals, dtype=np.int64)
     fits = all(left == NEVER or max(at, start + 1) <= left <= stop for left, at in zip(found, arrivals, strict=True))
     if fits:
-        assert policy._left(*arrays, start, stop).tolist() == found
+        assert policy._left(*arrays, start, stop, None).tolist() == found
     else:
         with pytest.raises(PluginError, match="must leave then or later"):
-            policy._left(*arrays, start, stop)
+            policy._left(*arrays, start, stop, None)
 
 
 WORDS = ["all", "probe", "last", "last probe", "mean", "sum", "max", "bananas", "", None, 1, True]

@@ -143,7 +143,7 @@ def test_attention_is_that_over_what_is_held_over_300_steps(name: str, pads: tup
         real[row, :pad] = False
     cuts = [0, PROMPT, PROMPT + 20, *range(PROMPT + 21, total + 1)]
     for first, last in itertools.pairwise(cuts):
-        layer.cache.commit()
+        layer.cache.guard.commit(last - first)
         dense, places = (layer.cache.dense(0), layer.cache.positions(0).positions) if first else (None, None)
         now = slice(first, last)
         out = layer(query[:, :, now], keys[:, :, now], values[:, :, now], real[:, now] if pads else None)
@@ -193,7 +193,7 @@ def test_every_row_is_placed_as_if_alone_however_the_batch_is_cut_and_padded(dat
     held = layer.held()
     for row in range(3):
         slots = real[row].nonzero()[:, 0].numpy() if layer.tiers.step.spread else range(total)
-        expected = simulate(recipe.tiers, len(slots), recipe.placement)
+        expected = simulate(recipe.tiers, len(slots))
         for tier, positions in enumerate(expected):
             assert held[row % len(held)][0][tier] == [int(slots[i]) for i in positions]
 

@@ -43,7 +43,7 @@ def stepped(recipe: Recipe, tokens: int) -> list[list[list[int]]]:
 
 
 def feed(recipe: Recipe, chunks: list[int]) -> State:
-    planner = Placement(recipe.tiers, recipe.placement)
+    planner = Placement(recipe.tiers)
     state = planner.start()
     for n in chunks:
         state, _ = planner.advance(state, n)
@@ -250,8 +250,8 @@ def test_fractions_follow_the_tokens_seen() -> None:
 
 def test_layers_with_the_same_tiers_share_one_plan() -> None:
     start = Step.first(Placement(named("logquant").tiers))
-    assert start.advance(50, 50, None) is start.advance(50, 50, None)
-    assert start.advance(50, 50, None) is not start.advance(51, 51, None)
+    assert start.advance(50, None) is start.advance(50, None)
+    assert start.advance(50, None) is not start.advance(51, None)
 
 
 def quantized_cache(updates: list[int], residual: int) -> list[tuple[int, int]]:
@@ -270,34 +270,52 @@ def quantized_cache(updates: list[int], residual: int) -> list[tuple[int, int]]:
 
 
 @settings(deadline=None, derandomize=True, max_examples=60)
-@given(updates=st.lists(st.integers(1, 40), min_size=1, max_size=30), residual=st.integers(1, 50))
-def test_update_placement_is_that_of_quantized_cache(updates: list[int], residual: int) -> None:
+@given(prompt=st.lists(st.integers(1, 40), min_size=1, max_size=4), n=st.integers(0, 120), residual=st.integers(1, 50))
+def test_a_residual_is_that_of_quantized_cache(prompt: list[int], n: int, residual: int) -> None:
+    """A prompt in any chunks, then token by token."""
     recipe = load_recipe("hf-quantized", residual=residual)
-    planner = Placement(recipe.tiers, recipe.placement)
+    planner = Placement(recipe.tiers)
     state = planner.start()
-    for n, (quantized, rest) in zip(updates, quantized_cache(updates, residual), strict=True):
-        state, _ = planner.advance(state, n)
+    for chunk in prompt:
+        state, _ = planner.advance(state, chunk)
+        assert state.tiers[0].tolist() == list(range(state.seen)), "while the prompt goes on all of it stays"
+    state, _ = planner.end_prompt(state)
+    whole = sum(prompt)
+    updates = [whole, *[1] * n]
+    for i, (quantized, rest) in enumerate(quantized_cache(updates, residual)):
+        if i:
+            state, _ = planner.advance(state, 1, whole)
         assert state.tiers[0].tolist() == list(range(quantized, quantized + rest))
         assert sorted(state.stores["keys"][1].array.tolist()) == list(range(quantized))
 
 
-def test_update_placement_equals_the_quantized_cache_of_transformers() -> None:
+@pytest.mark.parametrize("turn", [1, 5, 15, 16, 40])
+def test_a_second_turn_flushes_a_residual_as_if_typed_token_by_token(turn: int) -> None:
+    """QuantizedCache lets an update exceed its residual, which then leaves as a whole."""
+    planner = Placement(load_recipe("hf-quantized", residual=16).tiers)
+    state, _ = planner.end_prompt(planner.advance(planner.start(), 50)[0])
+    state, _ = planner.advance(state, 10, 50)
+    state, _ = planner.advance(state, turn, 50)
+    left = 50 + (10 + turn) // 16 * 16
+    assert state.tiers[0].tolist() == list(range(left, 60 + turn))
+
+
+def test_a_residual_equals_that_of_the_quantized_cache_of_transformers() -> None:
     import torch
-    import transformers
     from transformers import LlamaConfig, QuantizedCache
 
     need_compiler()
-    # Until 5.18 or so an update of several tokens could leave more than the residual length.
-    new = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 20)
     config = LlamaConfig(num_hidden_layers=1, hidden_size=64, num_attention_heads=1, num_key_value_heads=1)
     theirs = QuantizedCache("quanto", config, nbits=4, q_group_size=32, residual_length=16)
-    planner = Placement(load_recipe("hf-quantized", residual=16).tiers, "update")
+    planner = Placement(load_recipe("hf-quantized", residual=16).tiers)
     state = planner.start()
     torch.manual_seed(0)
-    for n in [10, 1, 1, 9, 4, 1, 1, 1, 30, 2, 13, 1, 15, 16] if new else [10, *[1] * 50]:
+    for n in [10, *[1] * 50]:
         x = torch.randn(1, 1, n, 64)
         theirs.update(x, x, 0)
-        state, _ = planner.advance(state, n)
+        state, _ = planner.advance(state, n, 10 if n == 1 else None)
+        if n > 1:
+            state, _ = planner.end_prompt(state)
         kept = theirs.layers[0].keys
         assert len(state.tiers[0]) == (kept.shape[-2] if kept.ndim == 4 else 0)
 

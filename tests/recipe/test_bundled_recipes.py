@@ -13,7 +13,7 @@ NAMES = bundled_names()
 
 
 def held(recipe: Recipe, tokens: int) -> list[list[int]]:
-    return [part.tolist() for part in simulate(recipe.tiers, tokens, recipe.placement)]
+    return [part.tolist() for part in simulate(recipe.tiers, tokens)]
 
 
 def test_all_are_there() -> None:
@@ -40,7 +40,7 @@ def test_it_round_trips_through_yaml(name: str) -> None:
     assert hash(again) == hash(recipe)
     assert again.to_yaml() == recipe.to_yaml()
     resolved = load_yaml(recipe.to_yaml(resolved=True))
-    assert (resolved.tiers, resolved.layers, resolved.placement) == (recipe.tiers, recipe.layers, recipe.placement)
+    assert (resolved.tiers, resolved.layers) == (recipe.tiers, recipe.layers)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -54,7 +54,7 @@ def test_it_needs_no_optional_library(name: str) -> None:
 def test_every_token_is_in_one_tier_or_dropped(name: str) -> None:
     recipe = load_recipe(name)
     for tokens in (1, 43, 127, 128, 129, 300, 2500):
-        positions = np.concatenate(simulate(recipe.tiers, tokens, recipe.placement))
+        positions = np.concatenate(simulate(recipe.tiers, tokens))
         assert len(np.unique(positions)) == len(positions)
         if recipe.tiers[-1].keys != "evict":
             assert len(positions) == tokens
@@ -109,8 +109,10 @@ def test_kivi_sink_keeps_the_first_tokens_too() -> None:
 
 def test_hf_quantized_takes_the_prompt_whole_and_then_flushes_whole() -> None:
     recipe = load_recipe("hf-quantized", residual=16)
-    assert recipe.placement == "update"
     assert held(recipe, 100) == [[], list(range(100))]
+    residual, low = simulate(recipe.tiers, 140, prompt=100)
+    assert residual.tolist() == list(range(132, 140))
+    assert low.tolist() == list(range(132))
 
 
 @pytest.mark.parametrize(("name", "window"), [("streaming-llm", 10), ("streaming-quant", 10)])

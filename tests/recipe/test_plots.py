@@ -36,13 +36,13 @@ def test_many_tiers_have_colours() -> None:
 @pytest.mark.parametrize("name", bundled_names())
 def test_lines_are_wrapped(name: str) -> None:
     recipe = load_recipe(name).model_copy(update={"name": "long-$name" * 40})
-    lines = [*_title(recipe).splitlines(), *(x for t in recipe.tiers for x in _label(0, t).splitlines())]
+    lines = [*_title(recipe, 64).splitlines(), *(x for t in recipe.tiers for x in _label(0, t).splitlines())]
     assert max(map(len, lines)) <= 92
-    assert max(map(len, _title(recipe).splitlines())) <= 60
+    assert max(map(len, _title(recipe, 64).splitlines())) <= 60
 
 
 def test_the_title_says_how_tokens_are_fed(tmp_path: Path) -> None:
-    assert "one per update" in _title(load_recipe("hf-quantized"))
-    assert "update" not in _title(load_recipe("kivi"))
+    assert "the first 10 tokens are the prompt" in _title(load_recipe("hf-quantized"), 10)
+    assert "prompt" not in _title(load_recipe("kivi"), 10)
     recipe = load_recipe("hf-quantized").model_copy(update={"name": "long $name $" * 40})
     assert plot_placement(recipe, 40, tmp_path / "x.png").stat().st_size

@@ -66,14 +66,12 @@ def test_the_window_in_a_file_is_any_path_like(tmp_path: Path, monkeypatch: pyte
 
 def test_a_parameter_may_stand_anywhere() -> None:
     text = """
-    params: {kind: recent, w: 8, low: evict, how: update, who: somebody}
+    params: {kind: recent, w: 8, low: evict, who: somebody}
     name: $who
-    placement: $how
     tiers: [{policy: {kind: $kind, window: $w}, store: full}, {store: $low}]
     """
     recipe = load_yaml(text)
     assert recipe.name == "somebody"
-    assert recipe.placement == "update"
     assert recipe.tiers[0].policy == RECENT(window=8)
     assert load_yaml(text, low="full").tiers[1].keys == "full"
     assert load_yaml(recipe.to_yaml()) == recipe

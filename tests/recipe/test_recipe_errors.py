@@ -89,10 +89,12 @@ BAD = {
         "store.group_size: must be greater than or equal to 1 or must be",
     ),
     "per": (store("{kind: int, per: head}"), "store.per: must be 'token' or 'channel', found 'head'"),
-    "placement": (
-        f"placement: later\n{store('full')}",
-        ":1: placement: placement must be token or update, found 'later'",
+    "placement by update": (
+        f"placement: update\n{store('full')}",
+        ":1: placement: placement must be removed, a key of version 0.1: tokens are placed as if fed one by one. Where "
+        "it was update, give the first tier policy: {kind: residual, length: 128}, as recipe hf-quantized does",
     ),
+    "placement": (f"placement: token\n{store('full')}", ":1: placement: placement must be removed"),
     "name": (f"name: 3\n{store('full')}", ":1: name: name must be text, found 3"),
     "no tiers": ("name: x\n", ": a recipe must have tiers (or extends), found neither"),
     "empty tiers": ("tiers: []\n", ":1: tiers: tiers must be a list of at least one tier, found an empty list"),

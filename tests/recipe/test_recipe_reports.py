@@ -70,7 +70,7 @@ placement: later
         ":8: params.v: parameter 'v' must be used",
         ":8: params.a: parameter 'a' must be used",
         ":9: nme: unknown key 'nme' (did you mean 'name'?)",
-        ":10: placement: placement must be token or update",
+        ":10: placement: placement must be removed",
     ]
     found = [line.removeprefix(str(path)) for line in lines_of(path)]
     for wanted in expected:

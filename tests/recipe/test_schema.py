@@ -59,7 +59,7 @@ BAD = {
     "budget above 1": "{tiers: [{policy: {kind: log, budget: 1.5}, store: full}, {store: evict}]}",
     "negative window": "{tiers: [{policy: {kind: recent, window: -1}, store: full}, {store: evict}]}",
     "flush 0": "{tiers: [{policy: {kind: recent, flush: 0}, store: full}, {store: evict}]}",
-    "wrong placement": "{placement: later, tiers: [{store: full}]}",
+    "placement": "{placement: update, tiers: [{store: full}]}",
     "layer selector": "{tiers: [{store: full}], layers: {first: full}}",
     "newer version": "{version: 2, tiers: [{store: full}]}",
     "a list": "[1, 2]",
@@ -107,7 +107,7 @@ POINTS = {
     ),
     "{tiers: [{store: full}], layers: {'0': ful}}": ("$.layers['0']", "'full' was expected"),
     "{tiers: [{store: full, keys: full}]}": ("$.tiers[0].keys", ""),
-    "{placement: later, tiers: [{store: full}]}": ("$.placement", "'later' is not one of ['token', 'update']"),
+    "{placement: update, tiers: [{store: full}]}": ("$", "'placement' was unexpected"),
     "{name: x}": ("$", "'tiers' is a required property"),
 }
 

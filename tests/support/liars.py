@@ -319,7 +319,7 @@ def _ranks() -> dict[str, Liar]:
         "rank writes": ("leave its arguments as they", {"rank": _after(rank)}),
         "rank by order": ("", given(lambda x: torch.arange(x.shape[2]).expand(x.shape).float())),
         "every 0 tokens": ("every an integer, 1 or more", {"every": 0}),
-        "select by row": ("select must be head, layer or shared", {"select": "row"}),
+        "share by row": ("share must be one of head, layer, model", {"share": "row"}),
     }
     for number, found in enumerate([-1, 2.5, float("nan"), "six", None, True, torch.tensor(3), [6]]):
         cases[f"budget {number}"] = (count, {"budget_tokens": lambda self, seen, prompt, found=found: found})

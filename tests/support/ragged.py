@@ -34,7 +34,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
         ]
     )
     policies = draw(st.lists(above, max_size=2))
-    select = draw(st.sampled_from([["head", "head"], ["layer", "head"], ["layer", "layer"], ["shared", "layer"]]))
+    select = draw(st.sampled_from([["head", "head"], ["layer", "head"], ["layer", "layer"], ["model", "layer"]]))
     for finest in select[: draw(st.integers(0 if policies else 1, 2))]:
         policies.append(
             {
@@ -44,7 +44,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
                 "score": draw(st.sampled_from(["accumulated", "normalised", "last"])),
                 "queries": draw(st.sampled_from(["all", "probe"])),
                 "every": draw(st.sampled_from([1, 10])),
-                "select": finest,
+                "share": finest,
             }
         )
     count = len(policies) + 1

@@ -105,8 +105,7 @@ NAMED: dict[str, dict[str, Any]] = {
         ]
     },
     "hf-quantized": {
-        "placement": "update",
-        "tiers": [{"policy": recent(0, 24), "store": "full"}, {"store": by_token(4)}],
+        "tiers": [{"policy": {"kind": "residual", "length": 24}, "store": "full"}, {"store": by_token(4)}],
     },
     "layers": {
         "tiers": [{"policy": recent(6, 6), "store": "full"}, {"store": by_token()}],

@@ -1,0 +1,108 @@
+"""What every scorer must hold."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvpolicy.contracts.samples import name_of, scorers, tensor
+from kvpolicy.interfaces.scorer import Scorer
+from kvpolicy.interfaces.scores import Scores
+from kvpolicy.interfaces.site import Site
+from kvpolicy.placement.selection import scored
+
+SCORERS = scorers()
+EVERY = pytest.mark.parametrize("scorer", SCORERS, ids=[name_of(scorer) for scorer in SCORERS])
+BATCH, HEADS, TOKENS, DIM = 3, 4, 50, 64
+SITE = Site(layers=2, kv_heads=HEADS, head_dim=DIM)
+
+
+def _shown(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    positions = torch.arange(TOKENS).repeat(BATCH, HEADS, 1)
+    return {
+        "keys": tensor((BATCH, HEADS, TOKENS, DIM), dtype),
+        "values": tensor((BATCH, HEADS, TOKENS, DIM), dtype, seed=1),
+        "attention": torch.rand(BATCH, HEADS, TOKENS, generator=generator) * 20,
+        "queries": torch.randint(0, 30, (BATCH, HEADS, TOKENS), generator=generator).float(),
+        "positions": positions,
+        "ages": TOKENS - positions,
+    }
+
+
+def _picked(shown: dict[str, Tensor], dim: int, index: Tensor) -> dict[str, Tensor]:
+    return {name: x.index_select(dim, index) for name, x in shown.items()}
+
+
+@EVERY
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_numbers_give_numbers_of_the_right_shape(scorer: Scorer, dtype: torch.dtype) -> None:
+    shown = _shown(dtype)
+    before = {name: x.clone() for name, x in shown.items()}
+    found = scored(scorer, shown, SITE)
+    assert found.shape == (BATCH, HEADS, TOKENS)
+    assert not found.isnan().any(), "score must return numbers for numbers, found nan"
+    assert all(torch.equal(x, before[name]) for name, x in shown.items()), "score must not change what it is given"
+
+
+@EVERY
+def test_it_is_given_what_it_needs_and_nothing_else(scorer: Scorer) -> None:
+    needs = scorer.needs | ({"ages"} if "positions" in scorer.needs else set())
+    few = {name: x for name, x in _shown().items() if name in needs}
+    assert torch.equal(scored(scorer, few, SITE), scored(scorer, _shown(), SITE))
+
+
+@EVERY
+@pytest.mark.parametrize(("dim", "what"), [(0, "rows"), (1, "heads")])
+def test_rows_and_heads_may_stand_in_any_order(scorer: Scorer, dim: int, what: str) -> None:
+    shown = _shown()
+    order = torch.tensor([2, 0, 1] if dim == 0 else [3, 1, 0, 2])
+    moved = scored(scorer, _picked(shown, dim, order), SITE)
+    torch.testing.assert_close(
+        moved,
+        scored(scorer, shown, SITE).index_select(dim, order),
+        msg=f"scores must not depend on the order of {what}",
+    )
+
+
+@EVERY
+def test_rows_do_not_depend_on_each_other(scorer: Scorer) -> None:
+    alone = scored(scorer, _picked(_shown(), 0, torch.tensor([1])), SITE)
+    torch.testing.assert_close(alone, scored(scorer, _shown(), SITE)[1:2])
+
+
+@EVERY
+def test_tokens_are_scored_in_any_chunks_unless_it_pools(scorer: Scorer) -> None:
+    if scorer.pools:
+        pytest.skip("it says that a score depends on other tokens")
+    shown = _shown()
+    parts = [scored(scorer, _picked(shown, 2, index), SITE) for index in torch.arange(TOKENS).split([1, 30, 19])]
+    torch.testing.assert_close(
+        torch.cat(parts, dim=2),
+        scored(scorer, shown, SITE),
+        msg="a score must depend on its token alone; else declare pools: ClassVar[bool] = True",
+    )
+
+
+@EVERY
+def test_what_is_not_finite_spoils_no_other_row_or_head(scorer: Scorer) -> None:
+    shown = _shown()
+    whole = scored(scorer, shown, SITE)
+    for name in ("keys", "values", "attention"):
+        shown[name][0, 0, 3] = torch.nan
+    spoilt = scored(scorer, shown, SITE)
+    torch.testing.assert_close(spoilt[1:, 1:], whole[1:, 1:])
+    if not scorer.pools:
+        others = torch.arange(TOKENS) != 3
+        torch.testing.assert_close(
+            spoilt[..., others], whole[..., others], msg="a nan must spoil its own token at most"
+        )
+
+
+@EVERY
+def test_the_attention_asked_for_is_the_same_each_time(scorer: Scorer) -> None:
+    asked = [scorer.scores() for _ in range(3)]
+    assert all(isinstance(scores, Scores) for scores in asked), "scores must return kvpolicy.Scores"
+    assert asked[0] == asked[1] == asked[2], "scores must be the same each time"
+    assert type(scorer).model_validate(scorer.model_dump()).scores() == asked[0], "scores must depend on options alone"

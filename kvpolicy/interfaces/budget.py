@@ -1,0 +1,153 @@
+"""Budgets: numbers of tokens or fractions of those seen, the same for all layers or one for each."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field, PlainSerializer, PlainValidator, WithJsonSchema
+
+from kvpolicy.errors import RecipeError
+from kvpolicy.words import quoted
+
+__all__ = ["MOST", "Budget", "ByLayer", "LayerBudget", "Window", "budget_tokens", "parse_selector"]
+
+MOST = 2**31 - 1
+"""Tokens that can be counted."""
+_SELECTOR = re.compile(r"(-?\d{1,9})(?:-(-?\d{1,9}))?")
+
+
+def parse_selector(key: str) -> tuple[int, int]:
+    """First and last layer of `"3"`, `"-1"` or `"2-5"`, negative ones as written."""
+    match = _SELECTOR.fullmatch(key)
+    if match is None:
+        raise RecipeError(f'a layer selector is an index or a range such as "0", "-1" or "2-5", found {quoted(key)}')
+    first = int(match[1])
+    last = first if match[2] is None else int(match[2])
+    if (first < 0) == (last < 0) and last < first:
+        raise RecipeError(f"a range of layers must ascend, found {key!r}")
+    return first, last
+
+
+def _budget(value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError("a budget is a number of tokens (an integer) or a fraction of the tokens seen in (0, 1)")
+    if isinstance(value, float):
+        if not 0.0 < value < 1.0:
+            raise ValueError(
+                f"a budget given as a float is a fraction of the tokens seen and must lie in (0, 1), found {value}; "
+                "write an integer for a number of tokens"
+            )
+    elif value < 1:
+        raise ValueError(f"a budget in tokens must be at least 1, found {value}")
+    elif value > MOST:
+        raise ValueError(f"a budget in tokens must be at most {MOST}, found {value}")
+    return value
+
+
+def _schema(least: int) -> list[dict[str, Any]]:
+    return [{"type": "integer", "minimum": least}, {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}]
+
+
+Budget = Annotated[
+    int | float, Field(union_mode="left_to_right"), BeforeValidator(_budget), WithJsonSchema({"anyOf": _schema(1)})
+]
+"""A count of tokens (an integer >= 1) or a fraction of the tokens seen (a float in (0, 1))."""
+
+
+def _window(value: Any) -> Any:
+    return 0 if type(value) is int and value == 0 else _budget(value)
+
+
+Window = Annotated[
+    int | float, Field(union_mode="left_to_right"), BeforeValidator(_window), WithJsonSchema({"anyOf": _schema(0)})
+]
+"""A `Budget` that may also be 0."""
+
+
+@dataclass(frozen=True)
+class ByLayer:
+    """A budget for each layer of a model."""
+
+    budgets: tuple[int | float, ...]
+    layers: tuple[str, ...] = ()
+    """The layers that each is for, as selectors; without any, one budget for each layer in turn."""
+
+    def of(self, layer: int, layers: int) -> int | float:
+        """The budget of a layer of a model that has `layers` of them.
+
+        Raises:
+            RecipeError: that layer has none, or several.
+        """
+        if not self.layers:
+            if len(self.budgets) != layers:
+                raise RecipeError(f"a list of budgets must have one for each of {layers} layers, found {self}")
+            return self.budgets[layer]
+        spans = [[i + layers if i < 0 else i for i in parse_selector(key)] for key in self.layers]
+        found = [budget for budget, (first, last) in zip(self.budgets, spans, strict=True) if first <= layer <= last]
+        if len(found) != 1 or not all(0 <= first <= last < layers for first, last in spans):
+            raise RecipeError(
+                f"budgets by layer must name each of {layers} layers once, and no others, found {self}: layer {layer} "
+                f"has {len(found)}"
+            )
+        return found[0]
+
+    def plain(self) -> list[int | float] | dict[str, int | float]:
+        """As YAML writes it."""
+        return dict(zip(self.layers, self.budgets, strict=True)) if self.layers else list(self.budgets)
+
+    def __str__(self) -> str:
+        return str(self.plain())
+
+
+def _by_layer(value: Any) -> Any:
+    if isinstance(value, ByLayer):
+        return value
+    if isinstance(value, list | tuple):
+        if not value:
+            raise ValueError("a list of budgets must have one for each layer, found none")
+        return ByLayer(tuple(map(_budget, value)))
+    if isinstance(value, Mapping):
+        if not value:
+            raise ValueError("budgets by layer must name each layer, found none")
+        for key in value:
+            try:
+                parse_selector(str(key))
+            except RecipeError as error:
+                raise ValueError(str(error)) from None
+        return ByLayer(tuple(map(_budget, value.values())), tuple(map(str, value)))
+    return _budget(value)
+
+
+def _plain(value: Any) -> Any:
+    return value.plain() if isinstance(value, ByLayer) else value
+
+
+_ONE = {"anyOf": _schema(1)}
+LayerBudget = Annotated[
+    int | float | ByLayer,
+    PlainValidator(_by_layer),
+    PlainSerializer(_plain),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                *_schema(1),
+                {"type": "array", "minItems": 1, "items": _ONE},
+                {"type": "object", "minProperties": 1, "additionalProperties": _ONE},
+            ]
+        }
+    ),
+]
+"""A `Budget`, a list of one for each layer, or a mapping of layers (`"0"`, `"-1"`, `"2-5"`) to budgets."""
+
+
+def budget_tokens(budget: int | float | ByLayer, seen: int) -> int:
+    """Tokens that `budget` allows after `seen` tokens: itself, or the floored fraction of `seen`, at least 1.
+
+    Of budgets by layer it is the first, for pictures; a cache asks `Policy.of_layer` first.
+    """
+    if isinstance(budget, ByLayer):
+        budget = budget.budgets[0]
+    return budget if isinstance(budget, int) else max(1, int(budget * seen))

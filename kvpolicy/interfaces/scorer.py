@@ -1,0 +1,111 @@
+"""The base class of scorers: what the tokens of a tier are ranked by."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from kvpolicy.errors import PluginError
+from kvpolicy.interfaces.component import Component
+from kvpolicy.interfaces.scores import Scores
+from kvpolicy.interfaces.site import Site
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["SHOWN", "Given", "Scorer"]
+
+SHOWN = frozenset({"keys", "values", "attention", "queries", "positions"})
+"""What a scorer may ask for."""
+
+
+class Given:
+    """What a scorer asked for in its `needs`, and nothing else: tensors of some tokens, in token order.
+
+    Nothing of it is to be written to.
+
+    Raises:
+        PluginError: something is read that `needs` does not name.
+    """
+
+    keys: Tensor
+    """As they came, before any store encodes them, in the model's type: `[batch, kv_heads, tokens, head_dim]`."""
+    values: Tensor
+    """The same of values."""
+    attention: Tensor
+    """Attention received, summed over the queries that `Scorer.scores` counts: `[batch, kv_heads or 1, tokens]`, in
+    float32; a mean over the heads where all of them select the same tokens."""
+    queries: Tensor
+    """How many of those queries could see the token: `[batch, kv_heads or 1, tokens]`, float32."""
+    positions: Tensor
+    """Place of the token among the real ones of its row: `[batch, kv_heads or 1, tokens]`, integers. Some tokens may be
+    padding, or no token; what they score is of no account."""
+    ages: Tensor
+    """Comes with `positions`: tokens of its row seen from this one on, itself included."""
+
+    def __init__(self, **shown: Tensor) -> None:
+        self.__dict__.update(shown)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in SHOWN or name == "ages":
+            asked = "positions" if name == "ages" else name
+            raise PluginError(f"a scorer must name what it reads, found {name!r} read; add {asked!r} to its needs")
+        raise AttributeError(name)
+
+
+class Scorer(Component):
+    """Scores tokens; a policy keeps those that score highest. An option of policy `rank`.
+
+    A scorer that needs keys or values is asked once for each token, as it enters the tiers: with all tokens of its
+    update, before any store encodes them. Its score is stored beside the token. Attention is then what the queries of
+    the token's own update gave to it.
+
+    One that needs neither is asked each time the policy acts, with all tokens that may yet descend, and all the
+    attention that they received so far.
+
+    Without `"attention"` and `"queries"` it works whether or not the model is attached.
+
+    Example:
+        Tokens with large values::
+
+            class ValueNorm(Scorer):
+                kind: Literal["value_norm"] = "value_norm"
+                needs: ClassVar[frozenset[str]] = frozenset({"values"})
+
+                def score(self, given, site):
+                    return given.values.float().norm(dim=-1)
+    """
+
+    _role: ClassVar[str] = "scorer"
+    needs: ClassVar[frozenset[str]] = frozenset()
+    """What it must be given, at least one of `"keys"`, `"values"`, `"attention"`, `"queries"` and `"positions"`."""
+    pools: ClassVar[bool] = False
+    """Whether the score of a token depends on other tokens too, such as its neighbours. What stays then depends on how
+    a prompt is cut into updates, if the scorer needs keys or values."""
+
+    def scores(self) -> Scores:
+        """Which attention is summed up, if it needs any; the same each time. By default that of all queries."""
+        return Scores()
+
+    @abstractmethod
+    def score(self, given: Given, site: Site) -> Tensor:
+        """What tokens are ranked by, the highest staying.
+
+        Args:
+            given: what `needs` names.
+            site: where the layer stands in its model, on the side of the keys.
+
+        Returns:
+            A float tensor `[batch, kv_heads, tokens]`, or with one head where what it is given has one, on the device
+            of that. A nan ranks lowest. Rows of the batch must not depend on each other, nor heads on their order.
+        """
+
+    @property
+    def _on_arrival(self) -> bool:
+        """Whether it scores tokens once, as they come."""
+        return bool(self.needs & {"keys", "values"})
+
+    @property
+    def _attends(self) -> bool:
+        """Whether only an attached model shows what it needs."""
+        return bool(self.needs & {"attention", "queries"})
