@@ -54,7 +54,7 @@ def attend(
     """
     options = AttentionOptions(query.shape[3] ** -0.5 if scaling is None else scaling, softcap, sinks, observer)
     shown = as_mask(mask, tiers.committed + new[0].shape[2], new[0].shape[1])
-    pieces = assigned(query, _whole(tiers, new), shown, options, tiers.step.spread)
+    pieces = assigned(query, _whole(tiers, new), shown, options, tiers.step.by_head)
     tiers.backends = tuple(dict.fromkeys(backend.kind for backend, _ in pieces))
     found = []
     for number, (backend, part) in enumerate(pieces):

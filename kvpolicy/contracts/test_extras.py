@@ -88,7 +88,7 @@ def test_tokens_follow_where_rows_differ(extra: Extra, layout: Any, heads: int) 
     x = tensor((BATCH, HEADS, TOKENS, DIM), torch.float32)
     store = _store(extra, layout, x, 16)
     whole = _decoded(store, x)
-    store.ragged((BATCH, heads))
+    store.differ_by_head((BATCH, heads))
     generator = torch.Generator().manual_seed(1)
     index = torch.stack([torch.randperm(TOKENS, generator=generator)[:17] for _ in range(BATCH * heads)])
     index = index.view(BATCH, heads, 17).sort(2).values

@@ -219,7 +219,7 @@ def test_tokens_are_decoded_each_for_itself(quantizer: Quantizer, head: bool) ->
     store = _filled(quantizer, x)
     whole = _decoded(store, x)
     lines = (BATCH, HEADS if head else 1)
-    store.ragged(lines)
+    store.differ_by_head(lines)
     generator = torch.Generator().manual_seed(1)
     index = torch.stack([torch.randperm(n, generator=generator)[:35] for _ in range(lines[0] * lines[1])])
     index = index.view(*lines, 35)

@@ -25,7 +25,7 @@ from kvpolicy.layer.save_file import (
     Held,
     ModelEntry,
     OwnEntry,
-    RaggedEntry,
+    PerHeadEntry,
     StateEntry,
     TiersEntry,
     parse,
@@ -65,7 +65,7 @@ def save_cache(cache: Savable, path: Any) -> None:
         raise CacheError(f"a cache can be saved up to {LONGEST} tokens, found {seen}; crop it")
     tensors: dict[str, Tensor] = {}
     saving = Saving(tensors)
-    layers: list[TiersEntry | RaggedEntry | OwnEntry] = []
+    layers: list[TiersEntry | PerHeadEntry | OwnEntry] = []
     save_padding(cache.reading.padding, seen, tensors)
     for number, layer in enumerate(cache.layers):
         if not isinstance(layer, TieredLayer):
@@ -190,7 +190,8 @@ def _check_whole(cache: Savable) -> None:
     padding = cache.reading.padding
     if padding is not None and layers and padding.real.shape != (batch, seen):
         raise Damaged(f"padding must be known of {batch} rows of {seen} tokens, found {padding.real.shape}")
-    held = {layer.tiers.held_after_commit() for layer in layers if not layer.tiers.step.spread and layer.uneven is None}
+    even = [layer.tiers for layer in layers if not layer.tiers.step.by_head and layer.uneven is None]
+    held = {tiers.held_after_commit() for tiers in even}
     if not seen or len(held) > 1:
         raise Damaged("all layers must hold the same number of tokens, at least one seen")
 

@@ -322,7 +322,7 @@ class LayerCache:
             with self._changing():
                 planner = PerHeadPlacement(self.step, like.shape[0], self.site_of("keys"), like.device)
                 for store in (store for stores in self.stores.values() for store in stores if store is not None):
-                    store.ragged(planner.shape)
+                    store.differ_by_head(planner.shape)
                 self.planner = planner
         assert isinstance(self.planner, PerHeadPlacement)
         return self.planner
@@ -344,7 +344,7 @@ class LayerCache:
                         dense[:, :, :held] = 0
                     store.scatter_by_head(dense[:, :, :held], at)
                 elif number == 0:
-                    store.spread(dense, at.to(x.device, non_blocking=True))
+                    store.scatter_between(dense, at.to(x.device, non_blocking=True))
                 else:
                     store.scatter(dense, at.to(x.device, non_blocking=True))
             dense[:, :, held:] = x

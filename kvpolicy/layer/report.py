@@ -193,7 +193,7 @@ def _store_memory(tiers: LayerCache, number: int, side: str, s: int) -> StoreMem
     covers, used = tuple(tiers.placement.tiers_of_store(side, s)), store.bytes()
     beside = tiers.planner.bytes(side, s)
     reserved = store.reserved() + beside.get("reserved", 0)
-    if tiers.step.spread:
+    if tiers.step.by_head:
         used = {part: used.get(part, 0) + beside.get(part, 0) for part in PARTS}
         reserved -= used["indices"]
     return StoreMemory(number, side, covers, store.length, **used, reserved=reserved)

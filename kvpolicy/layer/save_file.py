@@ -53,7 +53,7 @@ class TiersEntry(_Entry):
     state: Count
 
 
-class RaggedEntry(_Entry):
+class PerHeadEntry(_Entry):
     """A layer placed by row and head."""
 
     type: Literal["ragged"] = "ragged"
@@ -85,7 +85,7 @@ class Header(BaseModel):
 
     recipe: str
     model_type: str
-    layers: Json[list[Annotated[TiersEntry | RaggedEntry | OwnEntry, Field(discriminator="type")]]]
+    layers: Json[list[Annotated[TiersEntry | PerHeadEntry | OwnEntry, Field(discriminator="type")]]]
     states: Json[list[StateEntry]]
     versions: Json[dict[str, str]]
     model: Json[ModelEntry] | None = None

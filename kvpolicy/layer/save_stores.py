@@ -18,7 +18,7 @@ from kvpolicy.storage.coded import POSITIONS, CodedStore
 from kvpolicy.storage.exact import ExactStore
 from kvpolicy.storage.make import make_store
 from kvpolicy.storage.named import NamedStore
-from kvpolicy.storage.named_parts import GROUPS, SIZES
+from kvpolicy.storage.named_parts import GROUPS, SIZES, NamedParts
 
 Formats = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 """For each tensor of a store its dtype, and its shape after batch, heads and tokens."""
@@ -73,7 +73,7 @@ def _formats(spec: Any, store: Store, like: Tensor) -> Formats:
     sample = make_store(spec, like.shape[3], store.site if isinstance(store, CodedStore) else None)
     assert sample is not None
     if _lines(store) is not None:
-        sample.ragged((1, 1))
+        sample.differ_by_head((1, 1))
     sample.append(torch.zeros((1, 1, n, like.shape[3]), dtype=like.dtype), None, torch.arange(n))
     formats: Formats = {
         name: (t.dtype, tuple(t.shape[2 + (not _of_store(sample, name)) :])) for name, t in sample.tensors().items()
@@ -85,9 +85,8 @@ def _formats(spec: Any, store: Store, like: Tensor) -> Formats:
 
 def _lines(store: Store) -> tuple[int, int] | None:
     """Rows and heads that differ, once some do."""
-    return (
-        store.lines if isinstance(store, AffineStore) else store.named.lines if isinstance(store, NamedStore) else None
-    )
+    named = store.named if isinstance(store, NamedStore) else store
+    return named.row_heads if isinstance(named, AffineStore | NamedParts) else None
 
 
 def _of_store(store: Store, name: str) -> bool:
@@ -100,7 +99,7 @@ def _check(parts: dict[str, Tensor], store: Store, like: Tensor, formats: Format
         if name not in formats:
             raise CacheError(f"its tensors must be {sorted(formats)}, found {name}")
         dtype, last = formats[name]
-        first = store.lines if isinstance(store, AffineStore) and name == "groups" else rows_and_heads
+        first = store.row_heads if isinstance(store, AffineStore) and name == "groups" else rows_and_heads
         if name.endswith(GROUPS):
             first = _lines(store)
         if name == POSITIONS or _of_store(store, name):  # one for all rows or heads, or one for each
@@ -133,7 +132,7 @@ def _check_packed(parts: dict[str, Tensor], store: AffineStore) -> None:
     most = store.group_size - 1 if store.by_channel else 0
     if exact > max(most, 0):
         raise CacheError(f"at most {max(most, 0)} tokens may wait for their group, found {exact}")
-    if store.by_channel and store.lines is None:
+    if store.by_channel and store.row_heads is None:
         if "sizes" not in parts:
             raise CacheError("the sizes of its groups must be there")
         sizes = parts["sizes"].numpy()

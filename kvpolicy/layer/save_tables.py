@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvpolicy.layer.layer import LayerCache
-from kvpolicy.layer.save_file import Damaged, Held, RaggedEntry, StateEntry, TiersEntry
+from kvpolicy.layer.save_file import Damaged, Held, PerHeadEntry, StateEntry, TiersEntry
 from kvpolicy.placement.by_position import ByPosition
 from kvpolicy.placement.padding import Padding
 from kvpolicy.placement.per_head import PerHeadPlacement
@@ -51,11 +51,11 @@ class Saving:
         """Those by position, in the order of their numbers."""
         self._rows: list[Step] = []
 
-    def layer(self, tiers: LayerCache, number: int) -> TiersEntry | RaggedEntry:
+    def layer(self, tiers: LayerCache, number: int) -> TiersEntry | PerHeadEntry:
         """Add where the tokens of layer `number` are; returns what the header says of it."""
         if not isinstance(tiers.planner, PerHeadPlacement):
             return TiersEntry(state=self._state(tiers.step))
-        return self._ragged(tiers.planner, tiers.step, number)
+        return self._per_head(tiers.planner, tiers.step, number)
 
     def _state(self, step: Step) -> int:
         number = next((i for i, known in enumerate(self.steps) if known is step), len(self.steps))
@@ -66,20 +66,20 @@ class Saving:
                 self._add(f"state.{number}.{side}.", [order.array for order in orders])
         return number
 
-    def _ragged(self, ragged: PerHeadPlacement, step: Step, number: int) -> RaggedEntry:
+    def _per_head(self, planner: PerHeadPlacement, step: Step, number: int) -> PerHeadEntry:
         group = next((i for i, known in enumerate(self._rows) if known is step), len(self._rows))
         if group == len(self._rows):
             self._rows.append(step)
             for r, row in enumerate(step.rows):
                 self.tensors[f"state.rows.{group}.{r}"] = torch.tensor([row.seen])
-                self._add(f"state.rows.{group}.{r}.tier.", row.tiers[: ragged.placement.ranked])
-        for side, s, table in _tables(ragged):
+                self._add(f"state.rows.{group}.{r}.tier.", row.tiers[: planner.placement.ranked])
+        for side, s, table in _tables(planner):
             for name, part in table.parts.items():
                 if part.length:
                     self.tensors[f"{number}.table.{side}.{s}.{name}"] = part.all()
         prompt = step.seen if step.prompt is None else step.prompt
         going_on = step.prompt is None
-        return RaggedEntry(rows=group, count=len(step.rows), seen=step.seen, prompt=prompt, prompting=going_on)
+        return PerHeadEntry(rows=group, count=len(step.rows), seen=step.seen, prompt=prompt, prompting=going_on)
 
     def _add(self, prefix: str, arrays: Any) -> None:
         for i, array in enumerate(arrays):
@@ -93,10 +93,10 @@ class Filling:
         self.states, self.held = states, held
         self._made: dict[tuple[str, int], tuple[Placement, Any, Step]] = {}
 
-    def layer(self, tiers: LayerCache, number: int, entry: TiersEntry | RaggedEntry) -> None:
+    def layer(self, tiers: LayerCache, number: int, entry: TiersEntry | PerHeadEntry) -> None:
         """Say where the tokens of layer `number` are, whose stores are made and still empty."""
-        if isinstance(entry, RaggedEntry):
-            self._ragged(tiers, number, entry)
+        if isinstance(entry, PerHeadEntry):
+            self._per_head(tiers, number, entry)
         else:
             self._state(tiers, entry.state)
 
@@ -116,12 +116,12 @@ class Filling:
         )
         tiers.planner = ByPosition(step)
 
-    def _ragged(self, tiers: LayerCache, number: int, entry: RaggedEntry) -> None:
+    def _per_head(self, tiers: LayerCache, number: int, entry: PerHeadEntry) -> None:
         placement, padding = tiers.placement, tiers.padding
         if padding is None and not placement.ranks:
             raise Damaged("rows must have the same tokens where none is padded, found tables")
-        ragged = tiers.by_head()
-        rows = ragged.shape[0]
+        planner = tiers.by_head()
+        rows = planner.shape[0]
         by_row = padding is not None and (padding.before(entry.seen) or entry.count > 1)
         if entry.count != (rows if by_row else 1) or entry.prompt > entry.seen:
             raise Damaged(f"{rows} rows of {entry.seen} tokens must be placed, found {entry!r}")
@@ -130,19 +130,19 @@ class Filling:
         def make() -> Step:
             states = tuple(_rows(entry, placement, slots, self.held))
             prompt = None if entry.prompting else entry.prompt
-            return Step(placement, states, entry.seen, padding, by_row, spread=True, prompt=prompt)
+            return Step(placement, states, entry.seen, padding, by_row, by_head=True, prompt=prompt)
 
         step = self._once("rows", entry.rows, placement, entry, make)
-        saved: Tables = {side: [] for side in ragged.tables}
-        for side, s, table in _tables(ragged):
+        saved: Tables = {side: [] for side in planner.tables}
+        for side, s, table in _tables(planner):
             parts = _parts(self.held.below(f"{number}.table.{side}.{s}."), table, placement.scores.width)
             saved[side].append((placement.tiers_of_store(side, s), parts))
             if parts["positions"].shape[2]:
                 moved = {name: x.to(table.device) for name, x in parts.items()}
                 table.append(moved["positions"], moved["tiers"], moved.get("scores"))
-        _check_tables(ragged, step, saved, slots)
-        ragged.step = step
-        ragged.recount()
+        _check_tables(planner, step, saved, slots)
+        planner.step = step
+        planner.recount()
 
     def finish(self) -> None:
         """All that there is must have been used."""
@@ -166,8 +166,8 @@ class Filling:
         return first
 
 
-def _tables(ragged: PerHeadPlacement) -> Iterator[tuple[str, int, TokenTable]]:
-    for side, tables in ragged.tables.items():
+def _tables(planner: PerHeadPlacement) -> Iterator[tuple[str, int, TokenTable]]:
+    for side, tables in planner.tables.items():
         for s, table in enumerate(tables):
             if table is not None:
                 yield side, s, table
@@ -235,7 +235,7 @@ def _check_orders(state: State, placement: Placement) -> None:
                 raise Damaged(f"the tiers and the {side} of store {s} must hold the same tokens")
 
 
-def _rows(entry: RaggedEntry, placement: Placement, padding: Padding | None, held: Held) -> list[State]:
+def _rows(entry: PerHeadEntry, placement: Placement, padding: Padding | None, held: Held) -> list[State]:
     counts = [entry.seen] if padding is None else padding.count(0, entry.seen)
     rows = []
     for r, expected in enumerate(counts):
@@ -263,9 +263,9 @@ def _parts(parts: dict[str, Tensor], table: TokenTable, scores: int) -> dict[str
     return {name: x if name == "scores" else x.squeeze(3) for name, x in parts.items()}
 
 
-def _check_tables(ragged: PerHeadPlacement, step: Step, saved: Tables, padding: Padding | None) -> None:
+def _check_tables(planner: PerHeadPlacement, step: Step, saved: Tables, padding: Padding | None) -> None:
     """Each row and head has the tokens of its tiers by position, and on both sides the same, each once."""
-    evicts, ranked = ragged.placement.specs["keys"][-1] == "evict", ragged.placement.ranked
+    evicts, ranked = planner.placement.specs["keys"][-1] == "evict", planner.placement.ranked
     for tables in saved.values():
         for covers, parts in tables:
             outside = (parts["tiers"] < covers.start) | (parts["tiers"] >= covers.stop)
@@ -275,7 +275,7 @@ def _check_tables(ragged: PerHeadPlacement, step: Step, saved: Tables, padding: 
         [torch.cat([parts[name].long() for _, parts in tables], dim=2).numpy() for name in ("positions", "tiers")]
         for tables in saved.values()
     ]
-    for r, h in np.ndindex(*ragged.shape):
+    for r, h in np.ndindex(*planner.shape):
         row = step.rows[min(r, len(step.rows) - 1)]
         slots = padding.slots(r, step.seen) if padding is not None else None
         found = [_line(positions[r, h], tiers[r, h], row.seen, slots) for positions, tiers in joined]

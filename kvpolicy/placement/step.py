@@ -44,18 +44,18 @@ class Step:
     """Which of these are padding, where some are."""
     by_row: bool = False
     """Whether each row has positions of its own, which are not its slots."""
-    spread: bool = False
+    by_head: bool = False
     """Whether stores hold other tokens for each row or head. Orders of stores are then no part of `rows`."""
     prompt: int | None = None
     """Slots of the prompt, once it has ended and policies ask for it."""
     plan: AllMoves | None = None
-    """How stores came from the step before to this one, unless spread."""
+    """How stores came from the step before to this one, unless `by_head`."""
     before: tuple[State, ...] = ()
-    """`rows` before the update, if spread."""
+    """`rows` before the update, if `by_head`."""
     ended: bool = False
     """Whether this is the step in which the prompt ended."""
     quiet: bool = False
-    """Whether nothing that was held before may have moved, if spread."""
+    """Whether nothing that was held before may have moved, if `by_head`."""
     _next: tuple[tuple[Any, ...], Step] | None = field(default=None, repr=False)
     _before: ReferenceType[Step] | None = field(default=None, repr=False)
     _derived: dict[Any, Any] = field(default_factory=dict, repr=False)
@@ -113,7 +113,7 @@ class Step:
     def _end_prompt(self) -> Step:
         if not self.placement.prompted:  # nothing moves: the number is all that is asked for
             return replace(self._bare(), prompt=self.seen)
-        if not self.spread:
+        if not self.by_head:
             state, plan = self.placement.end_prompt(self.state)
             return replace(self._bare(), rows=(state,), plan=plan, prompt=self.seen)
         after = tuple(map(self.placement.end_prompt_row, self.rows))
@@ -121,7 +121,7 @@ class Step:
 
     def _advance(self, n: int, padding: Padding | None) -> Step:
         start, stop = self.seen, self.seen + n
-        if not self.spread:
+        if not self.by_head:
             state, plan = self.placement.advance(self.state, n, self.prompt)
             return replace(self._bare(), rows=(state,), seen=stop, padding=padding, plan=plan)
         rows, by_row = self.rows, self.by_row
@@ -163,10 +163,10 @@ class Step:
 
     def scattered(self) -> Step:
         """The same placement, stores from now on by row and head."""
-        if self.spread:
+        if self.by_head:
             return self
         row = State(self.state.seen, self.state.tiers[: self.placement.ranked], {})
-        return self._follow(("scattered",), self.padding, lambda: replace(self._bare(), rows=(row,), spread=True))
+        return self._follow(("scattered",), self.padding, lambda: replace(self._bare(), rows=(row,), by_head=True))
 
     def crop(self, length: int) -> Step:
         """Forget the slots from `length` on, where some may have been promised to the last tier only."""
@@ -176,7 +176,7 @@ class Step:
         seen, padding = min(self.seen, length), self.padding
         padding = padding.crop(seen) if padding is not None else None
         prompt = None if self.prompt is None or length < self.prompt else self.prompt  # within it: it goes on
-        if not self.spread:
+        if not self.by_head:
             state, plan = self.placement.crop(self.state, length)
             return replace(self._bare(), rows=(state,), seen=seen, padding=padding, plan=plan, prompt=prompt)
         real = self.padding.count(0, length) if self.by_row and self.padding is not None else [length]

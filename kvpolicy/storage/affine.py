@@ -79,14 +79,14 @@ class AffineStore(CodedStore):
         """Scales of a token, or of the channels of a group."""
         self.parts |= {"codes": Pages(), "params": Pages(), "exact": Pages()}
         self.sizes = np.empty(0, dtype=np.int64)
-        self.lines: tuple[int, int] | None = None
+        self.row_heads: tuple[int, int] | None = None
         self.most_groups = 64
         """Groups held before a device is asked which of them are empty."""
 
     @property
     def grouped(self) -> bool:
         """Whether groups of tokens are neighbours, so that `affine_blocks` can tell them apart."""
-        return not self.by_channel or self.lines is None
+        return not self.by_channel or self.row_heads is None
 
     @property
     def direct(self) -> bool:
@@ -136,27 +136,27 @@ class AffineStore(CodedStore):
     def _append_groups(self, x: Tensor, size: int) -> None:
         before, count = self.parts["params"].length, x.shape[2] // size
         self._append_codes(x, size)
-        if self.lines is None:
+        if self.row_heads is None:
             self.sizes = np.concatenate([self.sizes, np.full(count, size, dtype=np.int64)])
             return
         numbers = torch.arange(before, before + count, dtype=torch.int32, device=x.device).repeat_interleave(size)
-        self.parts["groups"].append(numbers.view(1, 1, -1, 1).expand(*self.lines, -1, -1))
+        self.parts["groups"].append(numbers.view(1, 1, -1, 1).expand(*self.row_heads, -1, -1))
 
-    def ragged(self, lines: tuple[int, int]) -> None:
-        self.lines = lines
+    def differ_by_head(self, row_heads: tuple[int, int]) -> None:
+        self.row_heads = row_heads
         if self.by_channel:
             self.parts["groups"] = Pages()
             if len(self.sizes):
                 numbers = torch.from_numpy(np.repeat(np.arange(len(self.sizes), dtype=np.int32), self.sizes))
                 numbers = numbers.to(self.parts["codes"].pages[0].device)
-                self.parts["groups"].append(numbers.view(1, 1, -1, 1).expand(*lines, -1, -1))
+                self.parts["groups"].append(numbers.view(1, 1, -1, 1).expand(*row_heads, -1, -1))
             self.sizes = np.empty(0, dtype=np.int64)
-        super().ragged(lines)
+        super().differ_by_head(row_heads)
 
     def select(self, rows: Tensor) -> None:
         super().select(rows)
-        if self.lines is not None:
-            self.lines = (len(rows), self.lines[1])
+        if self.row_heads is not None:
+            self.row_heads = (len(rows), self.row_heads[1])
 
     def gather(self, index: Tensor, dtype: torch.dtype) -> Tensor:
         coded = self.parts["codes"].length
@@ -347,14 +347,14 @@ class AffineStore(CodedStore):
         for first, x in self.parts["exact"].blocks():
             out[:, :, at + first : at + first + x.shape[2]] = x
 
-    def spread(self, out: Tensor, index: Tensor) -> None:
+    def scatter_between(self, out: Tensor, index: Tensor) -> None:
         if self.by_channel or self.by_position or self.beside is not None:
             self.scatter(out, index)
             return
         # Codes are a tenth of what they decode to: they are put in order first, and decoded where they belong.
         first = int(index.min())
         n, index = int(index.max()) - first + 1, index - first
-        codes, params = (self.parts[name].spread(index, n) for name in ("codes", "params"))
+        codes, params = (self.parts[name].scatter_between(index, n) for name in ("codes", "params"))
         self._decode(codes, *self.scales.split(params, self.numbers), out[:, :, first : first + n], NOTHING)
 
     def take(self, index: Ints, dtype: torch.dtype) -> Tensor:
@@ -381,18 +381,18 @@ class AffineStore(CodedStore):
 
     def tensors(self) -> dict[str, Tensor]:
         held: dict[str, Tensor] = super().tensors()
-        if self.by_channel and self.lines is None:
+        if self.by_channel and self.row_heads is None:
             held["sizes"] = torch.from_numpy(self.sizes.copy())
         return held
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         rest: dict[str, Any] = self._restore_own(tensors)
-        if self.by_channel and self.lines is None:
+        if self.by_channel and self.row_heads is None:
             self.sizes = rest.pop("sizes").numpy().copy()
         super().restore(rest)
         coded, groups = self.parts["codes"].length, self.parts["params"].length
         expected = len(self.sizes) if self.by_channel else coded
-        if self.by_channel and self.lines is not None:
+        if self.by_channel and self.row_heads is not None:
             if self.parts["groups"].length != coded:
                 raise CacheError(f"a saved store must hold the group of every token, found {coded} codes")
             return

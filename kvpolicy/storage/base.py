@@ -106,15 +106,15 @@ class Store(ABC):
             chosen = torch.where(own, x.to(out.dtype), 0).sum(2, keepdim=True)
             out[:, :, -1:] = torch.where(own.any(2, keepdim=True), chosen, last)
 
-    def spread(self, out: Tensor, index: Tensor) -> None:
+    def scatter_between(self, out: Tensor, index: Tensor) -> None:
         """Like `scatter`, but may write anything into the places of `out` that `index` leaves out."""
         self.scatter(out, index)
 
-    def ragged(self, lines: tuple[int, int]) -> None:
+    def differ_by_head(self, row_heads: tuple[int, int]) -> None:
         """From now on tokens differ by row or head, and are taken and removed by `gather` and `remove`.
 
         Args:
-            lines: rows and heads of what these are given, `[batch, kv_heads or 1, tokens]`.
+            row_heads: rows and heads of what these are given, `[batch, kv_heads or 1, tokens]`.
         """
         for part in self.parts.values():
             part.join()

@@ -113,15 +113,15 @@ class CodedStore(Store):
             self.beside.add(out, aside.parts)
         return out if self.chain is None else self.chain.inverse(out, aside.places)
 
-    def ragged(self, lines: tuple[int, int]) -> None:
+    def differ_by_head(self, row_heads: tuple[int, int]) -> None:
         part = self.parts.get(POSITIONS)
-        if part is not None and part.length and lines[1] > part.pages[0].shape[1]:
+        if part is not None and part.length and row_heads[1] > part.pages[0].shape[1]:
             x = part.slice(0, part.length)
             self.parts[POSITIONS] = Pages(whole=True)
-            self.parts[POSITIONS].append(x.expand(-1, lines[1], -1, -1))
-        super().ragged(lines)
+            self.parts[POSITIONS].append(x.expand(-1, row_heads[1], -1, -1))
+        super().differ_by_head(row_heads)
         for kept in self._kept:
-            kept.ragged(lines)
+            kept.differ_by_head(row_heads)
 
     def select(self, rows: Tensor) -> None:
         super().select(rows)

@@ -48,7 +48,7 @@ class NamedParts:
         self.sizes: Ints = np.empty(0, dtype=np.int64)
         self.groups: Pages | None = None
         self.length = 0
-        self.lines: tuple[int, int] | None = None
+        self.row_heads: tuple[int, int] | None = None
 
     @property
     def arriving(self) -> bool:
@@ -80,11 +80,11 @@ class NamedParts:
                 with torch.inference_mode(False):
                     self.kept[name] = t.detach().clone()
         for name, t in as_bytes.items():
-            self.parts.setdefault(name, Pages(self.lines is not None)).append(t)
+            self.parts.setdefault(name, Pages(self.row_heads is not None)).append(t)
         self.length += sum(sizes)
         if not self.arriving:
             return
-        if self.lines is None:
+        if self.row_heads is None:
             self.sizes = np.concatenate([self.sizes, np.asarray(sizes, dtype=np.int64)])
             return
         self.groups = self.groups or Pages(whole=True)
@@ -95,11 +95,10 @@ class NamedParts:
 
     def _number(self, numbers: np.ndarray[tuple[int], np.dtype[np.int32]], device: torch.device) -> None:
         assert self.groups is not None
-        assert self.lines is not None
+        assert self.row_heads is not None
         if len(numbers):
-            self.groups.append(
-                torch.from_numpy(numbers).to(device, non_blocking=True).view(1, 1, -1, 1).expand(*self.lines, -1, -1)
-            )
+            placed = torch.from_numpy(numbers).to(device, non_blocking=True).view(1, 1, -1, 1)
+            self.groups.append(placed.expand(*self.row_heads, -1, -1))
 
     def _of(self, axis: str) -> Iterator[tuple[str, Pages]]:
         return ((name, part) for name, part in self.parts.items() if self.axis(name) == axis)
@@ -134,9 +133,9 @@ class NamedParts:
         for part in arrivals:
             part.drop(gone)
 
-    def ragged(self, lines: tuple[int, int]) -> None:
+    def differ_by_head(self, row_heads: tuple[int, int]) -> None:
         """From now on tokens differ by row or head."""
-        self.lines = lines
+        self.row_heads = row_heads
         for part in self.parts.values():
             part.join()
         if self.arriving:
@@ -193,9 +192,9 @@ class NamedParts:
             if t.shape[0] > 1:
                 with torch.inference_mode(False):
                     self.kept[name] = t.index_select(0, rows.to(t.device, non_blocking=True))
-        if self.groups is not None and self.lines is not None:
+        if self.groups is not None and self.row_heads is not None:
             self.groups.select(rows)
-            self.lines = (len(rows), self.lines[1])
+            self.row_heads = (len(rows), self.row_heads[1])
 
     def to(self, device: torch.device) -> None:
         for part in (*self.parts.values(), *([self.groups] if self.groups is not None else [])):
@@ -244,10 +243,10 @@ class NamedParts:
             )
         count, n = next(iter(arrivals), 0), next(iter(lengths), None)
         if arrivals or sizes is not None or groups is not None:
-            _check_arrivals(sizes, groups, self.lines is not None, n, count)
+            _check_arrivals(sizes, groups, self.row_heads is not None, n, count)
         if n is None:
             n = int(sizes.sum()) if sizes is not None else groups.shape[2] if groups is not None else 0
-        if self.lines is None:
+        if self.row_heads is None:
             self.append(rest, sizes.tolist() if sizes is not None else [n])
         elif rest:
             self.append(rest, [0] * count)

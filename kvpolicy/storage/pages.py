@@ -130,7 +130,7 @@ class Pages:
             .view(window.dtype)
         )
 
-    def spread(self, index: Tensor, n: int) -> Tensor:
+    def scatter_between(self, index: Tensor, n: int) -> Tensor:
         """A tensor of `n` tokens whose token `index[i]` is token i of this; the others are undefined."""
         page = self.pages[0]
         out = page.new_empty((*page.shape[:2], n, page.shape[3]))

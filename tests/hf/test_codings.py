@@ -430,13 +430,13 @@ def test_tensors_per_arrival_and_store_are_kept_no_longer_than_needed() -> None:
     assert store.named.parts["scale"].length == 4
     sizes = {"index": 1, "left": HEAD_DIM}
     assert store.bytes() == {"codes": 2 * 20 * sum(sizes.values()) + 2 * 4 * 4 + 2 * 4 * HEAD_DIM * 4, "indices": 32}
-    store.ragged((1, 2))
+    store.differ_by_head((1, 2))
     assert torch.equal(store.gather(torch.arange(20).expand(1, 2, -1), torch.float32), whole[:, :, 40:])
     store.remove(torch.arange(15).expand(1, 2, -1))
     assert store.named.parts["scale"].length == 1
     store.append(x[:, :, :5])
     other: Any = make_store(Book(), HEAD_DIM)
-    other.ragged((1, 2))
+    other.differ_by_head((1, 2))
     other.restore({name: t.clone() for name, t in store.tensors().items()})
     index = torch.arange(10).expand(1, 2, -1)
     assert torch.equal(other.gather(index, torch.float32), store.gather(index, torch.float32))

@@ -100,13 +100,13 @@ class History:
         real = real.expand(self.batch, n)
         self.seed += 1
         parts = list(random_tokens(n, self.seed, self.batch))
-        first, spread = self.seen, self.layer.tiers.step.spread
+        first, spread = self.seen, self.layer.tiers.step.by_head
         committed = copy.deepcopy(self.layer)  # what an update attends is what it commits
         committed.cache.commit()
         expected = reference(committed, parts[0], (parts[1], parts[2]), real, first) if first else None
         found = self.layer(*parts, real)
         # What waits is committed row by row once padding comes: groups of channels then hold other tokens.
-        grouped_anew = self.by_channel and not spread and self.layer.tiers.step.spread
+        grouped_anew = self.by_channel and not spread and self.layer.tiers.step.by_head
         if expected is not None and self.reads and not grouped_anew:
             shown = real[:, :, None, None].expand_as(found)
             torch.testing.assert_close(found.double()[shown], expected[shown], rtol=1e-4, atol=1e-4)

@@ -192,7 +192,7 @@ def test_every_row_is_placed_as_if_alone_however_the_batch_is_cut_and_padded(dat
         layer(query[:, :, now], keys[:, :, now], values[:, :, now], real[:, now])
     held = layer.held()
     for row in range(3):
-        slots = real[row].nonzero()[:, 0].numpy() if layer.tiers.step.spread else range(total)
+        slots = real[row].nonzero()[:, 0].numpy() if layer.tiers.step.by_head else range(total)
         expected = simulate(recipe.tiers, len(slots))
         for tier, positions in enumerate(expected):
             assert held[row % len(held)][0][tier] == [int(slots[i]) for i in positions]

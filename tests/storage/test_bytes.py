@@ -186,7 +186,7 @@ def test_a_store_moves_tensors_of_any_type_and_shape(
         assert store.bytes() == {"codes": 4 * store.length * width}
     if store.length < 2:
         return
-    store.ragged((2, 2))
+    store.differ_by_head((2, 2))
     index = torch.rand(2, 2, store.length, generator=generator).argsort(2)[..., : store.length // 2]
     expected = known.gather(2, index[..., None].expand(-1, -1, -1, 4))
     assert torch.equal(store.gather(index, known.dtype), expected)
@@ -219,7 +219,7 @@ def test_pages_move_tokens_of_any_type(dtype: torch.dtype, width: int, n: int, s
     order = torch.randperm(n, generator=generator)
     spread = Pages()
     spread.append(raw.view(dtype))
-    assert torch.equal(plain(spread.spread(order, n))[:, :, order], raw) or n > 64
+    assert torch.equal(plain(spread.scatter_between(order, n))[:, :, order], raw) or n > 64
     rows = torch.tensor([1, 0, 1])
     pages.select(rows)
     assert torch.equal(plain(pages.slice(0, n)), raw[rows])
