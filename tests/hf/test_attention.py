@@ -348,5 +348,5 @@ def test_what_selects_together(select: str) -> None:
     cache.commit()
     one, other = (cache.positions(layer).positions for layer in (0, 1))
     assert one.shape == other.shape == (2, 2 if select == "head" else 1, 28)
-    assert (one == other).all() == (select == "shared")
+    assert (one == other).all() == (select == "model")
     assert select != "head" or not (one[:, 0] == one[:, 1]).all()

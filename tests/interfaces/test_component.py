@@ -135,5 +135,5 @@ def test_a_class_that_declares_its_options_anew_is_held_to_the_same() -> None:
 
     with pytest.raises(PluginError, match=r"'int' must have nbits 1, 2, 3, 4 or 8.*found 5"):
         Five()
-    with pytest.raises(PluginError, match=r"'attention': select must be .*every an integer, 1 or more.*0"):
+    with pytest.raises(PluginError, match=r"'attention': every must be an integer, 1 or more.*0"):
         Never()

@@ -287,7 +287,7 @@ PIECES = [
     "full", "evict", "{", "}", "[", "]", "- ", "\n", "  ", ": ", "$", "$window", "&a ", "*a", "<<: *a", "!!set ",
     ".nan", ".inf", "-1", "0", "1e400", "9" * 40, "true", "null", "extends: kivi\n", "extends: ../x\n",
     "version: 2\n", "\t", "\x00", "\ufeff", "\ud800", "'", '"', "|", "?", "tiers:\n", "store", "nbits: 3",
-    "select: layer", 'layers: {"0-3": full, "2": full}\n',
+    "share: layer", 'layers: {"0-3": full, "2": full}\n',
 ]  # fmt: skip
 places = st.integers(0, 800)
 edits = st.one_of(

@@ -136,6 +136,9 @@ def test_every_installed_kind_and_option_is_described() -> None:
             for option, described in definition["properties"].items():
                 if option in LISTS:
                     assert described["items"] == {"$ref": f"#/$defs/{option[:-1]}"}
+                elif option == "scorer":
+                    assert described["$ref"] == "#/$defs/scorer"
+                    assert described["description"]
                 elif option != "kind":
                     assert described["description"]
                     assert {"$ref": "#/$defs/parameter"} in described["anyOf"]

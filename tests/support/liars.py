@@ -318,7 +318,7 @@ def _ranks() -> dict[str, Liar]:
         "rank raises": ("rank must not fail", {"rank": raising(RuntimeError("shape"))}),
         "rank writes": ("leave its arguments as they", {"rank": _after(rank)}),
         "rank by order": ("", given(lambda x: torch.arange(x.shape[2]).expand(x.shape).float())),
-        "every 0 tokens": ("every an integer, 1 or more", {"every": 0}),
+        "every 0 tokens": ("every must be an integer, 1 or more", {"every": 0}),
         "share by row": ("share must be one of head, layer, model", {"share": "row"}),
     }
     for number, found in enumerate([-1, 2.5, float("nan"), "six", None, True, torch.tensor(3), [6]]):

@@ -1,0 +1,118 @@
+"""What policies that rank their tokens do in an update: score, rank, let descend."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kvpolicy.interfaces.policy import RankPolicy
+from kvpolicy.interfaces.site import Site
+from kvpolicy.placement.planner import Placement
+from kvpolicy.placement.selection import best_of_pairs, by_count_read, highest, ranked, scored, shared
+from kvpolicy.placement.step import Counts, Step
+from kvpolicy.placement.token_table import Candidates
+
+Ints = NDArray[np.int64]
+NOWHERE = -1
+"""The tier of a token that did not compete yet."""
+
+
+@dataclass
+class Turn:
+    """An update that is being planned."""
+
+    step: Step
+    """Where it leads."""
+    slots: Tensor
+    """Of the new tokens, `[batch, kv_heads or 1, tokens]`."""
+    counts: Counts
+    keys: Candidates
+    known: dict[int, Ints] = field(default_factory=dict)
+    """Of tiers that selected, how many tokens stayed, where it had to be read from the device."""
+
+
+class Ranking:
+    """The scores, ranks and selections of one layer."""
+
+    def __init__(self, placement: Placement, site: Site) -> None:
+        self.placement, self.site = placement, site
+
+    def add_features(self, fresh: Tensor, new: Mapping[str, Tensor], slots: Tensor, step: Step) -> None:
+        """Score new tokens, where scorers do that as they arrive."""
+        columns = self.placement.scores
+        if columns.judged is not None:
+            fresh[..., columns.judged] = NOWHERE
+        for scorer, at in zip(columns.features, columns.kind_of_feature, strict=True):
+            shown = {**new, "positions": step.in_text(slots), "ages": step.ages(slots)}
+            if at is not None:
+                shown |= {"attention": fresh[..., at], "queries": fresh[..., at + 1]}
+            found = scored(scorer, shown, self.site)
+            found = found if found.shape[1] == fresh.shape[1] else found.mean(1, keepdim=True)
+            fresh[..., columns.feature(scorer)] = found
+
+    def rank(self, turn: Turn, tier: int) -> Tensor:
+        """What a tier's policy ranks its tokens by; where places differ, in token order."""
+        policy = self.placement.policies[tier]
+        assert isinstance(policy, RankPolicy)
+        rank = self._rank(policy, turn, tier)
+        return shared(policy, rank.gather(2, self._order(turn, tier)) if self._apart(policy) else rank)
+
+    def _apart(self, policy: RankPolicy) -> bool:
+        """Whether heads or layers that select the same tokens may have them in different places."""
+        return policy.share != "head" and self.placement.shares > 1
+
+    def _order(self, turn: Turn, tier: int) -> Tensor:
+        """The places of a tier's tokens in token order, `[batch, kv_heads or 1, tokens]`; then others, in some rows."""
+        work, most = turn.keys, int(turn.counts.selections[tier].held.max())
+        last = torch.iinfo(work.positions.dtype).max
+        return work.positions.masked_fill(work.target != tier, last).argsort(dim=2, stable=True)[..., :most]
+
+    def _rank(self, policy: RankPolicy, turn: Turn, tier: int) -> Tensor:
+        columns, work = self.placement.scores, turn.keys
+        scorer, ages = columns.scorer[tier], turn.step.ages(work.positions)
+        if scorer is not None and scorer in columns.features:
+            assert work.scores is not None
+            return work.scores[..., columns.feature(scorer)]
+        shown = {"positions": turn.step.in_text(work.positions), "ages": ages}
+        if work.scores is not None and (at := columns.attention.get(tier)) is not None:
+            shown |= {"attention": work.scores[..., at], "queries": work.scores[..., at + 1]}
+        if scorer is None:
+            return ranked(policy, shown["attention"], shown["queries"], ages)
+        order = work.positions.argsort(dim=2, stable=True)
+        real = work.positions.gather(2, order) >= 0
+        found = scored(scorer, {name: x.gather(2, order) * real for name, x in shown.items()}, self.site)
+        return torch.empty_like(found).scatter_(2, order, found)
+
+    def select(self, turn: Turn, tier: int, rank: Tensor) -> Tensor | None:
+        """Let tokens descend; returns how many stayed, `[rows, heads]`, where the host can't know."""
+        policy, work, chosen = self.placement.policies[tier], turn.keys, turn.counts.selections[tier]
+        assert isinstance(policy, RankPolicy)
+        target = work.target
+        candidates, judged = target == tier, self.placement.scores.judged
+        if not chosen.now.all():
+            candidates &= torch.from_numpy(chosen.now).to(target.device, non_blocking=True).view(-1, 1, 1)
+        compete = candidates
+        if policy.among == "arrival":
+            assert work.scores is not None
+            compete = candidates & (work.scores[..., judged] != tier)
+        if self._apart(policy):
+            order = self._order(turn, tier)
+            rank = rank.new_zeros(compete.shape).scatter_(2, order, rank.expand_as(order))
+        rank = rank.expand_as(compete).masked_fill(~compete, -torch.inf)
+        if policy._reads_counts:
+            stays = by_count_read(policy, rank, chosen.budgets)
+        elif policy.among == "pairs":
+            stays = best_of_pairs(rank, compete, work.positions, chosen.rounds)
+            stays &= highest(rank, np.where(chosen.budgets > 0, rank.shape[2], 0))
+        else:
+            stays = highest(rank, chosen.budgets)
+        target.masked_fill_(compete & ~stays, tier + 1)
+        if policy.among == "arrival":
+            assert work.scores is not None
+            work.scores[..., judged].masked_fill_(candidates & (target == tier), tier)
+        return (target == tier).sum(2) if policy._reads_counts else None
