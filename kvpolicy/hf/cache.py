@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,11 @@ class CompressedCache(PassAware, Cache):
         """Let the pending tokens into the tiers; `crop` of them is no exact rollback afterwards."""
         self.guard.ready()
         self.guard.commit()
+
+    def settle(self) -> None:
+        """`commit`, as version 0.1 called it."""
+        warnings.warn("CompressedCache.settle is called commit now", FutureWarning, stacklevel=2)
+        self.commit()
 
     def memory(self) -> Memory:
         """Bytes by layer, side and store, counted from the tensors held. Commits pending tokens first."""
