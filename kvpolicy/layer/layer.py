@@ -443,6 +443,8 @@ def commit_all(layers: Sequence[LayerCache], coming: int = 0) -> None:
         layer.check_whole()
         layer.hold()
     waiting = [layer for layer in layers if layer.waiting]
+    for layer in waiting:  # arithmetic first, which steps keep: what interrupts it leaves the layers whole
+        layer.held_after_commit(coming)
     _advance(waiting, lambda layer: layer.begin(layer.pending), lambda layer: layer.pending)
     ending = [layer for layer in layers if layer._ends_prompt(coming)]
     for layer in ending:
