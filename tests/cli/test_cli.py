@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -242,7 +243,7 @@ def test_plugins_lists_kind_distribution_version_file_and_options() -> None:
     result = run("plugins")
     assert result.returncode == 0, result.stderr
     (line,) = (line for line in result.stdout.splitlines() if " log " in line)
-    for part in ("policy", "kvpolicy", "0.1.0", "kvpolicy_log.py", "budget=42"):
+    for part in ("policy", "kvpolicy", version("kvpolicy"), "kvpolicy_log.py", "budget=42"):
         assert part in line
 
 
