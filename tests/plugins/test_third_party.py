@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -156,7 +157,7 @@ def test_a_copy_with_the_same_kind_is_refused_naming_both_distributions(tmp_path
     install(source, tmp_path / "site")
     result = python(tmp_path / "site", "-m", "kvpolicy", "recipes")
     assert result.returncode == 2
-    assert "kind 'log' in both kvpolicy 0.1.0" in result.stderr
+    assert f"kind 'log' in both kvpolicy {version('kvpolicy')}" in result.stderr
     assert "my-log 1.2.3" in result.stderr
     assert "Traceback" not in result.stderr
 
