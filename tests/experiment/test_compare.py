@@ -370,13 +370,13 @@ def test_many_labels_do_not_overlap(result: Comparison, tmp_path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from kvpolicy.experiment.plot import _draw, _extent, _label, _overlap, _Point
+    from kvpolicy.experiment.plot import Point, _draw, _extent, _label, _overlap
 
     figure = Figure(figsize=(6, 5), dpi=144)
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.set_ylim(0, 1.1)
-    points = [_Point(f"a-longer-name-{i}", 4 + i / 8, 1.0 - i % 2 / 50, 0.9, 1.0, i % 3 == 0) for i in range(9)]
+    points = [Point(f"a-longer-name-{i}", 4 + i / 8, 1.0 - i % 2 / 50, 0.9, 1.0, i % 3 == 0) for i in range(9)]
     _draw(axes, points)
     canvas.draw()
     _label(axes, points, canvas.get_renderer())
