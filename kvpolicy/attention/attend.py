@@ -7,7 +7,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from kvpolicy.attention.backend import assigned, merged
+from kvpolicy.attention.backend import assigned, computed, merged
 from kvpolicy.attention.mask import as_mask, mask_scores
 from kvpolicy.attention.reference import SCORES, exponentials
 from kvpolicy.interfaces.backend import AttentionOptions, Part, StoreView
@@ -59,7 +59,7 @@ def attend(
     found = []
     for number, (backend, part) in enumerate(pieces):
         own = options if number == 0 or sinks is None else AttentionOptions(options.scaling, softcap)
-        found.append(backend.attend(query, part, shown, own))
+        found.append(computed(backend, query, part, shown, own))
     return merged(found)[0].transpose(1, 2).to(query.dtype)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from kvpolicy.attention.reference import REFERENCE
 from kvpolicy.errors import PluginError
 from kvpolicy.interfaces.backend import AttentionOptions, AttentionSpec, Backend, Part, StoreView
+from kvpolicy.interfaces.checks import versions
 from kvpolicy.interfaces.component import TRY, call
 from kvpolicy.plugins import registry
 
@@ -107,6 +108,33 @@ def spec_of(query: Tensor, part: Part, mask: Tensor | None, options: AttentionOp
         options.sinks is not None,
         by_head,
     )
+
+
+def computed(
+    backend: Backend, query: Tensor, part: Part, mask: Tensor | None, options: AttentionOptions
+) -> tuple[Tensor, Tensor]:
+    """What a backend gives for a part, checked.
+
+    Raises:
+        PluginError: it raised, returned something else, or wrote to `query`.
+    """
+    if backend is REFERENCE:
+        return REFERENCE.attend(query, part, mask, options)
+    before = versions([query])
+    found = call(backend, "attend", query, part, mask, options)
+    parts = found if isinstance(found, tuple) and all(isinstance(x, Tensor) for x in found) else ()
+    shapes = [(*query.shape[:3], part.value_dim), tuple(query.shape[:3])]
+    if [tuple(x.shape) for x in parts] != shapes:
+        what = [tuple(x.shape) for x in parts] or type(found).__name__
+        raise PluginError(f"backend {backend.kind!r}: attend must return tensors of {shapes}, found {what}. {TRY}")
+    if any(x.dtype != torch.float32 or x.device != query.device for x in parts):
+        kinds = [f"{x.dtype} on {x.device}" for x in parts]
+        raise PluginError(
+            f"backend {backend.kind!r}: attend must return float32 on {query.device}, found {kinds}. {TRY}"
+        )
+    if versions([query]) != before:
+        raise PluginError(f"backend {backend.kind!r}: attend must leave the query as it is, found it changed. {TRY}")
+    return parts[0], parts[1]
 
 
 def merged(found: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -107,10 +107,11 @@ class TieredLayer(DenseAccess, CacheLayerMixin):
                 f"policy {self.tiers.placement.reads_counts[0]!r} lets other numbers of tokens stay in each row "
                 "and head, which only an attached model can read; use: with kvpolicy.attach(model): ..."
             )
-        if self.tiers.step.by_row:
+        if self.tiers.step.by_row or (self.tiers.evicts and self.tiers.planner.uneven):
             raise CacheError(
-                "a cache that was filled by padded batches must go on with an attached model, found one that is not; "
-                "use: with kvpolicy.attach(model): ..."
+                "a cache whose rows or heads hold different numbers of tokens (padded batches, or a crop of what "
+                "had descended) must go on with an attached model, found one that is not; use: with "
+                "kvpolicy.attach(model): ..."
             )
 
     @uncompiled

@@ -56,6 +56,10 @@ class Savable(Protocol):
 C = TypeVar("C", bound=Savable)
 
 
+OF_A_TOKEN = 1 << 20
+"""Numbers of a token that are believed of a cache that holds none."""
+
+
 def save_cache(cache: Savable, path: Any) -> None:
     """Write a committed cache; see `CompressedCache.save`."""
     seen = _seen(cache)
@@ -243,8 +247,9 @@ def _check_examples(cache: Savable, held: Held, model_or_config: Any, path: Path
         for like in examples:
             batch = like.shape[0] if batch is None and like.ndim else batch
             fits = like.ndim == 4 and like.shape[:3] == (batch, *examples[0].shape[1:3]) and like.dtype in FLOATS
-            numbers = math.prod((*like.shape[:2], *like.shape[3:]))  # of a token; each takes a bit at least
-            if not fits or not 0 < numbers <= bits or (tiered and like.shape[2]):
+            # Those of a token take a bit each at least, if any token is held.
+            numbers = math.prod((*like.shape[:2], *like.shape[3:]))
+            if not fits or not 0 < numbers <= max(bits, OF_A_TOKEN) or (tiered and like.shape[2]):
                 found = [f"{tuple(x.shape)} in {x.dtype}" for x in examples]
                 raise Damaged(f"layer {number} must hold heads in {batch} rows, found {found}")
             if isinstance(dtype, torch.dtype) and like.dtype != dtype:

@@ -140,6 +140,12 @@ class Guard:
         before, padding = self.seen, self.reading.padding
         if isinstance(mask, Tensor) and mask.ndim == 4 and self.evicts and not attached:
             self._check_columns(mask, tokens)
+        held = {tiers.planner.width for tiers in self.tiers if tiers.evicts and tiers.step.by_head}
+        if not attached and len(held) > 1 and not any(getattr(layer, "uneven", None) for layer in self.layers):
+            raise CacheError(
+                "layers that drop tokens must hold the same number while the model is not attached, found "
+                f"{sorted(held)} after a crop; attach the model, or reset() the cache"
+            )
         coming = self._padding_with(mask, tokens, before, attached)
         own = {i: _kept(x) for i, x in enumerate(self.layers) if not isinstance(x, TieredLayer)}
         if self.selects_together and (attached or not any(tiers.placement.kinds for tiers in self.tiers)):

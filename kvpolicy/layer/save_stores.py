@@ -22,8 +22,6 @@ from kvpolicy.storage.named_parts import GROUPS, SIZES, NamedParts
 
 Formats = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 """For each tensor of a store its dtype, and its shape after batch, heads and tokens."""
-MOST = 128
-"""Tokens of a group in a sample."""
 
 
 def save_stores(tiers: LayerCache, number: int, tensors: dict[str, Tensor]) -> None:
@@ -43,7 +41,7 @@ def fill_stores(tiers: LayerCache, number: int, held: Held, device: torch.device
                 continue
             parts, like = held.below(f"{number}.{side}.{s}."), tiers.like[side]
             try:
-                _check(parts, store, like, _formats(tiers.placement.store_spec(side, s), store, like))
+                _check(parts, store, like, _formats(tiers.placement.store_spec(side, s), store, like, parts))
                 store.restore(
                     {name: t if name == "sizes" or name.endswith(SIZES) else t.to(device) for name, t in parts.items()}
                 )
@@ -60,16 +58,19 @@ def fill_stores(tiers: LayerCache, number: int, held: Held, device: torch.device
                 raise Damaged(f"layer {number}, {side}, store {s}: {error}") from None
 
 
-def _formats(spec: Any, store: Store, like: Tensor) -> Formats:
-    """The formats of a store's tensors, found on a store of zeros."""
+def _formats(spec: Any, store: Store, like: Tensor, parts: dict[str, Tensor]) -> Formats:
+    """The formats of a store's tensors, found on a store of zeros, one group of them."""
     exact = like.dtype, (like.shape[3],)
     if isinstance(store, ExactStore):
         return {"exact": exact}
     n = 1
     if isinstance(store, AffineStore) and store.by_channel:
         assert isinstance(spec, AffineQuantizer)
-        n = min(store.group_size or 1, MOST)
-        spec = spec.model_copy(update={"group_size": n})
+        coded = parts["codes"].shape[2] if "codes" in parts and parts["codes"].ndim > 2 else 0
+        if store.group_size <= coded:
+            n = store.group_size or 1
+        else:  # no group is full
+            spec = spec.model_copy(update={"group_size": 1})
     sample = make_store(spec, like.shape[3], store.site if isinstance(store, CodedStore) else None)
     assert sample is not None
     if _lines(store) is not None:

@@ -79,6 +79,11 @@ class Planner(ABC):
     def width_after(self, n: int, padding: Padding | None, ends: bool) -> int:
         """`width` once `n` more tokens are let in, and the prompt `ends` with them; at most, where ranks decide it."""
 
+    @property
+    def uneven(self) -> bool:
+        """Whether rows or heads hold different numbers of tokens."""
+        return False
+
     @abstractmethod
     def columns(self, device: torch.device) -> ColumnMap:
         """Where attention finds the tokens of each store, on the device of the layer."""

@@ -82,6 +82,11 @@ class PerHeadPlacement(Planner):
         return 0 if table is None else table.length
 
     @property
+    def uneven(self) -> bool:
+        held = self.counts.sum(0)
+        return bool((held != held.max()).any())
+
+    @property
     def width(self) -> int:
         return int(self.counts.sum(0).max())
 

@@ -169,7 +169,8 @@ class CodedStore(Store):
         own = {name: t for name, t in tensors.items() if name.startswith(OWN)}
         if POSITIONS in own:
             super().restore({POSITIONS: own.pop(POSITIONS)})
-        if self.chain is not None and tensors:
+        coded = any(not name.startswith((OWN, EXTRAS)) and name not in ("exact", "sizes") for name in tensors)
+        if self.chain is not None and (own or coded):
             self.chain.restore(own)
         if self.beside is not None:
             self.beside.restore(tensors)

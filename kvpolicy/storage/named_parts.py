@@ -192,8 +192,9 @@ class NamedParts:
             if t.shape[0] > 1:
                 with torch.inference_mode(False):
                     self.kept[name] = t.index_select(0, rows.to(t.device, non_blocking=True))
-        if self.groups is not None and self.row_heads is not None:
+        if self.groups is not None:
             self.groups.select(rows)
+        if self.row_heads is not None:
             self.row_heads = (len(rows), self.row_heads[1])
 
     def to(self, device: torch.device) -> None:

@@ -96,3 +96,37 @@ def test_copies_name_who_computed_their_attention() -> None:
     assert "attention by reference" in str(copy.deepcopy(cache).summary())
     cache.reset()
     assert "attention by" not in str(cache.summary())
+
+
+LIES: dict[str, Any] = {
+    "raises": lambda out, lse: 1 / 0,
+    "nothing": lambda out, lse: None,
+    "a channel less": lambda out, lse: (out[..., 1:], lse),
+    "one head": lambda out, lse: (out[:, :1], lse),
+    "half": lambda out, lse: (out.half(), lse),
+    "half sums": lambda out, lse: (out, lse.half()),
+    "more sums": lambda out, lse: (out, lse.unsqueeze(-1)),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_backend_that_lies_is_named(lie: str, decoding: type[Decoding], monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = Decoding.attend
+    monkeypatch.setattr(decoding, "attend", lambda self, *given: LIES[lie](*honest(self, *given)))
+    model = tiny("llama")
+    with pytest.raises(PluginError, match="backend 'decoding': attend"):
+        steps(model, make_cache("logquant", model))
+
+
+def test_a_backend_that_writes_to_the_query_is_named(decoding: type[Decoding], monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = Decoding.attend
+
+    def writes(self: Decoding, query: Tensor, *given: Any) -> Any:
+        found = honest(self, query, *given)
+        query.mul_(2)
+        return found
+
+    monkeypatch.setattr(decoding, "attend", writes)
+    model = tiny("llama")
+    with pytest.raises(PluginError, match="must leave the query as it is"):
+        steps(model, make_cache("logquant", model))
