@@ -56,7 +56,8 @@ def check(model: PreTrainedModel, name: str, tokens: torch.Tensor, prompt: int, 
 
 @pytest.mark.parametrize("name", BY_POSITION)
 def test_every_recipe_over_300_steps(name: str) -> None:
-    check(tiny("llama"), name, ids(380, batch=2), 60, 1e-5)
+    # Now and then rounding puts a code on the other side of a boundary.
+    check(tiny("llama"), name, ids(380, batch=2), 60, 1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
