@@ -188,6 +188,8 @@ class _Builder:
             return value
         if not isinstance(value, dict):
             hint = f"; write {{kind: {value}}}" if isinstance(value, str) and value in known else ""
+            if isinstance(value, str) and not hint:
+                hint = f"{suggest(value, known)}; installed are {listed(sorted(known))}"
             self.note(path, f"a {what} must be a mapping with kind and options, found {in_words(value)}{hint}")
             return BAD
         kind = value.get("kind")
