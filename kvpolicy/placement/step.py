@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from weakref import ReferenceType, ref
 
 import numpy as np
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Ints = NDArray[np.int64]
+T = TypeVar("T")
 Bools = NDArray[np.bool_]
 LINKS = 5
 """Steps that a step remembers as its successors: an update takes four at most."""
@@ -196,19 +197,20 @@ class Step:
         """This step without what belongs to how it came about, for `replace`."""
         return replace(self, plan=None, before=(), ended=False, quiet=False, _next=None, _before=None, _derived={})
 
-    def _once(self, key: Any, make: Callable[[], Any]) -> Any:
+    def _once(self, key: Any, make: Callable[[], T]) -> T:
         if key not in self._derived:
             self._derived[key] = make()
-        return self._derived[key]
+        found: T = self._derived[key]
+        return found
 
     def layout(self, side: str) -> tuple[list[int | Tensor], int]:
         """`Placement.layout`, kept."""
         side = "keys" if self.placement.alike else side
-        return self._once(("layout", side), lambda: self.placement.layout(self.state, side))  # type: ignore[no-any-return]
+        return self._once(("layout", side), lambda: self.placement.layout(self.state, side))
 
     def columns(self, device: torch.device) -> ColumnMap:
         """Where attention finds the tokens of each store, on a device."""
-        return self._once(("columns", device), lambda: self._columns(device))  # type: ignore[no-any-return]
+        return self._once(("columns", device), lambda: self._columns(device))
 
     def _columns(self, device: torch.device) -> ColumnMap:
         def placed(where: list[int | Tensor]) -> list[int | Tensor]:
@@ -220,7 +222,7 @@ class Step:
 
     def _in_columns(self, device: torch.device) -> Tensor:
         find = self.placement.in_columns
-        return self._once(("in columns", device), lambda: find(self.state).to(device, non_blocking=True))  # type: ignore[no-any-return]
+        return self._once(("in columns", device), lambda: find(self.state).to(device, non_blocking=True))
 
     def prompts(self) -> list[int | None]:
         """Tokens of the prompt, by row; None while it goes on."""
@@ -230,7 +232,7 @@ class Step:
 
     def new_slots(self, n: int, device: torch.device) -> Tensor:
         """The slots of the `n` newest tokens, `EMPTY` where they are padding: `[rows or 1, 1, n]`."""
-        return self._once(("slots", n, device), lambda: self._new_slots(n).to(device, non_blocking=True))  # type: ignore[no-any-return]
+        return self._once(("slots", n, device), lambda: self._new_slots(n).to(device, non_blocking=True))
 
     def _new_slots(self, n: int) -> Tensor:
         import torch
@@ -245,7 +247,12 @@ class Step:
 
         New tokens are among them. Rows where fewer moved are filled up with slots that there are none of.
         """
-        return self._once(("moved", device), lambda: tuple(x.to(device, non_blocking=True) for x in self._moved()))  # type: ignore[no-any-return]
+
+        def moved() -> tuple[Tensor, Tensor]:
+            slots, tiers = self._moved()
+            return slots.to(device, non_blocking=True), tiers.to(device, non_blocking=True)
+
+        return self._once(("moved", device), moved)
 
     def _moved(self) -> tuple[Tensor, Tensor]:
         import torch
@@ -285,7 +292,7 @@ class Step:
         if known:
             return self._counts(before, judged, known)
         key = ("counts", before.shape, before.tobytes(), judged.shape, judged.tobytes())
-        return self._once(key, lambda: self._counts(before, judged, {}))  # type: ignore[no-any-return]
+        return self._once(key, lambda: self._counts(before, judged, {}))
 
     def _counts(self, before: Ints, judged: Ints, known: Mapping[int, Ints]) -> Counts:
         placement, ranked, rows = self.placement, self.placement.ranked, len(self.rows)
@@ -339,7 +346,7 @@ class Step:
             return ages
         later = self._once(("later", positions.device), lambda: self._later().to(positions.device, non_blocking=True))
         at = positions.clamp(min=0, max=later.shape[1] - 1)
-        return ages - later[:, None].expand(-1, positions.shape[1], -1).gather(2, at)  # type: ignore[no-any-return]
+        return ages - later[:, None].expand(-1, positions.shape[1], -1).gather(2, at)
 
     def in_text(self, slots: Tensor) -> Tensor:
         """The position among its row's real tokens of each of `slots`, `[batch, kv_heads or 1, tokens]`."""

@@ -19,7 +19,7 @@ from kvpolicy.interfaces.site import Site
 from kvpolicy.storage.base import LARGE, Ints
 from kvpolicy.storage.coded import NOTHING, POSITIONS, Aside, CodedStore
 from kvpolicy.storage.packing import dequantize, pack
-from kvpolicy.storage.pages import FULL, Pages, at_once, gather_tokens
+from kvpolicy.storage.pages import FULL, GROUPS_AT_FIRST, Pages, at_once, forget_unused, gather_tokens
 from kvpolicy.storage.scales import Scales, levels_of
 
 
@@ -80,8 +80,7 @@ class AffineStore(CodedStore):
         self.parts |= {"codes": Pages(), "params": Pages(), "exact": Pages()}
         self.sizes = np.empty(0, dtype=np.int64)
         self.row_heads: tuple[int, int] | None = None
-        self.most_groups = 64
-        """Groups held before a device is asked which of them are empty."""
+        self.most_groups = GROUPS_AT_FIRST
 
     @property
     def grouped(self) -> bool:
@@ -192,27 +191,7 @@ class AffineStore(CodedStore):
             self.parts[name].remove(index)
         for kept in self._kept:
             kept.remove(index)
-        self._forget_groups()
-
-    def _forget_groups(self) -> None:
-        """Drop the parameters of groups that no token belongs to any more.
-
-        A CPU is asked each time. Another device would have to be waited for, so it is asked as their number doubles.
-        """
-        params, groups = self.parts["params"], self.parts["groups"]
-        if not groups.length:
-            self.parts["params"] = Pages(whole=True)
-            return
-        if groups.pages[0].device.type != "cpu":
-            if params.length <= self.most_groups:
-                return
-            self.most_groups = 2 * params.length
-        used = torch.zeros(params.length, dtype=torch.bool, device=groups.pages[0].device)
-        used[groups.all().flatten().long()] = True
-        if not used.all():
-            renumbered = used.cumsum(0, dtype=torch.int32) - 1
-            groups.all().copy_(renumbered[groups.all().long()])
-            params.drop((~used).nonzero()[:, 0].cpu())
+        self.most_groups = forget_unused(self.parts["groups"], [self.parts["params"]], self.most_groups)
 
     def _append_codes(self, x: Tensor, size: int) -> None:
         """Encode tokens; per channel, `size` at a time are a group."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from kvpolicy.errors import CacheError, PluginError
 from kvpolicy.interfaces.component import TRY
 from kvpolicy.storage.base import Ints
-from kvpolicy.storage.pages import Pages, gather_tokens
+from kvpolicy.storage.pages import GROUPS_AT_FIRST, Pages, forget_unused, gather_tokens
 
 __all__ = ["GROUPS", "SIZES", "Format", "NamedParts"]
 
@@ -49,6 +49,7 @@ class NamedParts:
         self.groups: Pages | None = None
         self.length = 0
         self.row_heads: tuple[int, int] | None = None
+        self.most_groups = GROUPS_AT_FIRST
 
     @property
     def arriving(self) -> bool:
@@ -123,15 +124,7 @@ class NamedParts:
         if self.groups is None:
             return
         self.groups.remove(index)
-        arrivals = [part for _, part in self._of("arrival")]
-        used = torch.zeros(arrivals[0].length, dtype=torch.bool, device=index.device)
-        if self.groups.length:
-            used[self.groups.all().flatten().long()] = True
-            renumbered = used.cumsum(0, dtype=torch.int32) - 1
-            self.groups.all().copy_(renumbered[self.groups.all().long()])
-        gone = (~used).nonzero()[:, 0].cpu()
-        for part in arrivals:
-            part.drop(gone)
+        self.most_groups = forget_unused(self.groups, [part for _, part in self._of("arrival")], self.most_groups)
 
     def differ_by_head(self, row_heads: tuple[int, int]) -> None:
         """From now on tokens differ by row or head."""

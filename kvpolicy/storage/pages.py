@@ -12,6 +12,8 @@ SMALLEST, LARGEST = 64, 1024
 """Tokens of a page with room for more."""
 FULL = 4096
 """Tokens of a page that is filled at once."""
+GROUPS_AT_FIRST = 64
+"""Groups held before a device is asked which of them are empty."""
 FEWER = 16
 """How many times as large both are on other devices than a CPU, where each page costs a launch of every kernel."""
 
@@ -200,6 +202,34 @@ class Pages:
     def reserved(self) -> int:
         """Bytes of all pages."""
         return sum(page.numel() * page.element_size() for page in self.pages)
+
+
+def forget_unused(groups: Pages, kept: list[Pages], most: int) -> int:
+    """Drop what is kept of groups that no token belongs to any more, and number the others anew.
+
+    A CPU is asked each time which these are. Another device would have to be waited for, so it is asked once there are
+    more than `most` groups.
+
+    Args:
+        groups: the number of the group of each token, `[batch, kv_heads or 1, tokens, 1]`.
+        kept: what is kept of each group, in order.
+        most: what the last call returned; `GROUPS_AT_FIRST` for the first.
+
+    Returns:
+        Twice as many groups as are left, or `GROUPS_AT_FIRST`.
+    """
+    count = kept[0].length
+    if not count or (kept[0].pages[0].device.type != "cpu" and groups.length and count <= most):
+        return most
+    gone = torch.arange(count)
+    if groups.length:
+        used = torch.zeros(count, dtype=torch.bool, device=kept[0].pages[0].device)
+        used[groups.all().flatten().long()] = True
+        groups.all().copy_((used.cumsum(0, dtype=torch.int32) - 1)[groups.all().long()])
+        gone = (~used).nonzero()[:, 0].cpu()
+    for part in kept:
+        part.drop(gone)
+    return max(2 * kept[0].length, GROUPS_AT_FIRST)
 
 
 def at_once(like: Tensor) -> int:
