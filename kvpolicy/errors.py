@@ -20,6 +20,14 @@ class KvpolicyError(Exception):
 class RecipeError(KvpolicyError):
     """A recipe, or a parameter given to one, is not valid."""
 
+    place: tuple[str | int, ...] = ()
+    """Where in the part that was checked, as a path, if the message does not say it: `("budget", 1)`."""
+
+    def at(self, *place: str | int) -> RecipeError:
+        """The same error, seen from the part that holds the one that was checked."""
+        self.place = (*place, *self.place)
+        return self
+
 
 class PluginError(KvpolicyError):
     """A plugin can't be loaded, clashes with another, or broke its contract."""

@@ -25,7 +25,7 @@ from kvpolicy.interfaces.policy import Policy
 from kvpolicy.interfaces.quantizer import AffineQuantizer, Quantizer, TensorQuantizer
 from kvpolicy.interfaces.scorer import SHOWN, Scorer
 from kvpolicy.interfaces.transform import NEEDS, Transform
-from kvpolicy.words import listed, quoted, suggest
+from kvpolicy.words import a, listed, quoted, suggest
 
 __all__ = ["GROUP", "BrokenPlugin", "PluginInfo", "Registry", "ScorerOption", "registry"]
 
@@ -182,8 +182,14 @@ class Registry:
                     f"{plugin.distribution} {plugin.version} failed to load: {plugin.cause}"
                 )
         failed = f"; plugins that failed to load: {', '.join(p.name for p in self.broken)}" if self.broken else ""
-        installed = listed(sorted(known)) or "none"
-        raise RecipeError(f"no {what} of kind {quoted(kind)}{suggest(kind, known)}; installed: {installed}{failed}")
+        raise RecipeError(f"no {what} of kind {quoted(kind)}{self.instead(what, kind)}{failed}")
+
+    def instead(self, what: str, kind: str) -> str:
+        """What may have been meant by a kind that no plugin of one type has: the end of a message."""
+        known = self.known(what)
+        other = next((role for role in HOOKS if kind in self.known(role)), None)
+        hint = suggest(kind, known) if other is None else f", which is {a(other)}"
+        return f"{hint}; installed: {listed(sorted(known)) or 'none'}"
 
 
 def _library_of_extra(home: str, extra: str) -> str:

@@ -37,6 +37,11 @@ def in_words(value: Any) -> str:
     return named.get(type(value)) or clip(_repr(value))
 
 
+def a(noun: str) -> str:
+    """A noun with its article."""
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
 def _repr(value: Any) -> str:
     try:
         return repr(value)

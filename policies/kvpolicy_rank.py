@@ -50,13 +50,19 @@ class Rank(RankPolicy):
     def _check_use(self) -> Rank:
         """Options that would do nothing are refused."""
         fields = type(self).model_fields
-        idle = {"floor": "heads: scores"} if self.heads == "even" else {}
-        if self.threshold is not None:
-            idle |= dict.fromkeys(("budget", "of", "heads"), "no threshold")
-        for name, needed in idle.items():
-            if getattr(self, name) != fields[name].default:
-                found = f"{name}: {getattr(self, name)}"
-                raise ValueError(f"option {name!r} must go with {needed}, found {found} without; remove it")
+        found = {
+            name: f"{name}: {getattr(self, name)}"
+            for name in ("budget", "of", "heads", "floor")
+            if getattr(self, name) != fields[name].default
+        }
+        idle = next((name for name in ("budget", "of", "heads") if name in found), None)
+        if self.threshold is not None and idle:
+            raise ValueError(
+                f"option {idle!r} must stand without a threshold, found {found[idle]} and threshold: {self.threshold}; "
+                "remove one of them"
+            )
+        if self.heads == "even" and "floor" in found:
+            raise ValueError(f"option 'floor' must go with heads: scores, found {found['floor']} without; remove it")
         if self.heads == "scores" and self.share != "head":
             raise ValueError(f"option 'heads: scores' must go with share: head, found share: {self.share}")
         if self.among == "arrival" and self.of == "prompt":

@@ -41,12 +41,17 @@ class Sparse(Extra):
         return self
 
     def _most(self, size: int) -> int:
-        """Numbers kept of a group of `size`; 0 where that is unknown."""
+        """Numbers kept of a group of `size`."""
         if self.share is None:
             return self.count or 1
-        if not size:
-            raise RecipeError("sparse must have count with group_size: arrival, found share; give a number instead")
         return max(1, int(self.share * size))
+
+    def check_grouping(self, grouping: Grouping) -> None:
+        if self.share is not None and not grouping.size:
+            raise RecipeError(
+                f"sparse must have count with group_size: arrival, found share: {self.share}; write count: 1, or "
+                "another group_size"
+            )
 
     def take(self, x: Tensor, grouping: Grouping, site: Site) -> tuple[Tensor, dict[str, Tensor]]:
         most = self._most(grouping.size)

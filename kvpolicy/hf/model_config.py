@@ -6,10 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 from kvpolicy.errors import CacheError, MissingDependencyError, RecipeError
+from kvpolicy.interfaces.budget import layers_named
 from kvpolicy.interfaces.quantizer import Quantizer
 from kvpolicy.interfaces.site import Site
 from kvpolicy.recipe.load import Recipe
-from kvpolicy.recipe.spec import parse_selector
+from kvpolicy.recipe.yaml import path_text
 from kvpolicy.storage.make import try_store
 
 
@@ -17,11 +18,11 @@ def check_selectors(recipe: Recipe, layers: list[Any], compressed: list[int]) ->
     """Refuse `layers` entries that no layer of the model could follow."""
     recipe.tiers_of(0, len(layers))
     for key, tiers in recipe.layers.items():
-        first, last = (i + len(layers) if i < 0 else i for i in parse_selector(key))
-        if tiers != "full" and not any(first <= i <= last for i in compressed):
+        named = layers_named(key, len(layers))
+        if tiers != "full" and not set(named) & set(compressed):
             raise RecipeError(
                 f"recipe {recipe.name}: layers.{key} must name layers that can be compressed, which are {compressed}; "
-                f"layer {first} is a {type(layers[first]).__name__} and keeps the library's own cache"
+                f"layer {named[0]} is a {type(layers[named[0]]).__name__} and keeps the library's own cache"
             )
 
 
@@ -71,11 +72,6 @@ def check_stores(tiers: Any, dim: int | None, site: Site) -> None:
             spec = getattr(tier, side)
             if not isinstance(spec, Quantizer):
                 continue
-            if getattr(spec, "group_size", None) == "arrival" and number == 0:
-                raise RecipeError(
-                    f"tiers[{number}].{side} ({spec.kind}): group_size: arrival must stand below a tier whose tokens "
-                    "leave in blocks, found tier 0. Give a number or auto"
-                )
             try:
                 try_store(spec, dim or 64, replace(site, side="keys" if side == "keys" else "values"))
             except MissingDependencyError:
@@ -83,7 +79,9 @@ def check_stores(tiers: Any, dim: int | None, site: Site) -> None:
             except RecipeError as error:
                 if dim is None:
                     continue
-                raise RecipeError(f"tiers[{number}].{side} ({spec.kind}), layer {site.layer}: {error}") from None
+                part = path_text(("tiers", number, side, *error.place))
+                kind = "" if error.place else f" ({spec.kind})"
+                raise RecipeError(f"{part}{kind}, layer {site.layer}: {error}") from None
 
 
 def uneven_layers(chosen: dict[int, Any]) -> str | None:

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from bisect import bisect_left, insort
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, PlainSerializer, PlainValidator, WithJsonSchema
 
 from kvpolicy.errors import RecipeError
-from kvpolicy.words import quoted
+from kvpolicy.words import in_words, quoted
 
-__all__ = ["MOST", "Budget", "ByLayer", "LayerBudget", "Window", "budget_tokens", "parse_selector"]
+__all__ = [
+    "MOST",
+    "Budget",
+    "ByLayer",
+    "LayerBudget",
+    "Window",
+    "budget_tokens",
+    "find_overlaps",
+    "layers_named",
+    "parse_selector",
+]
 
 MOST = 2**31 - 1
 """Tokens that can be counted."""
@@ -31,19 +42,63 @@ def parse_selector(key: str) -> tuple[int, int]:
     return first, last
 
 
+def layers_named(key: str, layers: int) -> range:
+    """The layers that a selector names, of a model that has `layers` of them.
+
+    Raises:
+        RecipeError: it names others.
+    """
+    first, last = (i + layers if i < 0 else i for i in parse_selector(key))
+    if not 0 <= first <= last < layers:
+        raise RecipeError(
+            f"must name layers of the model, which has {layers} (0 to {layers - 1}, or -{layers} to -1), and a range "
+            f"must ascend, found {key!r}"
+        )
+    return range(first, last + 1)
+
+
+def find_overlaps(keys: Iterable[str]) -> dict[str, str]:
+    """What is wrong with layer selectors, by selector, as far as it can be told without a model."""
+    problems: dict[str, str] = {}
+    taken: dict[bool, list[tuple[int, int, str]]] = {False: [], True: []}
+    """Ranges that don't overlap, in order: those counted from the start, and those from the end."""
+    for key in keys:
+        try:
+            first, last = parse_selector(key)
+        except RecipeError as error:
+            problems[key] = str(error)
+            continue
+        if (first < 0) != (last < 0):
+            continue
+        ranges = taken[first < 0]
+        place = bisect_left(ranges, first, key=lambda taken: taken[1])
+        if place < len(ranges) and ranges[place][0] <= last:
+            problems[key] = f"a layer may be named once, found {key!r} overlapping {ranges[place][2]!r}"
+        else:
+            insort(ranges, (first, last, key))
+    return problems
+
+
+class BudgetError(RecipeError, ValueError):
+    """A budget is not valid. pydantic tells it as any `ValueError`."""
+
+
 def _budget(value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError("a budget is a number of tokens (an integer) or a fraction of the tokens seen in (0, 1)")
+        raise BudgetError(
+            "a budget is a number of tokens (an integer) or a fraction of the tokens seen in (0, 1), found "
+            f"{in_words(value)}"
+        )
     if isinstance(value, float):
         if not 0.0 < value < 1.0:
-            raise ValueError(
+            raise BudgetError(
                 f"a budget given as a float is a fraction of the tokens seen and must lie in (0, 1), found {value}; "
                 "write an integer for a number of tokens"
             )
     elif value < 1:
-        raise ValueError(f"a budget in tokens must be at least 1, found {value}")
+        raise BudgetError(f"a budget in tokens must be at least 1, found {value}")
     elif value > MOST:
-        raise ValueError(f"a budget in tokens must be at most {MOST}, found {value}")
+        raise BudgetError(f"a budget in tokens must be at most {MOST}, found {value}")
     return value
 
 
@@ -83,16 +138,30 @@ class ByLayer:
         """
         if not self.layers:
             if len(self.budgets) != layers:
-                raise RecipeError(f"a list of budgets must have one for each of {layers} layers, found {self}")
+                raise RecipeError(
+                    f"a list of budgets must have one for each layer of the model, which has {layers}, found "
+                    f"{len(self.budgets)}"
+                )
             return self.budgets[layer]
-        spans = [[i + layers if i < 0 else i for i in parse_selector(key)] for key in self.layers]
-        found = [budget for budget, (first, last) in zip(self.budgets, spans, strict=True) if first <= layer <= last]
-        if len(found) != 1 or not all(0 <= first <= last < layers for first, last in spans):
+        found: dict[str, int | float] = {}
+        for key, budget in zip(self.layers, self.budgets, strict=True):
+            try:
+                if layer in layers_named(key, layers):
+                    found[key] = budget
+            except RecipeError as error:
+                raise RecipeError(f"budgets by layer {error}").at(key) from None
+        if len(found) > 1:
+            first, second, *_ = found
             raise RecipeError(
-                f"budgets by layer must name each of {layers} layers once, and no others, found {self}: layer {layer} "
-                f"has {len(found)}"
+                f"budgets by layer must name a layer once, found layer {layer} of {layers} in both {first!r} and "
+                f"{second!r}"
+            ).at(second)
+        if not found:
+            raise RecipeError(
+                f"budgets by layer must name every layer that is kept so, found none for layer {layer} of {layers}; "
+                f"named are {', '.join(self.layers)}"
             )
-        return found[0]
+        return next(iter(found.values()))
 
     def plain(self) -> list[int | float] | dict[str, int | float]:
         """As YAML writes it."""
@@ -107,18 +176,22 @@ def _by_layer(value: Any) -> Any:
         return value
     if isinstance(value, list | tuple):
         if not value:
-            raise ValueError("a list of budgets must have one for each layer, found none")
-        return ByLayer(tuple(map(_budget, value)))
+            raise BudgetError("a list of budgets must have one for each layer, found none")
+        return ByLayer(tuple(_member(i, item) for i, item in enumerate(value)))
     if isinstance(value, Mapping):
         if not value:
-            raise ValueError("budgets by layer must name each layer, found none")
-        for key in value:
-            try:
-                parse_selector(str(key))
-            except RecipeError as error:
-                raise ValueError(str(error)) from None
-        return ByLayer(tuple(map(_budget, value.values())), tuple(map(str, value)))
+            raise BudgetError("budgets by layer must name each layer, found none")
+        for key, problem in find_overlaps(map(str, value)).items():
+            raise BudgetError(problem).at(key)
+        return ByLayer(tuple(_member(str(key), item) for key, item in value.items()), tuple(map(str, value)))
     return _budget(value)
+
+
+def _member(place: str | int, value: Any) -> Any:
+    try:
+        return _budget(value)
+    except BudgetError as error:
+        raise error.at(place) from None
 
 
 def _plain(value: Any) -> Any:

@@ -15,14 +15,13 @@ from torch import Tensor
 from kvpolicy.errors import PluginError
 from kvpolicy.interfaces.component import TRY, Component, call
 from kvpolicy.interfaces.extra import Extra, Grouping
-from kvpolicy.interfaces.quantizer import Affine, AffineQuantizer, Quantizer, TensorQuantizer
+from kvpolicy.interfaces.quantizer import Affine, AffineQuantizer, TensorQuantizer
 from kvpolicy.interfaces.site import Site
 from kvpolicy.interfaces.transform import Transform
 
 __all__ = [
     "adjoined",
     "calibrated",
-    "check_fit",
     "decoded",
     "encoded",
     "fitted",
@@ -46,18 +45,6 @@ def _found(value: Any) -> str:
     if not isinstance(value, Tensor):
         return type(value).__name__
     return f"{tuple(value.shape)} in {value.dtype} on {value.device}"
-
-
-def check_fit(quantizer: Quantizer, head_dim: int) -> None:
-    """Ask a quantizer whether its options fit `head_dim` channels.
-
-    Raises:
-        RecipeError: they don't.
-        PluginError: it answers otherwise than by an error.
-    """
-    answer = call(quantizer, "check", head_dim)
-    if answer is not None:
-        raise _fail(quantizer, f"must refuse by a RecipeError and return None from check, found {answer!r:.80}")
 
 
 def calibrated(quantizer: AffineQuantizer, groups: Tensor) -> Affine:

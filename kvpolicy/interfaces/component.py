@@ -31,6 +31,7 @@ __all__ = [
     "Window",
     "budget_tokens",
     "call",
+    "check_answer",
     "in_brief",
     "list_of",
 ]
@@ -138,6 +139,21 @@ def call(component: Component, method: str, *args: Any) -> Any:
         raise PluginError(
             f"{component._role} {component.kind!r}: {method} must not fail, found {reason[:300]}. {TRY}"
         ) from error
+
+
+def check_answer(component: Component, method: str, *args: Any) -> None:
+    """Ask a plugin whether its options fit, by one of its methods whose names begin with `check`.
+
+    Raises:
+        RecipeError: they don't.
+        PluginError: it answers otherwise than by an error.
+    """
+    answer = call(component, method, *args)
+    if answer is not None:
+        raise PluginError(
+            f"{component._role} {component.kind!r} must refuse by a RecipeError and return None from {method}, found "
+            f"{answer!r:.80}. {TRY}"
+        )
 
 
 def _out_of_memory(error: Exception) -> bool:

@@ -63,6 +63,13 @@ class Extra(Component):
         """Raise a `RecipeError` where the options don't fit a place in a model; returns nothing."""
         return
 
+    def check_grouping(self, grouping: Grouping) -> None:
+        """Raise a `RecipeError` where they don't fit what shares a scale; returns nothing.
+
+        A recipe asks when it is built, if its groups don't depend on head_dim, and each store when it is made.
+        """
+        return
+
     def take(self, x: Tensor, grouping: Grouping, site: Site) -> tuple[Tensor, dict[str, Tensor]]:
         """What is to be coded in place of `x`, in its shape and type, and what is kept of it.
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from kvpolicy.errors import PluginError
+from kvpolicy.errors import PluginError, RecipeError
 from kvpolicy.interfaces.component import MOST, TRY, ByLayer, Component, call
 from kvpolicy.interfaces.scorer import Scorer
 from kvpolicy.interfaces.scores import Queries as Queries
@@ -72,7 +72,13 @@ class Policy(Component):
         Raises:
             RecipeError: there is none for it.
         """
-        own = {name: option.of(layer, layers) for name, option in self if isinstance(option, ByLayer)}
+        own = {}
+        for name, option in self:
+            if isinstance(option, ByLayer):
+                try:
+                    own[name] = option.of(layer, layers)
+                except RecipeError as error:
+                    raise error.at(name) from None
         return self.model_copy(update=own) if own else self
 
     def capacity(self, seen: int) -> int:

@@ -10,16 +10,26 @@ from pydantic import Field, model_validator
 
 from kvpolicy.errors import PluginError
 from kvpolicy.interfaces.component import LIST, MOST, TRY, Component, call, list_of
-from kvpolicy.interfaces.extra import Axis, Extra
+from kvpolicy.interfaces.extra import Axis, Extra, Grouping
 from kvpolicy.interfaces.site import Site
 from kvpolicy.interfaces.transform import Transform
 
 if TYPE_CHECKING:
     from torch import Tensor, dtype
 
-__all__ = ["Affine", "AffineQuantizer", "Quantizer", "TensorQuantizer", "precision_of", "unit_factor"]
+__all__ = [
+    "Affine",
+    "AffineQuantizer",
+    "Quantizer",
+    "TensorQuantizer",
+    "known_grouping",
+    "precision_of",
+    "unit_factor",
+]
 
 SCALES = ("model", "float32", "float8_e4m3", "e8m0")
+AUTO_PER_CHANNEL = 32
+"""Tokens that share a scale per channel with `group_size: auto`."""
 MOST_BITS = 64
 """Bits of the longest number that is cached."""
 
@@ -197,3 +207,11 @@ class AffineQuantizer(Quantizer):
         Returns:
             `Affine`: unpacked codes, and scale and offset in float32, before any cast to `scale_dtype`.
         """
+
+
+def known_grouping(quantizer: AffineQuantizer) -> Grouping | None:
+    """Which numbers share a scale, where that does not depend on head_dim."""
+    size = quantizer.group_size
+    if quantizer.per == "channel":
+        size = {"auto": AUTO_PER_CHANNEL, "arrival": 0}.get(size, size) if isinstance(size, str) else size
+    return None if isinstance(size, str) else Grouping(quantizer.per, size)

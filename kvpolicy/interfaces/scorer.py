@@ -6,7 +6,7 @@ from abc import abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from kvpolicy.errors import PluginError
-from kvpolicy.interfaces.component import Component
+from kvpolicy.interfaces.component import TRY, Component
 from kvpolicy.interfaces.scores import Scores
 from kvpolicy.interfaces.site import Site
 
@@ -43,13 +43,16 @@ class Given:
     ages: Tensor
     """Comes with `positions`: tokens of its row seen from this one on, itself included."""
 
-    def __init__(self, **shown: Tensor) -> None:
+    def __init__(self, asker: str = "a scorer", /, **shown: Tensor) -> None:
         self.__dict__.update(shown)
+        self._asker = asker
 
     def __getattr__(self, name: str) -> Any:
         if name in SHOWN or name == "ages":
             asked = "positions" if name == "ages" else name
-            raise PluginError(f"a scorer must name what it reads, found {name!r} read; add {asked!r} to its needs")
+            raise PluginError(
+                f"{self._asker} must name what it reads, found {name!r} read; add {asked!r} to its needs. {TRY}"
+            )
         raise AttributeError(name)
 
 

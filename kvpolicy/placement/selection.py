@@ -70,7 +70,9 @@ def scored(scorer: Scorer, shown: dict[str, Tensor], site: Site) -> Tensor:
     given = {name: x for name, x in shown.items() if name in needs}
     shape = next((x.shape[:3] for name, x in given.items() if name in ("keys", "values")), None)
     shape = next(iter(given.values())).shape if shape is None else shape
-    return _checked(scorer, "score", (Given(**given), site), tuple(given.values()), shape).float()
+    return _checked(
+        scorer, "score", (Given(f"scorer {scorer.kind!r}", **given), site), tuple(given.values()), shape
+    ).float()
 
 
 def ranked(policy: RankPolicy, attention: Tensor, queries: Tensor, ages: Tensor) -> Tensor:

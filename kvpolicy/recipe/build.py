@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
 from kvpolicy.errors import RecipeError
+from kvpolicy.interfaces.budget import find_overlaps
 from kvpolicy.interfaces.component import Component
 from kvpolicy.interfaces.extra import Extra
 from kvpolicy.interfaces.policy import Policy
@@ -18,15 +19,17 @@ from kvpolicy.interfaces.transform import Transform
 from kvpolicy.plugins import PluginInfo, Registry, registry
 from kvpolicy.recipe.explain import explain
 from kvpolicy.recipe.inherit import REFERENCE, TOP_KEYS, inherit, parameters
-from kvpolicy.recipe.spec import Recipe, Tier, find_overlaps, find_problems
+from kvpolicy.recipe.spec import Recipe, Tier, find_problems
 from kvpolicy.recipe.yaml import BAD, SPEC_VERSION, Document, Path_, path_text
-from kvpolicy.words import clip, in_words, listed, quoted, suggest
+from kvpolicy.words import a, clip, in_words, listed, quoted, suggest
 
 LISTS: dict[str, type[Component]] = {"transforms": Transform, "extras": Extra}
 """Options of quantizers that are lists of other plugins."""
 ONE: dict[str, type[Component]] = {"scorer": Scorer}
 """Options of policies that are another plugin."""
 TIER_KEYS = ("policy", "store", "keys", "values")
+STORE = "a store must be full, evict or a mapping with a quantizer's kind"
+LAYER = "a layer must have a list of tiers or full"
 
 
 def build(document: Document, given: Mapping[str, Any]) -> Recipe:
@@ -129,7 +132,7 @@ class _Builder:
         for key, tiers in layers.items():
             path = ("layers", key)
             if isinstance(tiers, str) and tiers != "full":
-                self.note(path, f"a layer must have a list of tiers or full, found {in_words(tiers)}")
+                self.note(path, f"{LAYER}, found {in_words(tiers)}")
             else:
                 built[key] = tiers if tiers == "full" else self._tiers(tiers, path)
         return built
@@ -138,14 +141,16 @@ class _Builder:
         if tiers is BAD:
             return []
         if not isinstance(tiers, list) or not tiers:
-            self.note(path, f"tiers must be a list of at least one tier, found {in_words(tiers)}")
+            what = "tiers must be a list of at least one tier" if path == ("tiers",) else LAYER
+            dash = "; begin each tier with a dash" if isinstance(tiers, dict) and tiers else ""
+            self.note(path, f"{what}, found {in_words(tiers)}{dash}")
             return []
         rows = [self._tier(tier, (*path, i)) for i, tier in enumerate(tiers)]
         for place, message in find_problems(rows):
             number, *part = place
             assert isinstance(number, int)
             # A tier may have given its keys and values together.
-            part = ["store"] if part and part[0] not in tiers[number] else part
+            part = ["store", *part[1:]] if part and part[0] not in tiers[number] else part
             self.note((*path, number, *part), message)
         return rows
 
@@ -156,8 +161,8 @@ class _Builder:
             return _Row(BAD, BAD, BAD)
         unknown = [key for key in tier if key not in TIER_KEYS]
         for key in unknown:
-            message = f"unknown key {quoted(key)} of a tier{suggest(key, TIER_KEYS)}; allowed: {', '.join(TIER_KEYS)}"
-            self.note((*path, key), message)
+            hint = suggest(key, TIER_KEYS) or self._where_it_belongs(key)
+            self.note((*path, key), f"unknown key {quoted(key)} of a tier{hint}; allowed: {', '.join(TIER_KEYS)}")
         sides = [side for side in ("keys", "values") if side in tier]
         whole = len(sides) == (0 if "store" in tier else 2)
         if not whole and not unknown:
@@ -170,27 +175,46 @@ class _Builder:
             return _Row(policy, BAD, BAD)
         return _Row(policy, *(stores.get(side, stores.get("store")) for side in ("keys", "values")))
 
+    def _where_it_belongs(self, key: str) -> str:
+        """What to do with a key of a tier that is one of a plugin."""
+        if key == "quantizer":
+            return " (did you mean 'store'?)"
+        for what, place in (("policy", "policy"), ("quantizer", "store")):
+            if key != "kind" and any(key in info.cls.model_fields for info in self.plugins.known(what).values()):
+                return f"; an option of a {what} stands beside its kind: {place}: {{kind: ..., {key}: ...}}"
+        return "; a kind stands within policy or store: policy: {kind: ...}" if key == "kind" else ""
+
     def _store(self, value: Any, path: Path_) -> Any:
-        if not isinstance(value, str):
+        if isinstance(value, dict) and value.get("kind") in ("full", "evict"):
+            word, options = value["kind"], [key for key in value if key != "kind"]
+            found, more = "a mapping", ""
+            if options:
+                found = ", ".join(map(quoted, options))
+                more = f" alone, or the kind of a quantizer: {listed(sorted(self.plugins.quantizers)) or 'none'}"
+            self.note(path, f"{word} has no options and must be a plain word, found {found}; write {word}{more}")
+            return BAD
+        if isinstance(value, dict | Quantizer) or value is BAD:
             return self._component(value, path, Quantizer)
-        if value in ("full", "evict"):
+        if isinstance(value, str) and value in ("full", "evict"):
             return value
-        kinds = self.plugins.quantizers
-        hint = f"; write {{kind: {value}}}" if value in kinds else suggest(value, ["full", "evict", *kinds])
-        message = "a store must be full, evict or a mapping with a quantizer's kind, found"
-        self.note(path, f"{message} {in_words(value)}{hint}")
+        hint = ""
+        if isinstance(value, str):
+            kinds = self.plugins.quantizers
+            hint = f"; write {{kind: {value}}}" if value in kinds else suggest(value, ["full", "evict", *kinds])
+        self.note(path, f"{STORE}, found {in_words(value)}{hint}")
         return BAD
 
     def _component(self, value: Any, path: Path_, base: type[Component]) -> Any:
-        what = base._role
-        known = self.plugins.known(what)
+        what, known = base._role, self.plugins.known(base._role)
         if isinstance(value, base) or value is BAD:
             return value
         if not isinstance(value, dict):
-            hint = f"; write {{kind: {value}}}" if isinstance(value, str) and value in known else ""
-            if isinstance(value, str) and not hint:
-                hint = f"{suggest(value, known)}; installed are {listed(sorted(known))}"
-            self.note(path, f"a {what} must be a mapping with kind and options, found {in_words(value)}{hint}")
+            either = "a kind or " if base in (*LISTS.values(), *ONE.values()) else ""
+            hint = ""
+            if isinstance(value, str):
+                hint = f"; write {{kind: {value}}}" if value in known else self.plugins.instead(what, value)
+            found = f"found {in_words(value)}{hint}"
+            self.note(path, f"{a(what)} must be {either}a mapping with kind and options, {found}")
             return BAD
         kind = value.get("kind")
         if kind is BAD:
@@ -198,7 +222,8 @@ class _Builder:
         if not isinstance(kind, str):
             at = (*path, "kind") if "kind" in value else path
             kinds = listed(sorted(known)) or "none"
-            self.note(at, f"a {what} must say its kind, found {in_words(kind)}; installed: {kinds}")
+            hint = _kind_elsewhere(value, known)
+            self.note(at, f"{a(what)} must say its kind, found {in_words(kind)}{hint}; installed: {kinds}")
             return BAD
         try:
             info = self.plugins.find(what, kind)
@@ -212,8 +237,8 @@ class _Builder:
         valid: dict[str, Any] = {}
         lists: dict[str, Any] = {}
         for name, option in options.items():
-            if name in LISTS and name in info.cls.model_fields and isinstance(option, list):
-                made = [self._member(item, (*path, name, i), LISTS[name]) for i, item in enumerate(option)]
+            if name in LISTS and name in info.cls.model_fields:
+                made = self._list(option, (*path, name), LISTS[name])
                 if not any(item is BAD for item in made):
                     valid[name], lists[name] = [], made
             elif name in ONE and name in info.cls.model_fields:
@@ -230,13 +255,29 @@ class _Builder:
             for at, message in explain(info, error, valid, spoilt):
                 self.note((*path, *at), message)
         except RecipeError as error:
-            self.note(path, str(error))
+            self.note((*path, *error.place), str(error))
         except Exception as error:
             message = f"{info.kind!r} of {info.home} failed: {type(error).__name__}: {clip(str(error), 300)}"
             self.note(path, message)
         else:
             return BAD if spoilt else component
         return BAD
+
+    def _list(self, value: Any, path: Path_, base: type[Component]) -> list[Any]:
+        if isinstance(value, list):
+            return [self._member(item, (*path, i), base) for i, item in enumerate(value)]
+        name = path[-1]
+        if value is not BAD:
+            if value is None:
+                hint = f"; leave it out, or write {name}: []"
+            elif isinstance(value, dict):
+                hint = f"; write {name}: [{{...}}]"
+            elif isinstance(value, str) and value in self.plugins.known(base._role):
+                hint = f"; write {name}: [{value}]"
+            else:
+                hint = self.plugins.instead(base._role, str(value))
+            self.note(path, f"must be a list, found {in_words(value)}{hint}")
+        return [BAD]
 
     def _member(self, value: Any, path: Path_, base: type[Component]) -> Any:
         """One of a list of plugins; a kind alone stands for it with its default options."""
@@ -246,6 +287,19 @@ class _Builder:
 
 def _built(rows: Sequence[_Row]) -> tuple[Tier, ...]:
     return tuple(Tier(policy=row.policy, keys=row.keys, values=row.values) for row in rows)
+
+
+def _kind_elsewhere(value: dict[str, Any], known: Collection[str]) -> str:
+    """What to do where a kind was written in some other way."""
+    for key, item in value.items():
+        if key.startswith("kind:"):
+            return "; a colon is followed by a space: kind: ..."
+        if key in known:
+            options = ", ..." if item else ""
+            return f"; write {{kind: {key}{options}}}"
+    kind = value.get("kind")
+    named = next((key for key in kind if key in known), None) if isinstance(kind, dict | list) else None
+    return f"; write kind: {named}, and options beside it" if named else ""
 
 
 def _is_plain(value: Any) -> bool:

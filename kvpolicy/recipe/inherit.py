@@ -168,7 +168,8 @@ def _check_top(document: Document) -> None:
         if key == "placement":
             document.note((key,), PLACEMENT)
         elif key not in TOP_KEYS:
-            message = f"unknown key {quoted(key)}{suggest(key, TOP_KEYS)}; allowed: {', '.join(TOP_KEYS)}"
+            tier = "; it belongs to a tier, in the list tiers" if key in ("policy", "store", "keys", "values") else ""
+            message = f"unknown key {quoted(key)}{tier or suggest(key, TOP_KEYS)}; allowed: {', '.join(TOP_KEYS)}"
             document.note((key,), message)
     params = data.get("params")
     if params is None:
@@ -228,6 +229,10 @@ def parameters(document: Document, given: Mapping[str, Any]) -> dict[str, Any]:
     used = _references(document.data)
     for name in declared:
         if name not in used and _NAME.fullmatch(name) and document.data["tiers"] is not BAD:
-            message = f"parameter {quoted(name)} must be used as ${clip(name, 40)} somewhere, found nowhere"
+            hint = suggest(name, sorted(used))
+            message = (
+                f"parameter {quoted(name)} must be used as ${clip(name, 40)} somewhere, the whole value of a key, "
+                f"found nowhere{hint}"
+            )
             document.note(("params", name), message)
     return values

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, InstanceOf, PrivateAttr, SerializeAsAny, model_validator
 
 from kvpolicy.errors import RecipeError
-from kvpolicy.interfaces.budget import parse_selector as parse_selector
-from kvpolicy.interfaces.component import Component
+from kvpolicy.interfaces.budget import find_overlaps, layers_named
+from kvpolicy.interfaces.component import Component, check_answer
 from kvpolicy.interfaces.policy import Policy, RankPolicy
-from kvpolicy.interfaces.quantizer import Quantizer, precision_of
+from kvpolicy.interfaces.quantizer import AffineQuantizer, Quantizer, known_grouping, precision_of
 from kvpolicy.recipe.yaml import BAD, SPEC_VERSION, Path_, dump_yaml, path_text
 from kvpolicy.words import clip
 
@@ -109,27 +108,32 @@ class Recipe(BaseModel):
         return resolved[layer]
 
     def _resolve(self, layers: int) -> list[tuple[Tier, ...]]:
-        found = [self.tiers] * layers
+        found: list[tuple[Path_, tuple[Tier, ...]]] = [(("tiers",), self.tiers)] * layers
         used: dict[int, str] = {}
         for key, tiers in self.layers.items():
-            first, last = (i + layers if i < 0 else i for i in parse_selector(key))
-            if not 0 <= first <= last < layers:
-                raise RecipeError(
-                    f"recipe {clip(self.name)}: layers.{key} must name layers of the model, which has {layers} "
-                    f"(0 to {layers - 1}, or -{layers} to -1)"
-                )
-            for i in range(first, last + 1):
+            try:
+                named = layers_named(key, layers)
+            except RecipeError as error:
+                raise RecipeError(f"recipe {clip(self.name)}: layers.{key} {error}") from None
+            for i in named:
                 if i in used:
                     raise RecipeError(
                         f"recipe {clip(self.name)}: a layer may be named once, found layer {i} of {layers} in both "
                         f"layers.{used[i]} and layers.{key}"
                     )
                 used[i] = key
-                found[i] = FULL_TIERS if tiers == "full" else tiers
+                found[i] = ("layers", key), FULL_TIERS if tiers == "full" else tiers
+        return [
+            tuple(self._own(tier, (*path, number), i, layers) for number, tier in enumerate(tiers))
+            for i, (path, tiers) in enumerate(found)
+        ]
+
+    def _own(self, tier: Tier, path: Path_, layer: int, layers: int) -> Tier:
         try:
-            return [tuple(tier.of_layer(i, layers) for tier in tiers) for i, tiers in enumerate(found)]
+            return tier.of_layer(layer, layers)
         except RecipeError as error:
-            raise RecipeError(f"recipe {clip(self.name)}: {error}") from None
+            where = path_text((*path, "policy", *error.place))
+            raise RecipeError(f"recipe {clip(self.name)}: {where}: {error}") from None
 
     def to_yaml(self, resolved: bool = False) -> str:
         """YAML that loads as an equal recipe.
@@ -202,12 +206,37 @@ def _store_problems(tiers: Sequence[_TierLike], i: int, side: str) -> Iterator[t
             "evict must stand in the last tier and for keys and values alike, "
             f"found keys {_name(tier.keys)} and values {_name(tier.values)} in tier {i} of {len(tiers)}",
         )
+    for place, message in _grouping_problems(store, i):
+        yield (i, side, *place), message
     above = getattr(tiers[i - 1], side) if i else BAD
-    if above is not BAD and _precision(store) > _precision(above):
+    if above not in (BAD, "evict") and _precision(store) > _precision(above):
         yield (
             (i, side),
             f"precision must never rise down the list, found {_name(store)} below {_name(above)}; exchange the tiers",
         )
+
+
+def _grouping_problems(store: Any, tier: int) -> Iterator[tuple[Path_, str]]:
+    """What is wrong with the groups of a quantizer, as far as it can be told without head_dim."""
+    if not isinstance(store, AffineQuantizer):
+        return
+    if store.group_size == "arrival" and store.per != "channel":
+        yield (
+            ("group_size",),
+            "group_size: arrival must go with per: channel, found per: token; give a number or auto",
+        )
+    elif store.group_size == "arrival" and tier == 0:
+        yield (
+            ("group_size",),
+            "group_size: arrival must stand below a tier whose tokens leave in blocks, found tier 0; give a number or "
+            "auto",
+        )
+    elif (grouping := known_grouping(store)) is not None:
+        for number, extra in enumerate(store.extras):
+            try:
+                check_answer(extra, "check_grouping", grouping)
+            except RecipeError as error:
+                yield ("extras", number, *error.place), str(error)
 
 
 def _misplaced(above: Any, below: Any) -> str | None:
@@ -235,25 +264,3 @@ def _precision(store: Any) -> float:
 
 def _name(store: Any) -> str:
     return store if isinstance(store, str) else f"{store.kind} ({precision_of(store):g} bits)"
-
-
-def find_overlaps(keys: Iterable[str]) -> dict[str, str]:
-    """What is wrong with layer selectors, by selector, as far as it can be told without a model."""
-    problems: dict[str, str] = {}
-    taken: dict[bool, list[tuple[int, int, str]]] = {False: [], True: []}
-    """Ranges that don't overlap, in order: those counted from the start, and those from the end."""
-    for key in keys:
-        try:
-            first, last = parse_selector(key)
-        except RecipeError as error:
-            problems[key] = str(error)
-            continue
-        if (first < 0) != (last < 0):
-            continue
-        ranges = taken[first < 0]
-        place = bisect_left(ranges, first, key=lambda taken: taken[1])
-        if place < len(ranges) and ranges[place][0] <= last:
-            problems[key] = f"a layer may be named once, found {key!r} overlapping {ranges[place][2]!r}"
-        else:
-            insort(ranges, (first, last, key))
-    return problems

@@ -14,7 +14,7 @@ from torch import Tensor
 from kvpolicy.errors import CacheError, RecipeError
 from kvpolicy.interfaces.checks import calibrated
 from kvpolicy.interfaces.extra import Grouping
-from kvpolicy.interfaces.quantizer import AffineQuantizer, Quantizer
+from kvpolicy.interfaces.quantizer import AffineQuantizer, Quantizer, known_grouping
 from kvpolicy.interfaces.site import Site
 from kvpolicy.storage.base import LARGE, Ints
 from kvpolicy.storage.coded import NOTHING, POSITIONS, Aside, CodedStore
@@ -30,22 +30,18 @@ def group_size_of(quantizer: AffineQuantizer, head_dim: int) -> int:
         RecipeError: the size does not fit.
     """
     size = quantizer.group_size
-    if size == "arrival":
-        if quantizer.per != "channel":
-            raise RecipeError("group_size: arrival needs per: channel, found per: token; give a number or auto")
-        return 0
-    if quantizer.per == "channel":
-        return 32 if size == "auto" else head_dim if size == "head" else int(size)
-    if size == "auto":
-        return _best_size(quantizer.nbits, head_dim)
     if size == "head":
         return head_dim
-    if head_dim % int(size):
-        raise RecipeError(
-            f"group_size must divide head_dim with per: token, found group_size {size} and head_dim {head_dim}; "
-            f"use auto or one of {_divisors(head_dim)}"
-        )
-    return int(size)
+    if (known := known_grouping(quantizer)) is not None:
+        if known.per == "token" and head_dim % known.size:
+            raise RecipeError(
+                f"group_size must divide head_dim with per: token, found group_size {size} and head_dim {head_dim}; "
+                f"use auto or one of {_divisors(head_dim)}"
+            )
+        return known.size
+    if size == "arrival":
+        raise RecipeError("group_size: arrival needs per: channel, found per: token; give a number or auto")
+    return _best_size(quantizer.nbits, head_dim)
 
 
 def _divisors(n: int) -> list[int]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvpolicy.errors import CacheError
+from kvpolicy.errors import CacheError, RecipeError
 from kvpolicy.interfaces.checks import part_of, taken
-from kvpolicy.interfaces.component import call
+from kvpolicy.interfaces.component import call, check_answer
 from kvpolicy.interfaces.extra import Extra, Grouping
 from kvpolicy.interfaces.site import Site
 from kvpolicy.storage.base import Ints
@@ -29,8 +29,12 @@ class Beside:
     """
 
     def __init__(self, extras: tuple[Extra, ...], site: Site, grouping: Grouping) -> None:
-        for extra in extras:
-            call(extra, "check", site)
+        for i, extra in enumerate(extras):
+            try:
+                check_answer(extra, "check_grouping", grouping)
+                check_answer(extra, "check", site)
+            except RecipeError as error:
+                raise error.at("extras", i) from None
         self.extras, self.site, self.grouping = extras, site, grouping
         self.kept = [NamedParts(extra.axes, f"extra {extra.kind!r}") for extra in extras]
         self.additive = all(extra.additive for extra in extras)
@@ -40,8 +44,11 @@ class Beside:
     def take(self, x: Tensor, arrivals: int) -> tuple[Tensor, Parts]:
         """What is to be coded of `x`, which is so many arrivals of the same length; and what was taken of it."""
         folded, found = _folded(x, arrivals), []
-        for extra in self.extras:
-            folded, parts = taken(extra, folded, self.grouping, self.site)
+        for i, extra in enumerate(self.extras):
+            try:
+                folded, parts = taken(extra, folded, self.grouping, self.site)
+            except RecipeError as error:
+                raise error.at("extras", i) from None
             found.append(parts)
         return _unfolded(folded, arrivals), found
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kvpolicy.errors import RecipeError
 from kvpolicy.interfaces.checks import adjoined, fitted, transformed
-from kvpolicy.interfaces.component import call
+from kvpolicy.interfaces.component import check_answer
 from kvpolicy.interfaces.site import Site
 from kvpolicy.interfaces.transform import Transform
 
@@ -22,14 +22,12 @@ class Chain:
     """
 
     def __init__(self, transforms: tuple[Transform, ...], site: Site) -> None:
-        for transform in transforms:
-            for need in sorted(transform.needs - {"positions"}):
-                if need == "queries" or not site.fitted:
-                    raise RecipeError(
-                        f"transform {transform.kind!r} needs {need}, which no cache can give it yet; use one "
-                        "that needs none"
-                    )
-            call(transform, "check", site)
+        for i, transform in enumerate(transforms):
+            try:
+                _check_needs(transform, site)
+                check_answer(transform, "check", site)
+            except RecipeError as error:
+                raise error.at("transforms", i) from None
         self.transforms, self.site = transforms, site
         self.by_position = any("positions" in transform.needs for transform in transforms)
         self.state: list[dict[str, Tensor]] = []
@@ -114,3 +112,11 @@ class Chain:
             _, number, own = name.split(".", 2)
             state[int(number)][own] = t
         self._keep(state)
+
+
+def _check_needs(transform: Transform, site: Site) -> None:
+    for need in sorted(transform.needs - {"positions"}):
+        if need == "queries" or not site.fitted:
+            raise RecipeError(
+                f"transform {transform.kind!r} needs {need}, which no cache can give it yet; use one that needs none"
+            )

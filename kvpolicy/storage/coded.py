@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy.errors import CacheError
-from kvpolicy.interfaces.checks import check_fit
+from kvpolicy.interfaces.component import check_answer
 from kvpolicy.interfaces.extra import Grouping
 from kvpolicy.interfaces.quantizer import Quantizer
 from kvpolicy.interfaces.site import Site
@@ -47,7 +47,7 @@ class CodedStore(Store):
     """
 
     def __init__(self, quantizer: Quantizer, head_dim: int, site: Site | None) -> None:
-        check_fit(quantizer, head_dim)
+        check_answer(quantizer, "check", head_dim)
         self.head_dim = head_dim
         self.site = replace(site or Site(), head_dim=head_dim)
         self.chain = Chain(quantizer.transforms, self.site) if quantizer.transforms else None

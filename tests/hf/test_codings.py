@@ -283,7 +283,9 @@ def test_what_a_transform_needs_and_nobody_has_is_refused_by_name() -> None:
 
     for transform, word in ((Asks(), "queries"), (Wants(), "calibration")):
         recipe = load_recipe({"tiers": [{"store": Int(transforms=(transform,))}]})
-        with pytest.raises(RecipeError, match=rf"tiers\[0\]\.keys \(int\), layer 0: transform 'hadamard' needs {word}"):
+        with pytest.raises(
+            RecipeError, match=rf"tiers\[0\]\.keys\.transforms\[0\], layer 0: transform 'hadamard' needs {word}"
+        ):
             Layer(recipe)
 
 
@@ -331,8 +333,11 @@ def test_a_recipe_of_before_says_what_replaces_its_option() -> None:
         ),
         ([{"kind": "hadamard", "seed": -1}], r"transforms\[0\]\.seed: must be .* 0, found -1"),
         ("hadamard", r"transforms: must be a list"),
-        ([{"kind": "int"}], r"transforms\[0\]\.kind: no transform of kind 'int'; installed: hadamard"),
-        ([3], r"transforms\[0\]: a transform must be a mapping with kind and options, found"),
+        (
+            [{"kind": "int"}],
+            r"transforms\[0\]\.kind: no transform of kind 'int', which is a quantizer; installed: hadamard",
+        ),
+        ([3], r"transforms\[0\]: a transform must be a kind or a mapping with kind and options, found"),
     ],
 )
 def test_what_is_wrong_with_a_list_of_transforms_is_told_by_its_place(value: Any, told: str) -> None:

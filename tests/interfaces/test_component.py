@@ -86,12 +86,12 @@ tiers:
     [
         ("nbits: true", "nbits: must be 1, 2, 3, 4 or 8, found True, a bool (from parameter 'nbits')"),
         ("nbits: 2.0", "nbits: must be 1, 2, 3, 4 or 8, found 2.0, a float (from parameter 'nbits')"),
-        ("nbits: '2'", "nbits: must be 1, 2, 3, 4 or 8, found '2' (from parameter 'nbits')"),
+        ("nbits: '2'", "nbits: must be 1, 2, 3, 4 or 8, found '2'; write 2 without quotes (from parameter 'nbits')"),
         ("flush: 1e3", "flush: must be a valid integer, found 1000.0"),
         ("flush: true", "flush: must be a valid integer, found True"),
         ("window: 1e3", "found 1000.0; write an integer for a number of tokens"),
         ("window: true", "a budget is a number of tokens (an integer) or a fraction"),
-        ("optimal: 1", "symmetric: must be a valid boolean, found 1"),
+        ("optimal: 1", "symmetric: must be true or false, found 1"),
     ],
 )
 def test_yaml_numbers_of_the_wrong_type_are_named(text: str, message: str) -> None:

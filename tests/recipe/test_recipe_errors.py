@@ -337,7 +337,7 @@ def test_bad_python_sources() -> None:
     for source in (3, None, b"kivi", ["kivi"]):
         with pytest.raises(RecipeError, match="a recipe must be a name, a path, a mapping or a Recipe, found"):
             load_recipe(source)
-    with pytest.raises(RecipeError, match=r"^<mapping>: tiers\[0\].store: a quantizer must be a mapping"):
+    with pytest.raises(RecipeError, match=r"^<mapping>: tiers\[0\].store: a store must be full, evict or a mapping"):
         load_recipe({"tiers": [{"store": object()}]})
     with pytest.raises(RecipeError, match="<mapping>: a key must be a word, found nothing"):
         load_recipe({None: 1})

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvpolicy.errors import RecipeError
+from kvpolicy.interfaces.budget import find_overlaps
 from kvpolicy.recipe.inherit import BUNDLED, MAX_CHAIN
 from kvpolicy.recipe.load import load_recipe, load_yaml
-from kvpolicy.recipe.spec import find_overlaps
 from kvpolicy.recipe.yaml import MAX_PROBLEMS
 
 EXAMPLES = int(os.environ.get("EXAMPLES", "200"))
