@@ -10,6 +10,8 @@ from torch import Tensor
 
 from kvpolicy.attention.products import add_values, key_scores
 from kvpolicy.contracts.samples import extras, name_of, tensor
+from kvpolicy.errors import RecipeError
+from kvpolicy.interfaces.component import check_answer
 from kvpolicy.interfaces.extra import Extra, Grouping
 from kvpolicy.interfaces.site import Site
 from kvpolicy.plugins import registry
@@ -53,6 +55,33 @@ def test_what_was_taken_comes_back_exactly(extra: Extra, layout: Any, dtype: tor
     if type(extra).fit is Extra.fit:
         extra.add(out, parts)
         assert torch.equal(out.to(dtype), x), "take, then add must give back what was given"
+
+
+@EVERY
+@LAYOUTS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_numbers_give_numbers(extra: Extra, layout: Any, dtype: torch.dtype) -> None:
+    x = tensor((BATCH, HEADS, SIZE, DIM), dtype)
+    spike = torch.zeros_like(x)
+    spike[:, :, 3, 1] = 100
+    for what, tokens in {"zeros": x * 0, "a spike": spike, "equal numbers": x * 0 + 3}.items():
+        store = _store(extra, layout, tokens)
+        found = {"decoding": _decoded(store, tokens)}
+        rows, weights = tensor((BATCH, HEADS, 2, DIM), torch.float32), torch.ones(BATCH, HEADS, 2, SIZE)
+        found["add_scores"], found["add_values"] = torch.zeros_like(weights), torch.zeros_like(rows)
+        key_scores(store, rows, found["add_scores"], 0)
+        add_values(store, weights, found["add_values"], 0)
+        for name, numbers in found.items():
+            assert numbers.isfinite().all(), f"{name} must give numbers for {what}, found nan or inf"
+
+
+@EVERY
+def test_groups_are_refused_by_an_error(extra: Extra) -> None:
+    for grouping in (Grouping("token", 16), Grouping("channel", 32), Grouping("channel", 0)):
+        try:
+            check_answer(extra, "check_grouping", grouping)
+        except RecipeError:
+            continue
 
 
 @EVERY

@@ -82,6 +82,34 @@ def test_the_adjoint_moves_the_inverse_to_the_query(transform: Transform, head_d
     assert torch.allclose(one, other, rtol=1e-9, atol=1e-9 * float(one.abs().max())), "inverse must be linear"
 
 
+def _odd(head_dim: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Tokens that plugins forget: what they divide by may be zero."""
+    x = tensor((BATCH, HEADS, TOKENS, head_dim), dtype)
+    spike = torch.zeros_like(x)
+    spike[:, :, 3, 1] = 100
+    gaps = x.masked_fill(torch.arange(head_dim) % 3 == 0, 0.0)
+    return {"zeros": x * 0, "a spike": spike, "equal numbers": x * 0 + 3, "channels of zeros": gaps, "one": x[:, :, :1]}
+
+
+@EVERY
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_numbers_give_numbers(transform: Transform, dtype: torch.dtype) -> None:
+    for what, x in _odd(64, dtype).items():
+        chain, places = Chain((transform,), _site(64)), PLACES[: x.shape[2]].view(1, 1, -1)
+        y = chain.forward(x, places)
+        assert y.isfinite().all(), f"forward must give numbers for {what}, found nan or inf"
+        assert chain.inverse(y, places).isfinite().all(), f"inverse must give numbers for {what}, found nan or inf"
+        if chain.linear:
+            for seed in range(3):  # the answer is None always or never
+                q = tensor((BATCH, HEADS, seed + 1, 64), torch.float32, seed)
+                assert chain.adjoint(q).isfinite().all(), f"adjoint must give numbers after {what}, found nan or inf"
+
+
+@EVERY
+def test_what_is_kept_does_not_depend_on_how_many_tokens_there_are(transform: Transform) -> None:
+    Chain((transform,), _site(64)).check_state(tensor((BATCH, HEADS, TOKENS, 64), torch.float32))
+
+
 @EVERY
 def test_rows_and_heads_are_fitted_each_for_itself(transform: Transform) -> None:
     x, state = _fitted(transform, 64)

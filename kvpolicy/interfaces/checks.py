@@ -20,11 +20,13 @@ from kvpolicy.interfaces.site import Site
 from kvpolicy.interfaces.transform import Transform
 
 __all__ = [
+    "added",
     "adjoined",
     "calibrated",
     "decoded",
     "encoded",
     "fitted",
+    "fitted_to_error",
     "part_of",
     "taken",
     "transformed",
@@ -212,6 +214,34 @@ def taken(extra: Extra, x: Tensor, grouping: Grouping, site: Site) -> tuple[Tens
     if versions([x]) != before:
         raise _fail(extra, "must not change the tensor that take is given, found it changed")
     return y, part_of(extra, "take", parts, x)
+
+
+def fitted_to_error(extra: Extra, error: Tensor, grouping: Grouping, site: Site) -> dict[str, Tensor]:
+    """What an extra keeps of the error that coding made.
+
+    Raises:
+        PluginError: it raised, returned something else, or wrote to `error`.
+    """
+    before = versions([error])
+    found = part_of(extra, "fit", call(extra, "fit", error, grouping, site), error)
+    if versions([error]) != before:
+        raise _fail(extra, "must not change the tensor that fit is given, found it changed")
+    return found
+
+
+def added(extra: Extra, method: str, given: Tensor | None, out: Tensor, parts: dict[str, Tensor]) -> None:
+    """Have an extra add what it keeps, `parts`, to `out`: by `add`, or to products with `given`.
+
+    Raises:
+        PluginError: it raised, returned something, or wrote to anything else.
+    """
+    shown = list(parts.values()) if given is None else [given, *parts.values()]
+    before = versions(shown)
+    found = call(extra, method, out, parts) if given is None else call(extra, method, given, out, parts)
+    if found is not None and found is not out:
+        raise _fail(extra, f"must write to out and return nothing from {method}, found {_found(found)} returned")
+    if versions(shown) != before:
+        raise _fail(extra, f"must change nothing but out in {method}, found what it is given changed")
 
 
 def part_of(extra: Extra, method: str, found: Any, x: Tensor) -> dict[str, Tensor]:

@@ -65,9 +65,9 @@ class Transform(Component):
             site: where the store stands.
 
         Returns:
-            Named tensors `[batch or 1, kv_heads or 1, ...]`, on the device of `x`. Rows of a batch must not depend on
-            each other. As the first tokens are those of the first update, codes depend on how a prompt is cut where
-            this looks at `x`.
+            Named tensors `[batch or 1, kv_heads or 1, ...]`, on the device of `x`, whose types and shapes don't depend
+            on how many tokens there are. Rows of a batch must not depend on each other. As the first tokens are those
+            of the first update, codes depend on how a prompt is cut where this looks at `x`.
         """
         return {}
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from kvpolicy.errors import CacheError, RecipeError
-from kvpolicy.interfaces.checks import part_of, taken
-from kvpolicy.interfaces.component import call, check_answer
+from kvpolicy.interfaces.checks import added, fitted_to_error, taken
+from kvpolicy.interfaces.component import check_answer
 from kvpolicy.interfaces.extra import Extra, Grouping
 from kvpolicy.interfaces.site import Site
 from kvpolicy.storage.base import Ints
@@ -57,28 +57,27 @@ class Beside:
         left = None if error is None else _folded(error, arrivals)
         for extra, parts, kept in zip(self.extras, found, self.kept, strict=True):
             if left is not None and type(extra).fit is not Extra.fit:
-                fitted = part_of(extra, "fit", call(extra, "fit", left, self.grouping, self.site), left)
-                parts.update(fitted)
-                added = torch.zeros_like(left)
-                call(extra, "add", added, parts)
-                left = left - added
+                parts.update(fitted_to_error(extra, left, self.grouping, self.site))
+                gained = torch.zeros_like(left)
+                added(extra, "add", None, gained, parts)
+                left = left - gained
             whole = {n: t if kept.axis(n) == "store" else _unfolded(t, arrivals) for n, t in parts.items()}
             kept.append(whole, [like.shape[2] // arrivals] * arrivals)
 
     def add(self, out: Tensor, parts: Parts) -> None:
         """Add what is kept of the tokens of `out`, float32."""
         for extra, own in zip(reversed(self.extras), reversed(parts), strict=True):
-            call(extra, "add", out, own)
+            added(extra, "add", None, out, own)
 
     def add_scores(self, rows: Tensor, out: Tensor, first: int) -> None:
         """Add the products with what is kept of the tokens from `first` on, one for each column of `out`."""
         for extra, parts in zip(self.extras, self.slice(first, first + out.shape[3]), strict=True):
-            call(extra, "add_scores", rows, out, parts)
+            added(extra, "add_scores", rows, out, parts)
 
     def add_values(self, weights: Tensor, out: Tensor, first: int) -> None:
         """Add what is kept of the tokens from `first` on, weighted, one for each column of `weights`."""
         for extra, parts in zip(self.extras, self.slice(first, first + weights.shape[3]), strict=True):
-            call(extra, "add_values", weights, out, parts)
+            added(extra, "add_values", weights, out, parts)
 
     def slice(self, first: int, last: int) -> Parts:
         return [kept.slice(first, last) for kept in self.kept]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from kvpolicy.errors import RecipeError
+from kvpolicy.errors import PluginError, RecipeError
 from kvpolicy.interfaces.checks import adjoined, fitted, transformed
-from kvpolicy.interfaces.component import check_answer
+from kvpolicy.interfaces.component import TRY, check_answer
 from kvpolicy.interfaces.site import Site
 from kvpolicy.interfaces.transform import Transform
 
@@ -39,7 +41,7 @@ class Chain:
         """Whether queries can be mapped in place of keys, and weighted sums in place of values."""
         if self._linear is None and self.state:
             one = torch.zeros((*self._lines(), 1, self.site.head_dim), device=self._device())
-            self._linear = not self.by_position and self.adjoint(one) is not None
+            self._linear = not self.by_position and isinstance(self._adjoint(one), Tensor)
         return bool(self._linear)
 
     def _lines(self) -> list[int]:
@@ -80,14 +82,50 @@ class Chain:
             y = transformed(transform, "inverse", y, state, positions)
         return y
 
-    def adjoint(self, q: Tensor) -> Tensor | None:
-        """Queries whose products with what was coded are those of `q` with what it stands for."""
+    def adjoint(self, q: Tensor) -> Tensor:
+        """Queries whose products with what was coded are those of `q` with what it stands for; where it is `linear`.
+
+        Raises:
+            PluginError: a transform that gave an adjoint before gives none.
+        """
+        mapped = self._adjoint(q)
+        if isinstance(mapped, Transform):
+            raise PluginError(
+                f"transform {mapped.kind!r} must give an adjoint always or never, found None after a tensor. {TRY}"
+            )
+        return mapped
+
+    def _adjoint(self, q: Tensor) -> Tensor | Transform:
+        """That, or the first transform that has no adjoint."""
         for transform, state in zip(self.transforms, self.state, strict=True):
             mapped = adjoined(transform, q, state)
             if mapped is None:
-                return None
+                return transform
             q = mapped
         return q
+
+    def check_state(self, x: Tensor) -> None:
+        """Whether what each transform keeps of the tokens `x` is the same in kind, however many there are.
+
+        Raises:
+            PluginError: it isn't.
+        """
+        some = [self._fitted_to(x[:, :, :n]) for n in (x.shape[2] // 2, x.shape[2])]
+        for transform, few, many in zip(self.transforms, *some, strict=True):
+            if few != many:
+                raise PluginError(
+                    f"transform {transform.kind!r} must keep nothing per token, and the same of any tokens, found fit "
+                    f"give {few} of {x.shape[2] // 2} tokens and {many} of {x.shape[2]}. {TRY}"
+                )
+
+    def _fitted_to(self, x: Tensor) -> list[dict[str, tuple[Any, ...]]]:
+        """Types and shapes of what each transform keeps of some tokens."""
+        places, kinds, y = torch.arange(x.shape[2], device=x.device).view(1, 1, -1), [], x.float()
+        for transform in self.transforms:
+            state = fitted(transform, y.to(x.dtype), self.site)
+            kinds.append({name: (t.dtype, *t.shape) for name, t in sorted(state.items())})
+            y = transformed(transform, "forward", y, state, places)
+        return kinds
 
     def select(self, rows: Tensor) -> None:
         for state in self.state:

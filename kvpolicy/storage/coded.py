@@ -113,6 +113,21 @@ class CodedStore(Store):
             self.beside.add(out, aside.parts)
         return out if self.chain is None else self.chain.inverse(out, aside.places)
 
+    def try_attention(self, x: Tensor) -> None:
+        """Ask transforms and extras for what attention asks of them, for tokens like `x`.
+
+        Raises:
+            PluginError: they misbehave.
+        """
+        chain, beside = self.chain, self.beside
+        rows = x.new_zeros((*x.shape[:2], 1, self.head_dim))
+        if chain is not None:
+            rows = chain.adjoint(rows) if chain.linear else rows
+        coded = beside.kept[0].length if beside is not None and beside.additive else 0
+        if beside is not None and coded:
+            beside.add_scores(rows, rows.new_zeros((*x.shape[:2], 1, coded)), 0)
+            beside.add_values(rows.new_zeros((*x.shape[:2], 1, coded)), rows, 0)
+
     def differ_by_head(self, row_heads: tuple[int, int]) -> None:
         part = self.parts.get(POSITIONS)
         if part is not None and part.length and row_heads[1] > part.pages[0].shape[1]:

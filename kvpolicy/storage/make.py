@@ -8,6 +8,7 @@ from kvpolicy.interfaces.quantizer import AffineQuantizer, Quantizer, TensorQuan
 from kvpolicy.interfaces.site import Site
 from kvpolicy.storage.affine import AffineStore
 from kvpolicy.storage.base import LARGE, Store
+from kvpolicy.storage.coded import CodedStore
 from kvpolicy.storage.exact import ExactStore
 from kvpolicy.storage.named import NamedStore
 
@@ -41,7 +42,11 @@ def try_store(quantizer: Quantizer, head_dim: int, site: Site | None = None) -> 
     assert store is not None
     with torch.no_grad():
         x = torch.linspace(-1.0, 1.0, 128 * head_dim, device="cpu").view(1, 1, 128, head_dim)
+        if isinstance(store, CodedStore) and store.chain is not None:
+            store.chain.check_state(x)
         for part, places in zip(x.split([96, 32], dim=2), torch.arange(128).split([96, 32]), strict=True):
             store.append(part, None, places)
         for _ in store.decoded(LARGE, x.dtype):
             pass
+        if isinstance(store, CodedStore):
+            store.try_attention(x)

@@ -6,34 +6,46 @@ import inspect
 import itertools
 import re
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from honest import Good, GoodExtra, GoodPolicy, GoodRank, GoodTensors, GoodTransform, lying, raising
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kvpolicy_hadamard import Hadamard
+from kvpolicy_int import Int
 from kvpolicy_scale import Scale
 from layers import HEAD_DIM, Layer, random_tokens
-from liars import LIARS, Good, GoodPolicy, GoodRank, GoodTensors, lying, raising
+from liars import LIARS
 
-from kvpolicy import Policy, RankPolicy, Scores
-from kvpolicy.contracts import test_policies, test_quantizers
+from kvpolicy import Extra, Policy, RankPolicy, Scores, Transform
 from kvpolicy.errors import KvpolicyError, MissingDependencyError, PluginError, RecipeError
 from kvpolicy.interfaces.component import Component
 from kvpolicy.interfaces.policy import NEVER
 from kvpolicy.interfaces.quantizer import AffineQuantizer, Quantizer
 from kvpolicy.placement.selection import ranked, shared
+from kvpolicy.plugins import HOOKS
 from kvpolicy.storage.make import make_store
 
-GOOD = {"affine": Good, "tensors": GoodTensors, "policy": GoodPolicy, "rank": GoodRank}
+GOOD = {
+    "affine": Good,
+    "tensors": GoodTensors,
+    "policy": GoodPolicy,
+    "rank": GoodRank,
+    "transform": GoodTransform,
+    "extra": GoodExtra,
+}
 
 
 def contract_tests(component: Component) -> Iterator[Callable[[], None]]:
     """The contract suite's tests of one plugin."""
-    what, module = ("policy", test_policies) if isinstance(component, Policy) else ("quantizer", test_quantizers)
-    kinds = {"Policy": Policy, "RankPolicy": RankPolicy, "Quantizer": Quantizer, "AffineQuantizer": AffineQuantizer}
+    bases = [Policy, RankPolicy, Quantizer, AffineQuantizer, Transform, Extra]
+    kinds = {base.__name__: base for base in bases}
+    what = component._role
+    module = import_module(f"kvpolicy.contracts.test_{HOOKS[what][0]}")
     for name, test in vars(module).items():
         if not name.startswith("test_") or not isinstance(component, kinds[inspect.get_annotations(test)[what]]):
             continue
@@ -46,6 +58,8 @@ def contract_tests(component: Component) -> Iterator[Callable[[], None]]:
 def run(component: Component) -> None:
     """A prompt, single tokens, and all that was held."""
     full, last = {"policy": {"kind": "recent", "window": 3}, "store": "full"}, {"store": {"kind": "int", "nbits": 2}}
+    if isinstance(component, Transform | Extra):
+        component = Int(nbits=4, group_size=8, **{HOOKS[component._role][0]: (component,)})
     below = {"policy": component, "store": "full"} if isinstance(component, Policy) else {"store": component}
     layer = Layer({"tiers": [full, below, *([last] if isinstance(component, Policy) else [])]})
     for step, n in enumerate((40, *(1,) * 8, 30)):

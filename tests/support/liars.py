@@ -4,122 +4,30 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field
+from honest import (
+    Good,
+    GoodExtra,
+    GoodPolicy,
+    GoodRank,
+    GoodTensors,
+    GoodTransform,
+    Liar,
+    changing,
+    counted,
+    lying,
+    raising,
+    writing_first,
+)
 from torch import Tensor
 
-from kvpolicy import Affine, AffineQuantizer, Policy, RankPolicy, Scores, TensorQuantizer
-from kvpolicy.interfaces.component import Component
+from kvpolicy import Affine, Policy, RankPolicy, Scores
 from kvpolicy.interfaces.policy import NEVER
 
-__all__ = ["LIARS", "Good", "GoodPolicy", "GoodRank", "GoodTensors", "Liar"]
-
-
-class Liar(NamedTuple):
-    """A plugin that misbehaves."""
-
-    base: type[Component]
-    make: Callable[[], Component]
-    run: str
-    """What the `PluginError` at run time says, or nothing where only the contract suite notices."""
-
-
-class Good(AffineQuantizer):
-    """Rounds to the nearest, as it should be."""
-
-    kind: str = "liar"
-
-    def calibrate(self, groups: Tensor) -> Affine:
-        x, levels = groups.float(), 2**self.nbits - 1
-        low, high = torch.aminmax(x, dim=1, keepdim=True)
-        scale = (high - low) / levels
-        codes = ((x - low) / torch.where(scale > 0, scale, 1.0)).round().clamp(0, levels).nan_to_num(0)
-        return Affine(codes.to(torch.uint8), scale, low)
-
-
-class GoodTensors(TensorQuantizer):
-    """Keeps float16 numbers and a float32 sum."""
-
-    kind: str = "liar"
-
-    def precision(self) -> float:
-        return 12.0
-
-    def encode(self, x: Tensor) -> dict[str, Tensor]:
-        return {"half": x.half(), "sum": x.float().sum(3)}
-
-    def decode(self, encoded: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
-        return encoded["half"].to(dtype)
-
-
-class GoodPolicy(Policy):
-    """Keeps the newest tokens."""
-
-    kind: str = "liar"
-    n: int = Field(5, ge=1, description="Tokens.")
-
-    def keep(self, positions: Any, seen: int) -> Any:
-        return positions >= seen - self.n
-
-    def capacity(self, seen: int) -> int:
-        return 0
-
-
-class GoodRank(RankPolicy):
-    """Keeps the tokens with the most attention."""
-
-    kind: str = "liar"
-
-    def scores(self) -> Scores:
-        return Scores()
-
-    def budget_tokens(self, seen: int, prompt: int) -> int:
-        return 6
-
-
-def raising(error: BaseException) -> Callable[..., Any]:
-    def fail(*_: Any) -> Any:
-        raise error
-
-    return fail
-
-
-def lying(base: type[Any], run: str, **methods: Any) -> Liar:
-    """`base` with some methods or options replaced."""
-    plain = {name: value for name, value in methods.items() if not callable(value) and name != "acts"}
-    namespace = {"__module__": __name__, "__annotations__": dict.fromkeys(plain, Any), **methods}
-    return Liar(base, lambda: type(base.__name__, (base,), dict(namespace))(), run)
-
-
-def _mutate(x: Any) -> None:
-    x[..., :1] += 1
-
-
-def _with(result: Callable[[Any], Any], method: Callable[..., Any]) -> Callable[..., Any]:
-    """A method whose result is changed."""
-    return lambda self, *args: result(method(self, *args))
-
-
-def _after(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A method that first writes to its arguments."""
-
-    def changed(self: Any, *args: Any) -> Any:
-        for arg in args:
-            for x in arg.values() if isinstance(arg, dict) else [arg]:
-                if isinstance(x, Tensor | np.ndarray):
-                    _mutate(x)
-        return method(self, *args)
-
-    return changed
-
-
-def _counted(choose: Callable[[int], Any]) -> Any:
-    """What changes from call to call."""
-    count = itertools.count()
-    return lambda *_: choose(next(count))
+__all__ = ["LIARS"]
 
 
 def _tensors() -> dict[str, Liar]:
@@ -127,10 +35,10 @@ def _tensors() -> dict[str, Liar]:
     calls = itertools.count()
 
     def encoded(change: Callable[[dict[str, Tensor]], Any]) -> Any:
-        return _with(change, encode)
+        return changing(change, encode)
 
     def given(change: Callable[[Tensor], Any]) -> Any:
-        return _with(change, decode)
+        return changing(change, decode)
 
     named, must = r"must give named tensors from encode", r"must give tensors \[batch, kv_heads, tokens, \.\.\.\]"
     back, same = (
@@ -157,7 +65,7 @@ def _tensors() -> dict[str, Liar]:
             {"encode": encoded(lambda e: {**e, "x": e["sum"][..., None].expand(-1, -1, -1, next(calls) % 3)})},
         ),
         "encode raises": ("encode must not fail, found KeyError: 'x'", {"encode": raising(KeyError("x"))}),
-        "encode writes": ("must not change the tensor that encode is given", {"encode": _after(encode)}),
+        "encode writes": ("must not change the tensor that encode is given", {"encode": writing_first(encode)}),
         "decode is one token short": (back, {"decode": given(lambda x: x[:, :, 1:])}),
         "decode has its own type": (back, {"decode": given(lambda x: x.double())}),
         "decode is always float32": ("", {"decode": given(lambda x: x.float())}),
@@ -167,7 +75,7 @@ def _tensors() -> dict[str, Liar]:
         "decode gives None": (back, {"decode": given(lambda x: None)}),
         "decode gives an array": (back, {"decode": given(lambda x: x.float().numpy())}),
         "decode raises": ("decode must not fail, found RuntimeError", {"decode": raising(RuntimeError("no"))}),
-        "decode writes": ("must not change the tensors that decode is given", {"decode": _after(decode)}),
+        "decode writes": ("must not change the tensors that decode is given", {"decode": writing_first(decode)}),
         "decode sees neighbours": ("", {"decode": given(lambda x: x + 0.01 * x.mean(2, keepdim=True))}),
         "decode is random": ("", {"decode": given(lambda x: x + 1e-3 * torch.rand_like(x))}),
         "decode gives nan": ("", {"decode": given(lambda x: x * torch.nan)}),
@@ -180,7 +88,7 @@ def _affine() -> dict[str, Liar]:
     calibrate = Good.calibrate
 
     def given(change: Callable[[Affine], Any]) -> Any:
-        return {"calibrate": _with(change, calibrate)}
+        return {"calibrate": changing(change, calibrate)}
 
     must, types = r"must give codes \(.*\) and scale and offset", "must give codes as uint8"
     cases: dict[str, tuple[str, dict[str, Any]]] = {
@@ -198,7 +106,7 @@ def _affine() -> dict[str, Liar]:
             "calibrate must not fail, found IndexError",
             {"calibrate": raising(IndexError("list index out of range"))},
         ),
-        "calibrate writes": ("must not change the groups", {"calibrate": _after(calibrate)}),
+        "calibrate writes": ("must not change the groups", {"calibrate": writing_first(calibrate)}),
         "scales of nan": ("", given(lambda a: a._replace(scale=a.scale * torch.nan))),
         "random codes": ("", given(lambda a: a._replace(codes=torch.randint_like(a.codes, 2)))),
         "scale for offset": ("", given(lambda a: Affine(a.codes, a.offset, a.scale))),
@@ -215,7 +123,7 @@ def _affine() -> dict[str, Liar]:
     for number, found in enumerate([float("nan"), -1.0, 0, "four", True, float("inf"), None, 10**400]):
         cases[f"precision {number}"] = (bits, {"precision": lambda self, found=found: found})
     cases["precision raises"] = ("precision must not fail", {"precision": raising(ZeroDivisionError())})
-    cases["precision changes"] = ("", {"precision": _counted(lambda n: 2.0 + n)})
+    cases["precision changes"] = ("", {"precision": counted(lambda n: 2.0 + n)})
     cases["check answers"] = ("must refuse by a RecipeError", {"check": lambda self, head_dim: False})
     cases["check raises"] = ("check must not fail, found KeyError", {"check": raising(KeyError(3))})
     return {name: lying(Good, run, **methods) for name, (run, methods) in cases.items()}
@@ -233,7 +141,7 @@ def _policies() -> dict[str, Liar]:
         return keep(self, positions, seen) | (positions == 0)
 
     def given(change: Callable[[Any], Any], method: Any = keep) -> Any:
-        return _with(change, method)
+        return changing(change, method)
 
     cases: dict[str, tuple[str, dict[str, Any]]] = {
         "keep gives a list": (mask, {"keep": given(lambda m: m.tolist())}),
@@ -268,7 +176,7 @@ def _policies() -> dict[str, Liar]:
         "departures of floats": (array, {"departures": given(lambda d: d.astype(float), departures)}),
         "departures of nothing": (array, {"departures": given(lambda d: None, departures)}),
         "departures raise": ("departures must not fail", {"departures": raising(TypeError("no"))}),
-        "departures write": ("departures must not fail, found ValueError", {"departures": _after(departures)}),
+        "departures write": ("departures must not fail, found ValueError", {"departures": writing_first(departures)}),
         "arrival is no truth": ("", {"keep": held, "acts": "arrival"}),
         "acts sometimes": ("acts must be arrival or step", {"acts": "sometimes"}),
     }
@@ -298,7 +206,7 @@ def _ranks() -> dict[str, Liar]:
     must, floats = "scores must return kvpolicy.Scores", "rank must return a float tensor"
 
     def given(change: Callable[[Tensor], Any]) -> Any:
-        return {"rank": _with(change, rank)}
+        return {"rank": changing(change, rank)}
 
     cases: dict[str, tuple[str, dict[str, Any]]] = {
         "budget raises": ("budget_tokens must not fail", {"budget_tokens": raising(AttributeError("n"))}),
@@ -307,7 +215,7 @@ def _ranks() -> dict[str, Liar]:
         "scores of nothing": (must, {"scores": lambda self: None}),
         "scores of bananas": ("queries must be one of 'all'", {"scores": lambda self: Scores(queries="bananas")}),  # type: ignore[arg-type]
         "scores raise": ("scores must not fail", {"scores": raising(NameError("x"))}),
-        "scores change": ("", {"scores": _counted(lambda n: Scores(seed=n))}),
+        "scores change": ("", {"scores": counted(lambda n: Scores(seed=n))}),
         "rank of nan": ("", given(lambda x: x * torch.nan)),
         "rank of integers": (floats, given(lambda x: x.long())),
         "rank one token short": (floats, given(lambda x: x[..., 1:])),
@@ -316,7 +224,7 @@ def _ranks() -> dict[str, Liar]:
         "rank of an array": (floats, given(lambda x: x.numpy())),
         "rank elsewhere": ("rank must return a tensor on cpu", given(lambda x: x.to("meta"))),
         "rank raises": ("rank must not fail", {"rank": raising(RuntimeError("shape"))}),
-        "rank writes": ("leave its arguments as they", {"rank": _after(rank)}),
+        "rank writes": ("leave its arguments as they", {"rank": writing_first(rank)}),
         "rank by order": ("", given(lambda x: torch.arange(x.shape[2]).expand(x.shape).float())),
         "every 0 tokens": ("every must be an integer, 1 or more", {"every": 0}),
         "share by row": ("share must be one of head, layer, model", {"share": "row"}),
@@ -326,4 +234,107 @@ def _ranks() -> dict[str, Liar]:
     return {name: lying(GoodRank, run, **methods) for name, (run, methods) in cases.items()}
 
 
-LIARS: dict[str, Liar] = {**_tensors(), **_affine(), **_policies(), **_ranks()}
+def _transforms() -> dict[str, Liar]:
+    fit, forward, inverse, adjoint = (getattr(GoodTransform, n) for n in ("fit", "forward", "inverse", "adjoint"))
+    kept = "must keep nothing per token, and the same of any tokens"
+    given = "must give .* from"
+
+    def nan(x: Tensor) -> Tensor:
+        return torch.where(x.abs() > 1, torch.nan, x)
+
+    def kept_as(change: Callable[[Tensor], Any]) -> Any:
+        return changing(lambda state: {"sizes": change(state["sizes"])}, fit)
+
+    cases: dict[str, tuple[str, dict[str, Any]]] = {
+        "forward gives nan": ("", {"forward": changing(nan, forward)}),
+        "forward gives inf": ("", {"forward": changing(lambda x: x / 0.0, forward)}),
+        "forward of zeros gives nan": ("", {"fit": lambda self, x, q, site: {"sizes": x.abs().mean(2, keepdim=True)}}),
+        "inverse gives nan": ("", {"inverse": changing(nan, inverse)}),
+        "inverse is none": ("", {"inverse": changing(lambda x: x * 2, inverse)}),
+        "adjoint gives nan": ("", {"adjoint": changing(nan, adjoint)}),
+        "adjoint is another's": ("", {"adjoint": lambda self, q, state: q / state["sizes"].to(q.dtype)}),
+        "adjoint of what is not linear": ("", {"inverse": changing(lambda x: x + 1, inverse)}),
+        "adjoint is None at times": (
+            "must give an adjoint always or never",
+            {"adjoint": lambda self, q, state: None if q.shape[2] > 1 else adjoint(self, q, state)},
+        ),
+        "adjoint in float64": (f"{given} adjoint", {"adjoint": changing(lambda x: x.double(), adjoint)}),
+        "adjoint of one query": (f"{given} adjoint", {"adjoint": changing(lambda x: x[:, :, :0], adjoint)}),
+        "adjoint writes": ("must not change what adjoint is given", {"adjoint": writing_first(adjoint)}),
+        "forward is one token short": (f"{given} forward", {"forward": changing(lambda x: x[:, :, 1:], forward)}),
+        "forward of integers": (f"{given} forward", {"forward": changing(lambda x: x.long(), forward)}),
+        "inverse elsewhere": (f"{given} inverse", {"inverse": changing(lambda x: x.to("meta"), inverse)}),
+        "fit per token": (kept, {"fit": lambda self, x, q, site: {"sizes": x.abs().clamp(min=0.5)}}),
+        "fit per token, turned": (
+            kept,
+            {
+                "fit": lambda self, x, q, site: {**fit(self, x, q, site), "all": x.transpose(2, 3).contiguous()},
+            },
+        ),
+        "fit names anew": (
+            kept,
+            {"fit": lambda self, x, q, site: {**fit(self, x, q, site), f"x{x.shape[2]}": x[:, :, 0]}},
+        ),
+        "fit gives a number": ("must give tensors .* from fit", {"fit": kept_as(lambda x: 1.0)}),
+        "fit gives nan": ("", {"fit": kept_as(lambda x: x * torch.nan)}),
+        "rows depend on each other": ("", {"fit": kept_as(lambda x: x.mean(0, keepdim=True))}),
+    }
+    return {f"transform: {name}": lying(GoodTransform, run, **methods) for name, (run, methods) in cases.items()}
+
+
+def _extras() -> dict[str, Liar]:
+    names = ("take", "fit", "add", "add_scores", "add_values")
+    take, fit, add, scores, values = (getattr(GoodExtra, name) for name in names)
+    nothing, alone = "must write to out and return nothing from", "must change nothing but out in"
+    same = "must give the same tensors each time"
+
+    def then(method: Callable[..., Any], change: Callable[..., Any]) -> Any:
+        """A method that works in place, and then does something else."""
+        return lambda self, *args: (method(self, *args), change(*args))[1]
+
+    def spoil(x: Tensor) -> None:
+        x.add_(1)
+
+    cases: dict[str, tuple[str, dict[str, Any]]] = {
+        "take leaves nan": ("", {"take": changing(lambda f: (f[0] * torch.nan, f[1]), take)}),
+        "take keeps nan": ("", {"take": changing(lambda f: (f[0], {"first": f[1]["first"] * torch.nan}), take)}),
+        "fit gives inf": ("", {"fit": changing(lambda f: {"mean": f["mean"] / 0.0}, fit)}),
+        "fit divides by the error": (
+            "",
+            {"fit": lambda self, e, g, s: {"mean": (e.square() / e).mean(3, keepdim=True)}},
+        ),
+        "add gives nan": ("", {"add": then(add, lambda out, parts: spoil(out.mul_(torch.nan)))}),
+        "add_scores gives nan": ("", {"add_scores": then(scores, lambda rows, out, parts: spoil(out.mul_(torch.nan)))}),
+        "add_values are others": ("", {"add_values": then(values, lambda weights, out, parts: spoil(out))}),
+        "add returns": (f"{nothing} add", {"add": lambda self, out, parts: out + parts["mean"]}),
+        "add_scores returns": (f"{nothing} add_scores", {"add_scores": lambda self, rows, out, parts: out + 1}),
+        "add writes to what is kept": (f"{alone} add", {"add": then(add, lambda out, parts: spoil(parts["first"]))}),
+        "add_scores writes to queries": (
+            f"{alone} add_scores",
+            {"add_scores": then(scores, lambda rows, out, parts: spoil(rows))},
+        ),
+        "fit writes": ("must not change the tensor that fit is given", {"fit": writing_first(fit)}),
+        "take writes": ("must not change the tensor that take is given", {"take": writing_first(take)}),
+        "take is one token short": (
+            "must give .* from take",
+            {"take": changing(lambda f: (f[0][:, :, 1:], f[1]), take)},
+        ),
+        "take names anew": (
+            same,
+            {"take": lambda self, x, g, s: (x, {**take(self, x, g, s)[1], f"x{x.shape[2]}": x[..., 0]})},
+        ),
+        "fit keeps tokens for the store": (
+            same,
+            {
+                "axes": {"all": "store"},
+                "fit": lambda self, e, g, s: {**fit(self, e, g, s), "all": e[:1].mean(3).contiguous()},
+            },
+        ),
+        "take gives half": ("must give .* from take", {"take": changing(lambda f: f[0], take)}),
+        "check_grouping answers": ("must refuse by a RecipeError", {"check_grouping": lambda self, grouping: False}),
+        "add raises": ("add must not fail, found KeyError", {"add": raising(KeyError("mean"))}),
+    }
+    return {f"extra: {name}": lying(GoodExtra, run, **methods) for name, (run, methods) in cases.items()}
+
+
+LIARS: dict[str, Liar] = {**_tensors(), **_affine(), **_policies(), **_ranks(), **_transforms(), **_extras()}
