@@ -77,7 +77,7 @@ class LayerCache:
 
     def clear(self) -> None:
         self.broken = True
-        self.planner: Planner = ByPosition(self.first)
+        self.planner: Planner[Any] = ByPosition(self.first)
         """Where the tokens are that were let in, and what moves."""
         self.observer: Observer | None = None
         self.stores: dict[str, list[Store | None]] = {}
@@ -449,7 +449,7 @@ def commit_all(layers: Sequence[LayerCache], coming: int = 0) -> None:
     ending = [layer for layer in layers if layer._ends_prompt(coming)]
     for layer in ending:
         if not layer.placement.prompted:
-            layer.planner.step = layer.step.end_prompt()
+            layer.planner.note_prompt()
     ending = [layer for layer in ending if layer.placement.prompted]
     _advance(ending, lambda layer: layer.planner.end_prompt(), lambda layer: layer.like)
 

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from kvpolicy.placement.moves import NEW, AllMoves, Arrival
-from kvpolicy.storage.affine import AffineStore
 from kvpolicy.storage.base import Store
 from kvpolicy.storage.pages import gather_tokens
 
@@ -41,9 +40,9 @@ def move(stores: Stores, new: dict[str, Tensor], moves: AllMoves) -> None:
 
 def _partial(store: Store, empty: Tensor | None, arriving: int) -> Tensor | None:
     """Of a store per channel the empty ones among the tokens that lack a full group, and those arriving."""
-    if empty is None or not isinstance(store, AffineStore) or not store.by_channel:
+    if empty is None or store.waiting is None:
         return None
-    return empty[..., empty.shape[2] - store.parts["exact"].length - arriving :]
+    return empty[..., empty.shape[2] - store.waiting - arriving :]
 
 
 def _positions(arrivals: list[Arrival]) -> list[Tensor]:

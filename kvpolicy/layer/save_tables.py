@@ -141,8 +141,7 @@ class Filling:
                 moved = {name: x.to(table.device) for name, x in parts.items()}
                 table.append(moved["positions"], moved["tiers"], moved.get("scores"))
         _check_tables(planner, step, saved, slots)
-        planner.step = step
-        planner.recount()
+        planner.restore(step)
 
     def finish(self) -> None:
         """All that there is must have been used."""

@@ -16,7 +16,7 @@ from kvpolicy.placement.padding import Padding
 from kvpolicy.placement.step import Step
 
 
-class ByPosition(Planner):
+class ByPosition(Planner[Step]):
     """Arithmetic on integers, which all layers with the same tiers share: a layer holds nothing of its own."""
 
     def __init__(self, step: Step) -> None:

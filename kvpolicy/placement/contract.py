@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -17,8 +17,11 @@ from kvpolicy.placement.padding import Padding
 from kvpolicy.placement.planner import Placement
 from kvpolicy.placement.step import Step
 
+T = TypeVar("T")
+"""What a planner knows of an update that is being planned."""
 
-class Planner(ABC):
+
+class Planner(ABC, Generic[T]):
     """Says where the tokens of a layer are, and what moves. `layer/mover.py` moves them.
 
     There are two: by position, where all rows and heads hold the same tokens, and by row and head. An update is
@@ -33,7 +36,7 @@ class Planner(ABC):
         return self.step.placement
 
     @abstractmethod
-    def begin(self, new: Mapping[str, Tensor], padding: Padding | None, seen: Observer | None) -> Any:
+    def begin(self, new: Mapping[str, Tensor], padding: Padding | None, seen: Observer | None) -> T:
         """Begin to let in more tokens; returns what the other methods take.
 
         Args:
@@ -43,19 +46,23 @@ class Planner(ABC):
         """
 
     @abstractmethod
-    def end_prompt(self) -> Any:
+    def end_prompt(self) -> T:
         """As `begin`, where no token comes but the prompt ends with those that were let in."""
 
-    def rank(self, turn: Any, tier: int) -> Tensor | None:
+    def note_prompt(self) -> None:
+        """The prompt ends with the tokens that were let in, and no policy is to select because of that."""
+        self.step = self.step.end_prompt()
+
+    def rank(self, turn: T, tier: int) -> Tensor | None:
         """What a tier's policy ranks its tokens by now, `[batch, kv_heads or 1, tokens]`, if it selects any."""
         return None
 
-    def select(self, turn: Any, tier: int, rank: Tensor) -> None:
+    def select(self, turn: T, tier: int, rank: Tensor) -> None:
         """Let the tokens of a tier that rank lowest descend."""
         raise AssertionError("nothing was ranked")
 
     @abstractmethod
-    def moves(self, turn: Any) -> AllMoves:
+    def moves(self, turn: T) -> AllMoves:
         """What every store does; the planner counts it as done."""
 
     @abstractmethod
@@ -108,11 +115,11 @@ class Planner(ABC):
         """Bytes of what is kept beside the tokens of a store, by what they hold, and those reserved."""
         return {}
 
-    def to(self, device: torch.device) -> None:  # noqa: B027
+    def to(self, device: torch.device) -> None:
         """Move what is kept on a device, if anything is."""
 
 
-def select(planners: Sequence[Planner], turns: Sequence[Any]) -> None:
+def select(planners: Sequence[Planner[Any]], turns: Sequence[Any]) -> None:
     """Let each tier that ranks its tokens select among them, after the tier above it.
 
     Args:

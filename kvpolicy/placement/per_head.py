@@ -28,7 +28,7 @@ from kvpolicy.storage.pages import gather_tokens
 Ints = NDArray[np.int64]
 
 
-class PerHeadPlacement(Planner):
+class PerHeadPlacement(Planner[Turn]):
     """Tables of what the stores of a layer hold, by row and head."""
 
     def __init__(self, step: Step, batch: int, site: Site, device: torch.device) -> None:
@@ -316,6 +316,11 @@ class PerHeadPlacement(Planner):
         if self.aligned:
             found["values"] = found["keys"]
         return found
+
+    def restore(self, step: Step) -> None:
+        """Go by `step`, as whose tokens the tables were filled."""
+        self.step = step
+        self.recount()
 
     def recount(self) -> None:
         """Ask the tables how many tokens they hold: after what only the device knows."""

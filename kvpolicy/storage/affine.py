@@ -18,8 +18,9 @@ from kvpolicy.interfaces.quantizer import AffineQuantizer, Quantizer, known_grou
 from kvpolicy.interfaces.site import Site
 from kvpolicy.storage.base import LARGE, Ints
 from kvpolicy.storage.coded import NOTHING, POSITIONS, Aside, CodedStore
+from kvpolicy.storage.groups import Groups
 from kvpolicy.storage.packing import dequantize, pack
-from kvpolicy.storage.pages import FULL, GROUPS_AT_FIRST, Pages, at_once, forget_unused, gather_tokens
+from kvpolicy.storage.pages import FULL, Pages, at_once, gather_tokens
 from kvpolicy.storage.scales import Scales, levels_of
 
 
@@ -74,9 +75,17 @@ class AffineStore(CodedStore):
         self.numbers = head_dim if self.by_channel else head_dim // self.group_size
         """Scales of a token, or of the channels of a group."""
         self.parts |= {"codes": Pages(), "params": Pages(), "exact": Pages()}
-        self.sizes = np.empty(0, dtype=np.int64)
-        self.row_heads: tuple[int, int] | None = None
-        self.most_groups = GROUPS_AT_FIRST
+        self.groups = Groups()
+        """Of use per channel alone."""
+
+    @property
+    def row_heads(self) -> tuple[int, int] | None:
+        """Rows and heads that differ, once some do."""
+        return self.groups.row_heads
+
+    @property
+    def waiting(self) -> int | None:
+        return self.parts["exact"].length if self.by_channel else None
 
     @property
     def grouped(self) -> bool:
@@ -131,27 +140,24 @@ class AffineStore(CodedStore):
     def _append_groups(self, x: Tensor, size: int) -> None:
         before, count = self.parts["params"].length, x.shape[2] // size
         self._append_codes(x, size)
-        if self.row_heads is None:
-            self.sizes = np.concatenate([self.sizes, np.full(count, size, dtype=np.int64)])
-            return
-        numbers = torch.arange(before, before + count, dtype=torch.int32, device=x.device).repeat_interleave(size)
-        self.parts["groups"].append(numbers.view(1, 1, -1, 1).expand(*self.row_heads, -1, -1))
+        self.groups.add([size] * count, before, x.device)
 
     def differ_by_head(self, row_heads: tuple[int, int]) -> None:
-        self.row_heads = row_heads
-        if self.by_channel:
-            self.parts["groups"] = Pages()
-            if len(self.sizes):
-                numbers = torch.from_numpy(np.repeat(np.arange(len(self.sizes), dtype=np.int32), self.sizes))
-                numbers = numbers.to(self.parts["codes"].pages[0].device)
-                self.parts["groups"].append(numbers.view(1, 1, -1, 1).expand(*row_heads, -1, -1))
-            self.sizes = np.empty(0, dtype=np.int64)
+        codes = self.parts["codes"]
+        grouped = self.by_channel and codes.length > 0
+        self.groups.differ_by_head(row_heads, codes.pages[0].device if grouped else None)
         super().differ_by_head(row_heads)
 
     def select(self, rows: Tensor) -> None:
         super().select(rows)
-        if self.row_heads is not None:
-            self.row_heads = (len(rows), self.row_heads[1])
+        self.groups.select(rows)
+
+    def to(self, device: torch.device) -> None:
+        super().to(device)
+        self.groups.to(device)
+
+    def reserved(self) -> int:
+        return super().reserved() + self.groups.reserved()
 
     def gather(self, index: Tensor, dtype: torch.dtype) -> Tensor:
         coded = self.parts["codes"].length
@@ -169,7 +175,7 @@ class AffineStore(CodedStore):
     def _parameters(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and offset of the coded tokens at `index`."""
         if self.by_channel:
-            index = self.parts["groups"].gather(index).squeeze(3)
+            index = self.groups.gather(index)
         return self.scales.split(self.parts["params"].gather(index), self.numbers)
 
     def remove(self, index: Tensor, empty: Tensor | None = None) -> None:
@@ -183,11 +189,11 @@ class AffineStore(CodedStore):
         if partial.length:  # rows and heads may lose different numbers of them, so they become a group of their own
             x, self.parts["exact"] = partial.all(), Pages(whole=True)
             self._append_groups(self._filled(x, empty), x.shape[2])
-        for name in ("codes", "groups", *self._along):
+        for name in ("codes", *self._along):
             self.parts[name].remove(index)
         for kept in self._kept:
             kept.remove(index)
-        self.most_groups = forget_unused(self.parts["groups"], [self.parts["params"]], self.most_groups)
+        self.groups.remove(index, [self.parts["params"]])
 
     def _append_codes(self, x: Tensor, size: int) -> None:
         """Encode tokens; per channel, `size` at a time are a group."""
@@ -241,10 +247,7 @@ class AffineStore(CodedStore):
         for kept in self._kept:
             kept.drop(packed)
         if self.by_channel and len(packed):
-            group = np.searchsorted(np.cumsum(self.sizes), packed, side="right")
-            sizes = self.sizes - np.bincount(group, minlength=len(self.sizes))
-            self.parts["params"].drop(torch.from_numpy(np.flatnonzero(sizes == 0)))
-            self.sizes = sizes[sizes > 0]
+            self.parts["params"].drop(self.groups.drop(packed))
         elif len(packed):
             self.parts["params"].drop(torch.from_numpy(packed))
         self.parts["codes"].drop(torch.from_numpy(packed))
@@ -266,10 +269,11 @@ class AffineStore(CodedStore):
                     yield offset + lo, c[:, :, lo : lo + block], *part
             return
         most = at_once(codes.pages[0]) if codes.length else FULL
-        cuts = [0, *(np.flatnonzero(np.diff(self.sizes)) + 1).tolist(), len(self.sizes)]
+        sizes = self.groups.sizes
+        cuts = [0, *(np.flatnonzero(np.diff(sizes)) + 1).tolist(), len(sizes)]
         token = 0
         for first, last in pairwise(cuts):
-            size = int(self.sizes[first]) if last > first else 1
+            size = int(sizes[first]) if last > first else 1
             step = max(1, min(block, most) // size)
             for group in range(first, last, step):
                 n = min(step, last - group)
@@ -287,8 +291,8 @@ class AffineStore(CodedStore):
         block = min(block, at_once(self.parts["codes"].all())) if coded else 1
         for first in range(0, coded, block):
             last = min(first + block, coded)
-            groups = self.parts["groups"].slice(first, last).squeeze(3)
-            params = self.scales.split(gather_tokens(self.parts["params"].all(), groups), self.numbers)
+            groups = gather_tokens(self.parts["params"].all(), self.groups.slice(first, last))
+            params = self.scales.split(groups, self.numbers)
             yield first, self.parts["codes"].slice(first, last), *params
 
     def levels_on(self, device: torch.device) -> Tensor | None:
@@ -344,34 +348,30 @@ class AffineStore(CodedStore):
     def bytes(self) -> dict[str, int]:
         params, own = self.parts["params"], self._own_bytes()
         scales = int(params.used() * self.scales.share(params.pages[0], self.numbers)) if params.length else 0
-        groups = self.sizes.nbytes + (self.parts["groups"].used() if "groups" in self.parts else 0)
         return {
             "codes": self.parts["codes"].used(),
             "scales": scales,
             "zeros": params.used() - scales,
             "exact": self.parts["exact"].used(),
             **own,
-            "indices": groups + own.get("indices", 0),
+            "indices": self.groups.used() + own.get("indices", 0),
         }
 
     def tensors(self) -> dict[str, Tensor]:
-        held: dict[str, Tensor] = super().tensors()
-        if self.by_channel and self.row_heads is None:
-            held["sizes"] = torch.from_numpy(self.sizes.copy())
-        return held
+        return {**super().tensors(), **(self.groups.tensors("sizes", "groups") if self.by_channel else {})}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         rest: dict[str, Any] = self._restore_own(tensors)
-        if self.by_channel and self.row_heads is None:
-            self.sizes = rest.pop("sizes").numpy().copy()
+        if self.by_channel:
+            self.groups.restore(rest.pop("sizes", None), rest.pop("groups", None))
         super().restore(rest)
         coded, groups = self.parts["codes"].length, self.parts["params"].length
-        expected = len(self.sizes) if self.by_channel else coded
-        if self.by_channel and self.row_heads is not None:
-            if self.parts["groups"].length != coded:
+        if self.by_channel and self.groups.numbers is not None:
+            if self.groups.numbers.length != coded:
                 raise CacheError(f"a saved store must hold the group of every token, found {coded} codes")
             return
-        if groups != expected or (self.by_channel and self.sizes.sum() != coded):
+        sizes = self.groups.sizes
+        if groups != (len(sizes) if self.by_channel else coded) or (self.by_channel and sizes.sum() != coded):
             raise CacheError(f"a saved store must hold the parameters of every group, found {groups} for {coded} codes")
 
 

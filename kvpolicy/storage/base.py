@@ -39,6 +39,11 @@ class Store(ABC):
         return False
 
     @property
+    def waiting(self) -> int | None:
+        """Tokens that wait for their group to be full; None where tokens are coded each for itself."""
+        return None
+
+    @property
     @abstractmethod
     def length(self) -> int:
         """Tokens held."""

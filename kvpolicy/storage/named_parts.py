@@ -13,7 +13,8 @@ from torch import Tensor
 from kvpolicy.errors import CacheError, PluginError
 from kvpolicy.interfaces.component import TRY
 from kvpolicy.storage.base import Ints
-from kvpolicy.storage.pages import GROUPS_AT_FIRST, Pages, forget_unused, gather_tokens
+from kvpolicy.storage.groups import Groups
+from kvpolicy.storage.pages import Pages, gather_tokens
 
 __all__ = ["GROUPS", "SIZES", "Format", "NamedParts"]
 
@@ -35,8 +36,7 @@ class Format(NamedTuple):
 class NamedParts:
     """Tensors of the same tokens, held as bytes whatever their type.
 
-    An arrival is kept as long as a token of it is. Its tokens stay neighbours, so that a count each tells them apart;
-    where tokens differ by row or head they don't, and each has the number of its arrival.
+    An arrival is kept as long as a token of it is.
     """
 
     def __init__(self, axes: Mapping[str, str], who: str) -> None:
@@ -45,11 +45,14 @@ class NamedParts:
         self.parts: dict[str, Pages] = {}
         self.kept: dict[str, Tensor] = {}
         """The tensors of the store."""
-        self.sizes: Ints = np.empty(0, dtype=np.int64)
-        self.groups: Pages | None = None
+        self.groups = Groups()
+        """The arrival of each token, if anything is kept per arrival."""
         self.length = 0
-        self.row_heads: tuple[int, int] | None = None
-        self.most_groups = GROUPS_AT_FIRST
+
+    @property
+    def row_heads(self) -> tuple[int, int] | None:
+        """Rows and heads that differ, once some do."""
+        return self.groups.row_heads
 
     @property
     def arriving(self) -> bool:
@@ -85,21 +88,8 @@ class NamedParts:
         self.length += sum(sizes)
         if not self.arriving:
             return
-        if self.row_heads is None:
-            self.sizes = np.concatenate([self.sizes, np.asarray(sizes, dtype=np.int64)])
-            return
-        self.groups = self.groups or Pages(whole=True)
-        arrivals = next(part.length for name, part in self.parts.items() if self.axis(name) == "arrival")
-        first = arrivals - len(sizes)
-        numbers = np.repeat(np.arange(first, arrivals, dtype=np.int32), sizes)
-        self._number(numbers, next(iter(tensors.values())).device)
-
-    def _number(self, numbers: np.ndarray[tuple[int], np.dtype[np.int32]], device: torch.device) -> None:
-        assert self.groups is not None
-        assert self.row_heads is not None
-        if len(numbers):
-            placed = torch.from_numpy(numbers).to(device, non_blocking=True).view(1, 1, -1, 1)
-            self.groups.append(placed.expand(*self.row_heads, -1, -1))
+        arrivals = next(part.length for _, part in self._of("arrival"))
+        self.groups.add(sizes, arrivals - len(sizes), next(iter(tensors.values())).device)
 
     def _of(self, axis: str) -> Iterator[tuple[str, Pages]]:
         return ((name, part) for name, part in self.parts.items() if self.axis(name) == axis)
@@ -110,42 +100,33 @@ class NamedParts:
             part.drop(torch.from_numpy(index))
         self.length -= len(index)
         if self.arriving and len(index):
-            group = np.searchsorted(np.cumsum(self.sizes), index, side="right")
-            sizes = self.sizes - np.bincount(group, minlength=len(self.sizes))
+            gone = self.groups.drop(index)
             for _, part in self._of("arrival"):
-                part.drop(torch.from_numpy(np.flatnonzero(sizes == 0)))
-            self.sizes = sizes[sizes > 0]
+                part.drop(gone)
 
     def remove(self, index: Tensor) -> None:
         """Remove the tokens at `index`, `[batch, kv_heads or 1, tokens]`; the last ones move into their places."""
         for _, part in self._of("token"):
             part.remove(index)
         self.length -= index.shape[2]
-        if self.groups is None:
-            return
-        self.groups.remove(index)
-        self.most_groups = forget_unused(self.groups, [part for _, part in self._of("arrival")], self.most_groups)
+        if self.arriving:
+            self.groups.remove(index, [part for _, part in self._of("arrival")])
 
     def differ_by_head(self, row_heads: tuple[int, int]) -> None:
         """From now on tokens differ by row or head."""
-        self.row_heads = row_heads
         for part in self.parts.values():
             part.join()
-        if self.arriving:
-            self.groups = Pages(whole=True)
-            if len(self.sizes):
-                numbers = np.repeat(np.arange(len(self.sizes), dtype=np.int32), self.sizes)
-                self._number(numbers, next(iter(self.parts.values())).pages[0].device)
-            self.sizes = np.empty(0, dtype=np.int64)
+        held = next((part.pages[0].device for _, part in self._of("arrival") if part.length), None)
+        self.groups.differ_by_head(row_heads, held)
 
     def slice(self, first: int, last: int) -> dict[str, Tensor]:
         """The tensors of the tokens from `first` to `last`."""
         found = {name: part.slice(first, last) for name, part in self._of("token")}
-        if self.groups is not None:
-            groups = self.groups.slice(first, last).squeeze(3)
-            found |= {name: gather_tokens(part.all(), groups) for name, part in self._of("arrival")}
-        elif self.arriving:
+        if self.arriving and self.row_heads is None:
             found |= self._entries(np.arange(first, last))
+        elif self.arriving:
+            groups = self.groups.slice(first, last)
+            found |= {name: gather_tokens(part.all(), groups) for name, part in self._of("arrival")}
         return self._shaped(found)
 
     def take(self, index: Ints) -> dict[str, Tensor]:
@@ -156,14 +137,14 @@ class NamedParts:
     def gather(self, index: Tensor) -> dict[str, Tensor]:
         """The tensors of the tokens at `index`, `[batch, kv_heads or 1, tokens]`."""
         found = {name: part.gather(index) for name, part in self._of("token")}
-        if self.groups is not None:
-            groups = self.groups.gather(index).squeeze(3)
+        if self.arriving:
+            groups = self.groups.gather(index)
             found |= {name: gather_tokens(part.all(), groups) for name, part in self._of("arrival")}
         return self._shaped(found)
 
     def _entries(self, index: Ints) -> dict[str, Tensor]:
         """Of the arrivals the entry of each token at `index`, or one for all of them."""
-        number = np.searchsorted(np.cumsum(self.sizes), index, side="right")
+        number = self.groups.of(index)
         lowest, highest = int(number.min()), int(number.max())
         found = {name: part.slice(lowest, highest + 1) for name, part in self._of("arrival")}
         if lowest == highest:
@@ -185,14 +166,12 @@ class NamedParts:
             if t.shape[0] > 1:
                 with torch.inference_mode(False):
                     self.kept[name] = t.index_select(0, rows.to(t.device, non_blocking=True))
-        if self.groups is not None:
-            self.groups.select(rows)
-        if self.row_heads is not None:
-            self.row_heads = (len(rows), self.row_heads[1])
+        self.groups.select(rows)
 
     def to(self, device: torch.device) -> None:
-        for part in (*self.parts.values(), *([self.groups] if self.groups is not None else [])):
+        for part in self.parts.values():
             part.to(device)
+        self.groups.to(device)
         self.kept = {name: t.to(device, non_blocking=True) for name, t in self.kept.items()}
 
     def used(self) -> int:
@@ -202,22 +181,17 @@ class NamedParts:
 
     def used_by_groups(self) -> int:
         """Bytes of those."""
-        return self.sizes.nbytes + (self.groups.used() if self.groups is not None else 0)
+        return self.groups.used()
 
     def reserved(self) -> int:
         kept = sum(t.numel() * t.element_size() for t in self.kept.values())
-        pages = [*self.parts.values(), *([self.groups] if self.groups is not None else [])]
-        return kept + sum(part.reserved() for part in pages)
+        return kept + self.groups.reserved() + sum(part.reserved() for part in self.parts.values())
 
     def tensors(self, own: str) -> dict[str, Tensor]:
         """All that is held, by name; `own` begins the names of what says which token is of which arrival."""
         held = {name: part.slice(0, part.length).contiguous() for name, part in self.parts.items() if part.length}
         found = self._shaped(held)
-        if self.arriving and self.groups is None:
-            found[own + SIZES] = torch.from_numpy(self.sizes.copy())
-        elif self.groups is not None and self.groups.length:
-            found[own + GROUPS] = self.groups.all().contiguous()
-        return found
+        return {**found, **(self.groups.tensors(own + SIZES, own + GROUPS) if self.arriving else {})}
 
     def restore(self, tensors: dict[str, Tensor], own: str) -> None:
         """The inverse of `tensors`, into what is empty.
@@ -244,9 +218,7 @@ class NamedParts:
             self.append(rest, sizes.tolist() if sizes is not None else [n])
         elif rest:
             self.append(rest, [0] * count)
-            if groups is not None:
-                self.groups = Pages(whole=True)
-                self.groups.append(groups)
+            self.groups.restore(None, groups)
         self.length = n
 
 

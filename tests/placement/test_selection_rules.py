@@ -101,7 +101,10 @@ class Row:
         seen = len(self.slots)
         if policy.when == "prompt":
             return ends
-        return any(n % policy.every == 0 for n in range(before + 1, seen + 1)) or (ends and seen % policy.every == 0)
+        # At the prompt's end all look again, if any policy waits for it: to share budgets out twice changes them.
+        asked = any(getattr(tier.policy, "when", "") == "prompt" for tier in self.recipe.tiers)
+        again = ends and asked and seen % policy.every == 0
+        return again or any(n % policy.every == 0 for n in range(before + 1, seen + 1))
 
     def selected(self, policy: Any, tier: int, scores: Tensor) -> list[list[int]]:
         """What stays in a tier, head by head."""

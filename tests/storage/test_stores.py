@@ -144,12 +144,12 @@ def check_bytes(store: Store, dtype: torch.dtype) -> None:
         q, coded = store.quantizer, store.length - store.parts["exact"].length
         rows = 2 * HEADS
         assert found["codes"] == rows * coded * packed_width(DIM, q.nbits)
-        groups = len(store.sizes) * DIM if q.per == "channel" else coded * (DIM // store.group_size)
+        groups = len(store.groups.sizes) * DIM if q.per == "channel" else coded * (DIM // store.group_size)
         itemsize = 4 if q.scale_dtype == "float32" else dtype.itemsize
         assert found["scales"] == found["zeros"] == rows * groups * itemsize
         assert found["exact"] == rows * store.parts["exact"].length * DIM * dtype.itemsize
-        assert found["indices"] == len(store.sizes) * 8
-        assert store.sizes.sum() == (coded if q.per == "channel" else 0)
+        assert found["indices"] == len(store.groups.sizes) * 8
+        assert store.groups.sizes.sum() == (coded if q.per == "channel" else 0)
     parts = [*store.parts.values(), *named.values()]
     held = sum(b.numel() * b.element_size() for part in parts for _, b in part.blocks())
     assert sum(found.values()) == held + found.get("indices", 0)

@@ -1,0 +1,111 @@
+"""Which tokens of a store were coded together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvpolicy.storage.base import Ints
+from kvpolicy.storage.pages import GROUPS_AT_FIRST, Pages, forget_unused
+
+__all__ = ["Groups"]
+
+
+class Groups:
+    """The group of each token, which is kept as long as a token of it is.
+
+    The tokens of a group stay neighbours, so that a count each tells them apart; where tokens differ by row or head
+    they don't, and each has the number of its group.
+    """
+
+    def __init__(self) -> None:
+        self.sizes: Ints = np.empty(0, dtype=np.int64)
+        """Tokens of each group, where groups are neighbours."""
+        self.numbers: Pages | None = None
+        """The number of the group of each token, where they are not: int32 `[batch, kv_heads or 1, tokens, 1]`."""
+        self.row_heads: tuple[int, int] | None = None
+        """Rows and heads of the numbers."""
+        self._most = GROUPS_AT_FIRST
+
+    def add(self, sizes: Sequence[int], before: int, device: torch.device) -> None:
+        """Tokens came in groups of so many each; there are `before` groups by number."""
+        if self.numbers is None:
+            self.sizes = np.concatenate([self.sizes, np.asarray(sizes, dtype=np.int64)])
+        else:
+            self._number(np.arange(before, before + len(sizes)), sizes, device)
+
+    def _number(self, groups: Ints, sizes: Sequence[int] | Ints, device: torch.device) -> None:
+        assert self.numbers is not None
+        assert self.row_heads is not None
+        numbers = torch.from_numpy(np.repeat(groups.astype(np.int32), sizes)).to(device, non_blocking=True)
+        if len(numbers):
+            self.numbers.append(numbers.view(1, 1, -1, 1).expand(*self.row_heads, -1, -1))
+
+    def of(self, index: Ints) -> Ints:
+        """The groups of the tokens at `index`, where groups are neighbours."""
+        return np.searchsorted(np.cumsum(self.sizes), index, side="right")
+
+    def drop(self, index: Ints) -> Tensor:
+        """Remove the tokens at `index`, ascending; returns the groups that are gone with them."""
+        sizes = self.sizes - np.bincount(self.of(index), minlength=len(self.sizes))
+        self.sizes = sizes[sizes > 0]
+        return torch.from_numpy(np.flatnonzero(sizes == 0))
+
+    def remove(self, index: Tensor, kept: list[Pages]) -> None:
+        """Remove the tokens at `index`, `[batch, kv_heads or 1, tokens]`; the last ones move into their places.
+
+        `kept` is what is kept of each group, and goes with groups that are gone.
+        """
+        assert self.numbers is not None
+        self.numbers.remove(index)
+        self._most = forget_unused(self.numbers, kept, self._most)
+
+    def slice(self, first: int, last: int) -> Tensor:
+        """Of numbers those of the tokens from `first` to `last`: `[batch, kv_heads or 1, tokens]`."""
+        assert self.numbers is not None
+        return self.numbers.slice(first, last).squeeze(3)
+
+    def gather(self, index: Tensor) -> Tensor:
+        """Of numbers those of the tokens at `index`, of its shape."""
+        assert self.numbers is not None
+        return self.numbers.gather(index).squeeze(3)
+
+    def differ_by_head(self, row_heads: tuple[int, int], device: torch.device | None) -> None:
+        """From now on tokens differ by row or head. `device` is theirs, if there are any."""
+        self.row_heads, self.numbers = row_heads, Pages(whole=True)
+        if device is not None:
+            self._number(np.arange(len(self.sizes)), self.sizes, device)
+        self.sizes = np.empty(0, dtype=np.int64)
+
+    def select(self, rows: Tensor) -> None:
+        """Keep the batch rows `rows`."""
+        if self.numbers is not None and self.row_heads is not None:
+            self.numbers.select(rows)
+            self.row_heads = (len(rows), self.row_heads[1])
+
+    def to(self, device: torch.device) -> None:
+        if self.numbers is not None:
+            self.numbers.to(device)
+
+    def used(self) -> int:
+        """Bytes of what says which token is of which group."""
+        return self.sizes.nbytes + (self.numbers.used() if self.numbers is not None else 0)
+
+    def reserved(self) -> int:
+        return self.numbers.reserved() if self.numbers is not None else 0
+
+    def tensors(self, sizes: str, numbers: str) -> dict[str, Tensor]:
+        """What is held, by these names."""
+        if self.numbers is None:
+            return {sizes: torch.from_numpy(self.sizes.copy())}
+        return {numbers: self.numbers.all().contiguous()} if self.numbers.length else {}
+
+    def restore(self, sizes: Tensor | None, numbers: Tensor | None) -> None:
+        """The inverse of `tensors`, into what is empty and knows whether rows or heads differ."""
+        if self.numbers is None:
+            self.sizes = np.empty(0, dtype=np.int64) if sizes is None else sizes.numpy().copy()
+        elif numbers is not None:
+            self.numbers.append(numbers)
