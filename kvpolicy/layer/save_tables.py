@@ -236,15 +236,16 @@ def _check_orders(state: State, placement: Placement) -> None:
 
 def _rows(entry: PerHeadEntry, placement: Placement, padding: Padding | None, held: Held) -> list[State]:
     counts = [entry.seen] if padding is None else padding.count(0, entry.seen)
-    rows = []
+    rows: list[State] = []
     for r, expected in enumerate(counts):
         prefix = f"state.rows.{entry.rows}.{r}"
         numbers = held.take(prefix, torch.int64).tolist()
         if numbers not in ([expected], [expected, 0]):  # kvpolicy 0.1 wrote two
             raise Damaged(f"row {r} must have seen {expected} tokens, found {numbers[:2]}")
         tiers = tuple(held.take(f"{prefix}.tier.{i}", torch.int64).numpy() for i in range(placement.ranked))
-        rows.append(State(expected, tiers, {}))
-        _check_tiers(rows[-1])
+        row = State(expected, tiers, {})
+        _check_tiers(row)
+        rows.append(next((known for known in rows if _same(known, row)), row))
     return rows
 
 

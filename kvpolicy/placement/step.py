@@ -117,7 +117,7 @@ class Step:
         if not self.by_head:
             state, plan = self.placement.end_prompt(self.state)
             return replace(self._bare(), rows=(state,), plan=plan, prompt=self.seen)
-        after = tuple(map(self.placement.end_prompt_row, self.rows))
+        after = _each(self.placement.end_prompt_row, self.rows)
         return replace(self._bare(), rows=after, before=self.rows, prompt=self.seen, ended=True)
 
     def _advance(self, n: int, padding: Padding | None) -> Step:
@@ -134,10 +134,8 @@ class Step:
         else:
             counts = [n]
         prompts = self.prompts() if self.by_row == by_row else self.prompts() * len(rows)
-        after = tuple(
-            self.placement.advance_row(row, some, prompt) if some else row
-            for row, some, prompt in zip(rows, counts, prompts, strict=True)
-        )
+        advance = self.placement.advance_row
+        after = _each(lambda row, some, prompt: advance(row, some, prompt) if some else row, rows, counts, prompts)
         return replace(
             self._bare(),
             rows=after,
@@ -181,7 +179,7 @@ class Step:
             state, plan = self.placement.crop(self.state, length)
             return replace(self._bare(), rows=(state,), seen=seen, padding=padding, plan=plan, prompt=prompt)
         real = self.padding.count(0, length) if self.by_row and self.padding is not None else [length]
-        rows = tuple(self.placement.crop_row(row, n) for row, n in zip(self.rows, real, strict=True))
+        rows = _each(self.placement.crop_row, self.rows, real)
         return replace(self._bare(), rows=rows, seen=seen, padding=padding, prompt=prompt)
 
     def select(self, rows: Ints) -> Step:
@@ -403,3 +401,13 @@ def _alike(a: Padding | None, b: Padding | None, stop: int) -> bool:
     if a is None:
         return b is None or not b.before(stop)
     return a.alike(b, stop)
+
+
+def _each(make: Callable[..., State], rows: Sequence[State], *more: Sequence[Any]) -> tuple[State, ...]:
+    """A state for each of `rows`; rows that were one value, and are told the same, stay one."""
+    made: dict[tuple[Any, ...], State] = {}
+    keys = [(id(row), *told) for row, *told in zip(rows, *more, strict=True)]
+    for row, key in zip(rows, keys, strict=True):
+        if key not in made:
+            made[key] = make(row, *key[1:])
+    return tuple(made[key] for key in keys)
