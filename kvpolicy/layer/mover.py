@@ -75,7 +75,7 @@ def _decoded(arrival: Arrival, stores: list[Store | None], new: Tensor) -> Tenso
         x, lookup = store.take(ascending, new.dtype), np.searchsorted(ascending, index)
     else:
         first, last = int(index.min()), int(index.max())
-        x, lookup = new[:, :, first : last + 1], index - first
+        x, lookup = new if last + 1 - first == new.shape[2] else new[:, :, first : last + 1], index - first
     if not np.array_equal(lookup, np.arange(x.shape[2])):
         x = x.index_select(2, torch.from_numpy(lookup).to(x.device, non_blocking=True))
     return x
