@@ -306,8 +306,8 @@ def _add_by_token(store: AffineStore, weights: Tensor, codes: Tensor, params: Te
     found = _multiplied(weights * scale, _cut(store, codes, count, room), pieces, False)
     out.add_(_joined(found, factors))
     if offset is not None:
-        shares = offset @ weights.transpose(2, 3)
-        out.unflatten(3, (count, -1)).add_(shares.permute(1, 2, 4, 0, 3))
+        shares = weights @ offset.squeeze(3).permute(1, 2, 3, 0)
+        out.unflatten(3, (count, -1)).add_(shares.unsqueeze(4))
 
 
 def _add_by_channel(
