@@ -48,11 +48,11 @@ class Groups:
         """The groups of the tokens at `index`, where groups are neighbours."""
         return np.searchsorted(np.cumsum(self.sizes), index, side="right")
 
-    def drop(self, index: Ints) -> Tensor:
+    def drop(self, index: Ints) -> Ints:
         """Remove the tokens at `index`, ascending; returns the groups that are gone with them."""
         sizes = self.sizes - np.bincount(self.of(index), minlength=len(self.sizes))
         self.sizes = sizes[sizes > 0]
-        return torch.from_numpy(np.flatnonzero(sizes == 0))
+        return np.flatnonzero(sizes == 0)
 
     def remove(self, index: Tensor, kept: list[Pages]) -> None:
         """Remove the tokens at `index`, `[batch, kv_heads or 1, tokens]`; the last ones move into their places.

@@ -97,7 +97,7 @@ class NamedParts:
     def drop(self, index: Ints) -> None:
         """Remove the tokens at `index` (ascending)."""
         for _, part in self._of("token"):
-            part.drop(torch.from_numpy(index))
+            part.drop(index)
         self.length -= len(index)
         if self.arriving and len(index):
             gone = self.groups.drop(index)
@@ -131,7 +131,7 @@ class NamedParts:
 
     def take(self, index: Ints) -> dict[str, Tensor]:
         """The tensors of the tokens at `index` (ascending)."""
-        found = {name: part.take(torch.from_numpy(index)) for name, part in self._of("token")}
+        found = {name: part.take(index) for name, part in self._of("token")}
         return self._shaped({**found, **(self._entries(index) if self.arriving else {})})
 
     def gather(self, index: Tensor) -> dict[str, Tensor]:

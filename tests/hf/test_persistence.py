@@ -402,21 +402,18 @@ def test_evicting_recipe_after_a_reset_and_a_crop(tmp_path: Path) -> None:
 def test_a_loaded_cache_takes_no_more_room_where_rows_are_repeated(name: str, more: int, tmp_path: Path) -> None:
     """Rows that are alike share what says where their tokens are, also after further updates, and in a file."""
     model = tiny("llama")
-    handle = kvpolicy.attach(model)
-    try:
+    mask = torch.ones(2, 80, dtype=torch.long)
+    mask[1, :9] = 0
+    with attach(model):
         cache = make_cache(name, model)
-        mask = torch.ones(2, 80, dtype=torch.long)
-        mask[1, :9] = 0
-        run(model, ids(80, 2), cache, attention_mask=mask)
+        model(ids(80, 2), attention_mask=mask, **{CACHE: cache})
         once = cache.memory().shared_indices - mask.numel()
         cache.batch_repeat_interleave(3)
         mask = mask.repeat_interleave(3, 0)
         for step in range(more):
             mask = torch.cat([mask, torch.ones(6, 1, dtype=torch.long)], dim=1)
-            run(model, ids(1, 6, seed=step), cache, attention_mask=mask)
+            model(ids(1, 6, seed=step), attention_mask=mask, **{CACHE: cache})
         cache.save(tmp_path / "cache")
-        memory = cache.memory()
-        assert memory.shared_indices - mask.numel() <= once + 3 * 8 * more
-        assert CompressedCache.load(tmp_path / "cache", model).memory().shared_indices == memory.shared_indices
-    finally:
-        handle.detach()
+        found = cache.memory().shared_indices
+        assert found - mask.numel() <= once + 3 * 8 * more
+        assert CompressedCache.load(tmp_path / "cache", model).memory().shared_indices == found
