@@ -18,7 +18,7 @@ from kvpolicy.hf.fingerprint import Fingerprint, Origin, blocks_of, differences,
 from kvpolicy.hf.layer import TieredLayer
 from kvpolicy.hf.model_config import head_dim_of, layer_config
 from kvpolicy.layer.layer import Reading
-from kvpolicy.layer.save_file import (
+from kvpolicy.layer.saving.file import (
     LONGEST,
     Damaged,
     Header,
@@ -32,8 +32,8 @@ from kvpolicy.layer.save_file import (
     read_file,
     write_file,
 )
-from kvpolicy.layer.save_stores import fill_stores, save_stores
-from kvpolicy.layer.save_tables import Filling, Saving, load_padding, save_padding
+from kvpolicy.layer.saving.stores import fill_stores, save_stores
+from kvpolicy.layer.saving.tables import Filling, Saving, load_padding, save_padding
 from kvpolicy.recipe.load import Recipe, load_yaml
 from kvpolicy.recipe.yaml import read_text
 

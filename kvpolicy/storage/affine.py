@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import torch
@@ -358,18 +357,19 @@ class AffineStore(CodedStore):
         return {**super().tensors(), **(self.groups.tensors("sizes", "groups") if self.by_channel else {})}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        rest: dict[str, Any] = self._restore_own(tensors)
+        rest = self._restore_own(tensors)
+        sizes, numbers = rest.pop("sizes", None), rest.pop("groups", None)
+        coded, groups, waiting = (rest[n].shape[2] if n in rest else 0 for n in ("codes", "params", "exact"))
         if self.by_channel:
-            self.groups.restore(rest.pop("sizes", None), rest.pop("groups", None))
+            self.groups.restore(sizes, numbers, coded, groups, self.group_size or coded)
+        elif groups != coded:
+            raise CacheError(f"it must hold the parameters of {coded} tokens, found those of {groups}")
+        most = max(self.group_size - 1, 0) if self.by_channel else 0
+        if waiting > most:
+            raise CacheError(f"at most {most} tokens may wait for their group, found {waiting}")
+        if self.by_position and self.parts[POSITIONS].length != coded + waiting:
+            raise CacheError(f"it must hold the positions of {coded + waiting} tokens")
         super().restore(rest)
-        coded, groups = self.parts["codes"].length, self.parts["params"].length
-        if self.by_channel and self.groups.numbers is not None:
-            if self.groups.numbers.length != coded:
-                raise CacheError(f"a saved store must hold the group of every token, found {coded} codes")
-            return
-        sizes = self.groups.sizes
-        if groups != (len(sizes) if self.by_channel else coded) or (self.by_channel and sizes.sum() != coded):
-            raise CacheError(f"a saved store must hold the parameters of every group, found {groups} for {coded} codes")
 
 
 def _filled(x: Tensor, empty: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvpolicy.errors import CacheError
 from kvpolicy.storage.base import Ints
 from kvpolicy.storage.pages import GROUPS_AT_FIRST, Pages, forget_unused
 
@@ -103,9 +104,24 @@ class Groups:
             return {sizes: torch.from_numpy(self.sizes.copy())}
         return {numbers: self.numbers.all().contiguous()} if self.numbers.length else {}
 
-    def restore(self, sizes: Tensor | None, numbers: Tensor | None) -> None:
-        """The inverse of `tensors`, into what is empty and knows whether rows or heads differ."""
+    def restore(self, sizes: Tensor | None, numbers: Tensor | None, tokens: int, groups: int, most: int) -> None:
+        """The inverse of `tensors`, into what is empty and knows whether rows or heads differ.
+
+        Raises:
+            CacheError: they are not those of so many tokens in so many groups, of `most` tokens each at most.
+        """
         if self.numbers is None:
-            self.sizes = np.empty(0, dtype=np.int64) if sizes is None else sizes.numpy().copy()
-        elif numbers is not None:
+            found: Ints = np.empty(0, dtype=np.int64) if sizes is None else sizes.numpy().copy()
+            inside = bool(((found >= 1) & (found <= most)).all())
+            if numbers is not None or len(found) != groups or not inside or found.sum() != tokens:
+                raise CacheError(
+                    f"{tokens} tokens must be in {groups} groups of 1 to {most}, found {found[:8].tolist()}"
+                )
+            self.sizes = found
+            return
+        held = 0 if numbers is None else numbers.shape[2]
+        inside = numbers is None or not held or 0 <= int(numbers.min()) <= int(numbers.max()) < groups
+        if sizes is not None or held != tokens or not inside:
+            raise CacheError(f"each of {tokens} tokens must belong to one of {groups} groups")
+        if numbers is not None:
             self.numbers.append(numbers)

@@ -210,29 +210,13 @@ class NamedParts:
                 f"{[tuple(t.shape) for t in rest.values()]}"
             )
         count, n = next(iter(arrivals), 0), next(iter(lengths), None)
-        if arrivals or sizes is not None or groups is not None:
-            _check_arrivals(sizes, groups, self.row_heads is not None, n, count)
         if n is None:
             n = int(sizes.sum()) if sizes is not None else groups.shape[2] if groups is not None else 0
-        if self.row_heads is None:
-            self.append(rest, sizes.tolist() if sizes is not None else [n])
-        elif rest:
-            self.append(rest, [0] * count)
-            self.groups.restore(None, groups)
+        if rest:
+            self.append(rest, [])
+        if arrivals or sizes is not None or groups is not None:
+            self.groups.restore(sizes, groups, n, count, n)
         self.length = n
-
-
-def _check_arrivals(sizes: Tensor | None, groups: Tensor | None, numbered: bool, n: int | None, count: int) -> None:
-    if numbered:
-        fits = sizes is None and (groups is not None or not n)
-        if groups is not None:
-            fits = fits and n in (None, groups.shape[2]) and 0 <= int(groups.min()) <= int(groups.max()) < count
-    else:
-        fits = groups is None and (sizes is not None or not count)
-        if sizes is not None:
-            fits = fits and len(sizes) == count and bool((sizes > 0).all()) and n in (None, int(sizes.sum()))
-    if not fits:
-        raise CacheError(f"each token of a saved store must belong to one of its {count} arrivals")
 
 
 def _listed(formats: dict[str, Format]) -> str:

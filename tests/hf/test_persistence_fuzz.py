@@ -24,7 +24,7 @@ from words import CACHE
 
 from kvpolicy import CompressedCache, attach, make_cache
 from kvpolicy.errors import CacheError, MissingDependencyError
-from kvpolicy.layer.save_file import checksum
+from kvpolicy.layer.saving.file import checksum
 
 CASES = int(os.environ.get("KVPOLICY_FUZZ_CASES", "350"))
 """Mutations in all; 10,000 take some ten minutes."""

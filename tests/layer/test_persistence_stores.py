@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from kvpolicy.interfaces.quantizer import TensorQuantizer
-from kvpolicy.layer.save_file import Damaged, Held
-from kvpolicy.layer.save_stores import fill_stores, save_stores
+from kvpolicy.layer.saving.file import Damaged, Held
+from kvpolicy.layer.saving.stores import fill_stores, save_stores
 from kvpolicy.storage.make import make_store
 
 

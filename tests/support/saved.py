@@ -8,7 +8,7 @@ from typing import Any
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from kvpolicy.layer.save_file import checksum
+from kvpolicy.layer.saving.file import checksum
 
 __all__ = ["rewritten"]
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvpolicy.layer.layer import LayerCache
-from kvpolicy.layer.save_file import Damaged, Held, PerHeadEntry, StateEntry, TiersEntry
+from kvpolicy.layer.saving.file import Damaged, Held, PerHeadEntry, StateEntry, TiersEntry
 from kvpolicy.placement.by_position import ByPosition
 from kvpolicy.placement.padding import Padding
 from kvpolicy.placement.per_head import PerHeadPlacement

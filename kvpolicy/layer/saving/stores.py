@@ -10,7 +10,7 @@ from torch import Tensor
 from kvpolicy.errors import CacheError, MissingDependencyError, PluginError
 from kvpolicy.interfaces.quantizer import AffineQuantizer
 from kvpolicy.layer.layer import LayerCache
-from kvpolicy.layer.save_file import Damaged, Held
+from kvpolicy.layer.saving.file import Damaged, Held
 from kvpolicy.storage.affine import AffineStore
 from kvpolicy.storage.base import LARGE, Store
 from kvpolicy.storage.beside import EXTRAS
@@ -117,38 +117,13 @@ def _check(parts: dict[str, Tensor], store: Store, like: Tensor, formats: Format
             )
     if isinstance(store, CodedStore):
         _check_state(parts, formats, store)
-    if isinstance(store, AffineStore):
-        _check_packed(parts, store)
-    elif isinstance(store, NamedStore) and parts:
+    if isinstance(store, NamedStore) and parts:
         own, all_ = ({n for n in x if not n.startswith(EXTRAS) and ":" not in n} for x in (parts, formats))
         lengths = {parts[n].shape[2] for n in own if store.named.axis(n) == "token" and not _of_store(store, n)}
         if own != all_ or len(lengths) > 1:
             raise CacheError(
                 f"{sorted(formats)} must be of the same tokens, found {sorted(parts)} of {sorted(lengths)}"
             )
-
-
-def _check_packed(parts: dict[str, Tensor], store: AffineStore) -> None:
-    coded, groups, exact = (parts[n].shape[2] if n in parts else 0 for n in ("codes", "params", "exact"))
-    most = store.group_size - 1 if store.by_channel else 0
-    if exact > max(most, 0):
-        raise CacheError(f"at most {max(most, 0)} tokens may wait for their group, found {exact}")
-    if store.by_channel and store.row_heads is None:
-        if "sizes" not in parts:
-            raise CacheError("the sizes of its groups must be there")
-        sizes = parts["sizes"].numpy()
-        largest = store.group_size or coded
-        fits = len(sizes) == groups and ((sizes >= 1) & (sizes <= largest)).all() and sizes.sum() == coded
-        if not fits:
-            raise CacheError(f"{coded} tokens must be in {groups} groups of 1 to {largest}, found {sizes.tolist()[:8]}")
-    elif store.by_channel:
-        numbers = parts.get("groups", torch.empty(0, 0, 0, 1))
-        if numbers.shape[2] != coded or (coded and not 0 <= int(numbers.min()) <= int(numbers.max()) < groups):
-            raise CacheError(f"each of {coded} tokens must belong to one of {groups} groups")
-    elif groups != coded:
-        raise CacheError(f"it must hold the parameters of {coded} tokens, found those of {groups}")
-    if store.by_position and (parts[POSITIONS].shape[2] if POSITIONS in parts else 0) != coded + exact:
-        raise CacheError(f"it must hold the positions of {coded + exact} tokens")
 
 
 def _check_state(parts: dict[str, Tensor], formats: Formats, store: Store) -> None:
