@@ -52,13 +52,16 @@ def attend(
     Raises:
         CacheError: the mask has another number of columns.
     """
-    options = AttentionOptions(query.shape[3] ** -0.5 if scaling is None else scaling, softcap, sinks, observer)
+    if observer is not None and not observer.queries:
+        observer = None  # none of these queries counts
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    options = AttentionOptions(scale, softcap, sinks, observer, alone=True)
     shown = as_mask(mask, tiers.committed + new[0].shape[2], new[0].shape[1])
     pieces = assigned(query, _whole(tiers, new), shown, options, tiers.step.by_head)
     tiers.backends = tuple(dict.fromkeys(backend.kind for backend, _ in pieces))
     found = []
     for number, (backend, part) in enumerate(pieces):
-        own = options if number == 0 or sinks is None else AttentionOptions(options.scaling, softcap)
+        own = options if len(pieces) == 1 else AttentionOptions(scale, softcap, None if number else sinks)
         found.append(computed(backend, query, part, shown, own))
     return merged(found)[0].transpose(1, 2).to(query.dtype)
 
@@ -67,7 +70,11 @@ def _whole(tiers: LayerCache, new: tuple[Tensor, Tensor]) -> Part:
     """All that a layer holds, and the tokens that are coming in."""
     columns = tiers.columns()
     keys, values = (
-        tuple(StoreView(s, at) for s, at in zip(tiers.stores[side], where, strict=True) if s is not None and s.length)
+        tuple(
+            StoreView(s, at, columns.stretches[side][i] if side in columns.stretches else None)
+            for i, (s, at) in enumerate(zip(tiers.stores[side], where, strict=True))
+            if s is not None and s.length
+        )
         for side, where in (("keys", columns.keys), ("values", columns.values))
     )
     heads, dim = new[1].shape[1], new[1].shape[3]
