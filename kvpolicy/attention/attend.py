@@ -69,16 +69,13 @@ def attend(
 def _whole(tiers: LayerCache, new: tuple[Tensor, Tensor]) -> Part:
     """All that a layer holds, and the tokens that are coming in."""
     columns = tiers.columns()
-    keys, values = (
-        tuple(
-            StoreView(s, at, columns.stretches[side][i] if side in columns.stretches else None)
-            for i, (s, at) in enumerate(zip(tiers.stores[side], where, strict=True))
-            if s is not None and s.length
-        )
-        for side, where in (("keys", columns.keys), ("values", columns.values))
-    )
+    sides = []
+    for side, where in (("keys", columns.keys), ("values", columns.values)):
+        known = columns.stretches.get(side) or [None] * len(where)
+        stores = zip(tiers.stores[side], where, known, strict=True)
+        sides.append(tuple([StoreView(s, at, own) for s, at, own in stores if s is not None and s.length]))
     heads, dim = new[1].shape[1], new[1].shape[3]
-    return Part(keys, values, columns.width, columns.gaps, columns.positions, heads, dim, new)
+    return Part(sides[0], sides[1], columns.width, columns.gaps, columns.positions, heads, dim, new)
 
 
 def observe(

@@ -129,18 +129,20 @@ def assigned(
 
 def spec_of(query: Tensor, part: Part, mask: Tensor | None, options: AttentionOptions, by_head: bool) -> AttentionSpec:
     """What a backend is asked to serve."""
-    keys, values = (tuple(view.store.format for view in side) for side in (part.keys, part.values))
+    keys = tuple([view.store.format for view in part.keys])
+    values = tuple([view.store.format for view in part.values])
     if part.new is not None:
         keys, values = (*keys, "exact"), (*values, "exact")
+    _, heads, queries, dim = query.shape
     return AttentionSpec(
         keys,
         values,
         query.device.type,
         query.dtype,
-        query.shape[3],
+        dim,
         part.value_dim,
-        query.shape[1] // part.kv_heads,
-        query.shape[2],
+        heads // part.kv_heads,
+        queries,
         mask is not None,
         options.softcap is not None,
         options.sinks is not None,
@@ -158,11 +160,12 @@ def computed(
     """
     if backend is REFERENCE:
         return REFERENCE.attend(query, part, mask, options)
-    before = versions([query])
+    before = versions((query,))
     found = call(backend, "attend", query, part, mask, options)
     parts = found if isinstance(found, tuple) and all(isinstance(x, Tensor) for x in found) else ()
-    shapes = [(*query.shape[:3], part.value_dim), tuple(query.shape[:3])]
-    if [tuple(x.shape) for x in parts] != shapes:
+    batch, heads, queries, _ = query.shape
+    shapes = [(batch, heads, queries, part.value_dim), (batch, heads, queries)]
+    if [x.shape for x in parts] != shapes:
         what = [tuple(x.shape) for x in parts] or type(found).__name__
         raise PluginError(f"backend {backend.kind!r}: attend must return tensors of {shapes}, found {what}. {TRY}")
     types = ({torch.float32, query.dtype} if options.alone else {torch.float32}), {torch.float32}
@@ -171,7 +174,7 @@ def computed(
         raise PluginError(
             f"backend {backend.kind!r}: attend must return float32 on {query.device}, found {kinds}. {TRY}"
         )
-    if versions([query]) != before:
+    if versions((query,)) != before:
         raise PluginError(f"backend {backend.kind!r}: attend must leave the query as it is, found it changed. {TRY}")
     return parts[0], parts[1]
 

@@ -68,8 +68,7 @@ class Part:
     """Keys and values `[batch, kv_heads, tokens, head_dim]` that are just coming in; their columns are the last."""
 
 
-@dataclass(frozen=True)
-class AttentionSpec:
+class AttentionSpec(NamedTuple):
     """What a backend is asked to serve."""
 
     keys: tuple[str, ...]
@@ -166,6 +165,6 @@ class Backend(Component):
 
         Returns:
             The output `[batch, heads, queries, head_dim of values]` in float32 (or the type of the query, if
-            `options.alone`), zero where nothing is seen; and the logarithm of the sum of the exponentials of the scores,
-            sinks included: float32 `[batch, heads, queries]`, minus infinity where nothing is seen.
+            `options.alone`), zero where nothing is seen; and the logarithm of the sum of the exponentials of the
+            scores, sinks included: float32 `[batch, heads, queries]`, minus infinity where nothing is seen.
         """

@@ -20,7 +20,7 @@ LN2 = 0.6931471805599453
 
 def fake_kernel(variant: Variant, device: int | None) -> Kernel:
     """What `kernel_of` gives, its function the variant itself."""
-    return Kernel(variant, 0, 264)
+    return Kernel(lambda *given: None, variant, 0, 264)
 
 
 def read(address: int, count: int, dtype: torch.dtype) -> Tensor:
@@ -44,8 +44,8 @@ class Reader:
 
     def __init__(self, variant: Variant, arguments: bytes, grid: tuple[int, int, int]) -> None:
         self.variant, self.grid = variant, grid
-        found = struct.unpack_from("<13Q12q5q3q6i3fi", arguments)
-        self.header = Header(found[:13], found[13:25], found[25:30], found[30:33], found[33:39], *found[39:42])
+        found = struct.unpack_from("<12q5q3q6i3fi13Q", arguments)
+        self.header = Header(found[30:], found[:12], found[12:17], found[17:20], found[20:26], *found[26:29])
         at = 304
         runs, pages = variant.room
         self.pages = struct.unpack_from(f"<{pages}Q", arguments, at)
@@ -100,7 +100,7 @@ class Reader:
     def scores(self, run: tuple[int, ...], raw: Tensor, row: int, head: int) -> Tensor:
         """Scores of a run `[rows, tokens]` in units of log2, masked."""
         tokens, _, column, slot, causal = run[12:]
-        _, _, queries, _, columns, _ = self.header.numbers
+        _, _, queries, *_ = self.header.numbers
         x = raw * self.header.scale
         if self.variant.softcap:
             x = self.header.cap * torch.tanh(x / self.header.cap)

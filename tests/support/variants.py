@@ -53,3 +53,5 @@ MANY = [
     variant(128, LOGQUANT, mask=4, places=4, room=(360, 240)),
 ]
 """What is compiled for one architecture more."""
+LARGEST = variant(256, (Format(3, 64, False, BFLOAT, 256), Format(3, 64, False, BFLOAT, 256)))
+"""256 channels in two parts of a code are more numbers than a thread has registers."""

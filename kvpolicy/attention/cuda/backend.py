@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import struct
 import threading
 from typing import Any, ClassVar, Literal
 
@@ -11,9 +9,10 @@ import torch
 from torch import Tensor
 
 from kvpolicy.attention.cuda.compile import missing
+from kvpolicy.attention.cuda.counters import counters
 from kvpolicy.attention.cuda.kernel import launch
 from kvpolicy.attention.cuda.layout import MAPS, Declined, scan
-from kvpolicy.attention.cuda.plan import MASKS, Plan, make_plan
+from kvpolicy.attention.cuda.plan import Plan, make_plan
 from kvpolicy.hookspecs import hookimpl
 from kvpolicy.interfaces.backend import AttentionOptions, AttentionSpec, Backend, Part
 
@@ -21,12 +20,9 @@ HEAD_DIMS = (64, 80, 96, 128, 256)
 MOST_ROWS = 256
 """Query rows of a KV head (queries x query heads) at most; with more it is faster to decode the tokens once."""
 FORMATS = {"exact", "affine", "affine+transforms"}
-LOG2E = math.log2(math.e)
-HEADER = struct.Struct(f"<{MAPS}Q9Q{3 * MAPS}q5q3q6i3fi")
 PLANS = 256
 """Plans that are kept: one for each step of the last ones, and each kind of layer."""
 _plans: dict[Any, Plan | str] = {}
-_counters: dict[tuple[int, int], Tensor] = {}
 _found = threading.local()
 """What `declines` found out for `attend`, which follows."""
 
@@ -71,29 +67,20 @@ class Cuda(Backend):
         return _attend(plan, pointers, places, query, part, mask, options)
 
 
-def _aligned(x: Tensor) -> bool:
-    """Whether kernels can read tokens as they lie, 16 bytes at a time."""
-    row, head, token, one = x.stride()
-    return one == 1 and not (row % 8 or head % 8 or token % 8) and x.data_ptr() % 16 == 0
-
-
 def _planned(
     query: Tensor, part: Part, mask: Tensor | None, options: AttentionOptions
 ) -> tuple[Plan, list[int], Tensor | None]:
     """The plan for a part, where its pages lie, and which column of the mask each token has."""
-    for x in part.new or ():
-        if x.dtype != query.dtype or not _aligned(x):
-            raise Declined(f"new tokens in {x.dtype} with strides {x.stride()}")
-    if not _aligned(query):
-        raise Declined(f"queries with strides {query.stride()}")
-    if mask is not None and mask.dtype not in MASKS:
-        raise Declined(f"a mask in {mask.dtype}")
     places = part.positions() if part.width and (mask is not None or part.gaps) else None
-    key, pointers = scan(part)
-    masked = None if mask is None else (mask.dtype, mask.shape[3], mask.shape[4])
-    placed = None if places is None else places.dtype
-    asked = (options.alone, options.softcap is None, options.observer is None)
-    key = (key, query.shape, query.dtype, query.device, part.kv_heads, part.value_dim, masked, placed, asked)
+    laid, pointers = scan(part)
+    if (query.data_ptr() | pointers[-1] | pointers[-2]) % 16:
+        raise Declined("numbers at addresses that are no multiple of 16 bytes")
+    key = (
+        laid, query.dtype, query.shape, query.stride(), query.get_device(), part.kv_heads, part.value_dim,
+        None if mask is None else (mask.dtype, mask.shape, mask.stride()),
+        None if places is None else (places.dtype, places.stride()),
+        options.scaling, options.softcap, options.alone, options.observer is None,
+    )  # fmt: skip
     plan = _plans.get(key)
     if plan is None:
         try:
@@ -118,36 +105,26 @@ def _attend(
     options: AttentionOptions,
 ) -> tuple[Tensor, Tensor]:
     batch, heads, queries, _ = query.shape
-    dtype = torch.float32 if plan.wide else query.dtype
-    shape = (batch, queries, heads, part.value_dim)
-    out = query.new_empty((len(plan.spaces), *shape) if len(plan.spaces) > 1 else shape, dtype=dtype)
+    out = query.new_empty(plan.out, dtype=plan.dtype)
     lse = query.new_empty((batch, heads, queries), dtype=torch.float32)
-    partial = query.new_empty(plan.partial, dtype=torch.float32) if plan.partial else None
-    counters = _counter(query, plan.lines * plan.turns) if plan.partial else None
-    sinks = None if options.sinks is None else options.sinks.float().contiguous()
-    scores = sums = None
+    partial = zeros = sinks = scores = sums = None
+    if plan.partial:
+        partial = query.new_empty(plan.partial, dtype=torch.float32)
+        zeros = counters(plan.lines * plan.turns, query.get_device())
+    if options.sinks is not None:
+        sinks = options.sinks.float().contiguous()
     if options.observer is not None:
         new = 0 if part.new is None else part.new[0].shape[2]
         lines = (batch, part.kv_heads, heads // part.kv_heads * queries)
         scores = query.new_empty((*lines, part.width + new), dtype=torch.float32)
         sums = query.new_empty((*lines, 1), dtype=torch.float32)
     mapped = [_mapped(part.keys[view].store.chain, query, part) for view in plan.maps]
-    asked = [query, *mapped]
-    rest = MAPS - len(asked)
-    tensors = (mask, places, out, lse, partial, scores, sums, sinks, counters)
-    strides = [n for x in asked for n in x.stride()[:3]]
-    arguments = HEADER.pack(
-        *[x.data_ptr() for x in asked], *[0] * rest,
-        *[0 if x is None else x.data_ptr() for x in tensors],
-        *strides, *[0] * (3 * rest),
-        *_mask_strides(mask),
-        *_place_strides(places), math.prod(shape),
-        part.kv_heads, heads // part.kv_heads, queries, plan.parts,
-        part.width + (0 if part.new is None else part.new[0].shape[2]), len(plan.spaces),
-        options.scaling * LOG2E, (options.softcap or 0.0) * LOG2E, plan.hidden, 0,
-    )  # fmt: skip
-    pages = struct.pack(f"<{len(pointers)}Q", *pointers).ljust(8 * plan.pages, b"\0")
-    launch(plan.kernel, arguments + pages + plan.layout, (plan.parts, plan.lines, plan.turns), query.device.index)
+    asked = [x.data_ptr() for x in mapped] + [0] * (MAPS - 1 - len(mapped))
+    tensors = (mask, places, out, lse, partial, scores, sums, sinks, zeros)
+    addresses = [0 if x is None else x.data_ptr() for x in tensors]
+    packed = plan.addresses.pack(query.data_ptr(), *asked, *addresses, *pointers)
+    grid = (plan.parts, plan.lines, plan.turns)
+    launch(plan.kernel, plan.numbers + packed + plan.layout, grid, query.get_device())
     if scores is not None and sums is not None:
         _watch(options.observer, scores, sums, queries, part)
     return _joined(plan, out, part, queries).transpose(1, 2), lse
@@ -173,32 +150,6 @@ def _mapped(chain: Any, query: Tensor, part: Part) -> Tensor:
     rows = query.float().unflatten(1, (part.kv_heads, -1)).flatten(2, 3)
     mapped: Tensor = chain.adjoint(rows).to(torch.float16).contiguous()
     return mapped.view(query.shape)
-
-
-def _mask_strides(mask: Tensor | None) -> list[int]:
-    """Elements from row to row, KV head, query head, query and column of a mask; 0 where it is the same for all."""
-    if mask is None:
-        return [0] * 5
-    return [step if size > 1 else 0 for step, size in zip(mask.stride(), mask.shape, strict=True)]
-
-
-def _place_strides(places: Tensor | None) -> tuple[int, int]:
-    if places is None or places.ndim == 1:
-        return 0, 0
-    row, head, _ = places.stride()
-    return (row if places.shape[0] > 1 else 0), (head if places.shape[1] > 1 else 0)
-
-
-def _counter(like: Tensor, lines: int) -> Tensor:
-    """A zero for each line, to which the kernel returns them; one set for each stream."""
-    if torch.cuda.is_current_stream_capturing():  # zeros that the graph itself makes
-        return torch.zeros(lines, dtype=torch.int32, device=like.device)
-    key = (like.device.index, torch._C._cuda_getCurrentRawStream(like.device.index))
-    found = _counters.get(key)
-    if found is None or found.numel() < lines:
-        with torch.inference_mode(False):
-            found = _counters[key] = torch.zeros(max(lines, 4096), dtype=torch.int32, device=like.device)
-    return found
 
 
 def _watch(observer: Any, scores: Tensor, sums: Tensor, queries: int, part: Part) -> None:

@@ -88,7 +88,9 @@ def _misfit(nbits: int, group: int, dim: int) -> str | None:
 @functools.lru_cache(maxsize=256)
 def kind_of(keys: Format, values: Format) -> tuple[str, int]:
     """A kind as a type of the headers, and the tokens of its tiles."""
-    tile = 16 if 16 in (keys.bits, values.bits) or (keys.by_channel and keys.group % 32 and keys.group != 16) else 32
+    halves = keys.by_channel and keys.group % 32 and keys.group != 16
+    large = any(form.bits == 3 and form.dim > 128 for form in (keys, values))  # more numbers than registers
+    tile = 16 if 16 in (keys.bits, values.bits) or halves or large else 32
     names = []
     for form, side in ((keys, "Keys"), (values, "Values")):
         if form.bits == 16:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,8 @@ THREADS = 128
 class Kernel(NamedTuple):
     """A kernel on a device."""
 
+    run: Callable[..., Any]
+    """What launches it."""
     function: Any
     shared: int
     """Bytes of shared memory of a block."""
@@ -37,29 +40,31 @@ def kernel_of(variant: Variant, device: int) -> Kernel:
     with torch.cuda.device(device):
         torch.cuda.current_stream()  # there is a context
         if shared > _checked(driver.cuDeviceGetAttribute(limit, _checked(driver.cuCtxGetDevice()))):
-            return Kernel(None, shared, 0)
+            return Kernel(driver.cuLaunchKernel, None, shared, 0)
         library = _checked(driver.cuLibraryLoadData(cubin, [], [], 0, [], [], 0))
         function = _checked(driver.cuKernelGetFunction(_checked(driver.cuLibraryGetKernel(library, b"attend"))))
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         _checked(driver.cuFuncSetAttribute(function, attribute, shared))
         blocks = _checked(driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(function, THREADS, shared))
     blocks = max(1, min(blocks, variant.blocks))  # more of them read in too many places at once
-    return Kernel(function, shared, blocks * torch.cuda.get_device_properties(device).multi_processor_count)
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return Kernel(driver.cuLaunchKernel, function, shared, blocks * processors)
 
 
 def launch(kernel: Kernel, arguments: bytes, grid: tuple[int, int, int], device: int) -> None:
     """Launch a kernel on the current stream of a device. Its arguments are copied before this returns."""
-    from cuda.bindings import driver
-
-    stream = torch._C._cuda_getCurrentRawStream(device)
-    buffer = (ctypes.c_char * len(arguments)).from_buffer_copy(arguments)
-    pointer = ctypes.c_void_p(ctypes.addressof(buffer))
-    where = (THREADS, 1, 1, kernel.shared, stream, ctypes.addressof(pointer), 0)
-    if torch.cuda.current_device() != device:
+    if torch._C._cuda_getDevice() != device:
         with torch.cuda.device(device):
-            _checked(driver.cuLaunchKernel(kernel.function, *grid, *where))
-        return
-    _checked(driver.cuLaunchKernel(kernel.function, *grid, *where))
+            return launch(kernel, arguments, grid, device)
+    buffer = ctypes.create_string_buffer(arguments, len(arguments))
+    pointer = ctypes.c_void_p(ctypes.addressof(buffer))
+    stream = torch._C._cuda_getCurrentRawStream(device)
+    result = kernel.run(
+        kernel.function, *grid, THREADS, 1, 1, kernel.shared, stream, ctypes.addressof(pointer), 0
+    )  # fmt: skip
+    if result[0] != 0:
+        _checked(result)
+    return None
 
 
 def _checked(result: tuple[Any, ...]) -> Any:

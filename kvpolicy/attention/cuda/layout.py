@@ -80,11 +80,17 @@ class Laid(NamedTuple):
 
 
 def pages_of(store: Any) -> tuple[Pages, ...]:
-    """The parts of a store that kernels read, in the order in which their pages are counted."""
-    parts = store.parts
+    """The parts of a store that kernels read, in the order in which their pages are counted.
+
+    Raises:
+        Declined: it is no store that they know.
+    """
     if isinstance(store, AffineStore):
+        parts = store.parts
         return parts["codes"], parts["params"], parts["exact"]
-    return (parts["exact"],)
+    if isinstance(store, ExactStore):
+        return (store.parts["exact"],)
+    raise Declined(f"a store of {type(store).__name__}")
 
 
 def scan(part: Part) -> tuple[Key, list[int]]:
@@ -92,28 +98,33 @@ def scan(part: Part) -> tuple[Key, list[int]]:
     key: list[Any] = []
     pointers: list[int] = []
     for side in (part.keys, part.values):
-        for view in side:
-            store, columns = view.store, view.columns
-            key.append(columns if isinstance(columns, int) else view.stretches() if view.stretches else None)
-            if isinstance(store, AffineStore):
-                coded = store.parts["codes"].length
-                key.append(affine_form(store) if coded else None)
-                if store.by_channel:
-                    key.append(store.grouped and coded == len(store.sizes) * store.group_size)
-                if store.chain is not None:
-                    key.append(store.chain.linear)
-            elif not isinstance(store, ExactStore):
-                raise Declined(f"a store of {type(store).__name__}")
-            for pages in pages_of(store):
-                key += pages.start, pages.length
-                for page in pages.pages:
-                    pointers.append(page.data_ptr())
-                    key += page.size(2), page.dtype, page.get_device()
+        for store, columns, stretches in side:
+            key.append(columns if isinstance(columns, int) else stretches() if stretches else None)
+            every = pages_of(store)
+            if len(every) > 1:
+                key.append(_coded(store))
+            for pages in every:
+                marks, addresses = pages.marks
+                key.append(marks)
+                pointers += addresses
+            held = every[-1].pages
+            if held:
+                key += held[0].dtype, held[0].get_device()
         key.append(None)
     for x in part.new or ():
         pointers.append(x.data_ptr())
-        key += x.shape, x.stride()
+        key += x.dtype, x.shape, x.stride()
     return tuple(key), pointers
+
+
+def _coded(store: AffineStore) -> Key:
+    """What of a store of codes decides how they are read."""
+    coded = store.parts["codes"].length
+    if not coded:
+        return ()
+    form = affine_form(store)
+    whole = not form.by_channel or (store.grouped and coded == len(store.sizes) * form.group)
+    return form, whole, store.chain is None or store.chain.linear, store.parts["codes"].pages[0].get_device()
 
 
 def lay_out(part: Part, like: Tensor) -> Laid:

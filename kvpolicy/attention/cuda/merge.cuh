@@ -129,7 +129,7 @@ __device__ __forceinline__ void write_out(const Plan& plan, int i, float4 v, flo
 
 // The warps' slots become one; of the blocks of a head the last to come puts all together, always in the same order.
 __device__ __forceinline__ void merge_block(const Plan& plan, const float* slots, float* shared) {
-  constexpr int FOURS = R * DV / 4, THREADS = WARPS * 32;
+  constexpr int FOURS = R * DV / 4, THREADS = WARPS * 32, AHEAD = 16;
   const i64 line = (i64)blockIdx.z * gridDim.y + blockIdx.y, part = line * plan.parts + blockIdx.x;
   float* partial = plan.partial + part * PART;
   for (int i = threadIdx.x; i < FOURS; i += THREADS) {
@@ -165,6 +165,11 @@ __device__ __forceinline__ void merge_block(const Plan& plan, const float* slots
   __syncthreads();
   if (before != plan.parts - 1) return;
   partial = plan.partial + line * plan.parts * PART;
+  float4 ahead[AHEAD];  // on their way while weights are found
+  const int soon = threadIdx.x < FOURS ? plan.layout.parts[1] : 0;
+#pragma unroll
+  for (int p = 0; p < AHEAD; p++)
+    if (p < soon) ahead[p] = load4(partial + (i64)p * PART + 4 * threadIdx.x);
   for (int row = threadIdx.x >> 5; row < R; row += WARPS) {  // shared: of each row and part its weight; then maximum and sum
     float top = LOWEST, sum = 0.f;
     for (int p = threadIdx.x & 31; p < plan.parts; p += 32) {
@@ -194,8 +199,15 @@ __device__ __forceinline__ void merge_block(const Plan& plan, const float* slots
     for (int space = 0; space < plan.spaces; space++) {
       float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
       const int last = plan.layout.parts[space + 1];
-#pragma unroll 8
-      for (int p = plan.layout.parts[space]; p < last; p++) add4(v, load4(partial + (i64)p * PART + 4 * i), shared[2 * R + p * R + row]);
+      int p = plan.layout.parts[space];
+      if (!space && i == threadIdx.x) {
+#pragma unroll
+        for (int q = 0; q < AHEAD; q++)
+          if (q < last) add4(v, ahead[q], shared[2 * R + q * R + row]);
+        p = AHEAD;
+      }
+#pragma unroll 16
+      for (; p < last; p++) add4(v, load4(partial + (i64)p * PART + 4 * i), shared[2 * R + p * R + row]);
       write_out(plan, i, v, f, space);
     }
   }

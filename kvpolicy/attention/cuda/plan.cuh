@@ -36,18 +36,18 @@ struct Layout {
   Run runs[RUNS];
 };
 struct Plan {
+  i64 query_strides[MAPS][3];                                    // elements from row to row, head to head and query to query
+  i64 mask_row, mask_head, mask_group, mask_query, mask_column;  // elements
+  i64 places_row, places_head, out_space;                        // elements; out_space: from the output of one space to the next
+  int kv_heads, groups, queries, parts, columns, spaces;         // groups: query heads per KV head; parts: blocks of a head
+  float scale, cap, hidden;                                      // scale includes log2(e), cap too; hidden: what of a mask hides
+  int pad;
   const u8* query[MAPS];  // the model's, then in float16 those for transformed keys
   const u8 *mask, *places;
   u8* out;
   float *lse, *partial, *scores, *sums;
   const float* sinks;
   u32* counters;
-  i64 query_strides[MAPS][3];                                    // elements from row to row, head to head and query to query
-  i64 mask_row, mask_head, mask_group, mask_query, mask_column;  // elements
-  i64 places_row, places_head, out_space;                        // elements; out_space: from the output of one space to the next
-  int kv_heads, groups, queries, parts, columns, spaces;        // groups: query heads per KV head; parts: blocks of a head
-  float scale, cap, hidden;                                      // scale includes log2(e), cap too; hidden: what of a mask hides
-  int pad;
   const u8* pages[PAGES];
   Layout layout;
 };

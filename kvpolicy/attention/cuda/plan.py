@@ -20,6 +20,10 @@ from kvpolicy.storage.affine import AffineStore
 __all__ = ["KINDS", "WARPS", "Plan", "make_plan"]
 
 KINDS, WARPS = 6, 4
+POINTERS = MAPS + 9
+"""Addresses before those of pages."""
+LOG2E = math.log2(math.e)
+NUMBERS = struct.Struct(f"<{3 * MAPS}q5q3q6i3fi")
 KIND, PARTS, RUN = struct.Struct("<6i"), struct.Struct(f"<{MAPS + 2}i"), struct.Struct("<5i")
 PAGE_BYTES, RUN_BYTES = 16, 68
 MASKS = {torch.bool: 1, torch.float32: 2, torch.bfloat16: 3, torch.float16: 4}
@@ -45,12 +49,13 @@ class Plan(NamedTuple):
     """For each output the view of values whose transforms it goes through, -1 for none."""
     partial: int
     """Numbers that blocks write for each other."""
-    pages: int
-    """Pages that the arguments hold."""
+    numbers: bytes
+    """The arguments are these, then addresses, then `layout`."""
+    addresses: struct.Struct
     layout: bytes
-    hidden: float
-    """What of a mask counts as minus infinity."""
-    wide: bool
+    out: tuple[int, ...]
+    """The shape of the output: `[batch, queries, heads, head_dim of values]`, of each space if there are several."""
+    dtype: torch.dtype
 
 
 def make_plan(query: Tensor, part: Part, mask: Tensor | None, places: Tensor | None, options: AttentionOptions) -> Plan:
@@ -59,13 +64,18 @@ def make_plan(query: Tensor, part: Part, mask: Tensor | None, places: Tensor | N
     Raises:
         Declined: the kernels can't serve the part.
     """
+    for x in (query, *(part.new or ())):
+        if x.dtype != query.dtype or x.stride(3) != 1 or any(n % 8 for n in x.stride()[:3]):
+            raise Declined(f"numbers in {x.dtype} with strides {x.stride()}")
+    if mask is not None and mask.dtype not in MASKS:
+        raise Declined(f"a mask in {mask.dtype}")
     laid = lay_out(part, query)
     kinds, spaces = _kinds(laid, query, part)
     room = FEW if len(laid.runs) <= FEW[0] and len(laid.pages) <= FEW[1] else MANY
     if len(kinds) > KINDS or len(laid.runs) > room[0] or len(laid.pages) > room[1]:
         raise Declined(f"{len(laid.runs)} runs of tokens in {len(laid.pages)} pages and {len(kinds)} ways")
     batch, heads, queries, _ = query.shape
-    new = 0 if part.new is None else part.new[0].shape[2]
+    new, out = 0 if part.new is None else part.new[0].shape[2], (batch, queries, heads, part.value_dim)
     causal = queries > 1 and new > 0 and (mask is None or mask.shape[3] != queries)
     rows = heads // part.kv_heads * queries
     size = 4 if rows <= 4 else 8
@@ -82,7 +92,9 @@ def make_plan(query: Tensor, part: Part, mask: Tensor | None, places: Tensor | N
         not options.alone or any(spaces),
         options.observer is not None,
     )
-    kernel = kernel_of(variant, query.device.index)
+    kernel = kernel_of(variant, query.get_device())
+    if not kernel.slots:
+        raise Declined(f"a block needs {kernel.shared} bytes of shared memory, more than this card has")
     lines, turns = batch * part.kv_heads, -(-rows // size)
     costs = _costs(laid.runs, spaces)
     parts = _blocks(lines * turns, laid.runs, kernel.slots, costs)
@@ -98,11 +110,41 @@ def make_plan(query: Tensor, part: Part, mask: Tensor | None, places: Tensor | N
         tuple(laid.maps[0]),
         tuple(laid.maps[1][space - 1] if space else -1 for space in spaces),
         0 if sum(parts) == 1 else lines * turns * sum(parts) * size * (part.value_dim + 2),
-        room[1],
+        _numbers(query, part, mask, places, options, sum(parts), len(spaces)),
+        struct.Struct(f"<{POINTERS + len(laid.pages)}Q{8 * (room[1] - len(laid.pages))}x"),
         body.ljust(size_of, b"\0"),
-        0.0 if mask is None or mask.dtype == torch.bool else torch.finfo(mask.dtype).min / 2,
-        variant.wide,
+        out if len(spaces) == 1 else (len(spaces), *out),
+        torch.float32 if variant.wide else query.dtype,
     )
+
+
+def _numbers(
+    query: Tensor,
+    part: Part,
+    mask: Tensor | None,
+    places: Tensor | None,
+    options: AttentionOptions,
+    parts: int,
+    spaces: int,
+) -> bytes:
+    """Strides and numbers as the kernel reads them; queries behind transforms are in order of KV heads."""
+    batch, heads, queries, dim = query.shape
+    new = 0 if part.new is None else part.new[0].shape[2]
+    mapped = (heads * queries * dim, queries * dim, dim)
+    hidden = 0.0 if mask is None or mask.dtype == torch.bool else torch.finfo(mask.dtype).min / 2
+    return NUMBERS.pack(
+        *query.stride()[:3], *mapped * (MAPS - 1), *_steps(mask, 5), *_steps(places, 2)[:2],
+        batch * queries * heads * part.value_dim,
+        part.kv_heads, heads // part.kv_heads, queries, parts, part.width + new, spaces,
+        options.scaling * LOG2E, (options.softcap or 0.0) * LOG2E, hidden, 0,
+    )  # fmt: skip
+
+
+def _steps(x: Tensor | None, dims: int) -> list[int]:
+    """Elements from one to the next along each dimension, 0 where all are the same."""
+    if x is None or x.ndim == 1:
+        return [0] * dims
+    return [step if size > 1 else 0 for step, size in zip(x.stride(), x.shape, strict=True)]
 
 
 def _kinds(laid: Laid, query: Tensor, part: Part) -> tuple[list[Kind], list[int]]:

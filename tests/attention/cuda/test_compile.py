@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from variants import FEW, MANY
+from variants import FEW, LARGEST, MANY
 
 from kvpolicy.attention.cuda import compile as compiling
 from kvpolicy.attention.cuda.compile import Variant, compiled, missing, resources
@@ -28,6 +28,10 @@ def test_every_format_compiles_without_spills(variant: Variant) -> None:
     found = resources(compiled(variant, "sm_90"))
     assert found.stack == 0
     assert found.registers > 32
+
+
+def test_the_largest_format_spills_little() -> None:
+    assert resources(compiled(LARGEST, "sm_90")).stack <= 256
 
 
 def test_a_kernel_is_compiled_once_and_then_read_from_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
