@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from kvpolicy.attention.cuda.compile import missing
-from kvpolicy.attention.cuda.counters import counters
 from kvpolicy.attention.cuda.kernel import launch
 from kvpolicy.attention.cuda.layout import MAPS, Declined, scan
 from kvpolicy.attention.cuda.plan import Plan, make_plan
+from kvpolicy.attention.cuda.scratch import counters, partials
 from kvpolicy.hookspecs import hookimpl
 from kvpolicy.interfaces.backend import AttentionOptions, AttentionSpec, Backend, Part
 
@@ -109,7 +109,7 @@ def _attend(
     lse = query.new_empty((batch, heads, queries), dtype=torch.float32)
     partial = zeros = sinks = scores = sums = None
     if plan.partial:
-        partial = query.new_empty(plan.partial, dtype=torch.float32)
+        partial = partials(plan.partial, query.get_device())
         zeros = counters(plan.lines * plan.turns, query.get_device())
     if options.sinks is not None:
         sinks = options.sinks.float().contiguous()

@@ -17,7 +17,8 @@ from kvpolicy.attention.cuda import backend, plan
 def _on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(plan, "kernel_of", fake_kernel)
     monkeypatch.setattr(backend, "launch", fake_launch)
-    monkeypatch.setattr(backend, "counters", lambda lines, device: torch.zeros(lines, dtype=torch.int32))
+    for name in ("counters", "partials"):
+        monkeypatch.setattr(backend, name, lambda count, device: torch.zeros(count))
     monkeypatch.setattr(backend, "_plans", {})
     monkeypatch.setattr(plan, "_known", {})
     with torch.no_grad():

@@ -1,11 +1,11 @@
-"""Counters by which the last block of a head knows that it is the last: zeros, which kernels leave as zeros."""
+"""What the blocks of a launch use among themselves, kept from call to call for each stream."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-__all__ = ["counters"]
+__all__ = ["counters", "partials"]
 
 AT_FIRST = 4096
 """Counters of a stream."""
@@ -14,12 +14,26 @@ FOR_GRAPHS = 1 << 16
 _streams: dict[tuple[int, int], Tensor] = {}
 _graphs: dict[tuple[int, int, int], Tensor] = {}
 _left: dict[int, Tensor] = {}
+_partials: dict[tuple[int, int], Tensor] = {}
+
+
+def partials(count: int, device: int) -> Tensor:
+    """Room for what blocks found, at least `count` numbers in float32."""
+    if torch.cuda.is_current_stream_capturing():
+        return torch.empty(count, dtype=torch.float32, device=f"cuda:{device}")
+    key = (device, torch._C._cuda_getCurrentRawStream(device))
+    found = _partials.get(key)
+    if found is None or found.numel() < count:
+        with torch.inference_mode(False):
+            found = _partials[key] = torch.empty(count, dtype=torch.float32, device=f"cuda:{device}")
+    return found
 
 
 def counters(lines: int, device: int) -> Tensor:
-    """A zero for each line: those of the current stream, or of the graph that captures it.
+    """A zero for each line, by which the last block of a line knows that it is the last; kernels leave zeros.
 
-    Launches on one stream come one after the other. A graph may be replayed on any, so it shares with nobody.
+    They are those of the current stream, or of the graph that captures it. Launches on one stream come one after the
+    other. A graph may be replayed on any, so it shares with nobody.
     """
     stream = torch._C._cuda_getCurrentRawStream(device)
     if torch.cuda.is_current_stream_capturing():
