@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvpolicy.attention.backend import assigned, computed, merged
 from kvpolicy.attention.mask import as_mask, mask_scores
-from kvpolicy.attention.reference import SCORES, exponentials
+from kvpolicy.attention.reference import REFERENCE, SCORES, exponentials
 from kvpolicy.interfaces.backend import AttentionOptions, Part, StoreView
 from kvpolicy.layer.layer import LayerCache
 from kvpolicy.placement.attention_scores import Observer
@@ -59,11 +59,18 @@ def attend(
     shown = as_mask(mask, tiers.committed + new[0].shape[2], new[0].shape[1])
     pieces = assigned(query, _whole(tiers, new), shown, options, tiers.step.by_head)
     tiers.backends = tuple(dict.fromkeys(backend.kind for backend, _ in pieces))
+    if len(pieces) == 1 and pieces[0][0] is REFERENCE:
+        return _as_asked(REFERENCE.output(query, pieces[0][1], shown, options), query)
     found = []
     for number, (backend, part) in enumerate(pieces):
         own = options if len(pieces) == 1 else AttentionOptions(scale, softcap, None if number else sinks)
         found.append(computed(backend, query, part, shown, own))
-    return merged(found)[0].transpose(1, 2).to(query.dtype)
+    return _as_asked(merged(found)[0], query)
+
+
+def _as_asked(out: Tensor, query: Tensor) -> Tensor:
+    out = out.transpose(1, 2)
+    return out if out.dtype == query.dtype else out.to(query.dtype)
 
 
 def _whole(tiers: LayerCache, new: tuple[Tensor, Tensor]) -> Part:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ BLOCK = 1 << 20
 """Numbers of a plane, for all heads and rows, that a CPU reads at a time: more need memory, fewer make more calls."""
 ELSEWHERE = 3 << 19
 """The same on other devices, where each call costs a launch."""
+Product = Callable[[Tensor, Tensor, Tensor], None]
+"""Takes codes and parameters of a block, and where the products go."""
 Columns = int | Tensor
 """Where the tokens of a store stand among the columns: from an offset on, or an index for each, `[tokens]` or
 `[batch, kv_heads or 1, tokens]`."""
@@ -37,18 +39,17 @@ def key_scores(store: Store, rows: Tensor, out: Tensor, columns: Columns) -> Non
         out: float32 `[batch, kv_heads, rows, columns]`.
         columns: where its tokens stand in `out`.
     """
-    if isinstance(store, AffineStore) and store.direct:
+    if isinstance(store, AffineStore) and store.direct and store.parts["codes"].length:
         mapped = rows if store.chain is None else store.chain.adjoint(rows)
         assert mapped is not None
-        room = _Room()
-        for first, codes, scale, offset in store.affine_blocks(_block(store, rows)):
-            product = _channel_product if codes.ndim == 5 else _token_product
+        product = (_channel_product if store.by_channel else _token_product)(store, mapped)
+        for first, codes, params in store.affine_blocks(_block(store, rows)):
             n = codes.shape[2] * (codes.shape[3] if codes.ndim == 5 else 1)
             if isinstance(columns, int):
                 scores = out[..., columns + first : columns + first + n]
             else:
                 scores = out.new_empty((*out.shape[:3], n))
-            product(store, mapped, codes, scale, offset, scores, room)
+            product(codes, params, scores)
             if store.beside is not None:
                 store.beside.add_scores(mapped, scores, first)
             if not isinstance(columns, int):
@@ -66,13 +67,13 @@ def add_values(store: Store, weights: Tensor, out: Tensor, columns: Columns) -> 
         out: float32 `[batch, kv_heads, rows, head_dim]`.
         columns: where its tokens stand in `weights`.
     """
-    if isinstance(store, AffineStore) and store.direct:
+    if isinstance(store, AffineStore) and store.direct and store.parts["codes"].length:
         result, room = out if store.chain is None else torch.zeros_like(out), _Room()
-        for first, codes, scale, offset in store.affine_blocks(_block(store, out)):
+        add = _add_by_channel if store.by_channel else _add_by_token
+        for first, codes, params in store.affine_blocks(_block(store, out)):
             tokens = codes.shape[2] * (codes.shape[3] if codes.ndim == 5 else 1)
-            add = _add_by_channel if codes.ndim == 5 else _add_by_token
             chosen = _get(weights, columns, first, tokens)
-            add(store, chosen, codes, scale, offset, result, room)
+            add(store, chosen, codes, params, result, room)
             if store.beside is not None:
                 store.beside.add_values(chosen, result, first)
         if store.chain is not None:
@@ -95,7 +96,7 @@ def _dense_blocks(store: Store, like: Tensor) -> Iterator[tuple[int, Tensor]]:
     else:
         blocks, before = store.decoded(_block(store, like), torch.float32), 0
     for first, x in blocks:
-        yield before + first, x.float()
+        yield before + first, as_float(x)
 
 
 def _put(out: Tensor, scores: Tensor, columns: Columns, first: int) -> None:
@@ -126,11 +127,32 @@ class _Room:
     def __init__(self) -> None:
         self.held: dict[torch.dtype, Tensor] = {}
 
-    def get(self, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype) -> Tensor:
+    def masked(self, codes: Tensor, masks: Tensor) -> Tensor:
+        """The bits of `codes` that are in `masks`."""
+        out = self._get(codes.dtype, (len(masks), *codes.shape))
+        return self._keep(torch.bitwise_and(codes, masks, out=out))
+
+    def as_float(self, x: Tensor) -> Tensor:
+        """Integers as float32."""
+        out = self._get(torch.float32, tuple(x.shape))
+        return self._keep(x.float()) if out is None else out.copy_(x)
+
+    def _get(self, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor | None:
         size, held = math.prod(shape), self.held.get(dtype)
         if held is None or held.numel() < size:
-            held = self.held[dtype] = torch.empty(size, dtype=dtype, device=like.device)
-        return held[:size].view(shape)
+            return None
+        return held if held.shape == shape else held.view(-1)[:size].view(shape)
+
+    def _keep(self, x: Tensor) -> Tensor:
+        held = self.held.get(x.dtype)
+        if held is None or held.numel() < x.numel():
+            self.held[x.dtype] = x
+        return x
+
+
+def as_float(x: Tensor) -> Tensor:
+    """`x` as float32: itself, without a call, where it is."""
+    return x if x.dtype == torch.float32 else x.float()
 
 
 def _pieces(store: AffineStore, count: int) -> tuple[int, Tensor | None]:
@@ -138,11 +160,14 @@ def _pieces(store: AffineStore, count: int) -> tuple[int, Tensor | None]:
 
     A piece is a plane of the packed codes, left where it lies in its byte, where `count` groups of channels consist of
     whole planes. Else it is a group.
+
+    Returns:
+        Their number, and factors `[head_dim]`.
     """
     nbits = store.quantizer.nbits
     planes = PIECES.get(nbits, 0)
     if store.levels is None and planes and store.head_dim % planes == 0 and planes % count == 0:
-        return planes, _masks(nbits, store.parts["codes"].pages[0].device)[2]
+        return planes, _factors(nbits, store.head_dim, store.parts["codes"].pages[0].device)
     return count, None
 
 
@@ -164,129 +189,135 @@ def _cut(store: AffineStore, codes: Tensor, count: int, room: _Room) -> Iterator
     if factors is None:
         whole = unpack(codes, nbits, dim) if nbits < 8 else codes
         x = whole.unflatten(-1, (count, -1)).permute(-2, *range(whole.ndim - 1), -1)
-        if levels is not None:
-            yield 0, count, looked_up(x, levels)
-        else:
-            yield 0, count, room.get(tuple(x.shape), codes, torch.float32).copy_(x)
+        yield 0, count, room.as_float(x.contiguous()) if levels is None else looked_up(x, levels)
         return
-    masks, words, _ = _masks(nbits, codes.device)
+    masks, words = _masks(nbits, codes.ndim, codes.device)
     step = pieces if codes.numel() * pieces <= BLOCK else 1
     strides = (*codes.stride()[:-1], codes.storage_offset())
     if codes.shape[-1] % 8 == 0 and codes.stride(-1) == 1 and not any(n % 8 for n in strides):
         codes, masks = codes.view(torch.int64), words  # eight bytes at a time
-    masks = masks[(..., *[None] * codes.ndim)]
     for first in range(0, pieces, step):
-        out = room.get((step, *codes.shape), codes, codes.dtype)
-        plane = torch.bitwise_and(codes, masks[first : first + step], out=out).view(torch.uint8)
-        yield first, first + step, room.get(tuple(plane.shape), codes, torch.float32).copy_(plane)
+        plane = room.masked(codes, masks if step == pieces else masks[first : first + step])
+        yield first, first + step, room.as_float(plane.view(torch.uint8))
 
 
 @functools.cache
-def _masks(nbits: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each plane of a byte the bits, the same for eight bytes, and what makes them a code."""
-    shifts = range(0, 8, nbits)
-    masks = torch.tensor([((1 << nbits) - 1) << shift for shift in shifts], dtype=torch.uint8)
-    factors = torch.tensor([2.0**-shift for shift in shifts])
-    return (
-        masks.to(device, non_blocking=True),
-        masks.repeat_interleave(8).view(torch.int64).to(device),
-        factors.to(device),
-    )
+def _masks(nbits: int, ndim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Of each plane of a byte the bits, and the same for eight bytes, as tensors of `ndim` dimensions and one more."""
+    masks = torch.tensor([((1 << nbits) - 1) << shift for shift in range(0, 8, nbits)], dtype=torch.uint8)
+    words = masks.repeat_interleave(8).view(torch.int64)
+    shape = (-1, *[1] * ndim)
+    return masks.view(shape).to(device), words.view(shape).to(device)
 
 
-def _by_group(parameter: Tensor) -> Tensor:
-    """A parameter per token and group as float32 `[groups, batch * kv_heads, tokens]`, its tokens neighbours."""
-    return parameter.flatten(0, 1).permute(2, 0, 1).contiguous().float()
+@functools.cache
+def _factors(nbits: int, head_dim: int, device: torch.device) -> Tensor:
+    """What makes the masked bits of each channel a code."""
+    factors = torch.tensor([2.0**-shift for shift in range(0, 8, nbits)])
+    return factors.repeat_interleave(head_dim // len(factors)).to(device)
 
 
-def _in_pieces(rows: Tensor, pieces: int, factors: Tensor | None) -> Tensor:
-    """`[..., head_dim]` as `[pieces, ..., channels of a piece]`, multiplied with what belongs to each."""
-    x: Tensor = rows.unflatten(-1, (pieces, -1))
+def _in_pieces(x: Tensor, pieces: int, factors: Tensor | None = None) -> Tensor:
+    """`[..., head_dim]` as `[pieces, ..., channels of a piece]`, each channel multiplied with its factor."""
     if factors is not None:
-        x = x * factors.unsqueeze(1)
-    return x.permute(-2, *range(rows.ndim - 1), -1)
+        x = x * factors
+    pieced: Tensor = x.unflatten(-1, (pieces, -1))
+    return pieced.permute(-2, *range(x.ndim - 1), -1)
 
 
 def _joined(x: Tensor, factors: Tensor | None) -> Tensor:
     """The inverse of `_in_pieces` for what was multiplied with the pieces: `[..., head_dim]`."""
-    joined = x.permute(*range(1, x.ndim - 1), 0, -1)
-    if factors is not None:
-        joined = joined * factors.unsqueeze(1)
-    return joined.flatten(-2)
+    joined = x.permute(*range(1, x.ndim - 1), 0, -1).flatten(-2)
+    return joined if factors is None else joined.mul_(factors)
 
 
-def _token_product(
-    store: AffineStore, rows: Tensor, codes: Tensor, scale: Tensor, offset: Tensor, out: Tensor, room: _Room
-) -> None:
-    count = scale.shape[3]
-    flat, result = rows.flatten(0, 1), out.flatten(0, 1)
+def _multiplied(left: Tensor, parts: Iterator[tuple[int, int, Tensor]], pieces: int, across: bool) -> Tensor:
+    """The matrix products of `left`, in as many parts as divide `pieces`, with each piece.
+
+    Args:
+        left: `[parts, ..., rows, n]`.
+        parts: pieces, some at a time, as `_cut` yields them: `[some, ..., n, columns]`.
+        pieces: their number.
+        across: whether rows and columns of the pieces change places first.
+
+    Returns:
+        `[pieces, ..., rows, columns]`.
+    """
+    each, found = pieces // len(left), None
+    for first, last, x in parts:
+        right = x.transpose(-2, -1) if across else x
+        if last - first == pieces:
+            return (left.repeat_interleave(each, 0) if each > 1 else left) @ right
+        if found is None:
+            found = left.new_empty((pieces, *left.shape[1:-1], right.shape[-1]))
+        torch.matmul(left[first // each : (last - 1) // each + 1], right, out=found[first:last])
+    assert found is not None
+    return found
+
+
+def _token_product(store: AffineStore, rows: Tensor) -> Product:
+    """Products of `rows` with codes that have scales per token."""
+    count = store.numbers
     pieces, factors = _pieces(store, count)
-    query = _in_pieces(flat, pieces, factors)
-    product = flat.new_empty((pieces, *result.shape))
-    for first, last, x in _cut(store, codes.flatten(0, 1), count, room):
-        torch.matmul(query[first:last], x.transpose(2, 3), out=product[first:last])
-    if count < pieces:
-        product = product.unflatten(0, (count, -1)).sum(1)
-    product.mul_(_by_group(scale).unsqueeze(2))
-    totals = flat.unflatten(2, (count, -1)).sum(3)
-    shifts = torch.bmm(totals, _by_group(offset).transpose(0, 1))
-    if count == 1:
-        torch.add(product[0], shifts, out=result)
-    else:
-        torch.sum(product, 0, out=result).add_(shifts)
+    query, room = _in_pieces(rows, pieces, factors), _Room()
+    totals = rows.unflatten(3, (count, -1)).sum(4, keepdim=True).permute(3, 0, 1, 2, 4)
+
+    def product(codes: Tensor, params: Tensor, out: Tensor) -> None:
+        found = _multiplied(query, _cut(store, codes, count, room), pieces, True)
+        if count < pieces:
+            found = found.unflatten(0, (count, -1)).sum(1)
+        scale, offset = store.scales.by_group(params, count)
+        found.mul_(scale)
+        if offset is not None:
+            found.addcmul_(totals, offset)
+        torch.sum(found, 0, out=out)
+
+    return product
 
 
-def _channel_product(
-    store: AffineStore, rows: Tensor, codes: Tensor, scale: Tensor, offset: Tensor, out: Tensor, room: _Room
-) -> None:
-    groups, size = codes.shape[2:4]
-    shifts = rows @ offset[:, :, :, 0].float().transpose(2, 3)
-    scale, by_group = scale[:, :, :, 0].float(), out.unflatten(3, (groups, size))
+def _channel_product(store: AffineStore, rows: Tensor) -> Product:
+    """Products of `rows` with codes that have scales per channel, alike for a group of tokens."""
     pieces, factors = _pieces(store, 1)
-    if rows.shape[2] >= size:
-        scales, query = _in_pieces(scale.flatten(0, 2), pieces, factors), _in_pieces(rows, pieces, None)
-        out.zero_()
-        for first, last, x in _cut(store, codes.flatten(0, 2), 1, room):
-            y = x.mul_(scales[first:last].unsqueeze(2)).view(last - first, *rows.shape[:2], groups * size, -1)
-            out.add_((query[first:last] @ y.transpose(3, 4)).sum(0))
-        by_group.add_(shifts.unsqueeze(4))
-        return
-    # Fewer rows than tokens of a group: they take its scales, each group apart.
-    query = _in_pieces((rows.unsqueeze(2) * scale.unsqueeze(3)).flatten(0, 2), pieces, factors)
-    product = rows.new_empty((pieces, *query.shape[1:3], size))
-    for first, last, x in _cut(store, codes.flatten(0, 2), 1, room):
-        torch.matmul(query[first:last], x.transpose(2, 3), out=product[first:last])
-    found = product.sum(0).view(*rows.shape[:2], groups, rows.shape[2], size).transpose(2, 3)
-    torch.add(found, shifts.unsqueeze(4), out=by_group)
+    raised = rows.unsqueeze(2) if factors is None else (rows * factors).unsqueeze(2)
+    across, room = rows.transpose(2, 3), _Room()
 
-
-def _add_by_token(
-    store: AffineStore, weights: Tensor, codes: Tensor, scale: Tensor, offset: Tensor, out: Tensor, room: _Room
-) -> None:
-    count = scale.shape[3]
-    flat, total = weights.flatten(0, 1), out.flatten(0, 1)
-    pieces, factors = _pieces(store, count)
-    scaled = flat * _by_group(scale).unsqueeze(2)
-    each = pieces // count
-    found = flat.new_empty((pieces, *flat.shape[:2], store.head_dim // pieces))
-    for first, last, x in _cut(store, codes.flatten(0, 1), count, room):
-        if last - first > 1 and each > 1:
-            torch.matmul(scaled.repeat_interleave(each, 0), x, out=found)
+    def product(codes: Tensor, params: Tensor, out: Tensor) -> None:
+        scale, offset = map(as_float, store.scales.split(params, store.head_dim))
+        by_group = out.unflatten(3, codes.shape[2:4]).transpose(2, 3)
+        if rows.shape[2] < codes.shape[3]:  # fewer rows than tokens of a group: they take its scales, each group apart
+            query = _in_pieces(raised * scale, pieces)
+            found = _multiplied(query, _cut(store, codes, 1, room), pieces, True)
+            torch.sum(found, 0, out=by_group)
         else:
-            torch.matmul(scaled[first // each : (last - 1) // each + 1], x, out=found[first:last])
-    total.add_(_joined(found, factors))
-    shares = torch.bmm(flat, _by_group(offset).permute(1, 2, 0))
-    total.unflatten(2, (count, -1)).add_(shares.unsqueeze(3))
+            scales, query = _in_pieces(scale, pieces), _in_pieces(rows, pieces, factors)
+            out.zero_()
+            for first, last, x in _cut(store, codes, 1, room):
+                y = x.mul_(scales[first:last]).flatten(3, 4)
+                out.add_((query[first:last] @ y.transpose(3, 4)).sum(0))
+        by_group.add_((offset.squeeze(3) @ across).unsqueeze(4))
+
+    return product
+
+
+def _add_by_token(store: AffineStore, weights: Tensor, codes: Tensor, params: Tensor, out: Tensor, room: _Room) -> None:
+    count = store.numbers
+    pieces, factors = _pieces(store, count)
+    scale, offset = store.scales.by_group(params, count)
+    found = _multiplied(weights * scale, _cut(store, codes, count, room), pieces, False)
+    out.add_(_joined(found, factors))
+    if offset is not None:
+        shares = weights @ offset.squeeze(3).permute(1, 2, 3, 0)
+        out.unflatten(3, (count, -1)).add_(shares.unsqueeze(4))
 
 
 def _add_by_channel(
-    store: AffineStore, weights: Tensor, codes: Tensor, scale: Tensor, offset: Tensor, out: Tensor, room: _Room
+    store: AffineStore, weights: Tensor, codes: Tensor, params: Tensor, out: Tensor, room: _Room
 ) -> None:
-    groups, size = codes.shape[2:4]
     pieces, factors = _pieces(store, 1)
-    scales = _in_pieces(scale.float(), pieces, None)
-    found = out.new_empty((pieces, *out.shape[:3], store.head_dim // pieces))
-    for first, last, x in _cut(store, codes, 1, room):
-        torch.matmul(weights, x.mul_(scales[first:last]).flatten(3, 4), out=found[first:last])
+    scale, offset = map(as_float, store.scales.split(params, store.head_dim))
+    scales = _in_pieces(scale, pieces)
+    parts = _cut(store, codes, 1, room)
+    scaled = ((first, last, x.mul_(scales[first:last]).flatten(3, 4)) for first, last, x in parts)
+    found = _multiplied(weights.unsqueeze(0), scaled, pieces, False)
     out.add_(_joined(found, factors))
-    out += weights.unflatten(3, (groups, size)).sum(4) @ offset[:, :, :, 0].float()
+    out += weights.unflatten(3, codes.shape[2:4]).sum(4) @ offset.squeeze(3)

@@ -6,13 +6,14 @@ stand side by side as columns, in float32; each store then adds its share of the
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from kvpolicy.attention.mask import mask_scores
-from kvpolicy.attention.products import add_values, key_scores
+from kvpolicy.attention.products import add_values, as_float, key_scores
 from kvpolicy.hookspecs import hookimpl
 from kvpolicy.interfaces.backend import AttentionOptions, AttentionSpec, Backend, Part
 
@@ -32,24 +33,29 @@ class Reference(Backend):
     def attend(
         self, query: Tensor, part: Part, mask: Tensor | None, options: AttentionOptions
     ) -> tuple[Tensor, Tensor]:
-        batch, heads, queries, _ = query.shape
-        width = part.width + (0 if part.new is None else part.new[0].shape[2])
-        step = max(1, SCORES // (batch * heads * width))
-        if queries <= step:
-            return self.some(query, part, mask, options, 0, queries)
-        found = [
-            self.some(query[:, :, first : first + step], part, mask, options, first, queries)
-            for first in range(0, queries, step)
-        ]
-        return torch.cat([out for out, _ in found], dim=2), torch.cat([lse for _, lse in found], dim=2)
+        found = [self.some(q, part, mask, options, first, query.shape[2], True) for first, q in _turns(query, part)]
+        outs, sums = [out for out, _ in found], [lse for _, lse in found if lse is not None]
+        return _together(outs), _together(sums)
+
+    def output(self, query: Tensor, part: Part, mask: Tensor | None, options: AttentionOptions) -> Tensor:
+        """The first of what `attend` gives."""
+        of = query.shape[2]
+        return _together([self.some(q, part, mask, options, first, of)[0] for first, q in _turns(query, part)])
 
     def some(
-        self, query: Tensor, part: Part, mask: Tensor | None, options: AttentionOptions, first: int, of: int
-    ) -> tuple[Tensor, Tensor]:
-        """`attend` for some of `of` queries, the first of which is number `first`."""
+        self,
+        query: Tensor,
+        part: Part,
+        mask: Tensor | None,
+        options: AttentionOptions,
+        first: int,
+        of: int,
+        sums: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """`attend` for some of `of` queries, the first of which is number `first`; logarithms only if `sums`."""
         keys, values = part.new if part.new is not None else (None, None)
-        batch, _, queries, _ = query.shape
-        rows = query.float().mul(options.scaling).reshape(batch, part.kv_heads, -1, query.shape[3])
+        batch, heads, queries, _ = query.shape
+        rows = as_float(query).mul(options.scaling).reshape(batch, part.kv_heads, -1, query.shape[3])
         held, new = part.width, 0 if keys is None else keys.shape[2]
         shape = (*rows.shape[:3], held + new)
         scores = rows.new_zeros(shape) if part.gaps else rows.new_empty(shape)
@@ -57,23 +63,65 @@ class Reference(Backend):
             if store.length:
                 key_scores(store, rows, scores, where)
         if keys is not None:
-            scores[..., held:] = rows @ keys.float().transpose(2, 3)
-        shaped = scores.unflatten(2, (-1, queries))
-        weigh(shaped, part, mask, options, first, of)
-        visible = shaped > -torch.inf if options.observer is not None else None
-        total, lse = exponentials(shaped, options.sinks, mask is not None or part.gaps)
+            scores[..., held:] = rows @ as_float(keys).transpose(2, 3)
+        scores, divisor, lse = _weights(scores, queries, part, mask, options, first, of, sums)
         if values is None:
             out = rows.new_zeros((*rows.shape[:3], part.value_dim))
         else:
-            out = (scores[..., held:] if held else scores) @ values.float()
+            out = (scores[..., held:] if held else scores) @ as_float(values)
         for store, where, _ in part.values:
             if store.length:
                 add_values(store, scores, out, where)
-        out = out.unflatten(2, (-1, queries)).div_(total)
-        if options.observer is not None:
-            at = torch.arange(first, first + queries)
-            options.observer.watch(at + new - of, shaped.div_(total), visible, slice(0, part.kv_heads), part.kv_heads)
-        return out.flatten(1, 2), lse.flatten(1, 2)
+        if divisor is not None:
+            out.div_(divisor)
+        return out.view(batch, heads, queries, -1), lse
+
+
+def _turns(query: Tensor, part: Part) -> Iterator[tuple[int, Tensor]]:
+    """As many queries as are computed at a time, with the number of the first of them."""
+    batch, heads, queries, _ = query.shape
+    width = part.width + (0 if part.new is None else part.new[0].shape[2])
+    step = max(1, SCORES // (batch * heads * width))
+    if queries <= step:
+        yield 0, query
+        return
+    for first in range(0, queries, step):
+        yield first, query[:, :, first : first + step]
+
+
+def _together(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+def _weights(
+    scores: Tensor,
+    queries: int,
+    part: Part,
+    mask: Tensor | None,
+    options: AttentionOptions,
+    first: int,
+    of: int,
+    sums: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """What scores `[batch, kv_heads, rows, columns]` become, what divides the output yet, and `lse` of `Part.attend`.
+
+    A query that nothing hides sees some token, so that the softmax is PyTorch's own.
+    """
+    new = 0 if part.new is None else part.new[0].shape[2]
+    hidden = mask is not None or part.gaps
+    if not (hidden or sums or options.sinks is not None or options.observer is not None):
+        weigh(scores.unflatten(2, (-1, queries)) if of > 1 else scores, part, mask, options, first, of)
+        return scores.softmax(-1), None, None
+    shaped = scores.unflatten(2, (-1, queries))
+    weigh(shaped, part, mask, options, first, of)
+    visible = shaped > -torch.inf if options.observer is not None else None
+    total, lse = exponentials(shaped, options.sinks, hidden)
+    if options.observer is None:
+        return scores, total.flatten(2, 3), lse.flatten(1, 2)
+    shaped.div_(total)
+    at = torch.arange(first, first + queries)
+    options.observer.watch(at + new - of, shaped, visible, slice(0, part.kv_heads), part.kv_heads)
+    return scores, None, lse.flatten(1, 2)
 
 
 def weigh(scores: Tensor, part: Part, mask: Tensor | None, options: AttentionOptions, first: int, of: int) -> None:

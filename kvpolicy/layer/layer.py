@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -445,24 +445,28 @@ def commit_all(layers: Sequence[LayerCache], coming: int = 0) -> None:
     waiting = [layer for layer in layers if layer.waiting]
     for layer in waiting:  # arithmetic first, which steps keep: what interrupts it leaves the layers whole
         layer.held_after_commit(coming)
-    _advance(waiting, lambda layer: layer.begin(layer.pending), lambda layer: layer.pending)
+    if waiting:
+        _advance(waiting, lambda layer: layer.begin(layer.pending), lambda layer: layer.pending)
     ending = [layer for layer in layers if layer._ends_prompt(coming)]
     for layer in ending:
         if not layer.placement.prompted:
             layer.planner.step = layer.step.end_prompt()
     ending = [layer for layer in ending if layer.placement.prompted]
-    _advance(ending, lambda layer: layer.planner.end_prompt(), lambda layer: layer.like)
+    if ending:
+        _advance(ending, lambda layer: layer.planner.end_prompt(), lambda layer: layer.like)
 
 
 def _advance(
     layers: Sequence[LayerCache], begin: Callable[[LayerCache], Any], new: Callable[[LayerCache], dict[str, Tensor]]
 ) -> None:
-    with ExitStack() as changing:
-        for layer in layers:
-            changing.enter_context(layer._changing())
-        turns = [begin(layer) for layer in layers]
-        if layers:
-            select([layer.planner for layer in layers], turns)
-        for layer, turn in zip(layers, turns, strict=True):
-            layer.finish(new(layer), turn)
-            layer.pending = {}
+    before = [layer.broken for layer in layers]
+    for layer in layers:
+        layer.broken = True
+    turns = [begin(layer) for layer in layers]
+    if layers[0].placement.ranks:
+        select([layer.planner for layer in layers], turns)
+    for layer, turn in zip(layers, turns, strict=True):
+        layer.finish(new(layer), turn)
+        layer.pending = {}
+    for layer, broken in zip(layers, before, strict=True):
+        layer.broken = broken

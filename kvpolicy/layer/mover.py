@@ -49,14 +49,17 @@ def _partial(store: Store, empty: Tensor | None, arriving: int) -> Tensor | None
 def _positions(arrivals: list[Arrival]) -> list[Tensor]:
     """The positions of what `_collected` gives: `[tokens]`, or `[batch, kv_heads or 1, tokens]`."""
     runs: dict[int, list[Tensor]] = {}
-    for _, _, _, positions, run in arrivals:
-        assert positions is not None
-        runs.setdefault(run, []).append(positions() if callable(positions) else torch.from_numpy(positions))
+    for arrival in arrivals:
+        at = arrival.positions
+        assert at is not None
+        runs.setdefault(arrival.run, []).append(at() if callable(at) else torch.from_numpy(at))
     return [torch.cat(parts, dim=-1) for parts in runs.values()]
 
 
 def _collected(arrivals: list[Arrival], stores: list[Store | None], new: Tensor) -> list[Tensor]:
     """The tokens that arrive in a store, decoded, in order: a tensor for each run."""
+    if len(arrivals) == 1:
+        return [_decoded(arrivals[0], stores, new)]
     runs: dict[int, list[Tensor]] = {}
     for arrival in arrivals:
         runs.setdefault(arrival.run, []).append(_decoded(arrival, stores, new))
@@ -68,17 +71,18 @@ def _decoded(arrival: Arrival, stores: list[Store | None], new: Tensor) -> Tenso
     if isinstance(index, Tensor):
         return _by_head(arrival, index, stores, new)
     (source,) = arrival.sources
-    if source != NEW:
-        store = stores[source]
-        assert store is not None
+    store = None if source == NEW else stores[source]
+    if arrival.span is not None:
+        first, last = arrival.span
+        if store is not None:
+            return store.take(index, new.dtype)
+        return new if last - first == new.shape[2] else new[:, :, first:last]
+    if store is not None:
         ascending = np.sort(index)
         x, lookup = store.take(ascending, new.dtype), np.searchsorted(ascending, index)
     else:
-        first, last = int(index.min()), int(index.max())
-        x, lookup = new[:, :, first : last + 1], index - first
-    if not np.array_equal(lookup, np.arange(x.shape[2])):
-        x = x.index_select(2, torch.from_numpy(lookup).to(x.device, non_blocking=True))
-    return x
+        x, lookup = new, index
+    return x.index_select(2, torch.from_numpy(lookup).to(x.device, non_blocking=True))
 
 
 def _by_head(arrival: Arrival, index: Tensor, stores: list[Store | None], new: Tensor) -> Tensor:

@@ -33,6 +33,8 @@ class Arrival(NamedTuple):
     """Of a tensor the numbers that stand for each source, from the first to the last + 1."""
     positions: Ints | Callable[[], Tensor] | None = None
     """Of each token among the real ones of its row, for stores that ask."""
+    span: tuple[int, int] | None = None
+    """The first index and the last + 1, if all between them come in order from one source."""
     run: int = 0
     """Arrivals of one run in sequence are one group where `group_size: arrival`."""
 

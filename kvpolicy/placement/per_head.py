@@ -239,7 +239,9 @@ class PerHeadPlacement(Planner):
         n = work.bounds[-1] - work.bounds[-2]
         if turn.step.quiet and most == n:  # all that are new, in order
             positions, tiers, scores = work.positions, work.target, work.scores
-            arrival = Arrival((NEW,), np.arange(n, dtype=np.int64), (), lambda: turn.step.in_text(work.positions))
+            arrival = Arrival(
+                (NEW,), np.arange(n, dtype=np.int64), (), lambda: turn.step.in_text(work.positions), (0, n)
+            )
         else:
             index = indices_of(inside, most)
             if len(work.live) and self._grouped(side, s):

@@ -367,4 +367,7 @@ def _arrivals(entering: Ints, runs: Ints, above: Sequence[PositionList], start: 
     for part, indices, run, positions in zip(
         *(np.split(x, cuts) for x in (source, index, runs, entering)), strict=True
     ):
-        yield Arrival((int(part[0]),), indices, positions=positions, run=int(run[0]))
+        first, last = int(indices[0]), int(indices[-1]) + 1
+        together = last - first == len(indices) and bool((np.diff(indices) == 1).all())
+        span = (first, last) if together else None
+        yield Arrival((int(part[0]),), indices, positions=positions, span=span, run=int(run[0]))

@@ -167,16 +167,16 @@ class AffineStore(CodedStore):
         at = index.clamp(max=coded - 1)
         codes = self.parts["codes"].gather(at)
         out = torch.empty((*codes.shape[:3], self.head_dim), dtype=dtype, device=codes.device)
-        self._decode(codes, *self._parameters(at), out, self._gathered(at))
+        self._decode(codes, self._parameters(at), out, self._gathered(at))
         if partial.length:
             out = torch.where((index >= coded).unsqueeze(3), partial.gather((index - coded).clamp(min=0)), out)
         return out
 
-    def _parameters(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale and offset of the coded tokens at `index`."""
+    def _parameters(self, index: Tensor) -> Tensor:
+        """What is kept of scales and offsets of the coded tokens at `index`."""
         if self.by_channel:
             index = self.parts["groups"].gather(index).squeeze(3)
-        return self.scales.split(self.parts["params"].gather(index), self.numbers)
+        return self.parts["params"].gather(index)
 
     def remove(self, index: Tensor, empty: Tensor | None = None) -> None:
         if not self.by_channel:
@@ -227,12 +227,12 @@ class AffineStore(CodedStore):
         if self.by_channel:
             packed, params = packed.unflatten(2, (arrivals, -1)), params.unsqueeze(3)
             shaped = out.unflatten(2, (arrivals, -1))
-        self._dequantize(packed, *self.scales.split(params, self.numbers), shaped)
+        self._dequantize(packed, params, shaped)
         return x.float() - out
 
-    def _dequantize(self, codes: Tensor, scale: Tensor, offset: Tensor, out: Tensor) -> None:
-        levels = self.levels_on(out.device)
-        dequantize(codes, self.quantizer.nbits, self.head_dim, scale, offset, out, levels)
+    def _dequantize(self, codes: Tensor, params: Tensor, out: Tensor) -> None:
+        scale, offset = self.scales.split(params, self.numbers)
+        dequantize(codes, self.quantizer.nbits, self.head_dim, scale, offset, out, self.levels_on(out.device))
 
     def _grouping(self, quantizer: Quantizer) -> Grouping:
         assert isinstance(quantizer, AffineQuantizer)
@@ -241,35 +241,34 @@ class AffineStore(CodedStore):
     def drop(self, index: Ints) -> None:
         coded = self.parts["codes"].length
         packed, partial = index[index < coded], index[index >= coded] - coded
-        self.parts["exact"].drop(torch.from_numpy(partial))
+        self.parts["exact"].drop(partial)
         for name in self._along:
-            self.parts[name].drop(torch.from_numpy(index))
+            self.parts[name].drop(index)
         for kept in self._kept:
             kept.drop(packed)
         if self.by_channel and len(packed):
             group = np.searchsorted(np.cumsum(self.sizes), packed, side="right")
             sizes = self.sizes - np.bincount(group, minlength=len(self.sizes))
-            self.parts["params"].drop(torch.from_numpy(np.flatnonzero(sizes == 0)))
+            self.parts["params"].drop(np.flatnonzero(sizes == 0))
             self.sizes = sizes[sizes > 0]
         elif len(packed):
-            self.parts["params"].drop(torch.from_numpy(packed))
-        self.parts["codes"].drop(torch.from_numpy(packed))
+            self.parts["params"].drop(packed)
+        self.parts["codes"].drop(packed)
 
-    def affine_blocks(self, block: int) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
-        """Index of the first token, codes, scale and offset of runs of tokens.
+    def affine_blocks(self, block: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Index of the first token, codes, and what is kept of their scales and offsets, of runs of tokens.
 
-        Per token, codes are `[batch, kv_heads, tokens, width]` and scale `[batch, kv_heads, tokens, groups]`;
-        per channel `[batch, kv_heads, groups, tokens, width]` and `[batch, kv_heads, groups, 1, head_dim]`.
+        Per token, codes are `[batch, kv_heads, tokens, width]` and the parameters `[batch, kv_heads, tokens, numbers]`;
+        per channel `[batch, kv_heads, groups, tokens, width]` and `[batch, kv_heads, groups, 1, numbers]`.
         """
         codes, params = self.parts["codes"], self.parts["params"]
         if not self.by_channel:
             for (offset, c), (_, p) in zip(codes.blocks(), params.blocks(), strict=True):
                 if c.shape[2] <= block:
-                    yield offset, c, *self.scales.split(p, self.numbers)
+                    yield offset, c, p
                     continue
                 for lo in range(0, c.shape[2], block):
-                    part = self.scales.split(p[:, :, lo : lo + block], self.numbers)
-                    yield offset + lo, c[:, :, lo : lo + block], *part
+                    yield offset + lo, c[:, :, lo : lo + block], p[:, :, lo : lo + block]
             return
         most = at_once(codes.pages[0]) if codes.length else FULL
         cuts = [0, *(np.flatnonzero(np.diff(self.sizes)) + 1).tolist(), len(self.sizes)]
@@ -279,13 +278,12 @@ class AffineStore(CodedStore):
             step = max(1, min(block, most) // size)
             for group in range(first, last, step):
                 n = min(step, last - group)
-                part = self.scales.split(params.slice(group, group + n).unsqueeze(3), self.numbers)
                 c = codes.slice(token, token + n * size).unflatten(2, (n, size))
-                yield token, c, *part
+                yield token, c, params.slice(group, group + n).unsqueeze(3)
                 token += n * size
 
-    def _blocks(self, block: int) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
-        """`affine_blocks`; where groups are no neighbours with a scale and an offset for each token."""
+    def _blocks(self, block: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """`affine_blocks`; where groups are no neighbours with parameters for each token."""
         if self.grouped:
             yield from self.affine_blocks(block)
             return
@@ -294,8 +292,7 @@ class AffineStore(CodedStore):
         for first in range(0, coded, block):
             last = min(first + block, coded)
             groups = self.parts["groups"].slice(first, last).squeeze(3)
-            params = self.scales.split(gather_tokens(self.parts["params"].all(), groups), self.numbers)
-            yield first, self.parts["codes"].slice(first, last), *params
+            yield first, self.parts["codes"].slice(first, last), gather_tokens(self.parts["params"].all(), groups)
 
     def levels_on(self, device: torch.device) -> Tensor | None:
         """`levels` on a device."""
@@ -303,27 +300,27 @@ class AffineStore(CodedStore):
             self.levels = self.levels.to(device)
         return self.levels
 
-    def _decode(self, codes: Tensor, scale: Tensor, offset: Tensor, out: Tensor, aside: Aside) -> None:
+    def _decode(self, codes: Tensor, params: Tensor, out: Tensor, aside: Aside) -> None:
         shaped = out.unflatten(2, codes.shape[2:4]) if codes.ndim == 5 else out
-        self._dequantize(codes, scale, offset, shaped)
+        self._dequantize(codes, params, shaped)
         if self.chain is not None or self.beside is not None:
             out.copy_(self._finished(out, aside))
 
     def decoded(self, block: int, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
-        for first, codes, scale, offset in self._blocks(block):
+        for first, codes, params in self._blocks(block):
             n = math.prod(codes.shape[2:-1])
             out = torch.empty((*codes.shape[:2], n, self.head_dim), dtype=dtype, device=codes.device)
-            self._decode(codes, scale, offset, out, self._sliced(first, first + n))
+            self._decode(codes, params, out, self._sliced(first, first + n))
             yield first, out
         coded = self.parts["codes"].length
         for first, x in self.parts["exact"].blocks():
             yield coded + first, x
 
     def write(self, out: Tensor, start: int) -> None:
-        for first, codes, scale, offset in self.affine_blocks(LARGE):
+        for first, codes, params in self.affine_blocks(LARGE):
             n = math.prod(codes.shape[2:-1])
             part = out[:, :, start + first : start + first + n]
-            self._decode(codes, scale, offset, part, self._sliced(first, first + n))
+            self._decode(codes, params, part, self._sliced(first, first + n))
         at = start + self.parts["codes"].length
         for first, x in self.parts["exact"].blocks():
             out[:, :, at + first : at + first + x.shape[2]] = x
@@ -336,15 +333,15 @@ class AffineStore(CodedStore):
         first = int(index.min())
         n, index = int(index.max()) - first + 1, index - first
         codes, params = (self.parts[name].scatter_between(index, n) for name in ("codes", "params"))
-        self._decode(codes, *self.scales.split(params, self.numbers), out[:, :, first : first + n], NOTHING)
+        self._decode(codes, params, out[:, :, first : first + n], NOTHING)
 
     def take(self, index: Ints, dtype: torch.dtype) -> Tensor:
         coded = self.parts["codes"].length
         if self.by_channel or (len(index) and index[-1] >= coded):
             return super().take(index, dtype)
-        codes, params = (self.parts[name].take(torch.from_numpy(index)) for name in ("codes", "params"))
+        codes, params = (self.parts[name].take(index) for name in ("codes", "params"))
         out = torch.empty((*codes.shape[:3], self.head_dim), dtype=dtype, device=codes.device)
-        self._decode(codes, *self.scales.split(params, self.numbers), out, self._taken(index))
+        self._decode(codes, params, out, self._taken(index))
         return out
 
     def bytes(self) -> dict[str, int]:

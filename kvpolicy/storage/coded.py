@@ -103,7 +103,7 @@ class CodedStore(Store):
     def _taken(self, index: Ints) -> Aside:
         """What there is beside the codes at `index`, ascending."""
         found = self.beside.of_taken(index) if self.beside is not None and len(index) else None
-        places = self.parts[POSITIONS].take(torch.from_numpy(index)).squeeze(3) if self.by_position else None
+        places = self.parts[POSITIONS].take(index).squeeze(3) if self.by_position else None
         return Aside(places, found)
 
     def _finished(self, out: Tensor, aside: Aside) -> Tensor:

@@ -29,13 +29,13 @@ class ExactStore(Store):
         self.parts["exact"].append(x)
 
     def drop(self, index: Ints) -> None:
-        self.parts["exact"].drop(torch.from_numpy(index))
+        self.parts["exact"].drop(index)
 
     def decoded(self, block: int, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
         return self.parts["exact"].blocks()
 
     def take(self, index: Ints, dtype: torch.dtype) -> Tensor:
-        return self.parts["exact"].take(torch.from_numpy(index))
+        return self.parts["exact"].take(index)
 
     def gather(self, index: Tensor, dtype: torch.dtype) -> Tensor:
         return self.parts["exact"].gather(index)

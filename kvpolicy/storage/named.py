@@ -64,7 +64,7 @@ class NamedStore(CodedStore):
 
     def drop(self, index: Ints) -> None:
         for part in self.parts.values():
-            part.drop(torch.from_numpy(index))
+            part.drop(index)
         for kept in self._kept:
             kept.drop(index)
 

@@ -107,13 +107,13 @@ class NamedParts:
     def drop(self, index: Ints) -> None:
         """Remove the tokens at `index` (ascending)."""
         for _, part in self._of("token"):
-            part.drop(torch.from_numpy(index))
+            part.drop(index)
         self.length -= len(index)
         if self.arriving and len(index):
             group = np.searchsorted(np.cumsum(self.sizes), index, side="right")
             sizes = self.sizes - np.bincount(group, minlength=len(self.sizes))
             for _, part in self._of("arrival"):
-                part.drop(torch.from_numpy(np.flatnonzero(sizes == 0)))
+                part.drop(np.flatnonzero(sizes == 0))
             self.sizes = sizes[sizes > 0]
 
     def remove(self, index: Tensor) -> None:
@@ -150,7 +150,7 @@ class NamedParts:
 
     def take(self, index: Ints) -> dict[str, Tensor]:
         """The tensors of the tokens at `index` (ascending)."""
-        found = {name: part.take(torch.from_numpy(index)) for name, part in self._of("token")}
+        found = {name: part.take(index) for name, part in self._of("token")}
         return self._shaped({**found, **(self._entries(index) if self.arriving else {})})
 
     def gather(self, index: Tensor) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ is a contiguous run of channels, and nothing is ever interleaved.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -68,15 +69,20 @@ def _signed(word: int) -> int:
     return word - (1 << 64) if word >> 63 else word
 
 
+@functools.cache
+def _shifts(nbits: int, device: torch.device) -> Tensor:
+    """Where in a byte each plane begins: `[planes, 1]`."""
+    return torch.arange(0, 8, nbits, dtype=torch.uint8).unsqueeze(1).to(device)
+
+
 def pack(codes: Tensor, nbits: int) -> Tensor:
     """Pack `codes`, uint8 in `[0, 2**nbits)`, along their last dimension."""
     head_dim, parts = codes.shape[-1], []
     if nbits == 8:
         return codes
     if nbits != 3 and head_dim * nbits % 8 == 0:
-        shifts = torch.arange(0, 8, nbits, dtype=torch.uint8, device=codes.device).unsqueeze(1)
-        planes_of = codes.unflatten(-1, (len(shifts), -1)) & ((1 << nbits) - 1)
-        packed: Tensor = (planes_of << shifts).sum(-2, dtype=torch.uint8)
+        planes_of = codes.unflatten(-1, (8 // nbits, -1)) & ((1 << nbits) - 1)
+        packed: Tensor = (planes_of << _shifts(nbits, codes.device)).sum(-2, dtype=torch.uint8)
         return packed
     for bits, low in PARTS[nbits]:
         width = _width(head_dim, bits)

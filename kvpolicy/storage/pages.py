@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+Ints = NDArray[np.int64]
 
 SMALLEST, LARGEST = 64, 1024
 """Tokens of a page with room for more."""
@@ -75,7 +79,7 @@ class Pages:
             take = min(free, n - done)
             page = self.pages[-1]
             at = page.shape[2] - free
-            page[:, :, at : at + take] = x[:, :, done : done + take]
+            page[:, :, at : at + take] = x if take == n else x[:, :, done : done + take]
             done += take
             self.length += take
 
@@ -134,18 +138,17 @@ class Pages:
         for offset, block in self.blocks():
             lo, hi = max(begin - offset, 0), min(end - offset, block.shape[2])
             if lo < hi:
-                parts.append(block[:, :, lo:hi])
+                parts.append(block if hi - lo == block.shape[2] else block[:, :, lo:hi])
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
-    def take(self, index: Tensor) -> Tensor:
-        """The tokens at `index` (ascending), copied."""
+    def take(self, index: Ints) -> Tensor:
+        """The tokens at `index` (ascending, distinct), copied."""
         lowest, highest = int(index[0]), int(index[-1])
         window = self.slice(lowest, highest + 1)
-        return (
-            _widest_view(window)
-            .index_select(2, (index - lowest).to(window.device, non_blocking=True))
-            .view(window.dtype)
-        )
+        if highest - lowest + 1 == len(index):
+            return window.clone()
+        chosen = torch.from_numpy(index - lowest).to(window.device, non_blocking=True)
+        return _widest_view(window).index_select(2, chosen).view(window.dtype)
 
     def scatter_between(self, index: Tensor, n: int) -> Tensor:
         """A tensor of `n` tokens whose token `index[i]` is token i of this; the others are undefined."""
@@ -156,7 +159,7 @@ class Pages:
             words.index_copy_(2, index[offset : offset + block.shape[2]], _widest_view(block))
         return out
 
-    def drop(self, index: Tensor) -> None:
+    def drop(self, index: Ints) -> None:
         """Remove the tokens at `index` (ascending, distinct)."""
         n = len(index)
         if n == 0:
@@ -172,17 +175,13 @@ class Pages:
         if last + 1 - n <= self.length - 1 - last and not self.whole:  # which begins with its page
             self._close_from_front(index, last)
             return
-        keep = torch.ones(self.length, dtype=torch.bool)
-        keep[index] = False
-        kept = self.take(keep[first:].nonzero()[:, 0] + first)
+        kept = self.take(np.setdiff1d(np.arange(first, self.length), index, assume_unique=True))
         self._truncate(first)
         self.append(kept)
 
-    def _close_from_front(self, index: Tensor, last: int) -> None:
+    def _close_from_front(self, index: Ints, last: int) -> None:
         """Remove the tokens at `index` by moving those before the last of them back."""
-        keep = torch.ones(last + 1, dtype=torch.bool)
-        keep[index] = False
-        before = keep.nonzero()[:, 0]
+        before = np.setdiff1d(np.arange(last + 1), index, assume_unique=True)
         kept = [self.take(before)] if len(before) else []
         self.start += len(index)
         self._truncate(self.length - len(index))
@@ -239,12 +238,12 @@ def forget_unused(groups: Pages, kept: list[Pages], most: int) -> int:
     count = kept[0].length
     if not count or (kept[0].pages[0].device.type != "cpu" and groups.length and count <= most):
         return most
-    gone = torch.arange(count)
+    gone = np.arange(count)
     if groups.length:
         used = torch.zeros(count, dtype=torch.bool, device=kept[0].pages[0].device)
         used[groups.all().flatten().long()] = True
         groups.all().copy_((used.cumsum(0, dtype=torch.int32) - 1)[groups.all().long()])
-        gone = (~used).nonzero()[:, 0].cpu()
+        gone = (~used).nonzero()[:, 0].cpu().numpy()
     for part in kept:
         part.drop(gone)
     return max(2 * kept[0].length, GROUPS_AT_FIRST)

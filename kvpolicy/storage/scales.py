@@ -111,6 +111,19 @@ class Scales:
             offset = _read(offset, wide if e8m0 else E4M3)
         return scale, offset
 
+    def by_group(self, params: Tensor, numbers: int) -> tuple[Tensor, Tensor | None]:
+        """As `split` in float32, `[numbers, batch, kv_heads, 1, tokens]`, tokens neighbours; None for no offsets."""
+        if self.small:
+            found = self.split(params, numbers)
+            scale, offset = (x.permute(3, 0, 1, 2).contiguous().unsqueeze(3) for x in found)
+            return scale, offset if self.quantizer.offsets else None
+        both = params.permute(3, 0, 1, 2).contiguous().unsqueeze(3)
+        both = both if both.dtype == torch.float32 else both.float()
+        if not self.quantizer.offsets:
+            return both, None
+        scale, offset = both.chunk(2)
+        return scale, offset
+
     def share(self, params: Tensor, numbers: int) -> Fraction:
         """The part of what is kept that scales are."""
         if not self.quantizer.offsets:

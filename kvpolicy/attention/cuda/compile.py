@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 __all__ = ["FEW", "MANY", "Resources", "Variant", "cache_directory", "compiled", "missing", "resources", "source"]
 
-STAGES = 4
+STAGES = 3
 """Tiles of a warp on their way or at work."""
 MEMORY = {"sm_80": 160, "sm_90": 224, "sm_100": 224, "sm_103": 224}
 """KB of shared memory of a multiprocessor that blocks can have; 98 for others."""

@@ -52,7 +52,7 @@ def test_another_source_is_another_file(monkeypatch: pytest.MonkeyPatch, tmp_pat
     compiled.cache_clear()
     compiled(FEW[0], "sm_90")
     compiled.cache_clear()
-    monkeypatch.setattr(compiling, "STAGES", 3)
+    monkeypatch.setattr(compiling, "STAGES", 4)
     compiled(FEW[0], "sm_90")
     compiled.cache_clear()
     assert len(list((tmp_path / "cuda").iterdir())) == 2
