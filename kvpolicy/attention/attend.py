@@ -55,7 +55,7 @@ def attend(
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     options = AttentionOptions(scale, softcap, sinks, observer, alone=True)
     shown = as_mask(mask, tiers.committed + new[0].shape[2], new[0].shape[1])
-    pieces = assigned(query, _whole(tiers, new), shown, options, tiers.step.by_head)
+    pieces = assigned(query, whole(tiers, new), shown, options, tiers.step.by_head)
     tiers.backends = tuple(dict.fromkeys(backend.kind for backend, _ in pieces))
     if len(pieces) == 1 and pieces[0][0] is REFERENCE:
         return _as_asked(REFERENCE.output(query, pieces[0][1], shown, options), query)
@@ -71,7 +71,7 @@ def _as_asked(out: Tensor, query: Tensor) -> Tensor:
     return out if out.dtype == query.dtype else out.to(query.dtype)
 
 
-def _whole(tiers: LayerCache, new: tuple[Tensor, Tensor]) -> Part:
+def whole(tiers: LayerCache, new: tuple[Tensor, Tensor]) -> Part:
     """All that a layer holds, and the tokens that are coming in."""
     columns = tiers.columns()
     sides = []

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from kvpolicy.attention.cuda.compile import missing
-from kvpolicy.attention.cuda.kernel import launch
+from kvpolicy.attention.cuda.graph import Launch, Recording, change, current
+from kvpolicy.attention.cuda.kernel import THREADS, launch
 from kvpolicy.attention.cuda.layout import MAPS, Declined, scan
 from kvpolicy.attention.cuda.plan import Plan, make_plan
 from kvpolicy.attention.cuda.scratch import counters, partials
@@ -105,12 +106,15 @@ def _attend(
     options: AttentionOptions,
 ) -> tuple[Tensor, Tensor]:
     batch, heads, queries, _ = query.shape
+    device, graph = query.get_device(), current()
     out = query.new_empty(plan.out, dtype=plan.dtype)
     lse = query.new_empty((batch, heads, queries), dtype=torch.float32)
     partial = zeros = sinks = scores = sums = None
-    if plan.partial:
-        partial = partials(plan.partial, query.get_device())
-        zeros = counters(plan.lines * plan.turns, query.get_device())
+    if graph is not None:
+        partial, zeros = _room(plan, graph)
+    elif plan.partial:
+        partial = partials(plan.partial, device)
+        zeros = counters(plan.lines * plan.turns, device)
     if options.sinks is not None:
         sinks = options.sinks.float().contiguous()
     if options.observer is not None:
@@ -119,15 +123,72 @@ def _attend(
         scores = query.new_empty((*lines, part.width + new), dtype=torch.float32)
         sums = query.new_empty((*lines, 1), dtype=torch.float32)
     mapped = [_mapped(part.keys[view].store.chain, query, part) for view in plan.maps]
-    asked = [x.data_ptr() for x in mapped] + [0] * (MAPS - 1 - len(mapped))
     tensors = (mask, places, out, lse, partial, scores, sums, sinks, zeros)
-    addresses = [0 if x is None else x.data_ptr() for x in tensors]
-    packed = plan.addresses.pack(query.data_ptr(), *asked, *addresses, *pointers)
-    grid = (plan.parts, plan.lines, plan.turns)
-    launch(plan.kernel, plan.numbers + packed + plan.layout, grid, query.get_device())
+    arguments, grid = _arguments(plan, pointers, query, mapped, tensors)
+    launch(plan.kernel, arguments, grid, device)
+    if graph is not None:
+        _record(graph, plan, query, part, mask, places, options, tensors)
     if scores is not None and sums is not None:
         _watch(options.observer, scores, sums, queries, part)
     return _joined(plan, out, part, queries).transpose(1, 2), lse
+
+
+def _arguments(
+    plan: Plan, pointers: list[int], query: Tensor, mapped: list[Tensor], tensors: tuple[Tensor | None, ...]
+) -> tuple[bytes, tuple[int, int, int]]:
+    """The arguments of a launch, and its grid."""
+    asked = [x.data_ptr() for x in mapped] + [0] * (MAPS - 1 - len(mapped))
+    addresses = [0 if x is None else x.data_ptr() for x in tensors]
+    packed = plan.addresses.pack(query.data_ptr(), *asked, *addresses, *pointers)
+    return plan.numbers + packed + plan.layout, (plan.parts, plan.lines, plan.turns)
+
+
+def _room(plan: Plan, graph: Recording) -> tuple[Tensor, Tensor]:
+    """What the blocks of a launch use among themselves, where a graph captures it."""
+    if plan.partial > graph.partials.numel() or plan.lines * plan.turns > graph.counters.numel():
+        graph.unfit = "a launch needs more room"
+    return graph.partials, graph.counters
+
+
+def _record(
+    graph: Recording,
+    plan: Plan,
+    query: Tensor,
+    part: Part,
+    mask: Tensor | None,
+    places: Tensor | None,
+    options: AttentionOptions,
+    tensors: tuple[Tensor | None, ...],
+) -> None:
+    """Note a launch that a graph has captured, if nothing of it but its arguments changes from step to step."""
+    fixed = mask is None and places is None and options.observer is None and options.alone
+    if not fixed or plan.maps or plan.spaces != (-1,):
+        graph.unfit = "its attention has a mask, an observer, or transforms"
+    stores = tuple(view.store for view in (*part.keys, *part.values))
+    graph.add(stores, (query, part.new, options), tensors, query.get_device())
+
+
+def renew(exec_graph: int, known: Launch, part: Part) -> str | None:
+    """Let a launch of a graph read a part as it is now; returns why not, if it can't.
+
+    Args:
+        exec_graph: the handle of the instantiated graph.
+        known: the launch.
+        part: the part, its new tokens those of the launch.
+    """
+    query, _, options = known.call
+    try:
+        plan, pointers, places = _planned(query, part, None, options)
+    except Declined as reason:
+        return str(reason)
+    *_, partial, _, _, _, zeros = known.tensors
+    if places is not None or plan.maps or plan.spaces != (-1,):
+        return "its attention has gaps, or transforms"
+    if plan.partial > partial.numel() or plan.lines * plan.turns > zeros.numel() or plan.out != known.tensors[2].shape:
+        return "a launch needs more room"
+    arguments, grid = _arguments(plan, pointers, query, [], known.tensors)
+    change(exec_graph, known.node, plan.kernel, arguments, grid, THREADS)
+    return None
 
 
 def _joined(plan: Plan, out: Tensor, part: Part, queries: int) -> Tensor:
