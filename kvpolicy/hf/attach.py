@@ -48,8 +48,8 @@ def attach(model: Any, recipe: Any = None, *, graphs: bool = False, **params: An
     Args:
         model: a transformers decoder model.
         recipe: what `load_recipe` takes. Calls that bring no cache get a fresh one of this recipe.
-        graphs: replay decode steps as CUDA graphs. The results are the same. A step that is no single token on an NVIDIA
-            GPU, or has a mask that hides tokens, runs as it would without; `Attached.graphs.reasons` counts why.
+        graphs: replay decode steps as CUDA graphs. The results are the same. A step that is no single token on an
+            NVIDIA GPU, or has a mask that hides tokens, runs as it would without; `Attached.graphs.reasons` counts why.
         **params: parameters of the recipe.
 
     Returns:
