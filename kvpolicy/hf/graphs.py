@@ -32,6 +32,7 @@ KEPT = 8
 TENSORS = ("input_ids", "position_ids", "cache_position")
 PLAIN = (bool, int, float, str, type(None))
 _graphs: WeakKeyDictionary[nn.Module, Graphs] = WeakKeyDictionary()
+_recipes: WeakKeyDictionary[CompressedCache, str] = WeakKeyDictionary()
 
 
 class Unusual(Exception):
@@ -224,7 +225,16 @@ def _usual(call: Call) -> tuple[CompressedCache, dict[str, Tensor], Any]:
         seen = cache.get_seq_length()
         given["position_ids"] = torch.full((1, 1), seen, dtype=torch.int64, device=ids.device)
     shapes = tuple((name, x.shape, x.dtype, x.device) for name, x in given.items())
-    return cache, given, (shapes, tuple(sorted(others.items())), torch.is_inference_mode_enabled(), len(cache.layers))
+    modes = torch.is_inference_mode_enabled(), len(cache.layers)
+    return cache, given, (shapes, tuple(sorted(others.items())), modes, _recipe(cache))
+
+
+def _recipe(cache: CompressedCache) -> str:
+    """What tells recipes apart: whether a step can be replayed depends on them."""
+    found = _recipes.get(cache)
+    if found is None:
+        found = _recipes[cache] = repr(cache.recipe)
+    return found
 
 
 def _named(call: Call) -> list[str]:
@@ -245,6 +255,7 @@ def _commit(cache: CompressedCache, device: torch.device) -> None:
     with torch.no_grad(), precise(device):
         for layer in tiers:
             layer.commit(1)
+            layer.columns()  # what a step knows of them comes to the device here, not within a capture
     if any(not layer.committed or layer.step.by_head for layer in tiers):
         raise Unusual("rows or heads that hold tokens of their own")
 
