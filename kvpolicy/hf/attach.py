@@ -24,7 +24,7 @@ from kvpolicy.hf.cache import CompressedCache, make_cache
 from kvpolicy.hf.calls import WORDS, Call, PassAware, names_of, parts_of, path_between
 from kvpolicy.hf.graphs import install, remove
 from kvpolicy.hf.layer import TieredLayer
-from kvpolicy.hf.modes import ATTACHED, barred, precise, uncompiled, wants_gradients
+from kvpolicy.hf.modes import ATTACHED, barred, nothing_hidden, precise, uncompiled, wants_gradients
 from kvpolicy.hf.override import EAGER, eager_of, interface_of, override
 from kvpolicy.hf.passes import Pass, attached_pass
 from kvpolicy.hf.passes import is_attached as is_attached
@@ -330,6 +330,8 @@ def _read(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention over the stores behind views."""
     tiers, new = key.tiers, (key.arriving, value.arriving)
+    if attention_mask is not None and attention_mask is nothing_hidden.get():
+        attention_mask = None
     assert isinstance(tiers, LayerCache)
     options = {
         name: kwargs.get(given) for name, given in (("scaling", "scaling"), ("softcap", "softcap"), ("sinks", "s_aux"))

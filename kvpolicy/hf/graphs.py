@@ -22,7 +22,7 @@ from kvpolicy.attention.attend import whole
 from kvpolicy.hf.cache import CompressedCache
 from kvpolicy.hf.calls import BY_NAME, WORDS, Call, names_of, parts_of, path_between
 from kvpolicy.hf.layer import TieredLayer
-from kvpolicy.hf.modes import precise
+from kvpolicy.hf.modes import nothing_hidden, precise
 from kvpolicy.layer.layer import LayerCache
 
 WARM = 2
@@ -74,7 +74,7 @@ class Graphs:
         """The graph of a step, its arguments those of this one."""
         _commit(cache, given["input_ids"].device)
         step = self.steps.get(key)
-        if step is not None and not step.fresh(owner):
+        if step is not None and not step.fresh():
             del self.steps[key]
             step = None
         if step is None:
@@ -130,14 +130,15 @@ class Captured:
         """Of each layer its staged and its pending tokens, which the graph writes."""
         self.user: ReferenceType[CompressedCache] | None = None
         """The cache whose pending tokens these are now."""
-        self.weights, self.hooks = _weights(owner), _hooks(owner)
+        self.parts = _parts(owner)
+        self.weights, self.hooks = _weights(self.parts), _hooks(owner)
         self.count = _count(self.hooks)
         if self.count > 2 * (len(path_between(*parts_of(owner))) - 1):  # those of attached models are two each
             self.reason = "hooks inside the model"
 
-    def fresh(self, owner: nn.Module) -> bool:
+    def fresh(self) -> bool:
         """Whether the model is as it was captured."""
-        return self.weights == _weights(owner) and self.count == _count(self.hooks)
+        return self.weights == _weights(self.parts) and self.count == _count(self.hooks)
 
     def capture(self, original: Callable[..., Any], call: Call, cache: CompressedCache) -> None:
         """Capture a step, whose tokens become those of `cache` when it is replayed."""
@@ -145,10 +146,14 @@ class Captured:
 
         kwargs: dict[str, Any] = {name: call.get(name) for name in _named(call) if name not in TENSORS}
         kwargs |= self.given
-        kwargs["attention_mask"] = None
+        mask = kwargs["attention_mask"] = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=self.recording.device)
         self.graph = torch.cuda.CUDAGraph(keep_graph=True)
-        with recording(self.recording), torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-            self.out = original(**kwargs)
+        token = nothing_hidden.set(mask)
+        try:
+            with recording(self.recording), torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+                self.out = original(**kwargs)
+        finally:
+            nothing_hidden.reset(token)
         tiers = _tiers(cache)
         launches = self.recording.launches
         if not isinstance(self.out, ModelOutput):
@@ -271,9 +276,15 @@ def _reader(launch: Any, tiers: list[LayerCache]) -> int:
     return next((i for i, stores in enumerate(every) if own & stores), -1)
 
 
-def _weights(owner: nn.Module) -> list[int]:
-    """Where the weights lie."""
-    return [x.data_ptr() for x in owner.parameters()] + [x.data_ptr() for x in owner.buffers()]
+def _parts(owner: nn.Module) -> list[dict[str, Any]]:
+    """What the modules of a model consist of."""
+    every = (part for m in owner.modules() for part in (m._parameters, m._buffers, m._modules))
+    return [part for part in every if part]
+
+
+def _weights(parts: list[dict[str, Any]]) -> list[int]:
+    """Which modules these are, and where their weights lie."""
+    return [x.data_ptr() if isinstance(x, Tensor) else id(x) for part in parts for x in part.values()]
 
 
 def _hooks(owner: nn.Module) -> list[dict[Any, Any]]:

@@ -16,7 +16,6 @@ from kvpolicy import CompressedCache, attach, make_cache
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 RECIPES: dict[str, dict[str, Any]] = {
-    "full": {},
     "logquant": {"window": 12},
     "kivi": {"residual": 32},
     "balanced": {"window": 16},

@@ -35,6 +35,7 @@ class Recording:
     """What is recorded while a graph is captured."""
 
     def __init__(self, device: torch.device) -> None:
+        self.device = device
         with torch.inference_mode(False):
             self.partials = torch.empty(ROOM, dtype=torch.float32, device=device)
             self.counters = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
