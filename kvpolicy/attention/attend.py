@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from itertools import product
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kvpolicy.attention.backend import assigned, computed, merged
-from kvpolicy.attention.mask import as_mask, mask_scores
-from kvpolicy.attention.reference import REFERENCE, SCORES, exponentials
+from kvpolicy.attention.mask import Queries, as_mask
+from kvpolicy.attention.reference import REFERENCE, SCORES, only_new, weights
 from kvpolicy.interfaces.backend import AttentionOptions, Part, StoreView
 from kvpolicy.layer.layer import LayerCache
 from kvpolicy.placement.attention_scores import Observer
-from kvpolicy.placement.moves import ColumnMap
 
-ALL = ColumnMap([], [], 0, False, lambda: torch.empty(0, dtype=torch.int64))
-"""Columns where all tokens are new ones, in order."""
 OBSERVED = 1 << 19
 """Scores of a prompt computed at a time on a CPU for policies that ask for them, ..."""
 KEYS = 2048
@@ -104,24 +102,30 @@ def observe(
     scale = dim**-0.5 if scaling is None else scaling
     mask = as_mask(mask, tokens, kv_heads)
     most = OBSERVED if query.device.type == "cpu" else SCORES
-    counted = torch.tensor(observer.queries, dtype=torch.int64).split(max(1, most // (batch * groups * tokens)))
-    for head, at in product(range(kv_heads), counted if observer.queries else ()):
-        stop = tokens if mask is not None else int(at[-1]) + 1 + tokens - queries
-        rows = (
-            query[:, head * groups : (head + 1) * groups, at.to(query.device, non_blocking=True)]
-            .float()
-            .mul(scale)
-            .flatten(1, 2)
-        )
-        scores = rows.new_empty((batch, 1, groups, len(at), stop))
+    offset = tokens - queries  # the observer counts tokens
+    wanted = torch.tensor([token - offset for token in observer.queries if token >= offset], dtype=torch.int64)
+    counted = wanted.split(max(1, most // (batch * groups * tokens)))
+    for head, at in product(range(kv_heads), counted if len(wanted) else ()):
+        stop = tokens if mask is not None else int(at[-1]) + 1 + offset
+        own = slice(head * groups, (head + 1) * groups)
+        rows = query[:, own, at.to(query.device, non_blocking=True)].float().mul(scale).flatten(1, 2)
+        scores = rows.new_empty((batch, 1, rows.shape[1], stop))
         for first in range(0, stop, KEYS):
             part = keys[:, head, first : min(first + KEYS, stop)].float().transpose(1, 2)
-            scores[..., first : first + KEYS] = (rows @ part).view(batch, 1, groups, len(at), -1)
-        if softcap is not None:
-            scores.div_(softcap).tanh_().mul_(softcap)
-        own = slice(head, head + 1)
-        shown = mask if mask is None or mask.shape[1] == 1 else mask[:, own]
-        mask_scores(scores, shown, at, ALL, queries, stop)
-        visible = scores > -torch.inf
-        total, _ = exponentials(scores, None if sinks is None else sinks[head * groups : (head + 1) * groups])
-        observer.watch(at + tokens - queries, scores.div_(total), visible, own, kv_heads)
+            scores[:, 0, :, first : first + KEYS] = rows @ part
+        shown = mask if mask is None or mask.shape[1] == 1 else mask[:, head : head + 1]
+        told = _OfHead(observer, head, kv_heads)
+        options = AttentionOptions(scale, softcap, None if sinks is None else sinks[own], told)
+        new = keys[:, head : head + 1, :stop]
+        weights(scores, only_new(new), shown, options, Queries(at, queries, offset))
+
+
+class _OfHead(NamedTuple):
+    """Tells an observer of one KV head's attention."""
+
+    observer: Observer
+    head: int
+    kv_heads: int
+
+    def watch(self, at: Tensor, weights: Tensor, visible: Tensor | None, heads: slice, of: int) -> None:
+        self.observer.watch(at, weights, visible, slice(self.head, self.head + 1), self.kv_heads)

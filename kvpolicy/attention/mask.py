@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -57,13 +57,25 @@ def _gathered(mask: Tensor | None, columns: Columns, new: int) -> Tensor | None:
     return torch.cat([held, wide[..., seen:]], dim=-1)
 
 
-def mask_scores(scores: Tensor, mask: Tensor | None, at: Tensor, columns: Columns, queries: int, new: int) -> None:
-    """Mask scores `[batch, kv_heads, groups, queries, columns]` of the queries `at`, in place."""
-    if queries > 1 and new and (mask is None or mask.shape[3] != queries):
-        query = at.to(scores.device, non_blocking=True)[:, None] + (new - queries)
+class Queries(NamedTuple):
+    """Some of the queries of an update."""
+
+    at: Tensor
+    """Their numbers, ascending, on the CPU."""
+    of: int
+    """Queries of the update."""
+    offset: int = 0
+    """The number of the first query among the new tokens."""
+
+
+def mask_scores(scores: Tensor, mask: Tensor | None, queries: Queries, columns: Columns, new: int) -> None:
+    """Mask scores `[batch, kv_heads, groups, queries, columns]` in place; the last `new` columns are new tokens."""
+    at, several = queries.at, queries.of > 1
+    if several and new and (mask is None or mask.shape[3] != queries.of):
+        query = at.to(scores.device, non_blocking=True)[:, None] + queries.offset
         later = torch.arange(new, device=scores.device) > query
         scores[..., -new:].masked_fill_(later, -torch.inf)
-    if mask is not None and mask.shape[3] == queries and queries > 1:
+    if mask is not None and mask.shape[3] == queries.of and several:
         mask = mask.index_select(3, at.to(mask.device, non_blocking=True))
     part = _gathered(mask, columns, new)
     if part is None:

@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from kvpolicy.attention.mask import mask_scores
+from kvpolicy.attention.mask import Queries, mask_scores
 from kvpolicy.attention.products import add_values, as_float, key_scores
 from kvpolicy.hookspecs import hookimpl
 from kvpolicy.interfaces.backend import AttentionOptions, AttentionSpec, Backend, Part
@@ -64,7 +64,8 @@ class Reference(Backend):
                 key_scores(store, rows, scores, where)
         if keys is not None:
             scores[..., held:] = rows @ as_float(keys).transpose(2, 3)
-        scores, divisor, lse = _weights(scores, queries, part, mask, options, first, of, sums)
+        asked = Queries(torch.arange(first, first + queries), of, new - of)
+        scores, divisor, lse = weights(scores, part, mask, options, asked, sums)
         if values is None:
             out = rows.new_zeros((*rows.shape[:3], part.value_dim))
         else:
@@ -75,6 +76,11 @@ class Reference(Backend):
         if divisor is not None:
             out.div_(divisor)
         return out.view(batch, heads, queries, -1), lse
+
+
+def only_new(keys: Tensor) -> Part:
+    """A part of nothing but new tokens, without values."""
+    return Part((), (), 0, False, lambda: torch.empty(0, dtype=torch.int64), keys.shape[1], 0, (keys, keys[..., :0]))
 
 
 def _turns(query: Tensor, part: Part) -> Iterator[tuple[int, Tensor]]:
@@ -93,44 +99,37 @@ def _together(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
-def _weights(
-    scores: Tensor,
-    queries: int,
-    part: Part,
-    mask: Tensor | None,
-    options: AttentionOptions,
-    first: int,
-    of: int,
-    sums: bool,
+def weights(
+    scores: Tensor, part: Part, mask: Tensor | None, options: AttentionOptions, queries: Queries, sums: bool = False
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """What scores `[batch, kv_heads, rows, columns]` become, what divides the output yet, and `lse` of `Part.attend`.
+    """What scores `[batch, kv_heads, rows, columns]` become, what divides the output yet, and `lse` of `attend`.
 
-    A query that nothing hides sees some token, so that the softmax is PyTorch's own.
+    They are those of `queries`, written over, and the observer is told of them. A query that nothing hides sees some
+    token, so that the softmax is PyTorch's own.
     """
-    new = 0 if part.new is None else part.new[0].shape[2]
     hidden = mask is not None or part.gaps
     if not (hidden or sums or options.sinks is not None or options.observer is not None):
-        weigh(scores.unflatten(2, (-1, queries)) if of > 1 else scores, part, mask, options, first, of)
+        if options.softcap is not None or queries.of > 1:
+            _weigh(scores.unflatten(2, (-1, len(queries.at))), part, mask, options, queries)
         return scores.softmax(-1), None, None
-    shaped = scores.unflatten(2, (-1, queries))
-    weigh(shaped, part, mask, options, first, of)
+    shaped = scores.unflatten(2, (-1, len(queries.at)))
+    _weigh(shaped, part, mask, options, queries)
     visible = shaped > -torch.inf if options.observer is not None else None
     total, lse = exponentials(shaped, options.sinks, hidden)
     if options.observer is None:
         return scores, total.flatten(2, 3), lse.flatten(1, 2)
     shaped.div_(total)
-    at = torch.arange(first, first + queries)
-    options.observer.watch(at + new - of, shaped, visible, slice(0, part.kv_heads), part.kv_heads)
+    options.observer.watch(queries.at + queries.offset, shaped, visible, slice(0, part.kv_heads), part.kv_heads)
     return scores, None, lse.flatten(1, 2)
 
 
-def weigh(scores: Tensor, part: Part, mask: Tensor | None, options: AttentionOptions, first: int, of: int) -> None:
-    """Cap and mask scores `[batch, kv_heads, groups, queries, columns]` of `of` queries from `first` on, in place."""
+def _weigh(scores: Tensor, part: Part, mask: Tensor | None, options: AttentionOptions, queries: Queries) -> None:
+    """Cap and mask scores `[batch, kv_heads, groups, queries, columns]` in place."""
     if options.softcap is not None:
         scores.div_(options.softcap).tanh_().mul_(options.softcap)
     new = 0 if part.new is None else part.new[0].shape[2]
-    if mask is not None or part.gaps or (of > 1 and new):
-        mask_scores(scores, mask, torch.arange(first, first + scores.shape[3]), part, of, new)
+    if mask is not None or part.gaps or (queries.of > 1 and new):
+        mask_scores(scores, mask, queries, part, new)
 
 
 def exponentials(scores: Tensor, sinks: Tensor | None, maybe_none: bool = True) -> tuple[Tensor, Tensor]:

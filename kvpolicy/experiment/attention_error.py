@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kvpolicy.attention.attend import ALL
-from kvpolicy.attention.mask import as_mask, mask_scores
-from kvpolicy.attention.reference import exponentials
+from kvpolicy.attention.mask import Queries, as_mask
+from kvpolicy.attention.reference import only_new, weights
 from kvpolicy.experiment.attention_distance import Distances
 from kvpolicy.hf.attach import watching
 from kvpolicy.hf.cache import CompressedCache
 from kvpolicy.hf.layer import TieredLayer
+from kvpolicy.interfaces.backend import AttentionOptions
 from kvpolicy.layer.layer import DROPPED, EXACT, QUANTIZED
 from kvpolicy.layer.view import View
 
@@ -229,15 +229,15 @@ def exact_attention(
         where a model has sinks of its own (`s_aux`), the rest of the attention is theirs.
     """
     queries, dim = query.shape[2:]
-    scaling, softcap = options.get("scaling"), options.get("softcap")
-    grouped = query.float().mul(dim**-0.5 if scaling is None else scaling).unflatten(1, (keys.shape[1], -1))
+    scaling = options.get("scaling")
+    asked = AttentionOptions(dim**-0.5 if scaling is None else scaling, options.get("softcap"), options.get("s_aux"))
+    grouped = query.float().mul(asked.scaling).unflatten(1, (keys.shape[1], -1))
     scores = grouped.flatten(2, 3) @ keys.float().transpose(2, 3)
-    if softcap is not None:
-        scores.div_(softcap).tanh_().mul_(softcap)
-    shaped = scores.unflatten(2, (grouped.shape[2], queries))
     shown = as_mask(mask, keys.shape[2], keys.shape[1])
-    mask_scores(shaped, shown, torch.arange(queries), ALL, queries, keys.shape[2])
-    shaped.div_(exponentials(shaped, options.get("s_aux"))[0])
+    of_all = Queries(torch.arange(queries), queries, keys.shape[2] - queries)
+    scores, divisor, _ = weights(scores, only_new(keys), shown, asked, of_all)
+    if divisor is not None:
+        scores.div_(divisor)
     output = (scores @ values.float()).unflatten(2, (grouped.shape[2], queries))
     return output.flatten(1, 2).transpose(1, 2), scores
 
