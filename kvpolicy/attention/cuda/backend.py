@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import threading
+import warnings
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -49,7 +51,12 @@ class Cuda(Backend):
         if spec.groups * spec.queries > MOST_ROWS:
             return f"{spec.groups * spec.queries} query rows of a KV head are more than {MOST_ROWS}"
         others = sorted({*spec.keys, *spec.values} - FORMATS)
-        return f"it does not read the format {', '.join(others)}" if others else missing()
+        if others:
+            return f"it does not read the format {', '.join(others)}"
+        reason = missing()
+        if reason is not None:
+            _tell(reason)
+        return reason
 
     def declines(self, query: Tensor, part: Part, mask: Tensor | None, options: AttentionOptions) -> str | None:
         try:
@@ -66,6 +73,16 @@ class Cuda(Backend):
             known = (part, *_planned(query, part, mask, options))
         _, plan, pointers, places = known
         return _attend(plan, pointers, places, query, part, mask, options)
+
+
+@functools.cache
+def _tell(reason: str) -> None:
+    """Warn, once in a process, that the extra is installed in part."""
+    warnings.warn(
+        f"attention on compressed caches is slow on this cuda device, since {reason}; pip install 'kvpolicy[cuda]', "
+        f"with cuda-bindings of the CUDA that torch was built with, {torch.version.cuda}",
+        stacklevel=2,
+    )
 
 
 def _planned(

@@ -23,7 +23,7 @@ class Format(NamedTuple):
     group: int = 0
     by_channel: bool = False
     number: int = 0
-    """The type of scale and offset: 0 float16, 1 bfloat16, 2 float32."""
+    """The type of scale and offset: 0 float16, 1 bfloat16, 2 float32, -1 one that kernels can't read."""
     dim: int = 0
     """Channels of a token; 0 where they are exact."""
 
@@ -46,7 +46,7 @@ def affine_form(store: AffineStore) -> Format:
     """The format of what a store has coded; it must hold some."""
     found = _forms.get(store)
     if found is None:
-        number = NUMBERS[store.parts["params"].pages[0].dtype]
+        number = NUMBERS.get(store.parts["params"].pages[0].dtype, -1)
         found = Format(store.quantizer.nbits, store.group_size, store.by_channel, number, store.head_dim)
         _forms[store] = found
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ from kernel_reader import fake_kernel, fake_launch
 from served import Served, additive, channel, own, some, token
 
 from kvpolicy.attention.cuda import backend, plan
+from kvpolicy.interfaces.backend import AttentionSpec
 
 
 @pytest.fixture(autouse=True)
@@ -42,6 +44,11 @@ def test_masks(name: str, mask: Any) -> None:
     served(name).check((150, 1, 2), mask=mask)
 
 
+@pytest.mark.parametrize("name", ["logquant", "kivi"])
+def test_tokens_in_several_pages(name: str) -> None:
+    served(name).check((1500, 300, 1))
+
+
 def test_padded_rows() -> None:
     served("logquant").check((150, 1, 1), pad=37)
 
@@ -67,3 +74,33 @@ def test_formats(keys: Any, values: Any, dtype: torch.dtype) -> None:
 
 def test_values_of_another_width() -> None:
     served(own(channel(2), token(2)), value_dim=96).check((150, 1))
+
+
+def test_of_an_extra_that_is_there_in_part_one_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = AttentionSpec(
+        ("exact",), ("exact",), "cuda", torch.bfloat16, 64, 64, 4, 1, False, False, False, False
+    )  # fmt: skip
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(backend, "missing", lambda: "NVRTC can't be loaded")
+    backend._tell.cache_clear()
+    with pytest.warns(UserWarning, match=r"since NVRTC can't be loaded; .* torch was built with, 12\.8"):
+        assert backend.Cuda().refuses(spec) == "NVRTC can't be loaded"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert backend.Cuda().refuses(spec) == "NVRTC can't be loaded"
+    backend._tell.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "why"),
+    [
+        ("partial-logquant", "runs of tokens"),
+        ("zipcache", "no multiple of 16 tokens"),
+        (own(token(4, 32), channel(4)), "values: values per channel"),
+        (own(token(4, 32, scale_dtype="e8m0"), "full"), "keys: scales in e8m0"),
+    ],
+)
+def test_what_is_not_served_is_declined_in_a_sentence(recipe: Any, why: str) -> None:
+    with pytest.raises(AssertionError, match=why):
+        served(recipe).check((613, 1))
