@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvpolicy.attention.attend import _whole, observe
+from kvpolicy.attention.attend import observe, whole
 from kvpolicy.attention.backend import spec_of
 from kvpolicy.attention.cuda.backend import Cuda
 from kvpolicy.attention.mask import as_mask
@@ -96,7 +96,7 @@ class Served:
         return error
 
     def error(self, query: Tensor, new: tuple[Tensor, Tensor], mask: Tensor | None, asked: AttentionOptions) -> float:
-        part, backend = _whole(self.tiers, new), Cuda()
+        part, backend = whole(self.tiers, new), Cuda()
         spec = spec_of(query, part, mask, asked, self.tiers.step.by_head)
         assert self.device == "cpu" or backend.refuses(spec) is None
         reason = backend.declines(query, part, mask, asked)

@@ -123,7 +123,7 @@ def _coded(store: AffineStore) -> Key:
     if not coded:
         return ()
     form = affine_form(store)
-    whole = not form.by_channel or (store.grouped and coded == len(store.sizes) * form.group)
+    whole = not form.by_channel or (store.grouped and coded == len(store.groups.sizes) * form.group)
     return form, whole, store.chain is None or store.chain.linear, store.parts["codes"].pages[0].get_device()
 
 
@@ -203,7 +203,7 @@ def _pieces(store: Any, space: int, first: int, like: Tensor) -> Iterator[Piece]
         if space and store.chain is not None and not store.chain.linear:
             raise Declined("transforms that queries can't go through")
         if form.by_channel:
-            if not store.grouped or coded != len(store.sizes) * form.group:
+            if not store.grouped or coded != len(store.groups.sizes) * form.group:
                 raise Declined("groups of tokens that are no neighbours, or not whole")
             yield from _by_channel(codes, params, form, space, first)
         else:
