@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -25,6 +25,7 @@ class Int(AffineQuantizer):
     """
 
     kind: Literal["int"] = "int"
+    independent: ClassVar[bool] = True
     symmetric: bool = Field(False, description="Levels symmetric to zero, instead of between minimum and maximum.")
 
     def calibrate(self, groups: Tensor) -> Affine:

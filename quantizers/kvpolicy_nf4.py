@@ -53,6 +53,7 @@ class Nf4(AffineQuantizer):
     """
 
     kind: Literal["nf4"] = "nf4"
+    independent: ClassVar[bool] = True
     nbits: Literal[4] = Field(4, description="Bits per code.")
     offsets: ClassVar[bool] = False
 

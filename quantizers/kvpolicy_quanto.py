@@ -41,6 +41,7 @@ class Quanto(AffineQuantizer):
 
     kind: Literal["quanto"] = "quanto"
     requires: ClassVar[str | None] = "quanto"
+    independent: ClassVar[bool] = True
     nbits: Literal[2, 4] = Field(4, description="Bits per code.")
 
     def check(self, head_dim: int) -> None:

@@ -12,8 +12,8 @@ from kvpolicy.contracts.samples import name_of, quantizers, tensor
 from kvpolicy.errors import MissingDependencyError
 from kvpolicy.interfaces.quantizer import Affine, AffineQuantizer, Quantizer, precision_of
 from kvpolicy.interfaces.site import Site
-from kvpolicy.storage.affine import group_size_of
 from kvpolicy.storage.base import Store
+from kvpolicy.storage.group_size import group_size_of
 from kvpolicy.storage.make import make_store
 
 QUANTIZERS = quantizers()
@@ -71,6 +71,20 @@ def test_codes_are_in_range_and_parameters_are_finite_float32(quantizer: AffineQ
     one = _check_affine(quantizer, _groups(dtype))
     other = quantizer.calibrate(_groups(dtype))
     assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True)), "calibrate must be deterministic"
+
+
+@EVERY_AFFINE
+@DTYPES
+def test_independent_groups_are_coded_the_same_alone_and_together(
+    quantizer: AffineQuantizer, dtype: torch.dtype
+) -> None:
+    if not type(quantizer).independent:
+        pytest.skip("its groups depend on each other")
+    groups = _groups(dtype)
+    whole = quantizer.calibrate(groups)
+    parts = [quantizer.calibrate(some) for some in groups.split([1, 20, 75])]
+    for found, pieces in zip(whole, zip(*parts, strict=True), strict=True):
+        assert torch.equal(found, torch.cat(pieces)), "independent is true, and a group is coded otherwise alone"
 
 
 @EVERY_AFFINE

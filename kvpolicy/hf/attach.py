@@ -8,7 +8,6 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable
-from contextvars import ContextVar
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -25,6 +24,7 @@ from kvpolicy.hf.calls import WORDS, Call, PassAware, names_of, parts_of, path_b
 from kvpolicy.hf.graphs import install, remove
 from kvpolicy.hf.layer import TieredLayer
 from kvpolicy.hf.modes import ATTACHED, barred, nothing_hidden, precise, uncompiled, wants_gradients
+from kvpolicy.hf.modes import watching as watching
 from kvpolicy.hf.override import EAGER, eager_of, interface_of, override
 from kvpolicy.hf.passes import Pass, attached_pass
 from kvpolicy.hf.passes import is_attached as is_attached
@@ -36,8 +36,6 @@ SERVED = ("sdpa", "eager")
 _reading = passes.reading
 _eager: WeakKeyDictionary[type, tuple[str, str]] = WeakKeyDictionary()
 """Where the eager function is that a class of attention modules names."""
-watching: ContextVar[Callable[..., None] | None] = ContextVar("kvpolicy_watching", default=None)
-"""Called with module, query, key, value, mask, options and output of every attention that reads a `CompressedCache`."""
 
 
 def attach(model: Any, recipe: Any = None, *, graphs: bool = False, **params: Any) -> Attached:

@@ -22,7 +22,7 @@ from kvpolicy.attention.attend import whole
 from kvpolicy.hf.cache import CompressedCache
 from kvpolicy.hf.calls import BY_NAME, WORDS, Call, names_of, parts_of, path_between
 from kvpolicy.hf.layer import TieredLayer
-from kvpolicy.hf.modes import nothing_hidden, precise
+from kvpolicy.hf.modes import nothing_hidden, precise, watching
 from kvpolicy.layer.layer import LayerCache
 
 WARM = 2
@@ -215,6 +215,8 @@ def _usual(call: Call) -> tuple[CompressedCache, dict[str, Tensor], Any]:
         raise Unusual("not one token on a GPU")
     if torch.is_grad_enabled() or torch.cuda.is_current_stream_capturing() or torch.is_autocast_enabled("cuda"):
         raise Unusual("gradients, autocast or another capture")
+    if watching.get() is not None:
+        raise Unusual("attention that is watched")
     if not all(isinstance(layer, TieredLayer) for layer in cache.layers) or not cache.get_seq_length():
         raise Unusual("layers that are not compressed, or hold nothing")
     mask = call.get("attention_mask")

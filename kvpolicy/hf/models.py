@@ -118,7 +118,7 @@ def attached(model: Any, wanted: bool) -> Iterator[bool]:
     handle = None
     if wanted:
         try:
-            handle = attach(model)
+            handle = attach(model, graphs=True)
         except CacheError as error:
             warnings.warn(f"the model runs unattached: {error}", stacklevel=4)
     try:

@@ -16,6 +16,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 nothing_hidden: ContextVar[Tensor | None] = ContextVar("kvpolicy_nothing_hidden", default=None)
 """A mask that stands for none. Models make one of their own where a CUDA graph is captured and they are given none."""
+watching: ContextVar[Callable[..., None] | None] = ContextVar("kvpolicy_watching", default=None)
+"""Called with module, query, key, value, mask, options and output of every attention that reads a `CompressedCache`."""
 ATTACHED = (
     "gradients can't pass through attention that reads a compressed cache where it lies; detach the model, so that "
     "they reach the new tokens, or run it under torch.no_grad()"

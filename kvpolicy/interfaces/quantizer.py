@@ -167,6 +167,9 @@ class AffineQuantizer(Quantizer):
 
     offsets: ClassVar[bool] = True
     """Whether groups have an offset. Without, `calibrate` gives zeros and none is kept."""
+    independent: ClassVar[bool] = False
+    """Whether `calibrate` gives each group the same whatever it is given besides. Tokens of several layers are then
+    coded in one call, and long prompts in several."""
 
     @model_validator(mode="before")
     @classmethod

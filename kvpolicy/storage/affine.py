@@ -10,50 +10,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvpolicy.errors import CacheError, RecipeError
+from kvpolicy.errors import CacheError
 from kvpolicy.interfaces.checks import calibrated
 from kvpolicy.interfaces.extra import Grouping
-from kvpolicy.interfaces.quantizer import AffineQuantizer, Quantizer, known_grouping
+from kvpolicy.interfaces.quantizer import AffineQuantizer, Quantizer
 from kvpolicy.interfaces.site import Site
 from kvpolicy.storage.base import LARGE, Ints
 from kvpolicy.storage.coded import NOTHING, POSITIONS, Aside, CodedStore
+from kvpolicy.storage.group_size import group_size_of
 from kvpolicy.storage.groups import Groups
 from kvpolicy.storage.later import Later
 from kvpolicy.storage.packing import dequantize, pack
 from kvpolicy.storage.pages import FULL, Pages, at_once, gather_tokens
 from kvpolicy.storage.scales import Scales, levels_of
 
-
-def group_size_of(quantizer: AffineQuantizer, head_dim: int) -> int:
-    """The group size that a quantizer uses for `head_dim` channels; 0 means one group per arrival.
-
-    Raises:
-        RecipeError: the size does not fit.
-    """
-    size = quantizer.group_size
-    if size == "head":
-        return head_dim
-    if (known := known_grouping(quantizer)) is not None:
-        if known.per == "token" and head_dim % known.size:
-            raise RecipeError(
-                f"group_size must divide head_dim with per: token, found group_size {size} and head_dim {head_dim}; "
-                f"use auto or one of {_divisors(head_dim)}"
-            )
-        return known.size
-    if size == "arrival":
-        raise RecipeError("group_size: arrival needs per: channel, found per: token; give a number or auto")
-    return _best_size(quantizer.nbits, head_dim)
-
-
-def _divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
-
-
-def _best_size(nbits: int, head_dim: int) -> int:
-    """The largest divisor up to 64, or the next one if a scale and an offset of 32 bits would outweigh the codes."""
-    sizes = _divisors(head_dim)
-    largest = max(d for d in sizes if d <= 64)
-    return next((d for d in sizes if d >= largest and d * nbits >= 64), head_dim)
+AT_ONCE = 1 << 25
+"""Numbers that are coded at a time at most: their temporary copies are in float32."""
 
 
 class AffineStore(CodedStore):
@@ -207,10 +179,15 @@ class AffineStore(CodedStore):
     def _append_codes(self, x: Tensor, size: int, later: Later | None = None) -> None:
         """Encode and keep tokens; per channel, `size` at a time are a group."""
         if self.chain is None and self.beside is None:
-            if later is not None and self.levels is None:
-                later.add(self, x, size)
-            else:
+            if not self.quantizer.independent:
                 self.keep(*self.encode(x, size))
+                return
+            step = max(AT_ONCE // (x.shape[0] * x.shape[1] * x.shape[3]) // size, 1) * size
+            if later is not None and self.levels is None and x.shape[2] <= step:
+                later.add(self, x, size)
+                return
+            for part in x.split(step, dim=2):
+                self.keep(*self.encode(part, size))
             return
         n = x.shape[2]
         if self.chain is not None:

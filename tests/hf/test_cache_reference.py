@@ -22,7 +22,7 @@ from transformers import LlamaConfig
 
 from kvpolicy import CompressedCache, Recipe, load_recipe, make_cache
 from kvpolicy.interfaces.quantizer import AffineQuantizer
-from kvpolicy.storage.affine import group_size_of
+from kvpolicy.storage.group_size import group_size_of
 
 LAYERS, HEADS, DIM, PENDING = 3, 2, 16, 64
 CONFIG = LlamaConfig(

@@ -16,7 +16,7 @@ from kvpolicy_scale import Scale
 from torch import Tensor
 
 from kvpolicy.interfaces.quantizer import AffineQuantizer, unit_factor
-from kvpolicy.storage.affine import group_size_of
+from kvpolicy.storage.group_size import group_size_of
 from kvpolicy.storage.make import make_store
 from kvpolicy.storage.packing import packed_width
 

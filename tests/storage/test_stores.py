@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from kvpolicy.errors import CacheError, PluginError, RecipeError
 from kvpolicy.interfaces.quantizer import Affine, AffineQuantizer, TensorQuantizer
 from kvpolicy.plugins import registry
-from kvpolicy.storage.affine import AffineStore, group_size_of
+from kvpolicy.storage.affine import AffineStore
 from kvpolicy.storage.base import Store
+from kvpolicy.storage.group_size import group_size_of
 from kvpolicy.storage.make import make_store
 from kvpolicy.storage.named import NamedStore
 from kvpolicy.storage.packing import packed_width
