@@ -50,15 +50,18 @@ def attend(
     Raises:
         CacheError: the mask has another number of columns.
     """
-    options = AttentionOptions(query.shape[3] ** -0.5 if scaling is None else scaling, softcap, sinks, observer)
+    if observer is not None and not observer.queries:
+        observer = None  # none of these queries counts
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    options = AttentionOptions(scale, softcap, sinks, observer, alone=True)
     shown = as_mask(mask, tiers.committed + new[0].shape[2], new[0].shape[1])
-    pieces = assigned(query, _whole(tiers, new), shown, options, tiers.step.by_head)
+    pieces = assigned(query, whole(tiers, new), shown, options, tiers.step.by_head)
     tiers.backends = tuple(dict.fromkeys(backend.kind for backend, _ in pieces))
     if len(pieces) == 1 and pieces[0][0] is REFERENCE:
         return _as_asked(REFERENCE.output(query, pieces[0][1], shown, options), query)
     found = []
     for number, (backend, part) in enumerate(pieces):
-        own = options if number == 0 or sinks is None else AttentionOptions(options.scaling, softcap)
+        own = options if len(pieces) == 1 else AttentionOptions(scale, softcap, None if number else sinks)
         found.append(computed(backend, query, part, shown, own))
     return _as_asked(merged(found)[0], query)
 
@@ -68,15 +71,16 @@ def _as_asked(out: Tensor, query: Tensor) -> Tensor:
     return out if out.dtype == query.dtype else out.to(query.dtype)
 
 
-def _whole(tiers: LayerCache, new: tuple[Tensor, Tensor]) -> Part:
+def whole(tiers: LayerCache, new: tuple[Tensor, Tensor]) -> Part:
     """All that a layer holds, and the tokens that are coming in."""
     columns = tiers.columns()
-    keys, values = (
-        tuple(StoreView(s, at) for s, at in zip(tiers.stores[side], where, strict=True) if s is not None and s.length)
-        for side, where in (("keys", columns.keys), ("values", columns.values))
-    )
+    sides = []
+    for side, where in (("keys", columns.keys), ("values", columns.values)):
+        known = columns.stretches.get(side) or [None] * len(where)
+        stores = zip(tiers.stores[side], where, known, strict=True)
+        sides.append(tuple([StoreView(s, at, own) for s, at, own in stores if s is not None and s.length]))
     heads, dim = new[1].shape[1], new[1].shape[3]
-    return Part(keys, values, columns.width, columns.gaps, columns.positions, heads, dim, new)
+    return Part(sides[0], sides[1], columns.width, columns.gaps, columns.positions, heads, dim, new)
 
 
 def observe(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import pairwise
 
 import torch
@@ -29,21 +30,52 @@ def others() -> tuple[Backend, ...]:
     return tuple(sorted(found, key=lambda backend: (-backend.priority, backend.kind)))
 
 
+@cache
+def tell_missing(device: str) -> None:
+    """Warn, once in a process, of backends for a type of device that need a library which is not installed."""
+    for info in registry().backends.values():
+        if info.missing is not None and info.cls.device == device:
+            warnings.warn(
+                f"attention on compressed caches is slow on this {device} device, since backend {info.kind!r} needs "
+                f"{info.missing}, which is not installed: pip install '{info.distribution}[{info.cls.requires}]'",
+                stacklevel=2,
+            )
+
+
+def asked(device: str) -> bool:
+    """Whether any backend but the reference is for a type of device."""
+    return any(backend.device in (None, device) for backend in others())
+
+
 @lru_cache(4096)
-def chosen(spec: AttentionSpec) -> Backend:
-    """The first backend that serves `spec`.
+def chosen(spec: AttentionSpec, watched: bool = False) -> Backend:
+    """The first backend that serves `spec`, and tells observers if that is asked.
 
     Raises:
         PluginError: a backend answers otherwise than by a text or None.
     """
     for backend in others():
-        reason = call(backend, "refuses", spec)
-        if reason is None:
+        if backend.device not in (None, spec.device) or (watched and not backend.watches):
+            continue
+        if _reason(backend, "refuses", spec) is None:
             return backend
-        if not isinstance(reason, str):
-            raise PluginError(
-                f"backend {backend.kind!r}: refuses must return a reason or None, found {reason!r:.80}. {TRY}"
-            )
+    return REFERENCE
+
+
+def _reason(backend: Backend, method: str, *given: object) -> str | None:
+    reason = call(backend, method, *given)
+    if reason is not None and not isinstance(reason, str):
+        raise PluginError(
+            f"backend {backend.kind!r}: {method} must return a reason or None, found {reason!r:.80}. {TRY}"
+        )
+    return reason
+
+
+def serving(query: Tensor, part: Part, mask: Tensor | None, options: AttentionOptions, by_head: bool) -> Backend:
+    """Who serves a part."""
+    backend = chosen(spec_of(query, part, mask, options, by_head), options.observer is not None)
+    if backend is REFERENCE or _reason(backend, "declines", query, part, mask, options) is None:
+        return backend
     return REFERENCE
 
 
@@ -80,10 +112,16 @@ def _shifted(part: Part, first: int, last: int) -> Callable[[], Tensor]:
 def assigned(
     query: Tensor, part: Part, mask: Tensor | None, options: AttentionOptions, by_head: bool
 ) -> list[tuple[Backend, Part]]:
-    """Who serves which part; the reference serves all that falls to it in one."""
-    if options.observer is not None or not others():
+    """Who serves which part: one backend all of it, or each the pieces that it can; the reference all that is left."""
+    device = query.device.type
+    tell_missing(device)
+    if not asked(device):
         return [(REFERENCE, part)]
-    pieces = [(chosen(spec_of(query, piece, mask, options, by_head)), piece) for piece in split(part)]
+    whole = serving(query, part, mask, options, by_head)
+    if whole is not REFERENCE or options.observer is not None:
+        return [(whole, part)]
+    apart = replace(options, alone=False)
+    pieces = [(serving(query, piece, mask, apart, by_head), piece) for piece in split(part)]
     if all(backend is REFERENCE for backend, _ in pieces):
         return [(REFERENCE, part)]
     return pieces
@@ -91,18 +129,20 @@ def assigned(
 
 def spec_of(query: Tensor, part: Part, mask: Tensor | None, options: AttentionOptions, by_head: bool) -> AttentionSpec:
     """What a backend is asked to serve."""
-    keys, values = (tuple(view.store.format for view in side) for side in (part.keys, part.values))
+    keys = tuple([view.store.format for view in part.keys])
+    values = tuple([view.store.format for view in part.values])
     if part.new is not None:
         keys, values = (*keys, "exact"), (*values, "exact")
+    _, heads, queries, dim = query.shape
     return AttentionSpec(
         keys,
         values,
         query.device.type,
         query.dtype,
-        query.shape[3],
+        dim,
         part.value_dim,
-        query.shape[1] // part.kv_heads,
-        query.shape[2],
+        heads // part.kv_heads,
+        queries,
         mask is not None,
         options.softcap is not None,
         options.sinks is not None,
@@ -120,19 +160,21 @@ def computed(
     """
     if backend is REFERENCE:
         return REFERENCE.attend(query, part, mask, options)
-    before = versions([query])
+    before = versions((query,))
     found = call(backend, "attend", query, part, mask, options)
     parts = found if isinstance(found, tuple) and all(isinstance(x, Tensor) for x in found) else ()
-    shapes = [(*query.shape[:3], part.value_dim), tuple(query.shape[:3])]
-    if [tuple(x.shape) for x in parts] != shapes:
+    batch, heads, queries, _ = query.shape
+    shapes = [(batch, heads, queries, part.value_dim), (batch, heads, queries)]
+    if [x.shape for x in parts] != shapes:
         what = [tuple(x.shape) for x in parts] or type(found).__name__
         raise PluginError(f"backend {backend.kind!r}: attend must return tensors of {shapes}, found {what}. {TRY}")
-    if any(x.dtype != torch.float32 or x.device != query.device for x in parts):
+    types = ({torch.float32, query.dtype} if options.alone else {torch.float32}), {torch.float32}
+    if any(x.dtype not in own or x.device != query.device for x, own in zip(parts, types, strict=True)):
         kinds = [f"{x.dtype} on {x.device}" for x in parts]
         raise PluginError(
             f"backend {backend.kind!r}: attend must return float32 on {query.device}, found {kinds}. {TRY}"
         )
-    if versions([query]) != before:
+    if versions((query,)) != before:
         raise PluginError(f"backend {backend.kind!r}: attend must leave the query as it is, found it changed. {TRY}")
     return parts[0], parts[1]
 

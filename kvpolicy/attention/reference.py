@@ -59,7 +59,7 @@ class Reference(Backend):
         held, new = part.width, 0 if keys is None else keys.shape[2]
         shape = (*rows.shape[:3], held + new)
         scores = rows.new_zeros(shape) if part.gaps else rows.new_empty(shape)
-        for store, where in part.keys:
+        for store, where, _ in part.keys:
             if store.length:
                 key_scores(store, rows, scores, where)
         if keys is not None:
@@ -70,7 +70,7 @@ class Reference(Backend):
             out = rows.new_zeros((*rows.shape[:3], part.value_dim))
         else:
             out = (scores[..., held:] if held else scores) @ as_float(values)
-        for store, where in part.values:
+        for store, where, _ in part.values:
             if store.length:
                 add_values(store, scores, out, where)
         if divisor is not None:

@@ -22,8 +22,9 @@ from kvpolicy.errors import CacheError
 from kvpolicy.hf import passes
 from kvpolicy.hf.cache import CompressedCache, make_cache
 from kvpolicy.hf.calls import WORDS, Call, PassAware, names_of, parts_of, path_between
+from kvpolicy.hf.graphs import install, remove
 from kvpolicy.hf.layer import TieredLayer
-from kvpolicy.hf.modes import ATTACHED, barred, precise, uncompiled, wants_gradients
+from kvpolicy.hf.modes import ATTACHED, barred, nothing_hidden, precise, uncompiled, wants_gradients
 from kvpolicy.hf.override import EAGER, eager_of, interface_of, override
 from kvpolicy.hf.passes import Pass, attached_pass
 from kvpolicy.hf.passes import is_attached as is_attached
@@ -39,7 +40,7 @@ watching: ContextVar[Callable[..., None] | None] = ContextVar("kvpolicy_watching
 """Called with module, query, key, value, mask, options and output of every attention that reads a `CompressedCache`."""
 
 
-def attach(model: Any, recipe: Any = None, **params: Any) -> Attached:
+def attach(model: Any, recipe: Any = None, *, graphs: bool = False, **params: Any) -> Attached:
     """Let a model read compressed caches directly, instead of decoding them at each step.
 
     Any other cache is served as before. Nothing but this model is changed, and `detach` undoes it.
@@ -47,6 +48,8 @@ def attach(model: Any, recipe: Any = None, **params: Any) -> Attached:
     Args:
         model: a transformers decoder model.
         recipe: what `load_recipe` takes. Calls that bring no cache get a fresh one of this recipe.
+        graphs: replay decode steps as CUDA graphs. The results are the same. A step that is no single token on an
+            NVIDIA GPU, or has a mask that hides tokens, runs as it would without; `Attached.graphs.reasons` counts why.
         **params: parameters of the recipe.
 
     Returns:
@@ -62,7 +65,7 @@ def attach(model: Any, recipe: Any = None, **params: Any) -> Attached:
             with kvpolicy.attach(model, recipe="logquant"):
                 model.generate(**inputs, max_new_tokens=100)
     """
-    return Attached(model, load_recipe(recipe, **params) if recipe is not None else None)
+    return Attached(model, load_recipe(recipe, **params) if recipe is not None else None, graphs)
 
 
 class _Attachment(passes.Attachment):
@@ -150,7 +153,7 @@ class _Attachment(passes.Attachment):
 class Attached:
     """What `attach` returns: `detach` it, or use it in a `with` statement."""
 
-    def __init__(self, model: Any, recipe: Any) -> None:
+    def __init__(self, model: Any, recipe: Any, graphs: bool = False) -> None:
         owner, decoder = parts_of(model)
         self.owner, self.decoder, self.recipe = owner, decoder, recipe
         with passes.lock:
@@ -171,6 +174,8 @@ class Attached:
             self.detach()
             raise
         self._generate = _supply(owner) if recipe is not None else None
+        self.graphs = install(owner) if graphs else None
+        """The graphs of decode steps, if they were asked for."""
 
     def detach(self) -> None:
         """Leave the model as it was. A second time does nothing."""
@@ -180,6 +185,8 @@ class Attached:
                 return
             attachment.restore()
             self._hooked.detach()
+        if getattr(self, "graphs", None) is not None:
+            remove(self.owner)
         given = getattr(self, "_generate", None)
         if given is not None and self.owner.__dict__.get("generate") is given:
             del self.owner.__dict__["generate"]
@@ -323,6 +330,8 @@ def _read(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention over the stores behind views."""
     tiers, new = key.tiers, (key.arriving, value.arriving)
+    if attention_mask is not None and attention_mask is nothing_hidden.get():
+        attention_mask = None
     assert isinstance(tiers, LayerCache)
     options = {
         name: kwargs.get(given) for name, given in (("scaling", "scaling"), ("softcap", "softcap"), ("sinks", "s_aux"))

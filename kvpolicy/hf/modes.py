@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import torch
@@ -13,6 +14,8 @@ from kvpolicy.errors import CacheError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+nothing_hidden: ContextVar[Tensor | None] = ContextVar("kvpolicy_nothing_hidden", default=None)
+"""A mask that stands for none. Models make one of their own where a CUDA graph is captured and they are given none."""
 ATTACHED = (
     "gradients can't pass through attention that reads a compressed cache where it lies; detach the model, so that "
     "they reach the new tokens, or run it under torch.no_grad()"

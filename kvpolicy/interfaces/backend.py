@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeAlias
 
 from kvpolicy.interfaces.component import Component
 
@@ -13,7 +13,11 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-__all__ = ["AttentionOptions", "AttentionSpec", "Backend", "Part", "StoreView", "Stored"]
+__all__ = ["AttentionOptions", "AttentionSpec", "Backend", "Part", "StoreView", "Stored", "Stretches"]
+
+Stretches: TypeAlias = tuple[tuple[int, int, int], ...]
+"""Tokens of a store that are neighbours among the columns, too: of each stretch its first token, the column of that,
+and how many they are."""
 
 
 class Stored(Protocol):
@@ -41,6 +45,8 @@ class StoreView(NamedTuple):
     """A `Stored`."""
     columns: int | Tensor
     """From this column on, or an index for each token: `[tokens]` or `[batch, kv_heads or 1, tokens]`."""
+    stretches: Callable[[], Stretches] | None = None
+    """Where columns are an index `[tokens]`, the same as the host knows it."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +68,7 @@ class Part:
     """Keys and values `[batch, kv_heads, tokens, head_dim]` that are just coming in; their columns are the last."""
 
 
-@dataclass(frozen=True)
-class AttentionSpec:
+class AttentionSpec(NamedTuple):
     """What a backend is asked to serve."""
 
     keys: tuple[str, ...]
@@ -96,14 +101,18 @@ class AttentionOptions:
     sinks: Tensor | None = None
     """A score per head that takes part in the softmax and adds nothing: `[heads]`."""
     observer: Any = None
-    """Is told of the attention weights; only the reference backend is ever given one."""
+    """Is told of the attention weights, by `observer.watch(at, weights, visible, heads, of)`: the numbers of the
+    queries among the tokens that come in; weights and what could be seen, `[batch, kv_heads, groups, queries,
+    columns]`; which KV heads these are, and how many there are. Only backends that say that they `watch` get one."""
+    alone: bool = False
+    """Whether nothing is to be merged with the result. The output may then be in the type of the query."""
 
 
 class Backend(Component):
     """Computes attention of queries over a part of what a layer holds.
 
-    For each part of a layer backends are asked in the order of their `priority`, the highest first; the first that
-    does not refuse serves it. What several backends computed is merged by the logarithms of their sums.
+    Backends are asked in the order of their `priority`, the highest first. The first that does not refuse serves all of
+    a layer, or, if nobody does, a part of it. What several backends computed is merged by the logarithms of their sums.
 
     Example:
         A backend that decodes each store and calls PyTorch::
@@ -122,10 +131,23 @@ class Backend(Component):
     _role: ClassVar[str] = "backend"
     priority: ClassVar[int] = 0
     """Who is asked first. That of the reference is 0: a backend below it is never asked."""
+    device: ClassVar[str | None] = None
+    """The type of the device that it is for, such as `cuda`: it is asked for no other. None: any."""
+    requires: ClassVar[str | None] = None
+    """Name of an optional library that it imports when used (also the name of the extra), or None."""
+    watches: ClassVar[bool] = False
+    """Whether it tells observers of the attention weights."""
 
     @abstractmethod
     def refuses(self, spec: AttentionSpec) -> str | None:
         """Why it can't serve this; None if it can. The same answer each time: it is asked once for each `spec`."""
+
+    def declines(self, query: Tensor, part: Part, mask: Tensor | None, options: AttentionOptions) -> str | None:
+        """Why it can't serve this very part, though it serves its spec; None if it can. Arguments as in `attend`.
+
+        Asked each time, right before `attend`.
+        """
+        return None
 
     @abstractmethod
     def attend(
@@ -142,7 +164,7 @@ class Backend(Component):
             options: the rest.
 
         Returns:
-            The output `[batch, heads, queries, head_dim of values]` in float32, zero where nothing is seen; and the
-            logarithm of the sum of the exponentials of the scores, sinks included: float32 `[batch, heads, queries]`,
-            minus infinity where nothing is seen.
+            The output `[batch, heads, queries, head_dim of values]` in float32 (or the type of the query, if
+            `options.alone`), zero where nothing is seen; and the logarithm of the sum of the exponentials of the
+            scores, sinks included: float32 `[batch, heads, queries]`, minus infinity where nothing is seen.
         """

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from kvpolicy.interfaces.backend import Stretches
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,3 +65,12 @@ class ColumnMap(NamedTuple):
     """Whether some columns hold no token."""
     positions: Callable[[], Tensor]
     """The position of each column, `EMPTY` where no token is: `[columns]` or `[batch, kv_heads or 1, columns]`."""
+    stretches: Mapping[str, list[Callable[[], Stretches] | None]] = {}
+    """For each store of keys, and of values, that has an index which is the same everywhere: `StoreView.stretches`."""
+
+
+def stretches_of(columns: Ints) -> Stretches:
+    """The stretches of neighbours in an index."""
+    cuts = np.flatnonzero(np.diff(columns) != 1) + 1 if len(columns) else np.empty(0, dtype=np.int64)
+    starts = [0, *cuts.tolist(), len(columns)]
+    return tuple((a, int(columns[a]), b - a) for a, b in pairwise(starts) if b > a)

@@ -107,6 +107,8 @@ class Placement:
             for side, specs in self.specs.items()
         }
         self.alike = self.specs["keys"] == self.specs["values"]
+        self.aligned = self.first_tier["keys"] == self.first_tier["values"]
+        """Whether stores of keys hold the tokens of stores of values, in the same order."""
         ranks = {i: p for i, p in enumerate(self.policies) if isinstance(p, RankPolicy)}
         self.ranked = min(ranks, default=len(self.policies) - 1)
         """The first tier that ranks its tokens; the tiers above it are placed by position alone."""
@@ -325,7 +327,7 @@ class Placement:
         Returns:
             For every store of keys, then of values, where its tokens stand in that order: an offset, or an index each.
         """
-        if not self.alike:
+        if not self.aligned:
             return layout("keys"), layout("values")
         ends = np.cumsum([order.length for order in state.stores["keys"]]).tolist()
         offsets: list[int | Tensor] = [0, *ends[:-1]]
@@ -336,7 +338,7 @@ class Placement:
         import torch
 
         positions = np.concatenate([order.array for order in state.stores["keys"]]).astype(np.int64)
-        return torch.from_numpy(positions if self.alike else np.sort(positions))
+        return torch.from_numpy(positions if self.aligned else np.sort(positions))
 
     def tier_of(self, state: State, positions: Ints) -> NDArray[np.int16]:
         """The tier that holds each of `positions`; those that no tier but the last holds are in the last."""

@@ -10,8 +10,9 @@ from weakref import ReferenceType, ref
 import numpy as np
 from numpy.typing import NDArray
 
+from kvpolicy.interfaces.backend import Stretches
 from kvpolicy.interfaces.policy import RankPolicy
-from kvpolicy.placement.moves import EMPTY, AllMoves, ColumnMap
+from kvpolicy.placement.moves import EMPTY, AllMoves, ColumnMap, stretches_of
 from kvpolicy.placement.padding import Padding
 from kvpolicy.placement.planner import Placement, State
 from kvpolicy.placement.selection import due, halvings
@@ -216,7 +217,17 @@ class Step:
 
         keys, values = self.placement.columns(self.state, lambda side: self.layout(side)[0])
         width = sum(order.length for order in self.state.stores["keys"])
-        return ColumnMap(placed(keys), placed(values), width, False, lambda: self._in_columns(device))
+        known = {
+            side: [self._stretches(f"{side} {s}", at) for s, at in enumerate(where)]
+            for side, where in (("keys", keys), ("values", values))
+        }
+        return ColumnMap(placed(keys), placed(values), width, False, lambda: self._in_columns(device), known)
+
+    def _stretches(self, name: str, columns: int | Tensor) -> Callable[[], Stretches] | None:
+        """The neighbours among columns that are an index, once somebody asks; all layers share the answer."""
+        if isinstance(columns, int):
+            return None
+        return lambda: self._once(("stretches", name), lambda: stretches_of(columns.numpy()))
 
     def _in_columns(self, device: torch.device) -> Tensor:
         find = self.placement.in_columns

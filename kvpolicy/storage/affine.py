@@ -99,6 +99,8 @@ class AffineStore(CodedStore):
 
     @property
     def format(self) -> str:
+        if self.levels is None and self.chain is None and self.beside is None:
+            return "affine"
         more = {"levels": self.levels, "transforms": self.chain, "extras": self.beside}
         return "+".join(["affine", *(name for name, found in more.items() if found is not None)])
 

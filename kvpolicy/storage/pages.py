@@ -35,6 +35,10 @@ class Pages:
         self.pages: list[Tensor] = []
         self.start = 0
         self.length = 0
+        self._marks: tuple[tuple[int, ...], list[int]] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_marks": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Pages:
         copied = Pages(self.whole)
@@ -48,7 +52,17 @@ class Pages:
     def capacity(self) -> int:
         return sum(page.shape[2] for page in self.pages)
 
+    @property
+    def marks(self) -> tuple[tuple[int, ...], list[int]]:
+        """Where its tokens lie, for what reads memory itself: start, length and the tokens of each page; the address of
+        each page. Not to be written to."""
+        if self._marks is None:
+            sizes = [page.shape[2] for page in self.pages]
+            self._marks = (self.start, self.length, *sizes), [page.data_ptr() for page in self.pages]
+        return self._marks
+
     def append(self, x: Tensor) -> None:
+        self._marks = None
         done, n = 0, x.shape[2]
         while done < n:
             free = self.capacity - self.start - self.length
@@ -70,6 +84,7 @@ class Pages:
             self.length += take
 
     def _regrow(self, like: Tensor, tokens: int) -> None:
+        self._marks = None
         with torch.inference_mode(False):
             more = max(tokens // 8, 8) if self.whole else max(tokens // 4, SMALLEST)
             shape = (*like.shape[:2], tokens + more, like.shape[3])
@@ -176,6 +191,7 @@ class Pages:
                 block[:, :, :n] = x[:, :, offset : offset + n]
 
     def _truncate(self, length: int) -> None:
+        self._marks = None
         self.length = length
         if length == 0:
             self.pages, self.start = [], 0
@@ -186,12 +202,14 @@ class Pages:
 
     def select(self, rows: Tensor) -> None:
         """Keep the batch rows `rows`, in that order, repeats included."""
+        self._marks = None
         with torch.inference_mode(False):
             self.pages = [
                 _widest_view(p).index_select(0, rows.to(p.device, non_blocking=True)).view(p.dtype) for p in self.pages
             ]
 
     def to(self, device: torch.device) -> None:
+        self._marks = None
         self.pages = [page.to(device, non_blocking=True) for page in self.pages]
 
     def used(self) -> int:

@@ -27,6 +27,8 @@ def check(pages: Pages, expected: torch.Tensor) -> None:
     assert pages.used() == expected.numel() * expected.element_size()
     assert pages.reserved() == sum(p.untyped_storage().nbytes() for p in pages.pages)
     assert pages.reserved() >= pages.used()
+    sizes, addresses = [p.shape[2] for p in pages.pages], [p.data_ptr() for p in pages.pages]
+    assert pages.marks == ((pages.start, pages.length, *sizes), addresses)
     if not pages.length:
         assert pages.reserved() == 0
         return

@@ -1,0 +1,201 @@
+// Attention on packed codes: a warp takes tiles of tokens, keeps a softmax for each of its columns, and blocks merge.
+//
+// Tokens are the rows of m16n8k16, query heads its columns. A byte of codes, masked where it lies in a 16-bit lane, is
+// the subnormal float16 code * 2^(shift - 24), exactly: codes become operands without shifts or conversions. What comes
+// before this file defines KEY_DIM, VALUE_DIM, ROWS (4 or 8 columns for query heads), BFLOAT (the model's type), FLOAT (a
+// float32 output), KINDS, KIND_i, RUNS, PAGES, STAGES, MEMORY, BLOCKS, MASK (0 none, 1 bytes, 2 float32, 3 bfloat16,
+// 4 float16), PLACES (bytes of a number in `places`, 0 for none), CAUSAL, SOFTCAP and SCORES.
+#include "plan.cuh"
+#include "operands.cuh"
+#include "keys.cuh"
+#include "values.cuh"
+#include "merge.cuh"
+
+// The next tile of a kind to be fetched, of one side. The warps of a block take turns, so that it reads on in one place.
+template <class S> struct Cursor {
+  S source;
+  int run, done, left, tile, next;  // next: the first tile of the next run
+  __device__ __forceinline__ void find(const Plan& plan, const Kind& kind, bool keys, int tokens, const Warp& w) {
+    while (run + 1 < kind.last && plan.layout.runs[run + 1].tile <= tile) run++;
+    next = run + 1 < kind.last ? plan.layout.runs[run + 1].tile : 1 << 30;
+    done = (tile - plan.layout.runs[run].tile) * tokens;
+    left = plan.layout.runs[run].tokens - done;
+    source.open(plan, keys ? plan.layout.runs[run].k : plan.layout.runs[run].v, w, done);
+  }
+  __device__ __forceinline__ void start(const Plan& plan, const Kind& kind, bool keys, int first, int tokens, const Warp& w) {
+    run = kind.first;
+    tile = first;
+    source.start(w.lane);
+    find(plan, kind, keys, tokens, w);
+  }
+  __device__ __forceinline__ void fetch(const Plan& plan, const Kind& kind, bool keys, int tokens, u32 to, u32 to_params, const Warp& w) {
+    source.fetch(to, to_params, done, left, w.lane);
+    tile += WARPS;
+    if (tile < next) {
+      done += WARPS * tokens;
+      left -= WARPS * tokens;
+      source.skip(WARPS);
+    } else {
+      find(plan, kind, keys, tokens, w);
+    }
+  }
+};
+
+template <class P> __device__ __forceinline__ void attend_kind(const Plan& plan, const Kind& kind, int first, int last, Warp& w) {
+  using K = typename P::K;
+  using V = typename P::V;
+  constexpr int TS = P::TOKENS, NB = TS / 16, NS = R == 8 ? NB : 1, ST = P::STAGES_;
+  const int n = (last - first + WARPS - 1) / WARPS;
+  typename K::State ks;
+  typename V::State vs;
+  Cursor<typename K::Source> kf;
+  Cursor<typename V::Source> vf;
+  kf.start(plan, kind, true, first, TS, w);
+  vf.start(plan, kind, false, first, TS, w);
+  int now = kf.run, seen = kf.done, left = kf.left, tile = first, next = kf.next, slot = 0;  // of the next scores; slot: where the next tile goes
+  auto fetch = [&](int i) {
+    if (i < n) {
+      const u32 to = w.ring + slot * P::STAGE;
+      kf.fetch(plan, kind, true, TS, to, to + P::KEY_PARAMS, w);
+      vf.fetch(plan, kind, false, TS, to + P::VALUES, to + P::VALUE_PARAMS, w);
+      slot = slot + 1 == ST ? 0 : slot + 1;
+    }
+    commit();
+  };
+  if (ST > 1) {  // of ST tiles one is at its values, the next one at its keys, and the others are on their way
+#pragma unroll
+    for (int i = 0; i < ST - 1; i++) fetch(i);
+  } else {  // keys of a tile are on their way while the last one is at its values, and the other way round
+    kf.fetch(plan, kind, true, TS, w.ring, w.ring + P::KEY_PARAMS, w);
+    commit();
+    vf.fetch(plan, kind, false, TS, w.ring + P::VALUES, w.ring + P::VALUE_PARAMS, w);
+    commit();
+  }
+  ks.start(plan, kind, w);
+  vs.start();
+  float m[2] = {LOWEST, LOWEST}, l[2] = {0.f, 0.f}, s[NS][4];
+  wait<(ST > 1 ? ST - 2 : 1)>();
+  ks.convert(w.ring + P::KEY_PARAMS, w);
+  __syncwarp();
+  ks.scores(w.ring, w.ring + P::KEY_PARAMS, w, s);
+  u32 values = w.ring, keys = ST > 1 ? w.ring + P::STAGE : w.ring;
+  for (int it = 0; it < n; it++) {
+    if (SOFTCAP) {
+#pragma unroll
+      for (int i = 0; i < NS * 4; i++) s[0][i] = soften(s[0][i], plan.cap);
+    }
+    if (MASK || PLACES || CAUSAL || (NB == 1 && R == 4) || left < TS) hide<NS, NB>(plan, plan.layout.runs[now], seen, left, w, s);
+    if (SCORES) keep<NS, NB>(plan, plan.layout.runs[now].column + seen, left, w, s);
+    tile += WARPS;
+    seen += WARPS * TS;
+    left -= WARPS * TS;
+    if (tile >= next) {
+      while (now + 1 < kind.last && plan.layout.runs[now + 1].tile <= tile) now++;
+      next = now + 1 < kind.last ? plan.layout.runs[now + 1].tile : 1 << 30;
+      seen = (tile - plan.layout.runs[now].tile) * TS;
+      left = plan.layout.runs[now].tokens - seen;
+    }
+    float top[2] = {s[0][0], s[0][1]};
+#pragma unroll
+    for (int i = 2; i < NS * 4; i++) top[i & 1] = fmaxf(top[i & 1], s[0][i]);
+    if (__any_sync(~0u, top[0] > m[0] + RISE || top[1] > m[1] + RISE)) {
+      float f[2];
+#pragma unroll
+      for (int j = 0; j < 2; j++) {
+#pragma unroll
+        for (int x = 4; x < 32; x <<= 1) top[j] = fmaxf(top[j], __shfl_xor_sync(~0u, top[j], x));
+        top[j] = fmaxf(top[j], m[j]);
+        f[j] = ex2(m[j] - top[j]);
+        m[j] = top[j];
+        l[j] *= f[j];
+      }
+      vs.rescale(f);
+    }
+    if (ST > 1) {
+      fetch(it + ST - 1);
+      wait<(ST > 1 ? ST - 2 : 0)>();
+    } else {
+      if (it + 1 < n) kf.fetch(plan, kind, true, TS, keys, keys + P::KEY_PARAMS, w);
+      commit();
+      wait<1>();
+      __syncwarp();
+    }
+    float p[NS][4];
+#pragma unroll
+    for (int i = 0; i < NS * 4; i++) {
+      p[0][i] = ex2(s[0][i] - m[i & 1]);
+      l[i & 1] += p[0][i];
+    }
+    if (ST > 1) {  // the next scores (of nothing, in the end) together with this tile's values: neither waits for the other
+      ks.convert(keys + P::KEY_PARAMS, w);
+      __syncwarp();
+      ks.scores(keys, keys + P::KEY_PARAMS, w, s);
+      vs.add(values + P::VALUES, values + P::VALUE_PARAMS, w, p);
+      values = keys;
+      keys = keys + P::STAGE == w.ring + ST * P::STAGE ? w.ring : keys + P::STAGE;
+    } else {
+      vs.add(values + P::VALUES, values + P::VALUE_PARAMS, w, p);
+      __syncwarp();
+      if (it + 1 < n) vf.fetch(plan, kind, false, TS, values + P::VALUES, values + P::VALUE_PARAMS, w);
+      commit();
+      wait<1>();
+      ks.convert(keys + P::KEY_PARAMS, w);
+      __syncwarp();
+      ks.scores(keys, keys + P::KEY_PARAMS, w, s);
+    }
+  }
+  asm volatile("cp.async.wait_all;" ::: "memory");
+  __syncwarp();
+  vs.finish(w, m, l);
+}
+
+// All tiles of a head whose values lie in one space stand in a line, as long as they cost; a block takes those that begin
+// in its stretch of it.
+template <class P> __device__ __forceinline__ void share(const Plan& plan, const Kind& kind, int space, i64& at, i64 begin, i64 end, Warp& w) {
+  if (kind.space != space) return;
+  auto tile = [&](i64 x) { return (int)(x <= at ? 0 : x >= at + (i64)kind.tiles * kind.weight ? kind.tiles : (x - at + kind.weight - 1) / kind.weight); };
+  const int first = tile(begin) + (threadIdx.x >> 5), last = tile(end);
+  if (first < last) attend_kind<P>(plan, kind, first, last, w);
+  at += (i64)kind.tiles * kind.weight;
+}
+
+extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) attend(const __grid_constant__ Plan plan) {
+  extern __shared__ __align__(16) unsigned char shared[];
+  const Layout& layout = plan.layout;
+  Warp w;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(w.lane));
+  const int warp = threadIdx.x >> 5;
+  w.row = blockIdx.y / plan.kv_heads;
+  w.head = blockIdx.y % plan.kv_heads;
+  w.base = blockIdx.z * R;
+  float* slots = (float*)shared;
+  w.slot = slots + warp * SLOT;
+  w.filled = false;
+  w.ring = (u32)__cvta_generic_to_shared(shared + WARPS * SLOT * 4 + warp * RING);
+  w.scratch = w.ring + RING - SCRATCH;
+  int space = 0;
+  while (space + 1 < plan.spaces && layout.parts[space + 1] <= blockIdx.x) space++;
+  i64 at = 0, total = 0;
+  for (int k = 0; k < KINDS; k++) total += layout.kinds[k].space == space ? (i64)layout.kinds[k].tiles * layout.kinds[k].weight : 0;
+  const int part = blockIdx.x - layout.parts[space], parts = layout.parts[space + 1] - layout.parts[space];
+  const i64 begin = total * part / parts, end = total * (part + 1) / parts;
+  share<KIND_0>(plan, layout.kinds[0], space, at, begin, end, w);
+#if KINDS > 1
+  share<KIND_1>(plan, layout.kinds[1], space, at, begin, end, w);
+#endif
+#if KINDS > 2
+  share<KIND_2>(plan, layout.kinds[2], space, at, begin, end, w);
+#endif
+#if KINDS > 3
+  share<KIND_3>(plan, layout.kinds[3], space, at, begin, end, w);
+#endif
+#if KINDS > 4
+  share<KIND_4>(plan, layout.kinds[4], space, at, begin, end, w);
+#endif
+#if KINDS > 5
+  share<KIND_5>(plan, layout.kinds[5], space, at, begin, end, w);
+#endif
+  if (!w.filled && w.lane < 8) *(float2*)(w.slot + 8 * (DV + 4) + 2 * w.lane) = make_float2(LOWEST, 0.f);
+  __syncthreads();
+  merge_block(plan, slots, (float*)(shared + WARPS * SLOT * 4));
+}

@@ -1,0 +1,246 @@
+"""The backend of NVIDIA GPUs: stores and new tokens of a layer in one launch."""
+
+from __future__ import annotations
+
+import functools
+import threading
+import warnings
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from kvpolicy.attention.cuda.compile import missing
+from kvpolicy.attention.cuda.graph import Launch, Recording, change, current
+from kvpolicy.attention.cuda.kernel import THREADS, launch
+from kvpolicy.attention.cuda.layout import MAPS, Declined, scan
+from kvpolicy.attention.cuda.plan import Plan, make_plan
+from kvpolicy.attention.cuda.scratch import counters, partials
+from kvpolicy.hookspecs import hookimpl
+from kvpolicy.interfaces.backend import AttentionOptions, AttentionSpec, Backend, Part
+
+HEAD_DIMS = (64, 80, 96, 128, 256)
+MOST_ROWS = 256
+"""Query rows of a KV head (queries x query heads) at most; with more it is faster to decode the tokens once."""
+FORMATS = {"exact", "affine", "affine+transforms"}
+PLANS = 256
+"""Plans that are kept: one for each step of the last ones, and each kind of layer."""
+_plans: dict[Any, Plan | str] = {}
+_found = threading.local()
+"""What `declines` found out for `attend`, which follows."""
+
+
+class Cuda(Backend):
+    """Reads packed codes and exact tokens in one launch per layer, on NVIDIA GPUs from compute capability 8.0 on."""
+
+    kind: Literal["cuda"] = "cuda"
+    priority: ClassVar[int] = 10
+    requires: ClassVar[str | None] = "cuda"
+    device: ClassVar[str | None] = "cuda"
+    watches: ClassVar[bool] = True
+
+    def refuses(self, spec: AttentionSpec) -> str | None:
+        if spec.device != "cuda" or torch.version.cuda is None:
+            return f"it is for NVIDIA GPUs, not for device {spec.device}"
+        if torch.cuda.get_device_capability() < (8, 0):
+            return "it is for cards from compute capability 8.0 on"
+        if spec.dtype not in (torch.float16, torch.bfloat16):
+            return f"it computes for float16 and bfloat16, not for {spec.dtype}"
+        if spec.head_dim not in HEAD_DIMS or spec.value_dim not in HEAD_DIMS:
+            return f"head_dim must be one of {HEAD_DIMS}, found {spec.head_dim} and {spec.value_dim} of values"
+        if spec.groups * spec.queries > MOST_ROWS:
+            return f"{spec.groups * spec.queries} query rows of a KV head are more than {MOST_ROWS}"
+        others = sorted({*spec.keys, *spec.values} - FORMATS)
+        if others:
+            return f"it does not read the format {', '.join(others)}"
+        reason = missing()
+        if reason is not None:
+            _tell(reason)
+        return reason
+
+    def declines(self, query: Tensor, part: Part, mask: Tensor | None, options: AttentionOptions) -> str | None:
+        try:
+            _found.call = (part, *_planned(query, part, mask, options))
+        except Declined as reason:
+            return str(reason)
+        return None
+
+    def attend(
+        self, query: Tensor, part: Part, mask: Tensor | None, options: AttentionOptions
+    ) -> tuple[Tensor, Tensor]:
+        known = _found.__dict__.pop("call", None)
+        if known is None or known[0] is not part:
+            known = (part, *_planned(query, part, mask, options))
+        _, plan, pointers, places = known
+        return _attend(plan, pointers, places, query, part, mask, options)
+
+
+@functools.cache
+def _tell(reason: str) -> None:
+    """Warn, once in a process, that the extra is installed in part."""
+    warnings.warn(
+        f"attention on compressed caches is slow on this cuda device, since {reason}; pip install 'kvpolicy[cuda]', "
+        f"with cuda-bindings of the CUDA that torch was built with, {torch.version.cuda}",
+        stacklevel=2,
+    )
+
+
+def _planned(
+    query: Tensor, part: Part, mask: Tensor | None, options: AttentionOptions
+) -> tuple[Plan, list[int], Tensor | None]:
+    """The plan for a part, where its pages lie, and which column of the mask each token has."""
+    places = part.positions() if part.width and (mask is not None or part.gaps) else None
+    laid, pointers = scan(part)
+    if (query.data_ptr() | pointers[-1] | pointers[-2]) % 16:
+        raise Declined("numbers at addresses that are no multiple of 16 bytes")
+    key = (
+        laid, query.dtype, query.shape, query.stride(), query.get_device(), part.kv_heads, part.value_dim,
+        None if mask is None else (mask.dtype, mask.shape, mask.stride()),
+        None if places is None else (places.dtype, places.stride()),
+        options.scaling, options.softcap, options.alone, options.observer is None,
+    )  # fmt: skip
+    plan = _plans.get(key)
+    if plan is None:
+        try:
+            plan = make_plan(query, part, mask, places, options)
+        except Declined as reason:
+            plan = str(reason)
+        if len(_plans) >= PLANS:
+            _plans.clear()
+        _plans[key] = plan
+    if isinstance(plan, str):
+        raise Declined(plan)
+    return plan, pointers, places
+
+
+def _attend(
+    plan: Plan,
+    pointers: list[int],
+    places: Tensor | None,
+    query: Tensor,
+    part: Part,
+    mask: Tensor | None,
+    options: AttentionOptions,
+) -> tuple[Tensor, Tensor]:
+    batch, heads, queries, _ = query.shape
+    device, graph = query.get_device(), current()
+    out = query.new_empty(plan.out, dtype=plan.dtype)
+    lse = query.new_empty((batch, heads, queries), dtype=torch.float32)
+    partial = zeros = sinks = scores = sums = None
+    if graph is not None:
+        partial, zeros = _room(plan, graph)
+    elif plan.partial:
+        partial = partials(plan.partial, device)
+        zeros = counters(plan.lines * plan.turns, device)
+    if options.sinks is not None:
+        sinks = options.sinks.float().contiguous()
+    if options.observer is not None:
+        new = 0 if part.new is None else part.new[0].shape[2]
+        lines = (batch, part.kv_heads, heads // part.kv_heads * queries)
+        scores = query.new_empty((*lines, part.width + new), dtype=torch.float32)
+        sums = query.new_empty((*lines, 1), dtype=torch.float32)
+    mapped = [_mapped(part.keys[view].store.chain, query, part) for view in plan.maps]
+    tensors = (mask, places, out, lse, partial, scores, sums, sinks, zeros)
+    arguments, grid = _arguments(plan, pointers, query, mapped, tensors)
+    launch(plan.kernel, arguments, grid, device)
+    if graph is not None:
+        _record(graph, plan, query, part, mask, places, options, tensors)
+    if scores is not None and sums is not None:
+        _watch(options.observer, scores, sums, queries, part)
+    return _joined(plan, out, part, queries).transpose(1, 2), lse
+
+
+def _arguments(
+    plan: Plan, pointers: list[int], query: Tensor, mapped: list[Tensor], tensors: tuple[Tensor | None, ...]
+) -> tuple[bytes, tuple[int, int, int]]:
+    """The arguments of a launch, and its grid."""
+    asked = [x.data_ptr() for x in mapped] + [0] * (MAPS - 1 - len(mapped))
+    addresses = [0 if x is None else x.data_ptr() for x in tensors]
+    packed = plan.addresses.pack(query.data_ptr(), *asked, *addresses, *pointers)
+    return plan.numbers + packed + plan.layout, (plan.parts, plan.lines, plan.turns)
+
+
+def _room(plan: Plan, graph: Recording) -> tuple[Tensor, Tensor]:
+    """What the blocks of a launch use among themselves, where a graph captures it."""
+    if plan.partial > graph.partials.numel() or plan.lines * plan.turns > graph.counters.numel():
+        graph.unfit = "a launch needs more room"
+    return graph.partials, graph.counters
+
+
+def _record(
+    graph: Recording,
+    plan: Plan,
+    query: Tensor,
+    part: Part,
+    mask: Tensor | None,
+    places: Tensor | None,
+    options: AttentionOptions,
+    tensors: tuple[Tensor | None, ...],
+) -> None:
+    """Note a launch that a graph has captured, if nothing of it but its arguments changes from step to step."""
+    fixed = mask is None and places is None and options.observer is None and options.alone
+    if not fixed or plan.maps or plan.spaces != (-1,):
+        graph.unfit = "its attention has a mask, an observer, or transforms"
+    stores = tuple(view.store for view in (*part.keys, *part.values))
+    graph.add(stores, (query, part.new, options), tensors, query.get_device())
+
+
+def renew(exec_graph: int, known: Launch, part: Part) -> str | None:
+    """Let a launch of a graph read a part as it is now; returns why not, if it can't.
+
+    Args:
+        exec_graph: the handle of the instantiated graph.
+        known: the launch.
+        part: the part, its new tokens those of the launch.
+    """
+    query, _, options = known.call
+    try:
+        plan, pointers, places = _planned(query, part, None, options)
+    except Declined as reason:
+        return str(reason)
+    *_, partial, _, _, _, zeros = known.tensors
+    if places is not None or plan.maps or plan.spaces != (-1,):
+        return "its attention has gaps, or transforms"
+    if plan.partial > partial.numel() or plan.lines * plan.turns > zeros.numel() or plan.out != known.tensors[2].shape:
+        return "a launch needs more room"
+    arguments, grid = _arguments(plan, pointers, query, [], known.tensors)
+    change(exec_graph, known.node, plan.kernel, arguments, grid, THREADS)
+    return None
+
+
+def _joined(plan: Plan, out: Tensor, part: Part, queries: int) -> Tensor:
+    """Outputs of all spaces of values as one, `[batch, queries, heads, head_dim]`."""
+    if plan.spaces == (-1,):
+        return out
+    total = None
+    for x, view in zip(out if len(plan.spaces) > 1 else out.unsqueeze(0), plan.spaces, strict=True):
+        if view >= 0:
+            rows = x.transpose(1, 2).unflatten(1, (part.kv_heads, -1)).flatten(2, 3)
+            inverse = part.values[view].store.chain.inverse(rows, None)
+            x = inverse.unflatten(2, (-1, queries)).flatten(1, 2).transpose(1, 2)
+        total = x if total is None else total + x
+    assert isinstance(total, Tensor)
+    return total
+
+
+def _mapped(chain: Any, query: Tensor, part: Part) -> Tensor:
+    """Queries for keys behind transforms, in float16: `[batch, heads, queries, head_dim]`."""
+    rows = query.float().unflatten(1, (part.kv_heads, -1)).flatten(2, 3)
+    mapped: Tensor = chain.adjoint(rows).to(torch.float16).contiguous()
+    return mapped.view(query.shape)
+
+
+def _watch(observer: Any, scores: Tensor, sums: Tensor, queries: int, part: Part) -> None:
+    """Tell an observer of the attention weights."""
+    new = 0 if part.new is None else part.new[0].shape[2]
+    shaped = scores.view(*scores.shape[:2], -1, queries, scores.shape[3])
+    visible = shaped > -torch.inf
+    scores.sub_(sums).exp2_()
+    heads = slice(0, part.kv_heads)
+    observer.watch(torch.arange(queries) + new - queries, shaped, visible, heads, part.kv_heads)
+
+
+@hookimpl
+def kvpolicy_backends() -> list[type[Backend]]:
+    """The backend of this file."""
+    return [Cuda]

@@ -1,0 +1,112 @@
+"""How the numbers of a store are kept, in the words of the kernels."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+
+from kvpolicy.storage.affine import AffineStore
+from kvpolicy.storage.packing import PARTS
+
+__all__ = ["EXACT", "Format", "affine_form", "kind_of", "kinds_of", "refuses_store", "weight_of"]
+
+NUMBERS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
+
+
+class Format(NamedTuple):
+    """How numbers are kept: what of a kind of the kernel belongs to one side."""
+
+    bits: int = 16
+    group: int = 0
+    by_channel: bool = False
+    number: int = 0
+    """The type of scale and offset: 0 float16, 1 bfloat16, 2 float32, -1 one that kernels can't read."""
+    dim: int = 0
+    """Channels of a token; 0 where they are exact."""
+
+    @property
+    def row(self) -> int:
+        """Bytes of a token's codes."""
+        return sum(self.dim * bits // 8 for bits, _ in PARTS[self.bits])
+
+    @property
+    def params(self) -> int:
+        """Bytes of the scales and offsets of a token, or of a group of tokens."""
+        return 2 * (self.dim if self.by_channel else self.dim // self.group) * (4 if self.number == 2 else 2)
+
+
+EXACT = Format()
+_forms: WeakKeyDictionary[AffineStore, Format] = WeakKeyDictionary()
+
+
+def affine_form(store: AffineStore) -> Format:
+    """The format of what a store has coded; it must hold some."""
+    found = _forms.get(store)
+    if found is None:
+        number = NUMBERS.get(store.parts["params"].pages[0].dtype, -1)
+        found = Format(store.quantizer.nbits, store.group_size, store.by_channel, number, store.head_dim)
+        _forms[store] = found
+    return found
+
+
+def refuses_store(store: Any, side: str) -> str | None:
+    """Why a store of packed codes can't be read by the kernels, or None."""
+    if not isinstance(store, AffineStore):
+        return None
+    quantizer, dim, group = store.quantizer, store.head_dim, store.group_size
+    if quantizer.scale_dtype not in ("model", "float32"):
+        return f"scales in {quantizer.scale_dtype}"
+    if not quantizer.offsets:
+        return "scales without offsets"
+    if not store.by_channel:
+        return _misfit(quantizer.nbits, group, dim)
+    if side == "values":
+        return "values per channel"
+    if group == 0 or group % 16:
+        return "keys per channel in groups that are no multiple of 16 tokens"
+    if any(dim * bits // 8 % 4 for bits, _ in PARTS[quantizer.nbits]):
+        return "codes of a plane that fill no words"
+    return None
+
+
+@functools.lru_cache(maxsize=256)
+def _misfit(nbits: int, group: int, dim: int) -> str | None:
+    for bits, _ in PARTS[nbits]:
+        width = dim * bits // 8
+        if dim * bits % 8:
+            return f"{dim} channels that fill no bytes"
+        for first in range(0, dim, width):
+            for chunk in range(first, first + width, 16):
+                if chunk // group != (min(chunk + 16, first + width) - 1) // group:
+                    return f"groups of {group} channels in which 16 of {dim} don't fit"
+    return None
+
+
+@functools.lru_cache(maxsize=256)
+def kind_of(keys: Format, values: Format) -> tuple[str, int]:
+    """A kind as a type of the headers, and the tokens of its tiles."""
+    halves = keys.by_channel and keys.group % 32 and keys.group != 16
+    large = any(form.bits == 3 and form.dim > 128 for form in (keys, values))  # more numbers than registers
+    tile = 16 if 16 in (keys.bits, values.bits) or halves or large else 32
+    names = []
+    for form, side in ((keys, "Keys"), (values, "Values")):
+        if form.bits == 16:
+            names.append(f"Exact{side}<{tile}>")
+        else:
+            by = "Channel" if form.by_channel else "Token"
+            names.append(f"{by}{side}<{form.bits}, {form.group}, {form.number}, {tile}>")
+    return f"Pair<{names[0]}, {names[1]}, {tile}>", tile
+
+
+def kinds_of(pairs: Any) -> tuple[str, ...]:
+    """The kinds that a kernel is compiled for that serves these pairs of formats, and new tokens."""
+    return tuple(sorted({kind_of(keys, values)[0] for keys, values in [(EXACT, EXACT), *pairs]}))
+
+
+@functools.lru_cache(maxsize=256)
+def weight_of(kind: str) -> int:
+    """What a tile costs, about: with exact tokens there are more bytes, and fewer tiles on their way."""
+    return 8 if kind.count("Exact") == 2 else 6 if "Exact" in kind else 4

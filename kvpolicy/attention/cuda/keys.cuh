@@ -1,0 +1,275 @@
+// Scores: queries with keys per token, per channel, and exact.
+__device__ __forceinline__ const u8* query_row(const Plan& plan, const Kind& kind, const Warp& w, int i) {
+  const int rows = plan.groups * plan.queries, at = w.base + i < rows ? w.base + i : w.base;
+  const i64 head = (i64)w.head * plan.groups + at / plan.queries;
+  const i64* strides = plan.query_strides[kind.query];
+  return plan.query[kind.query] + 2 * (w.row * strides[0] + head * strides[1] + (at % plan.queries) * strides[2]);
+}
+
+// Chunks of codes of one block of 16 tokens as registers.
+template <class P, bool TRANS> __device__ __forceinline__ void load_part(u32 x[P::CHUNKS][2], u32 base, int lane, int block) {
+  const u32 at = base + P::place(lane & 15) + (lane >> 4) * 16 + block * P::place(16);
+#pragma unroll
+  for (int k = 0; k + 1 < P::CHUNKS; k += 2) load_two<TRANS>(x + k, at + k * 16);
+  if (P::CHUNKS % 2) load_one<TRANS>(x[P::CHUNKS - 1], base + P::place(lane & 15) + (P::CHUNKS - 1) * 16 + block * P::place(16));
+}
+
+// The queries as operand B: a thread's column is lane / 4, its channels of a step 4 * (lane & 3) + {0, 2} and {1, 3}.
+// Mapped ones are float16, the model's of its type.
+template <class P, class F> __device__ __forceinline__ void load_query(u32 q[][2], const u8* row, bool mapped, int c, bool scaled, F&& each) {
+#pragma unroll
+  for (int p = 0; p < P::PLANES; p++)
+#pragma unroll
+    for (int k = 0; k < P::CHUNKS; k++) {
+      float x[4] = {0.f, 0.f, 0.f, 0.f};
+      if (P::WIDTH % 4 == 0) {
+        const int within = k * 16 + 4 * c;
+        if (P::WIDTH % 16 == 0 || within < P::WIDTH) {
+          const uint2 v = *(const uint2*)(row + 2 * (p * P::WIDTH + within));
+          const u32 words[2] = {v.x, v.y};
+#pragma unroll
+          for (int e = 0; e < 4; e++) x[e] = BFLOAT && !mapped ? Number<1>::of(words, e) : Number<0>::of(words, e);
+        }
+      } else {
+#pragma unroll
+        for (int e = 0; e < 4; e++)
+          if (k * 16 + 4 * c + e < P::WIDTH) {
+            const int ch = p * P::WIDTH + k * 16 + 4 * c + e;
+            x[e] = BFLOAT && !mapped ? Number<1>::at(row, ch) : Number<0>::at(row, ch);
+          }
+      }
+      each(p, k, x[0] + x[1] + x[2] + x[3]);
+      const float f = scaled ? P::factor(p) : 1.f;
+      q[p * P::CHUNKS + k][0] = halves(x[0] * f, x[2] * f);
+      q[p * P::CHUNKS + k][1] = halves(x[1] * f, x[3] * f);
+    }
+}
+// Add the products of a step's codes with the queries.
+template <class P> __device__ __forceinline__ void multiply(float* d, const u32 x[2], int plane, u32 b0, u32 b1) {
+  const u32 m = P::mask(plane);
+  mma(d, x[0] & m, x[1] & m, (x[0] >> 8) & m, (x[1] >> 8) & m, b0, b1);
+}
+
+template <int BITS, int GROUP, int T, int TS> struct TokenKeys {
+  using C = Codes<DK, BITS>;
+  using A = typename C::A;
+  using B = typename C::B;
+  static constexpr int GROUPS = DK / GROUP, PARAMS = 2 * GROUPS * Number<T>::SIZE, NB = TS / 16, NS = R == 8 ? NB : 1;
+  static constexpr int BYTES = C::bytes(TS), PARAM_BYTES = (TS * PARAMS + 15) / 16 * 16, SCRATCH = 0;
+  using Source = Reader<DK, BITS, PARAMS, TS, false, 1>;
+  struct State {
+    u32 q[C::STEPS][2];
+    float u[2][GROUPS];
+    float scale;
+    __device__ __forceinline__ void start(const Plan& plan, const Kind& kind, const Warp& w) {
+      const int c = w.lane & 3, r = w.lane >> 2;
+      scale = plan.scale * UNIT;
+      float sums[GROUPS];
+#pragma unroll
+      for (int g = 0; g < GROUPS; g++) sums[g] = 0.f;
+      const u8* row = query_row(plan, kind, w, r % R);
+      const bool mapped = kind.query;
+      load_query<A>(q, row, mapped, c, true, [&](int p, int k, float x) { sums[A::channel(p, k) / GROUP] += x; });
+      if (C::TWO) load_query<B>(q + A::STEPS, row, mapped, c, true, [](int, int, float) {});
+#pragma unroll
+      for (int g = 0; g < GROUPS; g++) {
+        sums[g] *= plan.scale;
+        sums[g] += __shfl_xor_sync(~0u, sums[g], 1);
+        sums[g] += __shfl_xor_sync(~0u, sums[g], 2);
+        u[0][g] = __shfl_sync(~0u, sums[g], 8 * c);
+        u[1][g] = __shfl_sync(~0u, sums[g], 8 * c + 4);
+      }
+    }
+    __device__ __forceinline__ void convert(u32, const Warp&) {}
+    __device__ __forceinline__ void scores(u32 data, u32 params, const Warp& w, float s[NS][4]) {
+      const int c = w.lane & 3, r = w.lane >> 2;
+      u32 x[NB][A::CHUNKS][2], y[NB][B::CHUNKS][2];
+#pragma unroll
+      for (int b = 0; b < NB; b++) {
+        load_part<A, false>(x[b], data, w.lane, b);
+        if (C::TWO) load_part<B, false>(y[b], data + A::place(TS), w.lane, b);
+      }
+      const bool up = R == 4 && NB == 2 && c >= 2;
+      u32 par[NS][2][PARAMS / 4];
+#pragma unroll
+      for (int i = 0; i < NS * 2; i++)
+        load_words<PARAMS / 4>(par[i >> 1][i & 1], params + ((R == 8 ? (i >> 1) * 16 : up ? 16 : 0) + r + 8 * (i & 1)) * PARAMS);
+      float codes[NS][4], offsets[NS][4];
+#pragma unroll
+      for (int g = 0; g < GROUPS; g++) {
+        float d[NB][4];
+#pragma unroll
+        for (int i = 0; i < NB * 4; i++) d[0][i] = 0.f;
+#pragma unroll
+        for (int p = 0; p < A::PLANES; p++)
+#pragma unroll
+          for (int k = 0; k < A::CHUNKS; k++)
+#pragma unroll
+            for (int b = 0; b < NB; b++)
+              if (A::channel(p, k) / GROUP == g) multiply<A>(d[b], x[b][k], p, q[p * A::CHUNKS + k][0], q[p * A::CHUNKS + k][1]);
+        if (C::TWO) {
+#pragma unroll
+          for (int p = 0; p < B::PLANES; p++)
+#pragma unroll
+            for (int k = 0; k < B::CHUNKS; k++)
+#pragma unroll
+              for (int b = 0; b < NB; b++)
+                if (B::channel(p, k) / GROUP == g)
+                  multiply<B>(d[b], y[b][k], p, q[A::STEPS + p * B::CHUNKS + k][0], q[A::STEPS + p * B::CHUNKS + k][1]);
+        }
+#pragma unroll
+        for (int n = 0; n < NS; n++)
+#pragma unroll
+          for (int i = 0; i < 4; i++) {
+            const float v = R == 8 ? d[n][i] : (up ? d[NB - 1][i] : d[0][i]);
+            const float a = v * Number<T>::of(par[n][i >> 1], g), o = u[i & 1][g] * Number<T>::of(par[n][i >> 1], GROUPS + g);
+            codes[n][i] = g ? codes[n][i] + a : a;
+            offsets[n][i] = g ? offsets[n][i] + o : o;
+          }
+      }
+#pragma unroll
+      for (int i = 0; i < NS * 4; i++) s[0][i] = fmaf(codes[0][i], scale, offsets[0][i]);
+    }
+  };
+};
+
+// Keys per channel, groups of 16 or more tokens. Scale and offset of a group are put into float16 in the order in which
+// threads read them, once for all of a warp; scales go into the query, offsets into a product of their own.
+template <int BITS, int GROUP, int T, int TS> struct ChannelKeys {
+  using C = Codes<DK, BITS>;
+  using A = typename C::A;
+  using B = typename C::B;
+  static constexpr int PARAMS = 2 * DK * Number<T>::SIZE, NB = TS / 16, NS = R == 8 ? NB : 1, SETS = TS > GROUP ? TS / GROUP : 1;
+  static constexpr int BYTES = C::bytes(TS), PARAM_BYTES = SETS * PARAMS, SET = C::STEPS * 64, SCRATCH = SETS * SET;
+  static constexpr int PIECE = 16 / Number<T>::SIZE, PIECES = SETS * PARAMS / 16, TURNS = (PIECES + 31) / 32;
+  using Source = Reader<DK, BITS, PARAMS, TS, true, GROUP>;
+  // Where a channel's numbers go in the order of reading, and what a scale is multiplied by.
+  template <class P> static __device__ __forceinline__ u32 place(int ch) { return (ch / P::WIDTH * P::CHUNKS + ch % P::WIDTH / 16) * 64 + ch % P::WIDTH % 16 * 4; }
+  template <class P> static __device__ __forceinline__ float factor(int ch) { return (float)(1 << P::LOW) * __uint_as_float((127 - P::BITS * (ch / P::WIDTH)) << 23); }
+  struct State {
+    u32 q[C::STEPS][2], to[TURNS];
+    float scale, plain, by[TURNS];
+    __device__ __forceinline__ void start(const Plan& plan, const Kind& kind, const Warp& w) {
+      plain = plan.scale;
+      scale = plan.scale * UNIT;
+      const u8* row = query_row(plan, kind, w, (w.lane >> 2) % R);
+      const bool mapped = kind.query;
+      load_query<A>(q, row, mapped, w.lane & 3, false, [](int, int, float) {});
+      if (C::TWO) load_query<B>(q + A::STEPS, row, mapped, w.lane & 3, false, [](int, int, float) {});
+#pragma unroll
+      for (int k = 0; k < TURNS; k++) {
+        const int i = w.lane + 32 * k, first = i % (PIECES / SETS) * PIECE;
+        to[k] = w.scratch + i / (PIECES / SETS) * SET + place<A>(first % DK) + first / DK * 8;
+        by[k] = first < DK ? factor<A>(first) : 1.f;
+        asm volatile("" : "+r"(to[k]), "+f"(by[k]));
+      }
+      if (A::WIDTH % 16 || B::WIDTH % 16) {
+        for (int i = w.lane; i < SCRATCH / 8; i += 32) store_pair(w.scratch + 8 * i, 0, 0);
+        __syncwarp();
+      }
+    }
+    __device__ __forceinline__ void convert(u32 params, const Warp& w) {
+#pragma unroll
+      for (int k = 0; k < TURNS; k++) {
+        const int i = w.lane + 32 * k;
+        if (PIECES % 32 && i >= PIECES) break;
+        u32 raw[4];
+        load_words<4>(raw, params + i * 16);
+#pragma unroll
+        for (int j = 0; j < PIECE; j += 4) {
+          float x[4];
+#pragma unroll
+          for (int e = 0; e < 4; e++) x[e] = Number<T>::of(raw, j + e);
+          const int first = i % (PIECES / SETS) * PIECE + j;
+          u32 at = to[k] + 4 * j;
+          float f = by[k];
+          if (A::WIDTH % 8 && j) {  // four more channels may be of another plane
+            at = w.scratch + i / (PIECES / SETS) * SET + place<A>(first % DK) + first / DK * 8;
+            f = first < DK ? factor<A>(first) : 1.f;
+          }
+          store_pair(at, halves(x[0] * f, x[2] * f), halves(x[1] * f, x[3] * f));
+          if (C::TWO && first < DK) {
+            const float g = factor<B>(first);
+            store_pair(w.scratch + i / (PIECES / SETS) * SET + A::STEPS * 64 + place<B>(first), halves(x[0] * g, x[2] * g), halves(x[1] * g, x[3] * g));
+          }
+        }
+      }
+    }
+    __device__ __forceinline__ void scores(u32 data, u32, const Warp& w, float s[NS][4]) {
+      const int c = w.lane & 3;
+      u32 x[NB][A::CHUNKS][2], y[NB][B::CHUNKS][2];
+#pragma unroll
+      for (int b = 0; b < NB; b++) {
+        load_part<A, false>(x[b], data, w.lane, b);
+        if (C::TWO) load_part<B, false>(y[b], data + A::place(TS), w.lane, b);
+      }
+      float d[NB][4], o[SETS][4];
+#pragma unroll
+      for (int i = 0; i < NB * 4; i++) d[0][i] = 0.f;
+#pragma unroll
+      for (int i = 0; i < SETS * 4; i++) o[0][i] = 0.f;
+      const u32 from = w.scratch + c * 16;
+#pragma unroll
+      for (int t = 0; t < SETS; t++)
+#pragma unroll
+        for (int i = 0; i < C::STEPS; i++) {
+          u32 par[4];
+          load_words<4>(par, from + t * SET + i * 64);
+          const u32 a = times(q[i][0], par[0]), e = times(q[i][1], par[1]);
+          if (i < A::STEPS) mma(o[t], par[2], par[2], par[3], par[3], q[i][0], q[i][1]);
+#pragma unroll
+          for (int b = t * NB / SETS; b < (t + 1) * NB / SETS; b++) {
+            if (i < A::STEPS) multiply<A>(d[b], x[b][i % A::CHUNKS], i / A::CHUNKS, a, e);
+            else if (C::TWO) multiply<B>(d[b], y[b][(i - A::STEPS) % B::CHUNKS], (i - A::STEPS) / B::CHUNKS, a, e);
+          }
+        }
+      const bool up = R == 4 && NB == 2 && c >= 2;
+#pragma unroll
+      for (int n = 0; n < NS; n++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          const float v = R == 8 ? d[n][i] : (up ? d[NB - 1][i] : d[0][i]);
+          const float shift = R == 8 ? o[n * SETS / NB][i & 1] : (up ? o[SETS - 1][i & 1] : o[0][i & 1]);
+          s[n][i] = fmaf(v, scale, shift * plain);
+        }
+    }
+  };
+};
+
+template <int TS> struct ExactKeys {
+  using P = Part<DK, 16, 0, 0>;
+  static constexpr int NB = TS / 16, NS = R == 8 ? NB : 1, BYTES = P::place(TS), PARAM_BYTES = 0, SCRATCH = 0;
+  using Source = Reader<DK, 16, 0, TS, false, 1>;
+  struct State {
+    u32 q[DK / 16][2];
+    float scale;
+    __device__ __forceinline__ void start(const Plan& plan, const Kind& kind, const Warp& w) {
+      scale = plan.scale;
+      const u8* row = query_row(plan, kind, w, (w.lane >> 2) % R);
+#pragma unroll
+      for (int i = 0; i < DK / 16; i++)
+#pragma unroll
+        for (int h = 0; h < 2; h++) q[i][h] = *(const u32*)(row + 2 * (16 * i + 8 * h + 2 * (w.lane & 3)));
+    }
+    __device__ __forceinline__ void convert(u32, const Warp&) {}
+    __device__ __forceinline__ void scores(u32 data, u32, const Warp& w, float s[NS][4]) {
+      float d[NB][4];
+#pragma unroll
+      for (int i = 0; i < NB * 4; i++) d[0][i] = 0.f;
+      const u32 at = data + P::place(w.lane & 15) + (w.lane >> 4) * 16;
+#pragma unroll
+      for (int b = 0; b < NB; b++)
+#pragma unroll
+        for (int i = 0; i < DK / 16; i++) {
+          u32 x[2][2];
+          load_two<false>(x, at + b * P::place(16) + i * 32);
+          mma_model(d[b], x[0][0], x[0][1], x[1][0], x[1][1], q[i][0], q[i][1]);
+        }
+      const bool up = R == 4 && NB == 2 && (w.lane & 3) >= 2;
+#pragma unroll
+      for (int n = 0; n < NS; n++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) s[n][i] = scale * (R == 8 ? d[n][i] : (up ? d[NB - 1][i] : d[0][i]));
+    }
+  };
+};

@@ -1,0 +1,214 @@
+// Kinds of tokens, what is hidden of scores, and how all that was found becomes one result.
+// Bytes of tiles for a warp, so that a multiprocessor holds its blocks.
+constexpr int ROOM = (MEMORY * 1024 / (MEMORY < 128 ? 1 : BLOCKS) - 1024 - WARPS * SLOT * 4) / WARPS - 1024;
+// Keys and values of a kind of tokens, and where a tile of them lies in shared memory.
+template <class K_, class V_, int TS> struct Pair {
+  using K = K_;
+  using V = V_;
+  static constexpr int TOKENS = TS, VALUES = K::BYTES, KEY_PARAMS = VALUES + V::BYTES, VALUE_PARAMS = KEY_PARAMS + K::PARAM_BYTES;
+  static constexpr int STAGE = VALUE_PARAMS + V::PARAM_BYTES, FIT = TS == 16 ? 1 : ROOM / STAGE;
+  static constexpr int STAGES_ = FIT >= STAGES && TS > 16 ? STAGES : FIT < 3 ? 1 : FIT, BYTES = STAGES_ * STAGE, SCRATCH = K::SCRATCH;
+};
+
+__device__ constexpr int most(int a, int b) { return a > b ? a : b; }
+#ifndef KIND_1
+#define KIND_1 KIND_0
+#endif
+#ifndef KIND_2
+#define KIND_2 KIND_0
+#endif
+#ifndef KIND_3
+#define KIND_3 KIND_0
+#endif
+#ifndef KIND_4
+#define KIND_4 KIND_0
+#endif
+#ifndef KIND_5
+#define KIND_5 KIND_0
+#endif
+constexpr int SCRATCH = most(most(most(KIND_0::SCRATCH, KIND_1::SCRATCH), most(KIND_2::SCRATCH, KIND_3::SCRATCH)), most(KIND_4::SCRATCH, KIND_5::SCRATCH));
+constexpr int RING = SCRATCH + most(most(most(KIND_0::BYTES, KIND_1::BYTES), most(KIND_2::BYTES, KIND_3::BYTES)), most(KIND_4::BYTES, KIND_5::BYTES));
+
+extern "C" { __constant__ int SHARED_BYTES = WARPS * (SLOT * 4 + RING); }
+
+// The column of the mask for a token, -1 where there is none.
+__device__ __forceinline__ i64 column_of(const Plan& plan, const Run& run, int token, const Warp& w) {
+  if (!PLACES || run.slot >= 0) return run.slot + token;
+  const i64 at = w.row * plan.places_row + w.head * plan.places_head + run.column + token;
+  return PLACES == 8 ? ((const i64*)plan.places)[at] : (i64)((const int*)plan.places)[at];
+}
+__device__ __forceinline__ float mask_at(const Plan& plan, i64 at) {
+  if (MASK == 2) return ((const float*)plan.mask)[at];
+  return MASK == 3 ? Number<1>::at(plan.mask, at) : Number<0>::at(plan.mask, at);
+}
+
+// Scores of tokens that a query may not see, and of those that are none, are minus infinity.
+template <int NS, int NB> __device__ __forceinline__ void hide(const Plan& plan, const Run& run, int seen, int left, const Warp& w, float s[NS][4]) {
+  const int c = w.lane & 3, r = w.lane >> 2, rows = plan.groups * plan.queries;
+#pragma unroll
+  for (int n = 0; n < NS; n++)
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      const int tok = (R == 8 ? 16 * n : NB == 2 && c >= 2 ? 16 : 0) + r + 8 * h;
+      const bool held = tok < left && !(NB == 1 && R == 4 && c >= 2);
+      const i64 column = (MASK || PLACES) && held ? column_of(plan, run, seen + tok, w) : 0;
+#pragma unroll
+      for (int j = 0; j < 2; j++) {
+        const int row = w.base + (2 * c + j) % R;
+        float& x = s[n][2 * h + j];
+        bool there = held && column >= 0;
+        if (CAUSAL) there = there && tok <= run.causal - seen + row % plan.queries;
+        if (MASK && there) {
+          i64 at = w.row * plan.mask_row + w.head * plan.mask_head + column * plan.mask_column;
+          if (row < rows) at += row / plan.queries * plan.mask_group + row % plan.queries * plan.mask_query;
+          if (MASK == 1) {
+            there = plan.mask[at];
+          } else {
+            const float more = mask_at(plan, at);
+            there = more > plan.hidden;
+            x += 1.44269504f * more;
+          }
+        }
+        if (!there) x = -__uint_as_float(0x7f800000u);
+      }
+    }
+}
+template <int NS, int NB> __device__ __forceinline__ void keep(const Plan& plan, int column, int left, const Warp& w, const float s[NS][4]) {
+  const int c = w.lane & 3, r = w.lane >> 2, rows = plan.groups * plan.queries;
+#pragma unroll
+  for (int i = 0; i < NS * 4; i++) {
+    const int tok = (R == 8 ? 16 * (i >> 2) : NB == 2 && c >= 2 ? 16 : 0) + r + 8 * ((i >> 1) & 1), row = w.base + (2 * c + (i & 1)) % R;
+    if (tok < left && row < rows && !(NB == 1 && R == 4 && c >= 2))
+      plan.scores[(((i64)w.row * plan.kv_heads + w.head) * rows + row) * plan.columns + column + tok] = s[0][i];
+  }
+}
+
+__device__ __forceinline__ float4 load4(const float* p) {
+  float4 v;
+  asm volatile("ld.global.cg.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(p) : "memory");
+  return v;
+}
+__device__ __forceinline__ float2 load2(const float* p) {
+  float2 v;
+  asm volatile("ld.global.cg.v2.f32 {%0,%1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(p) : "memory");
+  return v;
+}
+__device__ __forceinline__ void add4(float4& v, const float4 x, float f) {
+  v.x = fmaf(x.x, f, v.x);
+  v.y = fmaf(x.y, f, v.y);
+  v.z = fmaf(x.z, f, v.z);
+  v.w = fmaf(x.w, f, v.w);
+}
+// What divides the sum of a row, once sinks are in: the factor of its values.
+__device__ __forceinline__ float finished(const Plan& plan, int i, float top, float sum) {
+  const int at = blockIdx.z * R + i / (DV / 4), rows = plan.groups * plan.queries;
+  if (at >= rows) return 0.f;
+  const int row = blockIdx.y / plan.kv_heads, head = blockIdx.y % plan.kv_heads * plan.groups + at / plan.queries;
+  float f = 1.f;
+  if (plan.sinks) {
+    const float sink = plan.sinks[head] * 1.44269504f, high = fmaxf(top, sink);
+    f = ex2(top - high);
+    sum = sum * f + ex2(sink - high);
+    top = high;
+  }
+  if (i % (DV / 4) == 0) {
+    const float lse = sum > 0.f ? top + __log2f(sum) : -__uint_as_float(0x7f800000u);
+    plan.lse[((i64)row * plan.kv_heads * plan.groups + head) * plan.queries + at % plan.queries] = 0.69314718f * lse;
+    if (SCORES) plan.sums[(i64)blockIdx.y * rows + at] = sum > 0.f ? lse : 0.f;
+  }
+  return sum > 0.f ? f / sum : 0.f;
+}
+__device__ __forceinline__ void write_out(const Plan& plan, int i, float4 v, float f, int space) {
+  const int at = blockIdx.z * R + i / (DV / 4), rows = plan.groups * plan.queries;
+  if (at >= rows) return;
+  const int row = blockIdx.y / plan.kv_heads, head = blockIdx.y % plan.kv_heads * plan.groups + at / plan.queries;
+  const i64 to = space * plan.out_space + (((i64)row * plan.queries + at % plan.queries) * plan.kv_heads * plan.groups + head) * DV + i % (DV / 4) * 4;
+  if (FLOAT) *(float4*)(plan.out + 4 * to) = make_float4(v.x * f, v.y * f, v.z * f, v.w * f);
+  else *(uint2*)(plan.out + 2 * to) = make_uint2(model_pair(v.x * f, v.y * f), model_pair(v.z * f, v.w * f));
+}
+
+// The warps' slots become one; of the blocks of a head the last to come puts all together, always in the same order.
+__device__ __forceinline__ void merge_block(const Plan& plan, const float* slots, float* shared) {
+  constexpr int FOURS = R * DV / 4, THREADS = WARPS * 32, AHEAD = 16;
+  const i64 line = (i64)blockIdx.z * gridDim.y + blockIdx.y, part = line * plan.parts + blockIdx.x;
+  float* partial = plan.partial + part * PART;
+  for (int i = threadIdx.x; i < FOURS; i += THREADS) {
+    const int row = i / (DV / 4), ch = i % (DV / 4) * 4;
+    float top = LOWEST, sum = 0.f;
+    float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll
+    for (int k = 0; k < WARPS * (8 / R); k++)
+      top = fmaxf(top, slots[k % WARPS * SLOT + 8 * (DV + 4) + 2 * (row + k / WARPS * R)]);
+#pragma unroll
+    for (int k = 0; k < WARPS * (8 / R); k++) {
+      const float* slot = slots + k % WARPS * SLOT;
+      const float2 x = *(const float2*)(slot + 8 * (DV + 4) + 2 * (row + k / WARPS * R));
+      const float f = ex2(x.x - top);
+      sum += x.y * f;
+      if (x.y > 0.f) add4(v, *(const float4*)(slot + (row + k / WARPS * R) * (DV + 4) + ch), f);
+    }
+    if (plan.parts == 1) {
+      write_out(plan, i, v, finished(plan, i, top, sum), 0);
+    } else {
+      *(float4*)(partial + 4 * i) = v;
+      if (i % (DV / 4) == 0) *(float2*)(partial + R * DV + 2 * row) = make_float2(top, sum);
+    }
+  }
+  if (plan.parts == 1) return;
+  __threadfence();
+  __syncthreads();
+  __shared__ u32 before;
+  if (threadIdx.x == 0) {
+    before = atomicInc(plan.counters + line, plan.parts - 1);
+    __threadfence();
+  }
+  __syncthreads();
+  if (before != plan.parts - 1) return;
+  partial = plan.partial + line * plan.parts * PART;
+  float4 ahead[AHEAD];  // on their way while weights are found
+  const int soon = threadIdx.x < FOURS ? plan.layout.parts[1] : 0;
+#pragma unroll
+  for (int p = 0; p < AHEAD; p++)
+    if (p < soon) ahead[p] = load4(partial + (i64)p * PART + 4 * threadIdx.x);
+  for (int row = threadIdx.x >> 5; row < R; row += WARPS) {  // shared: of each row and part its weight; then maximum and sum
+    float top = LOWEST, sum = 0.f;
+    for (int p = threadIdx.x & 31; p < plan.parts; p += 32) {
+      const float2 x = load2(partial + (i64)p * PART + R * DV + 2 * row);
+      const float high = fmaxf(top, x.x);
+      sum = sum * ex2(top - high) + x.y * ex2(x.x - high);
+      top = high;
+      shared[2 * R + p * R + row] = x.x;
+    }
+#pragma unroll
+    for (int x = 16; x; x >>= 1) {
+      const float high = fmaxf(top, __shfl_xor_sync(~0u, top, x)), part = sum * ex2(top - high);
+      sum = part + __shfl_xor_sync(~0u, part, x);
+      top = high;
+    }
+    __syncwarp();
+    for (int p = threadIdx.x & 31; p < plan.parts; p += 32) shared[2 * R + p * R + row] = ex2(shared[2 * R + p * R + row] - top);
+    if ((threadIdx.x & 31) == 0) {
+      shared[2 * row] = top;
+      shared[2 * row + 1] = sum;
+    }
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < FOURS; i += THREADS) {
+    const int row = i / (DV / 4);
+    const float f = finished(plan, i, shared[2 * row], shared[2 * row + 1]);
+    for (int space = 0; space < plan.spaces; space++) {
+      float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
+      const int last = plan.layout.parts[space + 1];
+      int p = plan.layout.parts[space];
+      if (!space && i == threadIdx.x) {
+#pragma unroll
+        for (int q = 0; q < AHEAD; q++)
+          if (q < last) add4(v, ahead[q], shared[2 * R + q * R + row]);
+        p = AHEAD;
+      }
+#pragma unroll 16
+      for (; p < last; p++) add4(v, load4(partial + (i64)p * PART + 4 * i), shared[2 * R + p * R + row]);
+      write_out(plan, i, v, f, space);
+    }
+  }
+}

@@ -1,0 +1,205 @@
+// Operands of products, numbers and codes, and how they come to shared memory.
+__device__ __forceinline__ constexpr int gcd(int a, int b) { return b ? gcd(b, a % b) : a; }
+__device__ __forceinline__ float lo(u32 w) { return __uint_as_float(w << 16); }
+__device__ __forceinline__ float hi(u32 w) { return __uint_as_float(w & 0xffff0000u); }
+__device__ __forceinline__ float half(u32 w) {
+  float f;
+  asm("{.reg .b16 x; cvt.u16.u32 x, %1; cvt.f32.f16 %0, x;}" : "=f"(f) : "r"(w));
+  return f;
+}
+__device__ __forceinline__ u32 halves(float a, float b) {
+  u32 h;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(h) : "f"(b), "f"(a));
+  return h;
+}
+__device__ __forceinline__ u32 bfloats(float a, float b) {
+  u32 h;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(h) : "f"(b), "f"(a));
+  return h;
+}
+__device__ __forceinline__ u32 model_pair(float a, float b) { return BFLOAT ? bfloats(a, b) : halves(a, b); }
+__device__ __forceinline__ u32 times(u32 a, u32 b) {
+  u32 d;
+  asm("mul.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+  return d;
+}
+__device__ __forceinline__ float ex2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float soften(float x, float cap) {  // cap * tanh(x / cap)
+  const float e = ex2(fminf(x / cap * 2.885390082f, 120.f));
+  return cap * (e - 1.f) / (e + 1.f);
+}
+__device__ __forceinline__ void mma(float* d, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+__device__ __forceinline__ void mma_model(float* d, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  if (!BFLOAT) return mma(d, a0, a1, a2, a3, b0, b1);
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+__device__ __forceinline__ u32 transposed(u32 x) {
+  u32 y;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+  return y;
+}
+// Two 8x8 matrices of 16-bit numbers for each of one or two chunks of 16 bytes: tokens 0 to 7, and 8 to 15.
+template <bool TRANS> __device__ __forceinline__ void load_two(u32 x[2][2], u32 at) {
+  if (TRANS)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(x[0][0]), "=r"(x[0][1]), "=r"(x[1][0]), "=r"(x[1][1]) : "r"(at) : "memory");
+  else
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(x[0][0]), "=r"(x[0][1]), "=r"(x[1][0]), "=r"(x[1][1]) : "r"(at) : "memory");
+}
+template <bool TRANS> __device__ __forceinline__ void load_one(u32 x[2], u32 at) {
+  if (TRANS)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];" : "=r"(x[0]), "=r"(x[1]) : "r"(at) : "memory");
+  else
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];" : "=r"(x[0]), "=r"(x[1]) : "r"(at) : "memory");
+}
+template <int N> __device__ __forceinline__ void load_words(u32* x, u32 at) {
+  if (N % 4 == 0) {
+#pragma unroll
+    for (int i = 0; i < N; i += 4)
+      asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(x[i]), "=r"(x[i + 1]), "=r"(x[i + 2]), "=r"(x[i + 3]) : "r"(at + 4 * i) : "memory");
+  } else if (N % 2 == 0) {
+#pragma unroll
+    for (int i = 0; i < N; i += 2) asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(x[i]), "=r"(x[i + 1]) : "r"(at + 4 * i) : "memory");
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; i++) asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x[i]) : "r"(at + 4 * i) : "memory");
+  }
+}
+__device__ __forceinline__ void store_pair(u32 at, u32 a, u32 b) { asm volatile("st.shared.v2.u32 [%0], {%1,%2};" ::"r"(at), "r"(a), "r"(b) : "memory"); }
+__device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int N> __device__ __forceinline__ void wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
+// N bytes to shared memory; zeros where there is no token.
+template <int N> __device__ __forceinline__ void copy(u32 to, const u8* from, bool there) {
+  if (N == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(there ? 16 : 0) : "memory");
+  } else if (N == 8) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(to), "l"(from), "r"(there ? 8 : 0) : "memory");
+  } else if (N == 4) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(there ? 4 : 0) : "memory");
+  } else {
+    const u16 x = there ? *(const u16*)from : (u16)0;
+    asm volatile("st.shared.u16 [%0], %1;" ::"r"(to), "h"(x) : "memory");
+  }
+}
+
+// A number of the model's type, or (per quantizer) of float32: 0 float16, 1 bfloat16, 2 float32.
+template <int T> struct Number {
+  static constexpr int SIZE = T == 2 ? 4 : 2;
+  static __device__ __forceinline__ float of(const u32* words, int i) {
+    if (T == 2) return __uint_as_float(words[i]);
+    const u32 w = words[i >> 1];
+    return T == 1 ? ((i & 1) ? hi(w) : lo(w)) : half((i & 1) ? w >> 16 : w);
+  }
+  static __device__ __forceinline__ float at(const u8* p, i64 i) {
+    if (T == 2) return ((const float*)p)[i];
+    const u32 w = ((const u16*)p)[i];
+    return T == 1 ? lo(w) : half(w);
+  }
+};
+using Model = Number<BFLOAT>;
+
+// One part of codes: BITS of a code, LOW bits of the code below them, after SKIP bytes of a row. 16 bits are exact numbers.
+template <int DIM, int BITS_, int LOW_, int SKIP_> struct Part {
+  static constexpr int BITS = BITS_, LOW = LOW_, SKIP = SKIP_, WIDTH = DIM * BITS / 8, CHUNKS = (WIDTH + 15) / 16;
+  static constexpr int PLANES = BITS == 16 ? 1 : 8 / BITS, STRIDE = CHUNKS * 16, STEPS = CHUNKS * PLANES;
+  static constexpr int PER = 128 / gcd(STRIDE, 128);  // tokens after which 16 bytes of padding keep banks apart
+  static __device__ __forceinline__ constexpr int place(int token) { return token * STRIDE + (PER < 8 ? token / PER * 16 : 0); }
+  static __device__ __forceinline__ constexpr int channel(int plane, int chunk) { return plane * WIDTH + chunk * 16; }
+  static __device__ __forceinline__ constexpr u32 mask(int plane) { return (((1u << BITS) - 1) * 0x10001u) << (BITS * plane); }
+  // What a code of a plane is to be multiplied by, apart from UNIT.
+  static __device__ __forceinline__ constexpr float factor(int plane) { return (float)(1 << LOW) / (float)(1 << (BITS * plane)); }
+};
+template <int DIM, int BITS> struct Codes {
+  using A = Part<DIM, BITS == 3 ? 2 : BITS, 0, 0>;
+  using B = Part<DIM, BITS == 3 ? 1 : BITS, BITS == 3 ? 2 : 0, A::WIDTH>;
+  static constexpr bool TWO = BITS == 3;
+  static constexpr int ROW = A::WIDTH + (TWO ? B::WIDTH : 0), PIECE = gcd(16, ROW), STEPS = A::STEPS + (TWO ? B::STEPS : 0);
+  static __device__ __forceinline__ constexpr int bytes(int tokens) { return A::place(tokens) + (TWO ? B::place(tokens) : 0); }
+};
+
+// Copies of rows of PIECE bytes times PIECES by a warp: each lane has its own place among them, found once.
+template <int ROW, int TS, class F> struct Rows {
+  static constexpr int PIECE = gcd(16, ROW), PIECES = ROW / PIECE, TOTAL = TS * PIECES, TURNS = (TOTAL + 31) / 32;
+  static constexpr bool EVEN = 32 % PIECES == 0;  // each turn is as many tokens further
+  const u8* from;
+  u32 place;
+  __device__ __forceinline__ void start(int lane) {
+    place = F::place(lane / PIECES, lane % PIECES * PIECE);
+    asm volatile("" : "+r"(place));
+  }
+  __device__ __forceinline__ void open(const u8* data, int lane, i64 token) { from = data + lane / PIECES * token + lane % PIECES * PIECE; }
+  template <bool ALL> __device__ __forceinline__ void copy_all(u32 to, int count, int lane, i64 token) {
+#pragma unroll
+    for (int k = 0; k < TURNS; k++) {
+      if (EVEN) {
+        const int t = 32 / PIECES * k;
+        if (TOTAL % 32 && TOTAL < 32 * (k + 1) && lane + 32 * k >= TOTAL) break;
+        copy<PIECE>(to + place + F::place(t, 0), from + t * token, ALL || t + lane / PIECES < count);
+      } else {
+        const int i = lane + 32 * k, t = i / PIECES, o = i % PIECES * PIECE;
+        if (TOTAL % 32 && i >= TOTAL) break;
+        copy<PIECE>(to + F::place(t, o), from + (t - lane / PIECES) * token + o - lane % PIECES * PIECE, ALL || t < count);
+      }
+    }
+  }
+};
+template <int DIM, int BITS, int TS> struct CodePlaces {
+  using C = Codes<DIM, BITS>;
+  static __device__ __forceinline__ constexpr int place(int t, int o) {
+    return C::TWO && o >= C::A::WIDTH ? C::A::place(TS) + C::B::place(t) + o - C::A::WIDTH : C::A::place(t) + o;
+  }
+};
+template <int ROW> struct Plain {
+  static __device__ __forceinline__ constexpr int place(int t, int o) { return t * ROW + o; }
+};
+
+// The tokens of a row and head in a page.
+__device__ __forceinline__ const u8* place(const Plan& plan, int page, int offset, const Warp& w) {
+  const Page& at = plan.layout.pages[page];
+  return plan.pages[page] + w.row * at.row + w.head * at.head + offset;
+}
+
+// Where the next tile of a side is read.
+template <int DIM, int BITS, int PARAMS_, int TS, bool BY_CHANNEL, int GROUP> struct Reader {
+  static constexpr int PARAMS = PARAMS_ ? PARAMS_ : 16, SETS = TS > GROUP ? TS / GROUP : 1;
+  static constexpr bool PLAIN = !PARAMS_, BY_TOKEN = PARAMS_ && !BY_CHANNEL;
+  Rows<Codes<DIM, BITS>::ROW, TS, CodePlaces<DIM, BITS, TS>> codes;
+  Rows<PARAMS, BY_CHANNEL ? SETS : TS, Plain<PARAMS>> params;
+  int step, group;
+  __device__ __forceinline__ void start(int lane) {
+    codes.start(lane);
+    if (!PLAIN) params.start(lane);
+  }
+  __device__ __forceinline__ void open(const Plan& plan, const Side& s, const Warp& w, int done) {
+    step = BITS == 16 ? s.token : Codes<DIM, BITS>::ROW;
+    group = s.group;
+    codes.open(place(plan, s.data, s.data_offset, w) + (i64)done * token(), w.lane, token());
+    if (!PLAIN) params.open(place(plan, s.params, s.params_offset, w) + (BY_CHANNEL ? 0 : (i64)done * PARAMS), w.lane, PARAMS);
+  }
+  __device__ __forceinline__ i64 token() const { return BITS == 16 ? (i64)step : (i64)Codes<DIM, BITS>::ROW; }
+  __device__ __forceinline__ void fetch(u32 to, u32 to_params, int done, int count, int lane) {
+    if (count >= TS) {
+      codes.template copy_all<true>(to, TS, lane, token());
+      if (BY_TOKEN) params.template copy_all<true>(to_params, TS, lane, PARAMS);
+    } else {
+      codes.template copy_all<false>(to, count, lane, token());
+      if (BY_TOKEN) params.template copy_all<false>(to_params, count, lane, PARAMS);
+    }
+    if (BY_CHANNEL) {
+      Rows<PARAMS, SETS, Plain<PARAMS>> here = params;
+      here.from += (i64)((group + done) / GROUP) * PARAMS;
+      here.template copy_all<false>(to_params, (count + GROUP - 1) / GROUP, lane, PARAMS);
+    }
+  }
+  __device__ __forceinline__ void skip(int tiles) {
+    codes.from += tiles * TS * token();
+    if (BY_TOKEN) params.from += tiles * TS * PARAMS;
+  }
+};

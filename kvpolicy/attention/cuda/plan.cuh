@@ -1,0 +1,59 @@
+// What a launch is given: `Plan`, by value. Its last part, `Layout`, is the same for all layers of a step.
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef long long i64;
+
+constexpr int DK = KEY_DIM, DV = VALUE_DIM, R = ROWS, WARPS = 4;
+constexpr float LOWEST = -1e30f, RISE = 6.f, UNIT = 16777216.f;  // of a code: 2^-24
+constexpr int SLOT = 8 * (DV + 4) + 16;  // floats: what a warp found for its columns, then maximum and sum of each
+constexpr int PART = R * DV + 2 * R;     // the same of a block, for its rows
+constexpr int MAPS = 4;                  // spaces of keys, and of values: the model's own, and those of transforms
+
+struct Side {  // where the keys or the values of a run lie
+  int data, params;                // pages
+  int data_offset, params_offset;  // bytes from there
+  int token, group;                // exact: bytes from token to token; per channel: tokens before the run in its first group
+};
+struct Run {  // neighbouring tokens of one kind
+  Side k, v;
+  int tokens, tile;  // tile: tiles of its kind before it
+  int column, slot;  // of its first token: column of the scores; column of the mask, -1 where `places` has it
+  int causal;        // a query sees this many and its own number of tokens
+};
+struct Kind {
+  int first, last, tiles, weight;  // its runs; weight: what a tile costs, compared with those of other kinds
+  int query, space;                // which queries it takes, and which output its values add to
+};
+struct Page {
+  i64 row, head;  // bytes from row to row, and from head to head
+};
+struct Layout {
+  Kind kinds[KINDS];
+  int parts[MAPS + 1];  // of each space of values the first block of a head
+  int pad;
+  Page pages[PAGES];
+  Run runs[RUNS];
+};
+struct Plan {
+  i64 query_strides[MAPS][3];                                    // elements from row to row, head to head and query to query
+  i64 mask_row, mask_head, mask_group, mask_query, mask_column;  // elements
+  i64 places_row, places_head, out_space;                        // elements; out_space: from the output of one space to the next
+  int kv_heads, groups, queries, parts, columns, spaces;         // groups: query heads per KV head; parts: blocks of a head
+  float scale, cap, hidden;                                      // scale includes log2(e), cap too; hidden: what of a mask hides
+  int pad;
+  const u8* query[MAPS];  // the model's, then in float16 those for transformed keys
+  const u8 *mask, *places;
+  u8* out;
+  float *lse, *partial, *scores, *sums;
+  const float* sinks;
+  u32* counters;
+  const u8* pages[PAGES];
+  Layout layout;
+};
+struct Warp {
+  int lane, row, head, base;  // base: the first of its query rows
+  u32 ring, scratch;
+  float* slot;
+  bool filled;
+};

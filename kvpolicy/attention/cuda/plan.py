@@ -1,0 +1,224 @@
+"""What a launch is given that is the same for all layers of a step: kinds, blocks, runs, and the kernel."""
+
+from __future__ import annotations
+
+import functools
+import math
+import struct
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kvpolicy.attention.cuda.compile import FEW, MANY, Variant
+from kvpolicy.attention.cuda.formats import EXACT, affine_form, kind_of, weight_of
+from kvpolicy.attention.cuda.kernel import Kernel, kernel_of
+from kvpolicy.attention.cuda.layout import MAPS, Declined, Kind, Laid, Run, lay_out
+from kvpolicy.interfaces.backend import AttentionOptions, Part
+from kvpolicy.storage.affine import AffineStore
+
+__all__ = ["KINDS", "WARPS", "Plan", "make_plan"]
+
+KINDS, WARPS = 6, 4
+POINTERS = MAPS + 9
+"""Addresses before those of pages."""
+LOG2E = math.log2(math.e)
+NUMBERS = struct.Struct(f"<{3 * MAPS}q5q3q6i3fi")
+KIND, PARTS, RUN = struct.Struct("<6i"), struct.Struct(f"<{MAPS + 2}i"), struct.Struct("<5i")
+PAGE_BYTES, RUN_BYTES = 16, 68
+MASKS = {torch.bool: 1, torch.float32: 2, torch.bfloat16: 3, torch.float16: 4}
+NEVER = 1 << 30
+NEW = Kind(kind_of(EXACT, EXACT)[0], 0, 0)
+"""The kind of new tokens."""
+_known: dict[tuple[object, ...], set[Kind]] = {}
+"""The kinds that parts of some formats had: a kernel serves them all, so that few are compiled."""
+
+
+class Plan(NamedTuple):
+    """All that is known of a launch before the addresses."""
+
+    kernel: Kernel
+    parts: int
+    """Blocks of a line."""
+    lines: int
+    turns: int
+    """Turns over the query rows of a KV head."""
+    maps: tuple[int, ...]
+    """The views of keys whose transforms queries go through, in the order of their numbers."""
+    spaces: tuple[int, ...]
+    """For each output the view of values whose transforms it goes through, -1 for none."""
+    partial: int
+    """Numbers that blocks write for each other."""
+    numbers: bytes
+    """The arguments are these, then addresses, then `layout`."""
+    addresses: struct.Struct
+    layout: bytes
+    out: tuple[int, ...]
+    """The shape of the output: `[batch, queries, heads, head_dim of values]`, of each space if there are several."""
+    dtype: torch.dtype
+
+
+def make_plan(query: Tensor, part: Part, mask: Tensor | None, places: Tensor | None, options: AttentionOptions) -> Plan:
+    """Plan a launch.
+
+    Raises:
+        Declined: the kernels can't serve the part.
+    """
+    for x in (query, *(part.new or ())):
+        if x.dtype != query.dtype or x.stride(3) != 1 or any(n % 8 for n in x.stride()[:3]):
+            raise Declined(f"numbers in {x.dtype} with strides {x.stride()}")
+    if mask is not None and mask.dtype not in MASKS:
+        raise Declined(f"a mask in {mask.dtype}")
+    laid = lay_out(part, query)
+    kinds, spaces = _kinds(laid, query, part)
+    room = FEW if len(laid.runs) <= FEW[0] and len(laid.pages) <= FEW[1] else MANY
+    if len(kinds) > KINDS or len(laid.runs) > room[0] or len(laid.pages) > room[1]:
+        raise Declined(f"{len(laid.runs)} runs of tokens in {len(laid.pages)} pages and {len(kinds)} ways")
+    batch, heads, queries, _ = query.shape
+    new, out = 0 if part.new is None else part.new[0].shape[2], (batch, queries, heads, part.value_dim)
+    causal = queries > 1 and new > 0 and (mask is None or mask.shape[3] != queries)
+    rows = heads // part.kv_heads * queries
+    size = 4 if rows <= 4 else 8
+    variant = Variant(
+        (query.shape[3], part.value_dim),
+        size,
+        query.dtype == torch.bfloat16,
+        tuple(kind.name for kind in kinds),
+        room,
+        0 if mask is None else MASKS[mask.dtype],
+        0 if places is None else places.element_size(),
+        causal,
+        options.softcap is not None,
+        not options.alone or any(spaces),
+        options.observer is not None,
+    )
+    kernel = kernel_of(variant, query.get_device())
+    if not kernel.slots:
+        raise Declined(f"a block needs {kernel.shared} bytes of shared memory, more than this card has")
+    lines, turns = batch * part.kv_heads, -(-rows // size)
+    costs = _costs(laid.runs, spaces)
+    parts = _blocks(lines * turns, laid.runs, kernel.slots, costs)
+    slot = mask.shape[-1] - new if mask is not None else 0
+    later = new - queries if causal else NEVER
+    body = _pack(laid, part, kinds, spaces, parts, slot, -1 if places is not None else None, later, room[1])
+    size_of = KIND.size * len(kinds) + PARTS.size + PAGE_BYTES * room[1] + RUN_BYTES * room[0]
+    return Plan(
+        kernel,
+        sum(parts),
+        lines,
+        turns,
+        tuple(laid.maps[0]),
+        tuple(laid.maps[1][space - 1] if space else -1 for space in spaces),
+        0 if sum(parts) == 1 else lines * turns * sum(parts) * size * (part.value_dim + 2),
+        _numbers(query, part, mask, places, options, sum(parts), len(spaces)),
+        struct.Struct(f"<{POINTERS + len(laid.pages)}Q{8 * (room[1] - len(laid.pages))}x"),
+        body.ljust(size_of, b"\0"),
+        out if len(spaces) == 1 else (len(spaces), *out),
+        torch.float32 if variant.wide else query.dtype,
+    )
+
+
+def _numbers(
+    query: Tensor,
+    part: Part,
+    mask: Tensor | None,
+    places: Tensor | None,
+    options: AttentionOptions,
+    parts: int,
+    spaces: int,
+) -> bytes:
+    """Strides and numbers as the kernel reads them; queries behind transforms are in order of KV heads."""
+    batch, heads, queries, dim = query.shape
+    new = 0 if part.new is None else part.new[0].shape[2]
+    mapped = (heads * queries * dim, queries * dim, dim)
+    hidden = 0.0 if mask is None or mask.dtype == torch.bool else torch.finfo(mask.dtype).min / 2
+    return NUMBERS.pack(
+        *query.stride()[:3], *mapped * (MAPS - 1), *_steps(mask, 5), *_steps(places, 2)[:2],
+        batch * queries * heads * part.value_dim,
+        part.kv_heads, heads // part.kv_heads, queries, parts, part.width + new, spaces,
+        options.scaling * LOG2E, (options.softcap or 0.0) * LOG2E, hidden, 0,
+    )  # fmt: skip
+
+
+def _steps(x: Tensor | None, dims: int) -> list[int]:
+    """Elements from one to the next along each dimension, 0 where all are the same."""
+    if x is None or x.ndim == 1:
+        return [0] * dims
+    return [step if size > 1 else 0 for step, size in zip(x.stride(), x.shape, strict=True)]
+
+
+def _kinds(laid: Laid, query: Tensor, part: Part) -> tuple[list[Kind], list[int]]:
+    """The kinds that the kernel is to serve, in order of space, and the spaces of values in which tokens lie."""
+    own = {run.kind for run in laid.runs}
+    forms = tuple(
+        tuple(sorted({affine_form(s) for s, *_ in views if isinstance(s, AffineStore) and s.parts["codes"].length}))
+        for views in (part.keys, part.values)
+    )
+    known = _known.setdefault((query.dtype, query.shape[3], part.value_dim, forms), {NEW})
+    known |= own
+    spaces = sorted({kind.space for kind in own})
+    return sorted(known, key=lambda kind: (kind.space, kind)), spaces
+
+
+def _costs(runs: list[Run], spaces: list[int]) -> list[int]:
+    """What the tiles of each space cost."""
+    found = dict.fromkeys(spaces, 0)
+    for run in runs:
+        found[run.kind.space] += -(-run.tokens // run.tile) * weight_of(run.kind.name)
+    return [found[space] for space in spaces]
+
+
+def _blocks(lines: int, runs: list[Run], slots: int, costs: list[int]) -> list[int]:
+    """Into how many blocks the tokens of a head are split, for each space of values."""
+    parts = _parts(lines, sum(-(-run.tokens // run.tile) for run in runs), slots)
+    if len(costs) == 1:
+        return [parts]
+    total = sum(costs)
+    return [max(1, round(max(parts, len(costs)) * cost / total)) for cost in costs]
+
+
+@functools.lru_cache(maxsize=256)
+def _parts(lines: int, tiles: int, slots: int) -> int:
+    """Into how many blocks the tokens of a head are split: what a simple account of time finds best.
+
+    A tile takes a warp some 0.7 us where a card is full, and a block some 3 us apart from them.
+    """
+    best, least = 1, math.inf
+    for parts in range(1, max(1, min(256, -(-tiles // WARPS))) + 1):
+        waves = -(-lines * parts // slots)
+        time = waves * (3.0 + 0.7 * -(-tiles // (parts * WARPS))) + 0.01 * parts
+        if time < least:
+            best, least = parts, time
+    return best
+
+
+def _pack(
+    laid: Laid,
+    part: Part,
+    kinds: list[Kind],
+    spaces: list[int],
+    parts: list[int],
+    slot: int,
+    placed: int | None,
+    later: int,
+    room: int,
+) -> bytes:
+    """Kinds, blocks, pages and runs as the kernel reads them; there is room for so many pages."""
+    number = {space: i for i, space in enumerate(spaces)}
+    heads, bodies, first = [], [], 0
+    last = laid.runs[-1] if part.new is not None else None
+    for kind in kinds:
+        own = [run for run in laid.runs if run.kind == kind]
+        tiles = 0
+        for run in own:
+            new = run is last
+            column = slot if new else placed if placed is not None else run.at
+            bodies += [run.where, RUN.pack(run.tokens, tiles, run.at, column, later if new else NEVER)]
+            tiles += -(-run.tokens // run.tile)
+        stands = (first, first + len(own), tiles, weight_of(kind.name), kind.query, number.get(kind.space, 0))
+        heads.append(KIND.pack(*stands))
+        first += len(own)
+    ends = [sum(parts[:i]) for i in range(len(parts) + 1)]
+    heads.append(PARTS.pack(*ends, *[ends[-1]] * (MAPS + 2 - len(ends))))
+    pages = b"".join(laid.pages)
+    return b"".join([*heads, pages.ljust(PAGE_BYTES * room, b"\0"), *bodies])

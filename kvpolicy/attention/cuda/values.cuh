@@ -1,0 +1,177 @@
+// Weighted values, per token and exact, and what a warp writes down of them.
+// What a warp found for its columns goes to its slot, together with what is there from other kinds.
+struct Writer {
+  float old[2], fresh[2];
+  bool filled;
+  float* at;
+  __device__ __forceinline__ void open(Warp& w, float m[2], float l[2]) {
+    const int c = w.lane & 3;
+    float* sums = w.slot + 8 * (DV + 4) + 4 * c;
+    filled = w.filled;
+    at = w.slot + 2 * c * (DV + 4);
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+#pragma unroll
+      for (int x = 4; x < 32; x <<= 1) l[j] += __shfl_xor_sync(~0u, l[j], x);
+      if (filled) {
+        const float before = sums[2 * j], top = fmaxf(before, m[j]);
+        old[j] = ex2(before - top);
+        fresh[j] = ex2(m[j] - top);
+        m[j] = top;
+        l[j] = l[j] * fresh[j] + sums[2 * j + 1] * old[j];
+      }
+    }
+    __syncwarp();
+    if (w.lane < 4) *(float4*)sums = make_float4(m[0], l[0], m[1], l[1]);
+    w.filled = true;
+  }
+  __device__ __forceinline__ void put(int ch, bool there, bool more, float a, float b) {
+    if (!there) return;
+    const float x[2] = {a, b};
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+      float* to = at + j * (DV + 4) + ch;
+      *to = more ? *to + (filled ? x[j] * fresh[j] : x[j]) : filled ? *to * old[j] + x[j] * fresh[j] : x[j];
+    }
+  }
+};
+
+template <int BITS, int GROUP, int T, int TS> struct TokenValues {
+  using C = Codes<DV, BITS>;
+  using A = typename C::A;
+  using B = typename C::B;
+  static constexpr int GROUPS = DV / GROUP, PARAMS = 2 * GROUPS * Number<T>::SIZE, NB = TS / 16, NS = R == 8 ? NB : 1;
+  static constexpr int BYTES = C::bytes(TS), PARAM_BYTES = (TS * PARAMS + 15) / 16 * 16;
+  using Source = Reader<DV, BITS, PARAMS, TS, false, 1>;
+  struct State {
+    float acc[C::STEPS][4], o[2][GROUPS];
+    __device__ __forceinline__ void start() {
+#pragma unroll
+      for (int i = 0; i < C::STEPS * 4; i++) acc[0][i] = 0.f;
+#pragma unroll
+      for (int i = 0; i < 2 * GROUPS; i++) o[0][i] = 0.f;
+    }
+    __device__ __forceinline__ void rescale(const float f[2]) {
+#pragma unroll
+      for (int i = 0; i < C::STEPS * 4; i++) acc[0][i] *= f[i & 1];
+#pragma unroll
+      for (int g = 0; g < GROUPS; g++) {
+        o[0][g] *= f[0];
+        o[1][g] *= f[1];
+      }
+    }
+    __device__ __forceinline__ void add(u32 data, u32 params, const Warp& w, float p[NS][4]) {
+      const int c = w.lane & 3, r = w.lane >> 2;
+      u32 e[NS][GROUPS][2];
+#pragma unroll
+      for (int n = 0; n < NS; n++) {
+        const int tok = (R == 8 ? 16 * n : NB == 2 && c >= 2 ? 16 : 0) + r;
+        u32 par[2][PARAMS / 4];
+        load_words<PARAMS / 4>(par[0], params + tok * PARAMS);
+        load_words<PARAMS / 4>(par[1], params + (tok + 8) * PARAMS);
+#pragma unroll
+        for (int g = 0; g < GROUPS; g++)
+#pragma unroll
+          for (int h = 0; h < 2; h++) {
+            const float s = Number<T>::of(par[h], g), z = Number<T>::of(par[h], GROUPS + g);
+            o[0][g] += p[n][2 * h] * z;
+            o[1][g] += p[n][2 * h + 1] * z;
+            e[n][g][h] = transposed(halves(p[n][2 * h] * s, p[n][2 * h + 1] * s));
+          }
+      }
+#pragma unroll
+      for (int b = 0; b < NB; b++) {
+        u32 x[A::CHUNKS][2], y[B::CHUNKS][2], z[GROUPS][2];
+        load_part<A, true>(x, data, w.lane, b);
+        if (C::TWO) load_part<B, true>(y, data + A::place(TS), w.lane, b);
+#pragma unroll
+        for (int i = 0; i < GROUPS * 2; i++) z[0][i] = R == 8 ? e[b * (NS - 1) / (NB > 1 ? NB - 1 : 1)][0][i] : (r >> 2) == b ? e[0][0][i] : 0u;
+#pragma unroll
+        for (int q = 0; q < A::PLANES; q++)
+#pragma unroll
+          for (int k = 0; k < A::CHUNKS; k++) weigh<A>(acc[q * A::CHUNKS + k], x[k], q, z[A::channel(q, k) / GROUP]);
+        if (C::TWO) {
+#pragma unroll
+          for (int q = 0; q < B::PLANES; q++)
+#pragma unroll
+            for (int k = 0; k < B::CHUNKS; k++) weigh<B>(acc[A::STEPS + q * B::CHUNKS + k], y[k], q, z[B::channel(q, k) / GROUP]);
+        }
+      }
+    }
+    template <class P> static __device__ __forceinline__ void weigh(float* d, const u32 x[2], int plane, const u32 z[2]) {
+      const u32 m = P::mask(plane);
+      mma(d, x[0] & m, (x[0] >> 8) & m, x[1] & m, (x[1] >> 8) & m, z[0], z[1]);
+    }
+    template <class P> __device__ __forceinline__ void write(Writer& out, int r, int first) {
+#pragma unroll
+      for (int q = 0; q < P::PLANES; q++)
+#pragma unroll
+        for (int k = 0; k < P::CHUNKS; k++)
+#pragma unroll
+          for (int h = 0; h < 2; h++) {
+            const float* d = acc[first + q * P::CHUNKS + k] + 2 * h;
+            const float unit = UNIT * P::factor(q);
+            const int g = P::channel(q, k) / GROUP, within = 16 * k + 2 * r + h, ch = q * P::WIDTH + within;
+            const bool there = within < P::WIDTH;
+            out.put(ch, there, first > 0, fmaf(d[0], unit, first ? 0.f : o[0][g]), fmaf(d[1], unit, first ? 0.f : o[1][g]));
+          }
+    }
+    __device__ __forceinline__ void finish(Warp& w, float m[2], float l[2]) {
+#pragma unroll
+      for (int i = 0; i < 2 * GROUPS; i++)
+#pragma unroll
+        for (int x = 4; x < 32; x <<= 1) o[0][i] += __shfl_xor_sync(~0u, o[0][i], x);
+      Writer out;
+      out.open(w, m, l);
+      write<A>(out, w.lane >> 2, 0);
+      if (C::TWO) {
+        __syncwarp();
+        write<B>(out, w.lane >> 2, A::STEPS);
+      }
+      __syncwarp();
+    }
+  };
+};
+
+template <int TS> struct ExactValues {
+  using P = Part<DV, 16, 0, 0>;
+  static constexpr int NB = TS / 16, NS = R == 8 ? NB : 1, BYTES = P::place(TS), PARAM_BYTES = 0;
+  using Source = Reader<DV, 16, 0, TS, false, 1>;
+  struct State {
+    float acc[DV / 16][4];
+    __device__ __forceinline__ void start() {
+#pragma unroll
+      for (int i = 0; i < DV / 4; i++) acc[0][i] = 0.f;
+    }
+    __device__ __forceinline__ void rescale(const float f[2]) {
+#pragma unroll
+      for (int i = 0; i < DV / 4; i++) acc[0][i] *= f[i & 1];
+    }
+    __device__ __forceinline__ void add(u32 data, u32, const Warp& w, float p[NS][4]) {
+      const int r = w.lane >> 2;
+      const u32 at = data + P::place(w.lane & 15) + (w.lane >> 4) * 16;
+#pragma unroll
+      for (int b = 0; b < NB; b++) {
+        const float* y = p[R == 8 ? b : 0];
+        u32 e0 = transposed(model_pair(y[0], y[1])), e1 = transposed(model_pair(y[2], y[3]));
+        if (R == 4 && (r >> 2) != b) e0 = e1 = 0u;
+#pragma unroll
+        for (int i = 0; i < DV / 16; i++) {
+          u32 x[2][2];
+          load_two<true>(x, at + b * P::place(16) + i * 32);
+          mma_model(acc[i], x[0][0], x[1][0], x[0][1], x[1][1], e0, e1);
+        }
+      }
+    }
+    __device__ __forceinline__ void finish(Warp& w, float m[2], float l[2]) {
+      Writer out;
+      out.open(w, m, l);
+#pragma unroll
+      for (int i = 0; i < DV / 16; i++)
+#pragma unroll
+        for (int h = 0; h < 2; h++)
+          out.put(16 * i + 8 * h + (w.lane >> 2), true, false, acc[i][2 * h], acc[i][2 * h + 1]);
+      __syncwarp();
+    }
+  };
+};

@@ -1,0 +1,322 @@
+"""Decode steps of attached models as CUDA graphs: the host launches a step, not its thousand kernels.
+
+Between two steps a model differs in its token and the token's position; the cache differs in what its attention reads.
+So a step is captured once for each batch size. At each step the pending tokens enter the tiers as always, each
+attention of the graph is given its new arguments, and the graph is replayed. Whatever is unusual runs as it would
+without graphs.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+from weakref import ReferenceType, WeakKeyDictionary, ref
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import ModelOutput
+
+from kvpolicy.attention.attend import whole
+from kvpolicy.hf.cache import CompressedCache
+from kvpolicy.hf.calls import BY_NAME, WORDS, Call, names_of, parts_of, path_between
+from kvpolicy.hf.layer import TieredLayer
+from kvpolicy.hf.modes import nothing_hidden, precise
+from kvpolicy.layer.layer import LayerCache
+
+WARM = 2
+"""Steps that run without a graph first, so that all that happens once has happened."""
+KEPT = 8
+"""Graphs of a model that are kept."""
+TENSORS = ("input_ids", "position_ids", "cache_position")
+PLAIN = (bool, int, float, str, type(None))
+_graphs: WeakKeyDictionary[nn.Module, Graphs] = WeakKeyDictionary()
+_recipes: WeakKeyDictionary[CompressedCache, str] = WeakKeyDictionary()
+
+
+class Unusual(Exception):
+    """A step that can't be replayed; its text says why."""
+
+
+class Graphs:
+    """The graphs of an attached model."""
+
+    def __init__(self, owner: nn.Module) -> None:
+        self.names = names_of(owner)
+        self.steps: dict[Any, Captured] = {}
+        self.warm: Counter[Any] = Counter()
+        self.reasons: Counter[str] = Counter()
+        """Why steps ran without a graph, and how many."""
+        self.replayed = 0
+        """Steps that were replayed."""
+
+    def forward(self, original: Callable[..., Any], owner: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        call = Call(self.names, args, kwargs)
+        try:
+            cache, given, key = _usual(call)
+            step = self._step(original, owner, call, cache, given, key)
+        except Unusual as reason:
+            self.reasons[str(reason)] += 1
+            return original(*args, **kwargs)
+        self.replayed += 1
+        return step.replay(cache, given)
+
+    def _step(
+        self,
+        original: Callable[..., Any],
+        owner: nn.Module,
+        call: Call,
+        cache: CompressedCache,
+        given: dict[str, Tensor],
+        key: Any,
+    ) -> Captured:
+        """The graph of a step, its arguments those of this one."""
+        _commit(cache, given["input_ids"].device)
+        step = self.steps.get(key)
+        if step is not None and not step.fresh():
+            del self.steps[key]
+            step = None
+        if step is None:
+            if self.warm[key] < WARM:
+                self.warm[key] += 1
+                raise Unusual("the first steps of a kind run without")
+            step = self._capture(original, owner, call, cache, given)
+            if len(self.steps) >= KEPT:
+                self.steps.pop(next(iter(self.steps)))
+            self.steps[key] = step
+        elif step.reason is None:
+            step.renew(cache)
+        if step.reason is not None:
+            raise Unusual(step.reason)
+        return step
+
+    def _capture(
+        self,
+        original: Callable[..., Any],
+        owner: nn.Module,
+        call: Call,
+        cache: CompressedCache,
+        given: dict[str, Tensor],
+    ) -> Captured:
+        step = Captured(owner, given)
+        before = cache.get_seq_length()
+        try:
+            if step.reason is None:
+                step.capture(original, call, cache)
+        except Exception as error:
+            step.reason = f"the model can't be captured: {type(error).__name__}: {error}"[:200]
+        if step.reason is not None:
+            step.graph = step.out = None
+            for tiers in _tiers(cache):
+                tiers.revert(before)
+        return step
+
+
+class Captured:
+    """A step of a model with one batch size."""
+
+    def __init__(self, owner: nn.Module, given: dict[str, Tensor]) -> None:
+        from kvpolicy.attention.cuda.graph import Recording
+
+        device = given["input_ids"].device
+        self.reason: str | None = None
+        """Why it can't be replayed."""
+        self.given = {name: x.clone() for name, x in given.items()}
+        self.recording = Recording(device)
+        self.graph: Any = None
+        self.out: Any = None
+        self.new: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
+        """Of each layer its staged and its pending tokens, which the graph writes."""
+        self.user: ReferenceType[CompressedCache] | None = None
+        """The cache whose pending tokens these are now."""
+        self.parts = _parts(owner)
+        self.weights, self.hooks = _weights(self.parts), _hooks(owner)
+        self.count = _count(self.hooks)
+        if self.count > 2 * (len(path_between(*parts_of(owner))) - 1):  # those of attached models are two each
+            self.reason = "hooks inside the model"
+
+    def fresh(self) -> bool:
+        """Whether the model is as it was captured."""
+        return self.weights == _weights(self.parts) and self.count == _count(self.hooks)
+
+    def capture(self, original: Callable[..., Any], call: Call, cache: CompressedCache) -> None:
+        """Capture a step, whose tokens become those of `cache` when it is replayed."""
+        from kvpolicy.attention.cuda.graph import recording
+
+        kwargs: dict[str, Any] = {name: call.get(name) for name in _named(call) if name not in TENSORS}
+        kwargs |= self.given
+        mask = kwargs["attention_mask"] = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=self.recording.device)
+        self.graph = torch.cuda.CUDAGraph(keep_graph=True)
+        token = nothing_hidden.set(mask)
+        try:
+            with recording(self.recording), torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+                self.out = original(**kwargs)
+        finally:
+            nothing_hidden.reset(token)
+        tiers = _tiers(cache)
+        launches = self.recording.launches
+        if not isinstance(self.out, ModelOutput):
+            self.reason = "the model gives no ModelOutput"
+        elif self.recording.unfit is not None:
+            self.reason = self.recording.unfit
+        elif [_reader(launch, tiers) for launch in launches] != list(range(len(tiers))):
+            self.reason = "not every layer reads its own tokens in one launch"
+        if self.reason is None:
+            self.graph.instantiate()
+            self.new = [(dict(layer.staged), dict(layer.pending)) for layer in tiers]
+            self.user = ref(cache)
+
+    def renew(self, cache: CompressedCache) -> None:
+        """Let the graph read `cache` as it is now."""
+        from kvpolicy.attention.cuda.backend import renew
+
+        handle = self.graph.raw_cuda_graph_exec()
+        for launch, layer in zip(self.recording.launches, _tiers(cache), strict=True):
+            reason = renew(handle, launch, whole(layer, launch.call[1]))
+            if reason is not None:
+                raise Unusual(reason)
+
+    def replay(self, cache: CompressedCache, given: dict[str, Tensor]) -> Any:
+        """The step's output; its tokens are now those of `cache`."""
+        before = None if self.user is None else self.user()
+        if before is not None and before is not cache:
+            self._release(before)
+        for name, x in given.items():
+            self.given[name].copy_(x, non_blocking=True)
+        self.graph.replay()
+        for layer, (staged, pending) in zip(_tiers(cache), self.new, strict=True):
+            layer.staged, layer.pending = dict(staged), dict(pending)
+        self.user = ref(cache)
+        found = {
+            name: x.clone() if isinstance(x, Tensor) else cache if isinstance(x, CompressedCache) else x
+            for name, x in self.out.items()
+        }
+        return type(self.out)(**found)
+
+    def _release(self, cache: CompressedCache) -> None:
+        """Give a cache pending tokens of its own, before the graph writes those of another."""
+        for layer, (_, pending) in zip(_tiers(cache), self.new, strict=True):
+            for side, x in pending.items():
+                if layer.pending.get(side) is x:
+                    layer.pending[side] = x.clone()
+
+
+def _usual(call: Call) -> tuple[CompressedCache, dict[str, Tensor], Any]:
+    """Cache, tensors and kind of a step that may be replayed.
+
+    Raises:
+        Unusual: it may not.
+    """
+    cache, ids = call.compressed(), call.get("input_ids")
+    if not isinstance(cache, CompressedCache) or not cache.reading.attached:
+        raise Unusual("no compressed cache")
+    if not isinstance(ids, Tensor) or ids.device.type != "cuda" or ids.shape[1:] != (1,):
+        raise Unusual("not one token on a GPU")
+    if torch.is_grad_enabled() or torch.cuda.is_current_stream_capturing() or torch.is_autocast_enabled("cuda"):
+        raise Unusual("gradients, autocast or another capture")
+    if not all(isinstance(layer, TieredLayer) for layer in cache.layers) or not cache.get_seq_length():
+        raise Unusual("layers that are not compressed, or hold nothing")
+    mask = call.get("attention_mask")
+    if mask is not None and (mask.ndim != 2 or cache.padding is not None or not bool(mask.all())):
+        raise Unusual("a mask that hides tokens")
+    others = {name: call.get(name) for name in _named(call) if name not in (*TENSORS, *WORDS, "attention_mask")}
+    if not all(isinstance(x, PLAIN) for x in others.values()):
+        raise Unusual("other arguments")
+    given = {name: call.get(name) for name in TENSORS if isinstance(call.get(name), Tensor)}
+    if "position_ids" not in given:
+        if "position_ids" not in call.names:
+            raise Unusual("no argument for positions")
+        seen = cache.get_seq_length()
+        given["position_ids"] = torch.full((1, 1), seen, dtype=torch.int64, device=ids.device)
+    shapes = tuple((name, x.shape, x.dtype, x.device) for name, x in given.items())
+    modes = torch.is_inference_mode_enabled(), len(cache.layers)
+    return cache, given, (shapes, tuple(sorted(others.items())), modes, _recipe(cache))
+
+
+def _recipe(cache: CompressedCache) -> str:
+    """What tells recipes apart: whether a step can be replayed depends on them."""
+    found = _recipes.get(cache)
+    if found is None:
+        found = _recipes[cache] = repr(cache.recipe)
+    return found
+
+
+def _named(call: Call) -> list[str]:
+    """The names of the arguments that a call gives."""
+    places = call.names[: call.names.index(BY_NAME)] if BY_NAME in call.names else call.names
+    return [*places[: len(call.args)], *call.kwargs]
+
+
+def _commit(cache: CompressedCache, device: torch.device) -> None:
+    """Let the pending tokens into the tiers, as the layers would one after the other.
+
+    Raises:
+        Unusual: rows or heads hold other tokens, or policies ask for attention.
+    """
+    tiers = _tiers(cache)
+    if any(layer.tells_apart or layer.placement.kinds for layer in tiers):
+        raise Unusual("rows or heads that hold tokens of their own")
+    with torch.no_grad(), precise(device):
+        for layer in tiers:
+            layer.commit(1)
+            layer.columns()  # what a step knows of them comes to the device here, not within a capture
+    if any(not layer.committed or layer.step.by_head for layer in tiers):
+        raise Unusual("rows or heads that hold tokens of their own")
+
+
+def _tiers(cache: CompressedCache) -> list[LayerCache]:
+    return [layer.tiers for layer in cache.layers]
+
+
+def _reader(launch: Any, tiers: list[LayerCache]) -> int:
+    """The number of the layer whose stores a launch reads; -1 for none."""
+    own = {id(store) for store in launch.stores}
+    every = ({id(s) for stores in layer.stores.values() for s in stores} for layer in tiers)
+    return next((i for i, stores in enumerate(every) if own & stores), -1)
+
+
+def _parts(owner: nn.Module) -> list[dict[str, Any]]:
+    """What the modules of a model consist of."""
+    every = (part for m in owner.modules() for part in (m._parameters, m._buffers, m._modules))
+    return [part for part in every if part]
+
+
+def _weights(parts: list[dict[str, Any]]) -> list[int]:
+    """Which modules these are, and where their weights lie."""
+    return [x.data_ptr() if isinstance(x, Tensor) else id(x) for part in parts for x in part.values()]
+
+
+def _hooks(owner: nn.Module) -> list[dict[Any, Any]]:
+    """The hooks of all modules inside a model, which a replay does not run."""
+    inside = (m for m in owner.modules() if m is not owner)
+    return [hooks for m in inside for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+
+
+def _count(hooks: list[dict[Any, Any]]) -> int:
+    return sum(map(len, hooks))
+
+
+def forward(owner: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The forward of a model that is attached with graphs, and of its copies, which have none."""
+    graphs = _graphs.get(owner)
+    return original(*args, **kwargs) if graphs is None else graphs.forward(original, owner, args, kwargs)
+
+
+def install(owner: nn.Module) -> Graphs:
+    """Let a model replay its decode steps."""
+    found = _graphs[owner] = Graphs(owner)
+    given = functools.partial(forward, owner, owner.forward)
+    owner.__dict__["forward"] = functools.update_wrapper(given, owner.forward)
+    return found
+
+
+def remove(owner: nn.Module) -> None:
+    """Leave a model as it was."""
+    _graphs.pop(owner, None)
+    given = owner.__dict__.get("forward")
+    if isinstance(given, functools.partial) and given.func is forward:
+        del owner.__dict__["forward"]
+        before = given.args[1]
+        if getattr(before, "__func__", None) is not type(owner).forward:
+            owner.__dict__["forward"] = before

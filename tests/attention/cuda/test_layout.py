@@ -1,0 +1,106 @@
+"""What is handed to the kernels, read by another reader on a CPU: where tokens lie, masks, transforms, blocks."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from kernel_reader import fake_kernel, fake_launch
+from served import Served, additive, channel, own, some, token
+
+from kvpolicy.attention.cuda import backend, plan
+from kvpolicy.interfaces.backend import AttentionSpec
+
+
+@pytest.fixture(autouse=True)
+def _on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(plan, "kernel_of", fake_kernel)
+    monkeypatch.setattr(backend, "launch", fake_launch)
+    for name in ("counters", "partials"):
+        monkeypatch.setattr(backend, name, lambda count, device: torch.zeros(count))
+    monkeypatch.setattr(backend, "_plans", {})
+    monkeypatch.setattr(plan, "_known", {})
+    with torch.no_grad():
+        yield
+
+
+def served(recipe: Any, **more: Any) -> Served:
+    return Served(recipe, dim=64, groups=2, device="cpu", **more)
+
+
+@pytest.mark.parametrize(
+    "name", ["logquant", "kivi", "balanced", "hf-quantized", "kivi-sink", "streaming-quant", "mikv", "h2o"]
+)
+def test_recipes(name: str) -> None:
+    served(name).check((213, 1, 3, 1))
+
+
+@pytest.mark.parametrize("mask", [some, additive])
+@pytest.mark.parametrize("name", ["logquant", "kivi"])
+def test_masks(name: str, mask: Any) -> None:
+    served(name).check((150, 1, 2), mask=mask)
+
+
+@pytest.mark.parametrize("name", ["logquant", "kivi"])
+def test_tokens_in_several_pages(name: str) -> None:
+    served(name).check((1500, 300, 1))
+
+
+def test_padded_rows() -> None:
+    served("logquant").check((150, 1, 1), pad=37)
+
+
+def test_softcap_and_sinks() -> None:
+    served("kivi").check((150, 2), softcap=30.0, sinks=torch.randn(4))
+
+
+@pytest.mark.parametrize(
+    ("keys", "values"),
+    [
+        (token(3), token(1)),
+        (channel(2, 48), token(4)),
+        (channel(8, 16, scale_dtype="float32"), "full"),
+        ("full", token(8, 32, scale_dtype="float32")),
+        (token(2, transforms=[{"kind": "hadamard", "seed": 3}]), token(2, transforms=[{"kind": "hadamard"}])),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_formats(keys: Any, values: Any, dtype: torch.dtype) -> None:
+    served(own(keys, values), dtype=dtype).check((150, 2, 60, 1))
+
+
+def test_values_of_another_width() -> None:
+    served(own(channel(2), token(2)), value_dim=96).check((150, 1))
+
+
+def test_of_an_extra_that_is_there_in_part_one_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = AttentionSpec(
+        ("exact",), ("exact",), "cuda", torch.bfloat16, 64, 64, 4, 1, False, False, False, False
+    )  # fmt: skip
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(backend, "missing", lambda: "NVRTC can't be loaded")
+    backend._tell.cache_clear()
+    with pytest.warns(UserWarning, match=r"since NVRTC can't be loaded; .* torch was built with, 12\.8"):
+        assert backend.Cuda().refuses(spec) == "NVRTC can't be loaded"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert backend.Cuda().refuses(spec) == "NVRTC can't be loaded"
+    backend._tell.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "why"),
+    [
+        ("partial-logquant", "runs of tokens"),
+        ("zipcache", "no multiple of 16 tokens"),
+        (own(token(4, 32), channel(4)), "values: values per channel"),
+        (own(token(4, 32, scale_dtype="e8m0"), "full"), "keys: scales in e8m0"),
+    ],
+)
+def test_what_is_not_served_is_declined_in_a_sentence(recipe: Any, why: str) -> None:
+    with pytest.raises(AssertionError, match=why):
+        served(recipe).check((613, 1))

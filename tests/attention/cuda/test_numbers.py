@@ -1,0 +1,114 @@
+"""On a GPU the kernels give what the reference gives, over formats, shapes, masks and policies."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from served import Served, additive, channel, own, some, token
+
+from kvpolicy.attention.cuda.compile import missing
+
+absent = "no CUDA device" if not torch.cuda.is_available() else missing()
+pytestmark = pytest.mark.skipif(absent is not None, reason=f"the kernels can't run: {absent}")
+DEVICE = "cuda"
+
+
+@pytest.fixture(autouse=True)
+def _no_grad() -> Any:
+    with torch.no_grad():
+        yield
+
+
+@pytest.mark.parametrize(
+    "name", ["logquant", "kivi", "balanced", "hf-quantized", "streaming-quant", "kivi-sink", "atom", "mikv"]
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_recipes(name: str, dtype: torch.dtype) -> None:
+    Served(name, dtype=dtype).check()
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
+def test_bits_and_head_dims_per_token(bits: int, dim: int) -> None:
+    if (bits, dim) == (8, 80):
+        pytest.skip("groups of 40 channels cut sixteen channels of 8 bits in two")
+    Served(own(token(bits), token(bits)), dim=dim).check((300, 1))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("group", [16, 32, 48, 64, 128])
+def test_bits_and_groups_per_channel(bits: int, group: int) -> None:
+    Served(own(channel(bits, group), token(4))).check((500, 1))
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3, 5, 7, 8, 12])
+def test_any_number_of_query_heads(groups: int) -> None:
+    Served("logquant", groups=groups).check((300, 1, 5))
+
+
+@pytest.mark.parametrize(
+    ("keys", "values"),
+    [
+        (token(2, 16), token(2, 128)),
+        (token(4), token(2)),
+        ("full", token(2)),
+        (channel(4), "full"),
+        (token(2, scale_dtype="float32"), token(2, 32, scale_dtype="float32")),
+        (channel(2, scale_dtype="float32"), token(2, 32, scale_dtype="float32")),
+        (token(4, "head", transforms=[{"kind": "scale"}]), token(4, "head", transforms=[{"kind": "scale"}])),
+        (token(2, transforms=[{"kind": "hadamard", "seed": 1}]), token(2)),
+        (channel(2), token(2, transforms=[{"kind": "hadamard"}])),
+    ],
+)
+def test_formats_that_differ(keys: Any, values: Any) -> None:
+    Served(own(keys, values)).check((500, 3, 1))
+
+
+@pytest.mark.parametrize("name", ["logquant", "kivi", "balanced"])
+@pytest.mark.parametrize("mask", [some, additive])
+def test_masks(name: str, mask: Any) -> None:
+    Served(name).check((500, 1, 3), mask=mask)
+
+
+@pytest.mark.parametrize("name", ["logquant", "kivi"])
+def test_softcap_and_sinks(name: str) -> None:
+    Served(name).check(softcap=30.0, sinks=torch.randn(8, device=DEVICE))
+
+
+@pytest.mark.parametrize("name", ["logquant", "h2o"])
+def test_padded_rows(name: str) -> None:
+    Served(name).check((300, 1, 1), pad=37)
+
+
+@pytest.mark.parametrize("name", ["h2o", "mas", "mikv"])
+def test_policies_are_told_of_attention(name: str) -> None:
+    Served(name).check((300, 1, 1, 20))
+
+
+@pytest.mark.parametrize(("dim", "value_dim"), [(128, 64), (64, 128), (96, 64), (256, 128)])
+def test_values_of_another_width(dim: int, value_dim: int) -> None:
+    Served(own(channel(2), token(4, 16)), dim=dim, value_dim=value_dim).check((300, 1, 5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_masks_of_other_types(dtype: torch.dtype) -> None:
+    def mask(*given: Any) -> torch.Tensor:
+        return additive(*given, dtype)
+
+    Served("logquant", dtype=torch.float16).check((300, 1, 4), mask=mask)
+
+
+def test_a_row_that_sees_nothing_is_zero() -> None:
+    def mask(batch: int, heads: int, n: int, seen: int, device: str) -> torch.Tensor:
+        found = torch.ones((batch, 1, n, seen), dtype=torch.bool, device=device)
+        found[1] = False
+        return found
+
+    case = Served("logquant")
+    case.check((300, 1), mask=mask)
+
+
+def test_more_tokens_than_one_block_takes() -> None:
+    Served("kivi").check((9000, 1, 60, 1))

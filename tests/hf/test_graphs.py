@@ -1,0 +1,176 @@
+"""Decode steps as CUDA graphs: bit for bit those of a model that is attached without, and nothing is left behind."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from models import ids, llama, tiny
+from words import CACHE
+
+from kvpolicy import CompressedCache, attach, make_cache
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+RECIPES: dict[str, dict[str, Any]] = {
+    "logquant": {"window": 12},
+    "kivi": {"residual": 32},
+    "balanced": {"window": 16},
+    "streaming-llm": {"window": 40},
+    "partial-logquant": {"window": 16},
+}
+
+
+@pytest.fixture(autouse=True)
+def _no_grad() -> Any:
+    with torch.no_grad():
+        yield
+
+
+@functools.cache
+def model_on_gpu() -> Any:
+    return copy.deepcopy(llama(64, 4, 2, torch.bfloat16)).to("cuda")
+
+
+def steps(model: Any, cache: CompressedCache, batch: int, count: int, first: int = 0, **options: Any) -> torch.Tensor:
+    logits = []
+    for seed in range(first, first + count):
+        logits.append(model(ids(1, batch, seed=seed).to(model.device), **{CACHE: cache}, **options).logits)
+    return torch.cat(logits, dim=1)
+
+
+@gpu
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("name", RECIPES)
+def test_steps_are_those_without_graphs_to_the_bit(name: str, batch: int) -> None:
+    model, prompt = model_on_gpu(), ids(150, batch).to("cuda")
+    found = []
+    for graphs in (False, True):
+        with attach(model, graphs=graphs) as handle:
+            cache = make_cache(name, model, **RECIPES[name])
+            model(prompt, **{CACHE: cache})
+            found.append((steps(model, cache, batch, 130), cache.memory().bytes, cache.dense(1)))
+            if graphs:
+                assert handle.graphs.replayed >= 120, handle.graphs.reasons
+    assert torch.equal(found[0][0], found[1][0])
+    assert found[0][1] == found[1][1]
+    assert all(torch.equal(a, b) for a, b in zip(found[0][2], found[1][2], strict=True))
+
+
+@gpu
+def test_caches_that_take_turns_keep_their_own_tokens() -> None:
+    model = model_on_gpu()
+    found = []
+    for graphs in (False, True):
+        with attach(model, graphs=graphs) as handle:
+            caches = [make_cache(name, model, window=12) for name in ("logquant", "balanced", "logquant")]
+            logits = [[] for _ in caches]
+            for number, cache in enumerate(caches):
+                model(ids(100 + 7 * number, seed=number).to("cuda"), **{CACHE: cache})
+            for turn in range(40):
+                for number, cache in enumerate(caches):
+                    logits[number].append(steps(model, cache, 1, 1, 100 * number + turn))
+                if turn == 20:
+                    caches[0].crop(-1)
+                    caches[1].reorder_cache(torch.zeros(1, dtype=torch.long))
+                    caches[2] = copy.deepcopy(caches[2])
+            found.append([torch.cat(x) for x in logits])
+            if graphs:
+                assert handle.graphs.replayed >= 110, handle.graphs.reasons
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@gpu
+def test_generate_gives_the_same_tokens() -> None:
+    model, prompt = model_on_gpu(), ids(120, 2).to("cuda")
+    found = []
+    for graphs in (False, True):
+        with attach(model, recipe="logquant", window=12, graphs=graphs) as handle:
+            found.append(model.generate(prompt, max_new_tokens=60, do_sample=False))
+            if graphs:
+                assert handle.graphs.replayed >= 50, handle.graphs.reasons
+    assert torch.equal(*found)
+
+
+@gpu
+def test_what_is_unusual_runs_without() -> None:
+    model, prompt = model_on_gpu(), ids(90, 2).to("cuda")
+    mask = torch.ones(2, 90, dtype=torch.long, device="cuda")
+    mask[1, :20] = 0
+
+    def run(graphs: bool, name: str, masked: bool, several: int, **params: Any) -> torch.Tensor:
+        with attach(model, graphs=graphs):
+            cache = make_cache(name, model, **params)
+            model(prompt, **{CACHE: cache}, **({"attention_mask": mask} if masked else {}))
+            logits = [steps(model, cache, 2, 6)]
+            if several:
+                logits.append(model(ids(several, 2, seed=50).to("cuda"), **{CACHE: cache}).logits)
+            logits.append(steps(model, cache, 2, 30, 60))
+            return torch.cat(logits, dim=1)
+
+    for case in (("logquant", True, 0), ("logquant", False, 3), ("h2o", False, 0), ("logquant", True, 5)):
+        assert torch.equal(run(False, *case), run(True, *case)), case
+
+
+@gpu
+def test_weights_that_moved_are_captured_anew() -> None:
+    model = copy.deepcopy(model_on_gpu())
+    with attach(model, graphs=True) as handle:
+        cache = make_cache("logquant", model)
+        model(ids(90).to("cuda"), **{CACHE: cache})
+        steps(model, cache, 1, 5)
+        layer = model.model.layers[0].mlp.down_proj
+        layer.weight.data = layer.weight.data * 2
+        twin = copy.deepcopy(cache)
+        found = steps(model, cache, 1, 4, 20)
+        assert handle.graphs.replayed
+    with attach(model):
+        assert torch.equal(found, steps(model, twin, 1, 4, 20))
+
+
+@gpu
+def test_a_hook_inside_the_model_is_run_at_every_step() -> None:
+    model = copy.deepcopy(model_on_gpu())
+    with attach(model, graphs=True) as handle:
+        cache = make_cache("logquant", model)
+        model(ids(90).to("cuda"), **{CACHE: cache})
+        steps(model, cache, 1, 5)
+        seen: list[int] = []
+        model.model.layers[0].register_forward_hook(lambda *_: seen.append(1))
+        steps(model, cache, 1, 4, 20)
+        assert len(seen) == 4
+        assert handle.graphs.reasons["hooks inside the model"]
+
+
+def test_on_a_cpu_nothing_differs_and_nothing_is_left() -> None:
+    model = tiny("llama")
+    before, signature = dict(model.__dict__), inspect.signature(model.forward)
+    found = []
+    for graphs in (False, True):
+        with attach(model, graphs=graphs) as handle:
+            assert inspect.signature(model.forward) == signature
+            cache = make_cache("logquant", model, window=12)
+            model(ids(90), **{CACHE: cache})
+            found.append(steps(model, cache, 1, 20))
+            if graphs:
+                assert handle.graphs.reasons == {"not one token on a GPU": 21}
+                twin = copy.deepcopy(model)
+        assert model.__dict__.keys() == before.keys()
+    assert torch.equal(*found)
+    # A copy of a model that was attached is a model like any other.
+    assert torch.equal(twin(ids(9)).logits, model(ids(9)).logits)
+
+
+def test_a_forward_of_the_users_own_comes_back() -> None:
+    model = tiny("llama")
+    own = model.forward = functools.partial(type(model).forward, model)
+    try:
+        with attach(model, graphs=True):
+            assert model.forward is not own
+            model(ids(5))
+        assert model.forward is own
+    finally:
+        del model.forward

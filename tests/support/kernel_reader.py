@@ -1,0 +1,185 @@
+"""What a kernel does with its arguments, in float64 on a CPU: a second reading of `plan.cuh`."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import struct
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kvpolicy.attention.cuda.compile import Variant
+from kvpolicy.attention.cuda.kernel import Kernel
+from kvpolicy.storage.packing import packed_width, unpack
+
+NUMBERS = [torch.float16, torch.bfloat16, torch.float32]
+LN2 = 0.6931471805599453
+
+
+def fake_kernel(variant: Variant, device: int | None) -> Kernel:
+    """What `kernel_of` gives, its function the variant itself."""
+    return Kernel(lambda *given: None, variant, 0, 264)
+
+
+def read(address: int, count: int, dtype: torch.dtype) -> Tensor:
+    data = ctypes.string_at(address, count * dtype.itemsize)
+    return torch.frombuffer(bytearray(data), dtype=dtype) if count else torch.empty(0, dtype=dtype)
+
+
+class Header(NamedTuple):
+    pointers: tuple[int, ...]
+    strides: tuple[int, ...]
+    mask: tuple[int, ...]
+    places: tuple[int, ...]
+    numbers: tuple[int, ...]
+    scale: float
+    cap: float
+    hidden: float
+
+
+class Reader:
+    """The arguments of one launch."""
+
+    def __init__(self, variant: Variant, arguments: bytes, grid: tuple[int, int, int]) -> None:
+        self.variant, self.grid = variant, grid
+        found = struct.unpack_from("<12q5q3q6i3fi13Q", arguments)
+        self.header = Header(found[30:], found[:12], found[12:17], found[17:20], found[20:26], *found[26:29])
+        at = 304
+        runs, pages = variant.room
+        self.pages = struct.unpack_from(f"<{pages}Q", arguments, at)
+        at += 8 * pages
+        self.kinds = [struct.unpack_from("<6i", arguments, at + 24 * i) for i in range(len(variant.kinds))]
+        at += 24 * len(variant.kinds)
+        self.parts = struct.unpack_from("<6i", arguments, at)
+        at += 24
+        self.strides = [struct.unpack_from("<2q", arguments, at + 16 * i) for i in range(pages)]
+        at += 16 * pages
+        self.runs = [struct.unpack_from("<17i", arguments, at + 68 * i) for i in range(runs)]
+        assert len(arguments) == at + 68 * runs
+        assert len(arguments) <= (4096 if runs == 40 else 32764)
+
+    def queries(self, which: int, row: int, head: int) -> Tensor:
+        """`[rows, head_dim]` of a KV head."""
+        _, groups, queries, *_ = self.header.numbers
+        dtype = torch.float16 if which else (torch.bfloat16 if self.variant.bfloat else torch.float16)
+        strides = self.header.strides[3 * which : 3 * which + 3]
+        found = [
+            read(
+                self.header.pointers[which]
+                + 2 * (row * strides[0] + (head * groups + g) * strides[1] + q * strides[2]),
+                self.variant.dims[0],
+                dtype,
+            )
+            for g in range(groups)
+            for q in range(queries)
+        ]
+        return torch.stack(found).double()
+
+    def side(self, numbers: tuple[int, ...], name: str, tokens: int, dim: int, row: int, head: int) -> Tensor:
+        """Keys or values of a run, `[tokens, dim]`."""
+        data, params, offset, params_offset, token, group = numbers
+        at = self.pages[data] + row * self.strides[data][0] + head * self.strides[data][1] + offset
+        if name.startswith("Exact"):
+            dtype = torch.bfloat16 if self.variant.bfloat else torch.float16
+            return torch.stack([read(at + t * token, dim, dtype) for t in range(tokens)]).double()
+        bits, size, number, _ = map(int, re.findall(r"\d+", name))
+        width, by_channel = packed_width(dim, bits), name.startswith("Channel")
+        assert token == width
+        codes = unpack(read(at, tokens * width, torch.uint8).view(tokens, width), bits, dim).double()
+        at = self.pages[params] + row * self.strides[params][0] + head * self.strides[params][1] + params_offset
+        groups = dim if by_channel else dim // size
+        lines = (group + tokens - 1) // size + 1 if by_channel else tokens
+        both = read(at, lines * 2 * groups, NUMBERS[number]).view(lines, 2, groups).double()
+        if by_channel:
+            both = both[(torch.arange(tokens) + group) // size]
+        scale, shift = both.repeat_interleave(dim // groups, 2).unbind(1)
+        return codes * scale + shift
+
+    def scores(self, run: tuple[int, ...], raw: Tensor, row: int, head: int) -> Tensor:
+        """Scores of a run `[rows, tokens]` in units of log2, masked."""
+        tokens, _, column, slot, causal = run[12:]
+        _, _, queries, *_ = self.header.numbers
+        x = raw * self.header.scale
+        if self.variant.softcap:
+            x = self.header.cap * torch.tanh(x / self.header.cap)
+        at = torch.arange(tokens) + slot
+        if slot < 0:
+            assert self.variant.places
+            first = row * self.header.places[0] + head * self.header.places[1] + column
+            dtype = torch.int32 if self.variant.places == 4 else torch.int64
+            at = read(self.header.pointers[5] + first * dtype.itemsize, tokens, dtype).long()
+        query = torch.arange(x.shape[0])
+        hidden = (at < 0).expand_as(x).clone()
+        if self.variant.causal:
+            hidden |= torch.arange(tokens) > causal + (query % queries)[:, None]
+        if self.variant.mask:
+            rows, heads, groups, own, step = self.header.mask
+            where = row * rows + head * heads + (query // queries * groups + query % queries * own)[:, None]
+            where = where + at.clamp(min=0) * step
+            dtype = [torch.bool, torch.float32, torch.bfloat16, torch.float16][self.variant.mask - 1]
+            values = torch.stack([
+                read(self.header.pointers[4] + int(i) * dtype.itemsize, 1, dtype)[0] for i in where.flatten()
+            ]).view(x.shape)  # fmt: skip
+            if dtype == torch.bool:
+                hidden |= ~values
+            else:
+                hidden |= values.float() <= self.header.hidden
+                x = x + values.double() / LN2
+        return x.masked_fill(hidden, -torch.inf)
+
+    def run(self) -> None:
+        """Write what the kernel would write."""
+        kv_heads, groups, queries, parts, columns, spaces = self.header.numbers
+        pointers, dims = self.header.pointers, self.variant.dims
+        assert self.grid[0] == parts == self.parts[spaces]
+        batch, rows = self.grid[1] // kv_heads, groups * queries
+        size = self.variant.rows
+        assert self.grid[2] == -(-rows // size)
+        dtype = torch.float32 if self.variant.wide else torch.bfloat16 if self.variant.bfloat else torch.float16
+        out = torch.zeros((spaces, batch, queries, kv_heads * groups, dims[1]), dtype=torch.float64)
+        lse = torch.empty((batch, kv_heads * groups, queries), dtype=torch.float64)
+        every = torch.full((batch, kv_heads, rows, columns), -torch.inf, dtype=torch.float64)
+        for row in range(batch):
+            for head in range(kv_heads):
+                found = []
+                for kind, name in zip(self.kinds, self.variant.kinds, strict=True):
+                    keys, values = re.fullmatch(r"Pair<(.*>), (.*>), \d+>", name).groups()  # type: ignore[union-attr]
+                    first, last, tiles, _, query, space = kind
+                    tile, before = int(re.findall(r"\d+", name)[-1]), 0
+                    for run in self.runs[first:last]:
+                        assert run[13] == before
+                        before += -(-run[12] // tile)
+                        if keys.startswith("Channel"):  # a tile lies in as many groups as it is told of
+                            assert run[5] % min(tile, int(re.findall(r"\d+", keys)[1])) == 0 or run[12] <= tile
+                        k = self.side(run[:6], keys, run[12], dims[0], row, head)
+                        v = self.side(run[6:12], values, run[12], dims[1], row, head)
+                        s = self.scores(run, self.queries(query, row, head) @ k.T, row, head)
+                        every[row, head, :, run[14] : run[14] + run[12]] = s
+                        found.append((s, v, space))
+                    assert before == tiles
+                scores = torch.cat([s for s, _, _ in found], dim=1) * LN2
+                own = slice(head * groups, (head + 1) * groups)
+                if pointers[11]:
+                    sinks = read(pointers[11], kv_heads * groups, torch.float32)[own].repeat_interleave(queries)
+                    scores = torch.cat([scores, sinks[:, None].double()], dim=1)
+                total = scores.logsumexp(1)
+                for s, v, space in found:
+                    share = (s * LN2 - total.masked_fill(total == -torch.inf, 0)[:, None]).exp()
+                    out[space, row, :, own] += (share @ v).view(groups, queries, -1).transpose(0, 1)
+                lse[row, own] = total.view(groups, queries)
+        self.write(pointers[6], out.to(dtype))
+        self.write(pointers[7], lse.float())
+        if self.variant.scores:
+            self.write(pointers[9], every.float())
+            self.write(pointers[10], (lse / LN2).view(batch, kv_heads, rows).nan_to_num(neginf=0.0).float())
+
+    def write(self, address: int, x: Tensor) -> None:
+        x = x.contiguous()
+        ctypes.memmove(address, x.data_ptr(), x.nbytes)
+
+
+def fake_launch(kernel: Kernel, arguments: bytes, grid: tuple[int, int, int], device: Any) -> None:
+    """What `launch` does, at once and on a CPU."""
+    Reader(kernel.function, arguments, grid).run()

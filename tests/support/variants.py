@@ -1,0 +1,57 @@
+"""The kernels that recipes ask for, and then some: what must compile without spilled registers."""
+
+from __future__ import annotations
+
+from kvpolicy.attention.cuda.compile import Variant
+from kvpolicy.attention.cuda.formats import EXACT, Format, kind_of
+
+BFLOAT = 1
+"""The number of bfloat16 among the types of scale and offset."""
+
+
+def token(bits: int, group: int, number: int = BFLOAT) -> Format:
+    return Format(bits, group, False, number)
+
+
+def channel(bits: int, group: int, number: int = BFLOAT) -> Format:
+    return Format(bits, group, True, number)
+
+
+def variant(
+    dims: int | tuple[int, int], *pairs: tuple[Format, Format], rows: int = 4, bfloat: bool = True, **flags: object
+) -> Variant:
+    kinds = sorted({kind_of(k, v)[0] for k, v in [(EXACT, EXACT), *pairs]})
+    return Variant((dims, dims) if isinstance(dims, int) else dims, rows, bfloat, tuple(kinds), **flags)
+
+
+LOGQUANT = (token(2, 64), token(2, 64))
+KIVI = ((channel(2, 32), token(2, 32)), (channel(2, 32), EXACT))
+FEW = [
+    variant(128, LOGQUANT),
+    variant(128, *KIVI),
+    variant(128, (channel(4, 32), token(4, 64)), rows=8),
+    variant(128, LOGQUANT, rows=8, mask=1, places=4, causal=True, softcap=True, scores=True),
+    variant(128, LOGQUANT, (token(4, 64), token(4, 64)), wide=True),
+]
+"""What is compiled for every architecture."""
+MANY = [
+    *(
+        variant(dim, (token(bits, group), token(bits, group)))
+        for dim, group in ((64, 64), (96, 48))
+        for bits in (1, 2, 4, 8)
+    ),
+    *(variant(80, (token(bits, 40), token(bits, 40))) for bits in (1, 2, 4)),
+    *(variant(256, (token(bits, 64), token(bits, 64))) for bits in (2, 4)),
+    variant(128, (token(3, 64), token(3, 64))),
+    variant(128, (channel(3, 16, 2), token(3, 32, 2))),
+    variant(128, (channel(8, 128), token(8, 128))),
+    variant(128, (token(2, 16, 0), token(2, 16, 0)), bfloat=False),
+    variant((128, 64), (channel(2, 32), token(2, 64))),
+    variant((64, 128), (token(4, 64), token(2, 64)), (EXACT, token(2, 64))),
+    variant(128, LOGQUANT, mask=2, places=8),
+    variant(128, LOGQUANT, mask=3, places=8, causal=True),
+    variant(128, LOGQUANT, mask=4, places=4, room=(360, 240)),
+]
+"""What is compiled for one architecture more."""
+LARGEST = variant(256, (Format(3, 64, False, BFLOAT, 256), Format(3, 64, False, BFLOAT, 256)))
+"""256 channels in two parts of a code are more numbers than a thread has registers."""
