@@ -1,16 +1,14 @@
-"""Attention on compressed stores on a GPU, layer by layer and in whole models, against transformers' DynamicCache.
+"""Attention of one layer on compressed stores on a GPU, against flash attention. `gpu_model.py` times whole models.
 
-    python benchmarks/gpu.py                  # one layer's attention, and steps of a whole model
-    python benchmarks/gpu.py --layers-only
+    python benchmarks/gpu.py
 
-Random data and random weights. Times of a layer are medians of replayed graphs; `cold` goes round several layers, as a
-model does, so that no cache of the card holds the last one's tokens. A ratio is printed for checked results alone.
+Random data. Times are medians of replayed graphs; `cold` goes round several layers, as a model does, so that no cache
+of the card holds the last one's tokens. A ratio is printed for checked results alone.
 """
 
 from __future__ import annotations
 
 import argparse
-import inspect
 import statistics
 import time
 from collections.abc import Callable
@@ -21,9 +19,7 @@ import transformers
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-import kvpolicy
 from kvpolicy.attention import backend
 from kvpolicy.attention.attend import attend
 from kvpolicy.layer.layer import LayerCache, Reading
@@ -39,8 +35,6 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 SHAPES = ((16, 16384), (1, 131072), (16, 4096), (1, 16384), (1, 4096))
 LARGEST_ERROR = 4e-3
-WORD = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
-"""What the installed transformers calls a model's cache."""
 
 
 def timed(run: Callable[[int], Any], layers: int, stream: torch.cuda.Stream) -> float:
@@ -146,85 +140,28 @@ def one_layer(batch: int, tokens: int, stream: torch.cuda.Stream) -> None:
         )
 
 
-def random_model() -> Any:
-    config = LlamaConfig(
-        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS, head_dim=HEAD_DIM, max_position_embeddings=131072, rope_theta=500000.0,
-    )  # fmt: skip
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda"), torch.no_grad():
-        model = LlamaForCausalLM(config).eval()
-    torch.set_default_dtype(before)
-    return model
-
-
-def step_time(model: Any, cache: Any, batch: int, tokens: int, steps: int) -> tuple[float, float]:
-    """Seconds until the first token, and of a step: the mean of many."""
-    prompt = torch.randint(0, 128000, (batch, tokens), device="cuda")
-    token = torch.randint(0, 128000, (batch, 1), device="cuda")
-    torch.cuda.synchronize()
-    begin = time.perf_counter()
-    model(prompt, **{WORD: cache}, logits_to_keep=1)
-    torch.cuda.synchronize()
-    first = time.perf_counter() - begin
-    for _ in range(4):
-        model(token, **{WORD: cache}, logits_to_keep=1)
-    torch.cuda.synchronize()
-    begin = time.perf_counter()
-    for _ in range(steps):
-        model(token, **{WORD: cache}, logits_to_keep=1)
-    torch.cuda.synchronize()
-    return first, (time.perf_counter() - begin) / steps
-
-
-def whole_model(model: Any, batch: int, tokens: int) -> None:
-    print(f"whole model, batch {batch}, {tokens:,} tokens", flush=True)
-    for name in ("DynamicCache", "logquant", "kivi"):
-        torch.cuda.empty_cache()
-        base = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        try:
-            if name == "DynamicCache":
-                first, step = step_time(model, DynamicCache(config=model.config), batch, tokens, 32)
-            else:
-                with kvpolicy.attach(model):
-                    cache = kvpolicy.make_cache(name, model)
-                    first, step = step_time(model, cache, batch, tokens, 256 if name == "kivi" else 84)
-                    del cache
-        except torch.cuda.OutOfMemoryError:
-            print(f"  {name}: out of memory")
-            continue
-        peak = (torch.cuda.max_memory_allocated() - base) / 1e9
-        print(
-            f"  {name}: first token {first * 1e3:.0f} ms, step {step * 1e3:.1f} ms, {batch / step:.0f} tokens/s, "
-            f"peak {peak:.2f} GB above the weights",
-            flush=True,
-        )
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers-only", action="store_true", help="no whole model")
-    parser.add_argument("--shapes", type=int, default=len(SHAPES), help="how many shapes of a layer")
-    arguments = parser.parse_args()
+def card() -> str:
+    """What the figures were measured on; cuDNN's attention is off from now on."""
     if not torch.cuda.is_available():
         raise SystemExit("this benchmark needs a CUDA device, found none")
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each length
     properties = torch.cuda.get_device_properties(0)
-    print(
+    return (
         f"{properties.name}, {properties.multi_processor_count} multiprocessors; torch {torch.__version__}, "
         f"CUDA {torch.version.cuda}, transformers {transformers.__version__}; {HEADS} query and {KV_HEADS} KV heads of "
         f"{HEAD_DIM}, bfloat16"
     )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", type=int, default=len(SHAPES), help="how many shapes of a layer")
+    arguments = parser.parse_args()
+    print(card())
     stream = torch.cuda.Stream()
     with torch.no_grad():
         for batch, tokens in SHAPES[: arguments.shapes]:
             one_layer(batch, tokens, stream)
-        if not arguments.layers_only:
-            model = random_model()
-            for batch, tokens in ((1, 4096), (16, 4096), (64, 8192)):
-                whole_model(model, batch, tokens)
 
 
 if __name__ == "__main__":

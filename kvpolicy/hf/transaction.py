@@ -148,7 +148,7 @@ class Guard:
             )
         coming = self._padding_with(mask, tokens, before, attached)
         own = {i: _kept(x) for i, x in enumerate(self.layers) if not isinstance(x, TieredLayer)}
-        if self.selects_together and (attached or not any(tiers.placement.kinds for tiers in self.tiers)):
+        if attached or (self.selects_together and not any(tiers.placement.kinds for tiers in self.tiers)):
             self.commit(tokens)
         self._pass = Transaction(before, padding, own, _caller())
         self.reading.padding, self.reading.attached = coming, attached
@@ -274,8 +274,7 @@ class Guard:
     def _agree(self) -> None:
         """Where the prompt has ended for some layers it has for all."""
         if any(tiers.step.prompt is not None for tiers in self.tiers):
-            for group in self._groups(tiers for tiers in self.tiers if tiers.step.prompt is None):
-                commit_all(group, coming=1)
+            commit_all(self._groups(tiers for tiers in self.tiers if tiers.step.prompt is None), coming=1)
 
     def expect(self, layer: int, keys: Tensor) -> None:
         """Refuse tokens for a layer that has seen more than the others, or in a pass of another thread."""
@@ -373,8 +372,7 @@ class Guard:
 
     def commit(self, coming: int = 0) -> None:
         """Let the pending tokens into the tiers, in all layers; see `commit_all`."""
-        for group in self._groups(self.tiers):
-            commit_all(group, coming)
+        commit_all(self._groups(self.tiers), coming)
 
     def _groups(self, layers: Iterable[LayerCache]) -> Iterable[list[LayerCache]]:
         """Layers that select together, the others each for itself."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -25,6 +25,7 @@ from kvpolicy.placement.padding import Padding
 from kvpolicy.placement.per_head import PerHeadPlacement
 from kvpolicy.placement.step import Step
 from kvpolicy.storage.base import Store
+from kvpolicy.storage.later import Later
 from kvpolicy.storage.make import make_store
 
 Ints = NDArray[np.int64]
@@ -266,7 +267,7 @@ class LayerCache:
 
     def commit(self, coming: int = 0) -> None:
         """Let the pending tokens into the tiers; see `commit_all`."""
-        commit_all([self], coming)
+        commit_all([[self]], coming)
 
     def begin(self, new: dict[str, Tensor]) -> Any:
         """Plan to let in new tokens; see `Planner.begin`."""
@@ -274,9 +275,9 @@ class LayerCache:
             self.by_head()
         return self.planner.begin(new, self.padding, self.observer)
 
-    def finish(self, new: dict[str, Tensor], turn: Any) -> None:
-        """Let new tokens in as planned."""
-        move(self.stores, new, self.planner.moves(turn))
+    def finish(self, new: dict[str, Tensor], turn: Any, later: Later | None = None) -> None:
+        """Let new tokens in as planned; what `later` codes is not in its store yet."""
+        move(self.stores, new, self.planner.moves(turn), later)
         self.observer = None
 
     def revert(self, length: int) -> bool:
@@ -431,42 +432,47 @@ class LayerCache:
                 held[side] = x.to(device, non_blocking=True)
 
 
-def commit_all(layers: Sequence[LayerCache], coming: int = 0) -> None:
-    """Let the pending tokens of layers into their tiers: of one layer, or of all that select tokens together.
+def commit_all(groups: Iterable[Sequence[LayerCache]], coming: int = 0) -> None:
+    """Let the pending tokens of layers into their tiers.
 
     Args:
-        layers: the layers.
+        groups: layers that select tokens together, or one alone.
         coming: tokens of the update before which this happens, if there is one. The first that brings a single token to
             a cache that holds some ends the prompt.
     """
-    for layer in layers:
+    groups = list(groups)
+    for layer in (layer for group in groups for layer in group):
         layer.check_whole()
         layer.hold()
-    waiting = [layer for layer in layers if layer.waiting]
-    for layer in waiting:  # arithmetic first, which steps keep: what interrupts it leaves the layers whole
-        layer.held_after_commit(coming)
-    if waiting:
-        _advance(waiting, lambda layer: layer.begin(layer.pending), lambda layer: layer.pending)
-    ending = [layer for layer in layers if layer._ends_prompt(coming)]
-    for layer in ending:
+    waiting = [[layer for layer in group if layer.waiting] for group in groups]
+    for layer in (layer for group in waiting for layer in group):
+        layer.held_after_commit(coming)  # arithmetic first, which steps keep: interrupted, it leaves the layers whole
+    _advance(waiting, lambda layer: layer.begin(layer.pending), lambda layer: layer.pending)
+    ending = [[layer for layer in group if layer._ends_prompt(coming)] for group in groups]
+    for layer in (layer for group in ending for layer in group):
         if not layer.placement.prompted:
             layer.planner.note_prompt()
-    ending = [layer for layer in ending if layer.placement.prompted]
-    if ending:
-        _advance(ending, lambda layer: layer.planner.end_prompt(), lambda layer: layer.like)
+    ending = [[layer for layer in group if layer.placement.prompted] for group in ending]
+    _advance(ending, lambda layer: layer.planner.end_prompt(), lambda layer: layer.like)
 
 
 def _advance(
-    layers: Sequence[LayerCache], begin: Callable[[LayerCache], Any], new: Callable[[LayerCache], dict[str, Tensor]]
+    groups: Sequence[Sequence[LayerCache]],
+    begin: Callable[[LayerCache], Any],
+    new: Callable[[LayerCache], dict[str, Tensor]],
 ) -> None:
-    before = [layer.broken for layer in layers]
-    for layer in layers:
+    """Move the tokens of layers; what several code is coded in one go."""
+    before = [(layer, layer.broken) for group in groups for layer in group]
+    for layer, _ in before:
         layer.broken = True
-    turns = [begin(layer) for layer in layers]
-    if layers[0].placement.ranks:
-        select([layer.planner for layer in layers], turns)
-    for layer, turn in zip(layers, turns, strict=True):
-        layer.finish(new(layer), turn)
-        layer.pending = {}
-    for layer, broken in zip(layers, before, strict=True):
+    later = Later()
+    for group in (group for group in groups if group):
+        turns = [begin(layer) for layer in group]
+        if group[0].placement.ranks:
+            select([layer.planner for layer in group], turns)
+        for layer, turn in zip(group, turns, strict=True):
+            layer.finish(new(layer), turn, later)
+            layer.pending = {}
+    later.run()
+    for layer, broken in before:
         layer.broken = broken

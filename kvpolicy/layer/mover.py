@@ -7,19 +7,22 @@ import torch
 from torch import Tensor
 
 from kvpolicy.placement.moves import NEW, AllMoves, Arrival
+from kvpolicy.storage.affine import AffineStore
 from kvpolicy.storage.base import Store
+from kvpolicy.storage.later import Later
 from kvpolicy.storage.pages import gather_tokens
 
 Stores = dict[str, list[Store | None]]
 
 
-def move(stores: Stores, new: dict[str, Tensor], moves: AllMoves) -> None:
+def move(stores: Stores, new: dict[str, Tensor], moves: AllMoves, later: Later | None = None) -> None:
     """Let tokens arrive in stores and leave them.
 
     Args:
         stores: of both sides.
         new: the tokens that come in, `[batch, kv_heads, tokens, head_dim]`; none for a crop.
         moves: what each store does.
+        later: codes what arrives in stores that nothing leaves, if it is given.
     """
     for side, planned in moves.items():
         held = stores[side]
@@ -30,7 +33,11 @@ def move(stores: Stores, new: dict[str, Tensor], moves: AllMoves) -> None:
                 continue
             places = _positions(m.arrivals) if store.by_position else [None] * len(parts)
             for x, positions in zip(parts, places, strict=True):
-                store.append(x, _partial(store, m.empty[0], x.shape[2]), positions)
+                empty = _partial(store, m.empty[0], x.shape[2])
+                if later is not None and m.leaving is None and isinstance(store, AffineStore):
+                    store.append(x, empty, positions, later)
+                else:
+                    store.append(x, empty, positions)
             # After the arrivals, so that groups close as they would token by token.
             if isinstance(m.leaving, Tensor):
                 store.remove(m.leaving, _partial(store, m.empty[1], 0))

@@ -18,6 +18,7 @@ from kvpolicy.interfaces.site import Site
 from kvpolicy.storage.base import LARGE, Ints
 from kvpolicy.storage.coded import NOTHING, POSITIONS, Aside, CodedStore
 from kvpolicy.storage.groups import Groups
+from kvpolicy.storage.later import Later
 from kvpolicy.storage.packing import dequantize, pack
 from kvpolicy.storage.pages import FULL, Pages, at_once, gather_tokens
 from kvpolicy.storage.scales import Scales, levels_of
@@ -108,12 +109,19 @@ class AffineStore(CodedStore):
     def length(self) -> int:
         return self.parts["codes"].length + self.parts["exact"].length
 
-    def append(self, x: Tensor, empty: Tensor | None = None, positions: Tensor | None = None) -> None:
+    def append(
+        self,
+        x: Tensor,
+        empty: Tensor | None = None,
+        positions: Tensor | None = None,
+        later: Later | None = None,
+    ) -> None:
+        """As of every store. With `later` what is to be coded is left to it, if that is the same in other layers."""
         if not x.shape[2]:
             return
         self._note(x, positions)
         if not self.by_channel:
-            self._append_codes(x, self.group_size)
+            self._append_codes(x, self.group_size, later)
             return
         size = self.group_size or x.shape[2]
         partial = self.parts["exact"]
@@ -124,7 +132,7 @@ class AffineStore(CodedStore):
             x = torch.cat([partial.slice(0, partial.length), x], dim=2)
         x = self._filled(x, empty)
         whole = x.shape[2] // size * size
-        self._append_groups(x[:, :, :whole], size)
+        self._append_groups(x[:, :, :whole], size, later)
         self.parts["exact"] = Pages(partial.whole)
         if whole < x.shape[2]:
             self.parts["exact"].append(x[:, :, whole:])
@@ -138,9 +146,9 @@ class AffineStore(CodedStore):
             places.copy_(_filled(places, empty))
         return _filled(x, empty)
 
-    def _append_groups(self, x: Tensor, size: int) -> None:
+    def _append_groups(self, x: Tensor, size: int, later: Later | None = None) -> None:
         before, count = self.parts["params"].length, x.shape[2] // size
-        self._append_codes(x, size)
+        self._append_codes(x, size, later)
         self.groups.add([size] * count, before, x.device)
 
     def differ_by_head(self, row_heads: tuple[int, int]) -> None:
@@ -196,14 +204,29 @@ class AffineStore(CodedStore):
             kept.remove(index)
         self.groups.remove(index, [self.parts["params"]])
 
-    def _append_codes(self, x: Tensor, size: int) -> None:
-        """Encode tokens; per channel, `size` at a time are a group."""
-        batch, heads, n, dim = x.shape
+    def _append_codes(self, x: Tensor, size: int, later: Later | None = None) -> None:
+        """Encode and keep tokens; per channel, `size` at a time are a group."""
+        if self.chain is None and self.beside is None:
+            if later is not None and self.levels is None:
+                later.add(self, x, size)
+            else:
+                self.keep(*self.encode(x, size))
+            return
+        n = x.shape[2]
         if self.chain is not None:
             coded = self.parts["codes"].length
             x = self.chain.forward(x, self._places(coded, coded + n))
         arrivals = n // size if self.by_channel else 1
         x, beside = self.beside.take(x, arrivals) if self.beside is not None else (x, [])
+        packed, params = self.encode(x, size)
+        self.keep(packed, params)
+        if self.beside is not None:
+            error = self._error(x, packed, params, arrivals) if self.beside.fits else None
+            self.beside.keep(beside, error, x, arrivals)
+
+    def encode(self, x: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        """Packed codes, and what is kept of scales and offsets, of tokens `[batch, kv_heads, tokens, head_dim]`."""
+        batch, heads, n, dim = x.shape
         groups = (x.unflatten(2, (-1, size)).transpose(3, 4) if self.by_channel else x).reshape(-1, size)
         if self.quantizer.clip < 1:
             low, high = (bound * self.quantizer.clip for bound in torch.aminmax(groups, dim=1, keepdim=True))
@@ -214,12 +237,12 @@ class AffineStore(CodedStore):
             codes = codes.view(batch, heads, n // size, dim, size).transpose(3, 4)
         scale, offset = (p.view(batch, heads, -1, self.numbers) for p in affine[1:])
         packed = pack(codes.reshape(batch, heads, n, dim), self.quantizer.nbits)
-        params = self.scales.join(scale, offset, x.dtype)
+        return packed, self.scales.join(scale, offset, x.dtype)
+
+    def keep(self, packed: Tensor, params: Tensor) -> None:
+        """Take in what `encode` gave."""
         self.parts["codes"].append(packed)
         self.parts["params"].append(params)
-        if self.beside is not None:
-            error = self._error(x, packed, params, arrivals) if self.beside.fits else None
-            self.beside.keep(beside, error, x, arrivals)
 
     def _error(self, x: Tensor, packed: Tensor, params: Tensor, arrivals: int) -> Tensor:
         """What coding lost of `x`, in float32."""
