@@ -22,7 +22,7 @@ from kvpolicy.placement.moves import EMPTY, NEW, NOTHING, AllMoves, Arrival, Col
 from kvpolicy.placement.padding import Padding
 from kvpolicy.placement.ranking import Ranking, Turn
 from kvpolicy.placement.step import Step
-from kvpolicy.placement.token_table import Candidates, TokenTable, in_order, indices_of
+from kvpolicy.placement.token_table import Candidates, TokenTable, codes_of, in_order, indices_of, present
 from kvpolicy.storage.pages import gather_tokens
 
 Ints = NDArray[np.int64]
@@ -272,18 +272,13 @@ class PerHeadPlacement(Planner[Turn]):
             side: [0 if t is None else torch.where(t.positions < 0, seen, t.positions.long()) for t in tables]
             for side, tables in self.tables.items()
         }
-        return ColumnMap(where["keys"], where["values"], seen + 1, True, lambda: self._present(seen))
+        return ColumnMap(where["keys"], where["values"], seen + 1, True, lambda: present(self._of("keys"), seen))
+
+    def _of(self, side: str) -> list[TokenTable]:
+        return [t for t in self.tables[side] if t is not None]
 
     def _positions(self) -> Tensor:
-        return torch.cat([t.positions for t in self.tables["keys"] if t is not None], dim=2)
-
-    def _present(self, seen: int) -> Tensor:
-        """The position of each column where columns are positions; `EMPTY` where no token is."""
-        positions = self._positions().long()
-        found = torch.full((*self.shape, seen + 1), EMPTY, dtype=torch.int64, device=positions.device)
-        found.scatter_(2, torch.where(positions < 0, seen, positions), positions)
-        found[..., seen] = EMPTY
-        return found
+        return torch.cat([t.positions for t in self._of("keys")], dim=2)
 
     def aim(self, observer: Observer) -> None:
         """Tell an observer which columns of attention are those of the stores whose tokens may yet descend."""
@@ -369,14 +364,14 @@ class PerHeadPlacement(Planner[Turn]):
         return [table for tables in self.tables.values() for table in tables if table is not None]
 
     def _in_order(self, side: str) -> tuple[Tensor, Tensor]:
-        return in_order([t for t in self.tables[side] if t is not None], self.width)
+        return in_order(self._of(side), self.width)
 
     def positions(self) -> Tensor:
         return self._in_order("keys")[1].long()
 
     def tiers(self) -> Tensor:
         order, _ = self._in_order("keys")
-        return torch.cat([t.tiers for t in self.tables["keys"] if t is not None], dim=2).gather(2, order)
+        return torch.cat([t.tiers for t in self._of("keys")], dim=2).gather(2, order)
 
     def layout(self, side: str) -> list[int | Tensor]:
         side = side if side in self.tables else "keys"
@@ -388,14 +383,8 @@ class PerHeadPlacement(Planner[Turn]):
         return list(where.split(lengths, dim=2))
 
     def by_position(self, codes: list[int], absent: int) -> NDArray[np.int8]:
-        seen, positions = self.step.seen, self._positions()
-        tiers = torch.cat([t.tiers for t in self.tables["keys"] if t is not None], dim=2)
-        known = torch.tensor([*codes, absent], dtype=torch.int8, device=positions.device)
-        found = torch.full((*self.shape, seen + 1), absent, dtype=torch.int8, device=positions.device)
-        at = torch.where(positions < 0, seen, positions).long()
-        found.scatter_(2, at, known[tiers.long().clamp(max=len(codes))])
-        codes_found: NDArray[np.int8] = found[..., :seen].cpu().numpy()
-        return codes_found
+        found: NDArray[np.int8] = codes_of(self._of("keys"), self.step.seen, codes, absent).cpu().numpy()
+        return found
 
     def bytes(self, side: str, store: int) -> dict[str, int]:
         table = self.tables[side][store] if side in self.tables else None

@@ -114,3 +114,24 @@ def in_order(tables: list[TokenTable], most: int) -> tuple[Tensor, Tensor]:
     positions = torch.cat([t.positions for t in tables], dim=2)
     order = positions.argsort(dim=2, stable=True)[:, :, positions.shape[2] - most :]
     return order, positions.gather(2, order)
+
+
+def _by_slot(tables: list[TokenTable], seen: int, what: Tensor, absent: int) -> Tensor:
+    """For each of the `seen` slots what belongs to its token, `[batch, kv_heads or 1, seen + 1]`; the last is none."""
+    positions = torch.cat([t.positions for t in tables], dim=2)
+    found = what.new_full((*positions.shape[:2], seen + 1), absent)
+    found.scatter_(2, torch.where(positions < 0, seen, positions).long(), what)
+    found[..., seen] = absent
+    return found
+
+
+def present(tables: list[TokenTable], seen: int) -> Tensor:
+    """The position of each slot whose token is in a table, else `EMPTY`; and `EMPTY` for what is no slot."""
+    return _by_slot(tables, seen, torch.cat([t.positions for t in tables], dim=2).long(), EMPTY)
+
+
+def codes_of(tables: list[TokenTable], seen: int, codes: list[int], absent: int) -> Tensor:
+    """The code of the tier of each slot, int8; `absent` where its token is in no table."""
+    tiers = torch.cat([t.tiers for t in tables], dim=2).long()
+    known = torch.tensor([*codes, absent], dtype=torch.int8, device=tiers.device)
+    return _by_slot(tables, seen, known[tiers.clamp(max=len(codes))], absent)[..., :seen]

@@ -335,47 +335,6 @@ def test_pipeline() -> None:
     assert texts[2].startswith("def add(a, b):")
 
 
-def test_layers_dispatched_by_a_device_map() -> None:
-    accelerate = pytest.importorskip("accelerate")
-    model = copy.deepcopy(tiny("llama"))
-    expected = flat(greedy(model, exact(model)))
-    devices = {name: "cpu" for name, _ in model.named_children() if name != "model"}
-    devices |= {f"model.{name}": "cpu" for name, _ in model.model.named_children() if name != "layers"}
-    devices |= {"model.layers.0": "cpu", "model.layers.1": "disk"}
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as folder:
-        accelerate.dispatch_model(model, devices, main_device="cpu", offload_dir=folder, force_hooks=True)
-        for a, b in zip(flat(greedy(model, make_cache("full", model))), expected, strict=True):
-            assert torch.equal(a, b)
-        assert torch.stack(flat(greedy(model, make_cache("logquant", model)))[1:]).isfinite().all()
-
-
-def test_layers_live_on_the_device_of_their_model_layer() -> None:
-    """The meta device stands for a second one."""
-    cache = make_cache("logquant", tiny("llama"))
-    here = torch.randn(1, 2, 100, 32)
-    cache.update(here, here, 0)
-    keys, _ = cache.update(here.to("meta"), here.to("meta"), 1)
-    assert keys.device.type == "meta"
-    assert cache.dense(0)[0].device.type == "cpu"
-    for i, device in enumerate(("cpu", "meta")):
-        parts = [part for store in cache.layers[i].tiers.stores["keys"] for part in store.parts.values()]
-        assert {page.device.type for part in parts for page in part.pages} == {device}
-    cache.update(here, here, 0)
-    assert cache.dense(0)[0].shape == (1, 2, 200, 32)
-
-
-def test_offload_and_prefetch_change_nothing() -> None:
-    model = tiny("llama")
-    cache, plain = make_cache("logquant", model), make_cache("logquant", model)
-    for t in range(3):
-        cache.layers[0].offload()
-        cache.layers[0].prefetch()
-        a, b = (model(ids(60, seed=t), **{CACHE: c}).logits for c in (cache, plain))
-        assert torch.equal(a, b)
-
-
 def test_beam_search_of_a_lossy_recipe_is_that_of_one_row_for_each_beam() -> None:
     """Reordering codes gives what reordering the exact tokens before would."""
     model = tiny("llama")
@@ -399,3 +358,19 @@ def test_lora_adapters_work() -> None:
     )
     ours, theirs = make_cache("full", model), exact(model.get_base_model())
     assert torch.equal(flat(greedy(model, ours))[0], flat(greedy(model, theirs))[0])
+
+
+def test_layers_dispatched_by_a_device_map() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = copy.deepcopy(tiny("llama"))
+    expected = flat(greedy(model, exact(model)))
+    devices = {name: "cpu" for name, _ in model.named_children() if name != "model"}
+    devices |= {f"model.{name}": "cpu" for name, _ in model.model.named_children() if name != "layers"}
+    devices |= {"model.layers.0": "cpu", "model.layers.1": "disk"}
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        accelerate.dispatch_model(model, devices, main_device="cpu", offload_dir=folder, force_hooks=True)
+        for a, b in zip(flat(greedy(model, make_cache("full", model))), expected, strict=True):
+            assert torch.equal(a, b)
+        assert torch.stack(flat(greedy(model, make_cache("logquant", model)))[1:]).isfinite().all()

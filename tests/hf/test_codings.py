@@ -18,15 +18,14 @@ from kvpolicy_scale import Scale
 from kvpolicy_sparse import Sparse
 from layers import HEAD_DIM, Layer, random_tokens
 from models import ids, tiny
-from ragged import reference
+from per_head import reference
 from safetensors.torch import load_file
 from saved import rewritten
 from torch import Tensor
 from words import CACHE
 
 from kvpolicy import Affine, CompressedCache, Extra, Site, TensorQuantizer, Transform, attach, load_recipe, make_cache
-from kvpolicy.errors import CacheError, PluginError, RecipeError
-from kvpolicy.recipe.load import load_yaml
+from kvpolicy.errors import CacheError, PluginError
 from kvpolicy.storage.make import make_store
 
 BLOCKS: dict[str, Any] = {"kind": "recent", "window": 5, "flush": 7}
@@ -272,85 +271,6 @@ def test_a_restored_store_goes_on(quantizer: Any) -> None:
         store.append(x + 1, None, torch.arange(50, 100))
     found = [torch.cat([part for _, part in store.decoded(64, torch.float32)], 2) for store in (stored, other)]
     assert torch.equal(*found)
-
-
-def test_what_a_transform_needs_and_nobody_has_is_refused_by_name() -> None:
-    class Asks(Hadamard):
-        needs: ClassVar[frozenset[str]] = frozenset({"queries"})
-
-    class Wants(Hadamard):
-        needs: ClassVar[frozenset[str]] = frozenset({"calibration"})
-
-    for transform, word in ((Asks(), "queries"), (Wants(), "calibration")):
-        recipe = load_recipe({"tiers": [{"store": Int(transforms=(transform,))}]})
-        with pytest.raises(
-            RecipeError, match=rf"tiers\[0\]\.keys\.transforms\[0\], layer 0: transform 'hadamard' needs {word}"
-        ):
-            Layer(recipe)
-
-
-@pytest.mark.parametrize(
-    ("change", "told"),
-    [
-        ({"forward": lambda *a: a[1][..., :1]}, "must give .* from forward, found"),
-        ({"forward": lambda *a: a[1].double()}, "must give .* from forward, found .* torch.float64"),
-        ({"inverse": lambda *a: None}, "must give .* from inverse, found NoneType"),
-        ({"adjoint": lambda *a: 3}, "must give .* from adjoint, found int"),
-        ({"forward": lambda *a: a[1].add_(1)}, "must not change what forward is given"),
-        ({"fit": lambda *a: [1]}, "must give named tensors from fit"),
-        ({"fit": lambda *a: {"x": torch.zeros(7, 2)}}, r"\[batch or 1, kv_heads or 1, \.\.\.\]"),
-        ({"fit": lambda *a: 1 / 0}, "transform 'hadamard': fit must not fail, found ZeroDivisionError"),
-    ],
-)
-def test_transforms_that_misbehave_are_named(change: dict[str, Any], told: str) -> None:
-    liar: Any = type("Liar", (Hadamard,), {"__module__": __name__, **change})
-    store: Any = make_store(Int(nbits=8, group_size=8, transforms=(liar(),)), HEAD_DIM)
-
-    def used() -> None:
-        store.append(torch.randn(2, 2, 9, HEAD_DIM))
-        store.take(torch.arange(2).numpy(), torch.float32)
-        assert store.direct
-
-    with pytest.raises(PluginError, match=told):
-        used()
-
-
-def test_a_recipe_of_before_says_what_replaces_its_option() -> None:
-    for value in (True, False):
-        with pytest.raises(
-            RecipeError, match=r"tiers\[0\]\.store: channel_separable is .*transforms: \[\{kind: scale\}\]"
-        ):
-            load_recipe({"tiers": [{"store": {"kind": "int", "channel_separable": value}}]})
-
-
-@pytest.mark.parametrize(
-    ("value", "told"),
-    [
-        (["hadamrd"], r"transforms\[0\].*hadamrd"),
-        (
-            [{"kind": "hadamard", "sed": 1}],
-            r"transforms\[0\]\.sed: unknown option 'sed' of hadamard",
-        ),
-        ([{"kind": "hadamard", "seed": -1}], r"transforms\[0\]\.seed: must be .* 0, found -1"),
-        ("hadamard", r"transforms: must be a list"),
-        (
-            [{"kind": "int"}],
-            r"transforms\[0\]\.kind: no transform of kind 'int', which is a quantizer; installed: hadamard",
-        ),
-        ([3], r"transforms\[0\]: a transform must be a kind or a mapping with kind and options, found"),
-    ],
-)
-def test_what_is_wrong_with_a_list_of_transforms_is_told_by_its_place(value: Any, told: str) -> None:
-    with pytest.raises(RecipeError, match=told):
-        load_recipe({"tiers": [{"store": {"kind": "int", "transforms": value}}]})
-
-
-def test_transforms_are_parameters_and_are_written_again() -> None:
-    text = "params: {t: hadamard, s: 3}\ntiers:\n- {store: {kind: int, transforms: [$t, {kind: hadamard, seed: $s}]}}\n"
-    recipe = load_yaml(text)
-    assert recipe.tiers[0].keys.transforms == (Hadamard(), Hadamard(seed=3))  # type: ignore[union-attr]
-    for resolved in (False, True):
-        assert load_yaml(recipe.to_yaml(resolved=resolved)).tiers == recipe.tiers
 
 
 def test_a_model_generates_alike_attached_and_not(tmp_path: Path) -> None:

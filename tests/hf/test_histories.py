@@ -17,8 +17,8 @@ from examples import examples
 from hypothesis import assume, event, given, settings
 from hypothesis import strategies as st
 from layers import Layer, random_tokens
-from ragged import check, reference
-from ragged import recipes as ragged_recipes
+from per_head import check, reference
+from per_head import recipes as per_head_recipes
 from torch import Tensor
 
 from kvpolicy import Recipe
@@ -190,7 +190,7 @@ class History:
 @given(st.data())
 def test_random_histories(data: st.DataObject) -> None:
     by_position = data.draw(st.booleans())
-    recipe = data.draw(drawn.recipes() if by_position else ragged_recipes())
+    recipe = data.draw(drawn.recipes() if by_position else per_head_recipes())
     history = History(recipe, data)
     assume(history.layer.tiers.told_apart)  # what keeps all exactly tells no padding apart
     steps = ["update", "update", "update", "crop", "reset", "select", "copy", "commit", "stage"]

@@ -395,25 +395,3 @@ def test_evicting_recipe_after_a_reset_and_a_crop(tmp_path: Path) -> None:
     loaded = CompressedCache.load(tmp_path / "cache", model)
     assert loaded.get_seq_length() == 120
     assert torch.equal(logits(model, loaded), logits(model, cache))
-
-
-@pytest.mark.parametrize("name", ["logquant", "kivi", "h2o"])
-@pytest.mark.parametrize("more", [0, 5])
-def test_a_loaded_cache_takes_no_more_room_where_rows_are_repeated(name: str, more: int, tmp_path: Path) -> None:
-    """Rows that are alike share what says where their tokens are, also after further updates, and in a file."""
-    model = tiny("llama")
-    mask = torch.ones(2, 80, dtype=torch.long)
-    mask[1, :9] = 0
-    with attach(model):
-        cache = make_cache(name, model)
-        model(ids(80, 2), attention_mask=mask, **{CACHE: cache})
-        once = cache.memory().shared_indices - mask.numel()
-        cache.batch_repeat_interleave(3)
-        mask = mask.repeat_interleave(3, 0)
-        for step in range(more):
-            mask = torch.cat([mask, torch.ones(6, 1, dtype=torch.long)], dim=1)
-            model(ids(1, 6, seed=step), attention_mask=mask, **{CACHE: cache})
-        cache.save(tmp_path / "cache")
-        found = cache.memory().shared_indices
-        assert found - mask.numel() <= once + 3 * 8 * more
-        assert CompressedCache.load(tmp_path / "cache", model).memory().shared_indices == found

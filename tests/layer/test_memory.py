@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -272,3 +273,25 @@ def test_an_empty_cache() -> None:
     memory = make_cache("logquant", tiny("llama")).memory()
     assert (memory.bytes, memory.exact_bytes, memory.bits_per_value, memory.ratio) == (0, 0, 0.0, 1.0)
     assert memory.table()
+
+
+@pytest.mark.parametrize("name", ["logquant", "kivi", "h2o"])
+@pytest.mark.parametrize("more", [0, 5])
+def test_a_loaded_cache_takes_no_more_room_where_rows_are_repeated(name: str, more: int, tmp_path: Path) -> None:
+    """Rows that are alike share what says where their tokens are, also after further updates, and in a file."""
+    model = tiny("llama")
+    mask = torch.ones(2, 80, dtype=torch.long)
+    mask[1, :9] = 0
+    with attach(model):
+        cache = make_cache(name, model)
+        model(ids(80, 2), attention_mask=mask, **{CACHE: cache})
+        once = cache.memory().shared_indices - mask.numel()
+        cache.batch_repeat_interleave(3)
+        mask = mask.repeat_interleave(3, 0)
+        for step in range(more):
+            mask = torch.cat([mask, torch.ones(6, 1, dtype=torch.long)], dim=1)
+            model(ids(1, 6, seed=step), attention_mask=mask, **{CACHE: cache})
+        cache.save(tmp_path / "cache")
+        found = cache.memory().shared_indices
+        assert found - mask.numel() <= once + 3 * 8 * more
+        assert CompressedCache.load(tmp_path / "cache", model).memory().shared_indices == found

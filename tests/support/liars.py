@@ -41,10 +41,8 @@ def _tensors() -> dict[str, Liar]:
         return changing(change, decode)
 
     named, must = r"must give named tensors from encode", r"must give tensors \[batch, kv_heads, tokens, \.\.\.\]"
-    back, same = (
-        r"must give \(1, [12], \d+, \d+\) in torch\.\w+ on cpu from decode",
-        "must give the same tensors each time",
-    )
+    back = r"must give \(1, [12], \d+, \d+\) in torch\.\w+ on cpu from decode"
+    same = "must give the same tensors each time"
     cases: dict[str, tuple[str, dict[str, Any]]] = {
         "encode gives a list": (named, {"encode": encoded(lambda e: list(e.values()))}),
         "encode gives nothing": (named, {"encode": encoded(lambda e: {})}),
@@ -137,9 +135,6 @@ def _policies() -> dict[str, Liar]:
     count = "capacity must return an integer, 0 or more"
     rng = np.random.default_rng(0)
 
-    def held(self: Any, positions: Any, seen: int) -> Any:
-        return keep(self, positions, seen) | (positions == 0)
-
     def given(change: Callable[[Any], Any], method: Any = keep) -> Any:
         return changing(change, method)
 
@@ -177,7 +172,7 @@ def _policies() -> dict[str, Liar]:
         "departures of nothing": (array, {"departures": given(lambda d: None, departures)}),
         "departures raise": ("departures must not fail", {"departures": raising(TypeError("no"))}),
         "departures write": ("departures must not fail, found ValueError", {"departures": writing_first(departures)}),
-        "arrival is no truth": ("", {"keep": held, "acts": "arrival"}),
+        "arrival is no truth": ("", {"keep": lambda self, p, seen: keep(self, p, seen) | (p == 0), "acts": "arrival"}),
         "acts sometimes": ("acts must be arrival or step", {"acts": "sometimes"}),
     }
     return {name: lying(GoodPolicy, run, **methods) for name, (run, methods) in cases.items()}
@@ -282,18 +277,20 @@ def _transforms() -> dict[str, Liar]:
     return {f"transform: {name}": lying(GoodTransform, run, **methods) for name, (run, methods) in cases.items()}
 
 
+def then(method: Callable[..., Any], change: Callable[..., Any]) -> Any:
+    """A method that works in place, and then does something else."""
+    return lambda self, *args: (method(self, *args), change(*args))[1]
+
+
+def spoil(x: Tensor) -> None:
+    x.add_(1)
+
+
 def _extras() -> dict[str, Liar]:
     names = ("take", "fit", "add", "add_scores", "add_values")
     take, fit, add, scores, values = (getattr(GoodExtra, name) for name in names)
     nothing, alone = "must write to out and return nothing from", "must change nothing but out in"
     same = "must give the same tensors each time"
-
-    def then(method: Callable[..., Any], change: Callable[..., Any]) -> Any:
-        """A method that works in place, and then does something else."""
-        return lambda self, *args: (method(self, *args), change(*args))[1]
-
-    def spoil(x: Tensor) -> None:
-        x.add_(1)
 
     cases: dict[str, tuple[str, dict[str, Any]]] = {
         "take leaves nan": ("", {"take": changing(lambda f: (f[0] * torch.nan, f[1]), take)}),

@@ -10,7 +10,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from layers import Layer, random_tokens
-from ragged import check, recipes, reference
+from per_head import check, recipes, reference
 
 
 @pytest.fixture(autouse=True)
