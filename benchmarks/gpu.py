@@ -22,7 +22,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from kvpolicy.attention import backend
 from kvpolicy.attention.attend import attend
-from kvpolicy.layer.layer import LayerCache, Reading
+from kvpolicy.layer.held import Reading
+from kvpolicy.layer.layer import LayerCache
 from kvpolicy.placement.planner import Placement
 from kvpolicy.placement.step import Step
 from kvpolicy.recipe.load import load_recipe

@@ -22,7 +22,7 @@ from kvpolicy.hf.attach import watching
 from kvpolicy.hf.cache import CompressedCache
 from kvpolicy.hf.layer import TieredLayer
 from kvpolicy.interfaces.backend import AttentionOptions
-from kvpolicy.layer.layer import DROPPED, EXACT, QUANTIZED
+from kvpolicy.layer.held import DROPPED, EXACT, QUANTIZED
 from kvpolicy.layer.view import View
 
 FIELDS = ("l1", "l2", "exact_mass", "quantized_mass", "dropped_mass")

@@ -24,7 +24,8 @@ from kvpolicy.hf.saving import load_cache, save_cache
 from kvpolicy.hf.suitability import check_effect, check_positions, compressible, set_apart
 from kvpolicy.hf.transaction import BY_REFERENCE, Guard
 from kvpolicy.interfaces.site import Site
-from kvpolicy.layer.layer import LayerCache, Positions, Reading
+from kvpolicy.layer.held import Positions, Reading
+from kvpolicy.layer.layer import LayerCache
 from kvpolicy.layer.report import LayerSummary, Memory, Summary, describe, measure
 from kvpolicy.layer.view import Scratch
 from kvpolicy.placement.padding import Padding

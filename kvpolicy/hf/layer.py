@@ -11,7 +11,8 @@ from transformers.cache_utils import CacheLayerMixin
 from kvpolicy.errors import CacheError
 from kvpolicy.hf.modes import ATTACHED, HELD, barred, precise, uncompiled, wants_gradients
 from kvpolicy.interfaces.site import Site
-from kvpolicy.layer.layer import LayerCache, Reading
+from kvpolicy.layer.held import Reading
+from kvpolicy.layer.layer import LayerCache
 from kvpolicy.layer.view import Scratch
 from kvpolicy.placement.step import Step
 

@@ -17,7 +17,7 @@ from kvpolicy.errors import CacheError, KvpolicyError, RecipeError
 from kvpolicy.hf.fingerprint import Fingerprint, Origin, blocks_of, differences, fingerprint_of
 from kvpolicy.hf.layer import TieredLayer
 from kvpolicy.hf.model_config import head_dim_of, layer_config
-from kvpolicy.layer.layer import Reading
+from kvpolicy.layer.held import Reading
 from kvpolicy.layer.saving.file import (
     LONGEST,
     Damaged,

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from kvpolicy.errors import CacheError
 from kvpolicy.hf.layer import TieredLayer
-from kvpolicy.layer.layer import MAX_APART, LayerCache, Reading, commit_all
+from kvpolicy.layer.held import Reading
+from kvpolicy.layer.layer import MAX_APART, LayerCache, commit_all
 from kvpolicy.placement.padding import Padding
 
 BETWEEN = ("kvpolicy", "torch._dynamo", "contextlib")

@@ -4,115 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from kvpolicy.errors import CacheError
-from kvpolicy.interfaces.policy import RankPolicy
-from kvpolicy.interfaces.site import Site
+from kvpolicy.layer.held import PENDING, SIDES, Held, Positions
 from kvpolicy.layer.mover import move
-from kvpolicy.layer.view import Scratch, View
+from kvpolicy.layer.view import View
 from kvpolicy.placement.attention_scores import Observer
-from kvpolicy.placement.by_position import ByPosition
-from kvpolicy.placement.contract import Planner, select
-from kvpolicy.placement.moves import EMPTY, ColumnMap
-from kvpolicy.placement.padding import Padding
+from kvpolicy.placement.contract import select
+from kvpolicy.placement.moves import EMPTY
 from kvpolicy.placement.per_head import PerHeadPlacement
-from kvpolicy.placement.step import Step
-from kvpolicy.storage.base import Store
 from kvpolicy.storage.later import Later
 from kvpolicy.storage.make import make_store
 
-Ints = NDArray[np.int64]
-SIDES = ("keys", "values")
 MAX_PENDING = 64
 """Tokens of the last update that wait outside the tiers at most, so that `crop` of them is exact."""
 MAX_APART = 24
 """The same where policies ask for scores: what each of these tokens' queries attended is kept apart."""
-PENDING = -1
-"""The tier that `positions` gives for pending tokens."""
-EXACT, QUANTIZED, DROPPED = 0, 1, 2
-"""What `LayerCache.exactness` says of a token."""
 
 
-class Positions(NamedTuple):
-    """Where the tokens of a layer are."""
-
-    positions: Ints
-    """Positions in the context of all tokens held, ascending: `[tokens]`.
-
-    Where rows or KV heads hold different tokens (padded batches, policies by attention): `[batch, kv_heads or 1,
-    tokens]`, positions of padding not held, and -1 first in rows that hold fewer tokens than others.
-    """
-    tiers: NDArray[np.int16]
-    """The tier of each, counted from 0; `PENDING` (-1) for those not yet committed. Of the shape of `positions`."""
-
-
-@dataclass
-class Reading:
-    """What all layers of a cache know of the forward pass that brings the next tokens."""
-
-    attached: bool = False
-    """Whether an attached model reads the stores: updates give views, and masks cover all tokens seen."""
-    padding: Padding | None = None
-    """Which of all tokens are padding, those of the pass included, once some are."""
-
-
-class LayerCache:
-    """One layer: stores for keys and values, where their tokens are, and the pending tokens."""
-
-    def __init__(self, start: Step, scratch: Scratch | None, reading: Reading, site: Site | None = None) -> None:
-        self.site = site or Site()
-        """Where the layer stands in its model; side, heads and channels are those of its stores."""
-        self.first, self.scratch, self.reading = start, scratch, reading
-        self.placement = start.placement
-        specs = [spec for side in SIDES for spec in self.placement.specs[side]]
-        self.told_apart = any(spec != "full" for spec in specs) or self.placement.ranks
-        """Whether it matters which tokens are padding: not where all is kept as it came."""
-        self.clear()
-
-    def clear(self) -> None:
-        self.broken = True
-        self.planner: Planner[Any] = ByPosition(self.first)
-        """Where the tokens are that were let in, and what moves."""
-        self.observer: Observer | None = None
-        self.stores: dict[str, list[Store | None]] = {}
-        self.pending: dict[str, Tensor] = {}
-        self.like: dict[str, Tensor] = {}
-        self.staged: dict[str, Tensor] = {}
-        self.decoded: dict[str, Tensor] = {}
-        self.densely = False
-        self.backends: tuple[str, ...] = ()
-        """Who computed attention last."""
-        self.broken = False
-
-    @property
-    def padding(self) -> Padding | None:
-        """Which of the tokens seen are padding, if this layer tells them apart."""
-        return self.reading.padding if self.told_apart else None
-
-    @property
-    def evicts(self) -> bool:
-        """Whether its last tier drops tokens."""
-        return bool(self.placement.specs["keys"][-1] == "evict")
-
-    @property
-    def waiting(self) -> int:
-        return self.pending["keys"].shape[2] if self.pending else 0
-
-    @property
-    def committed(self) -> int:
-        """Tokens that were let into the tiers, dropped ones included."""
-        return self.step.seen
-
-    @property
-    def seen(self) -> int:
-        return self.committed + self.waiting + (self.staged["keys"].shape[2] if self.staged else 0)
+class LayerCache(Held):
+    """One layer whose tokens come, descend and go: staged, then pending, then committed."""
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
@@ -120,11 +36,6 @@ class LayerCache:
         before, self.broken = self.broken, True
         yield
         self.broken = before
-
-    @property
-    def step(self) -> Step:
-        """Where the committed tokens are by position; the same value in all layers with the same tiers."""
-        return self.planner.step
 
     def held_after_commit(self, coming: int = 0) -> int:
         """Tokens that the stores will hold once the pending ones are committed.
@@ -143,18 +54,6 @@ class LayerCache:
         asked = self.placement.prompted or self.placement.ranks
         return coming == 1 and asked and self.seen > 0 and self.step.prompt is None
 
-    @property
-    def attending(self) -> list[str]:
-        """The policies that must see attention."""
-        policies = self.placement.policies
-        return [p.kind for p in policies if isinstance(p, RankPolicy) and p._scores() is not None]
-
-    @property
-    def tells_apart(self) -> bool:
-        """Whether rows, or heads that policies look at, have places of their own."""
-        padded = self.padding is not None and self.padding.before(self.padding.length)
-        return padded or self.placement.ranks
-
     def start(self, keys: Tensor, values: Tensor) -> None:
         """Make the stores for tensors of this kind: an empty slice of each is kept for type and device."""
         self.like = {"keys": keys[:, :, :0].detach().clone(), "values": values[:, :, :0].detach().clone()}
@@ -165,11 +64,6 @@ class LayerCache:
             ]
             for side in SIDES
         }
-
-    def site_of(self, side: str) -> Site:
-        """Where the stores of a side stand."""
-        _, heads, _, dim = self.like[side].shape
-        return replace(self.site, side="keys" if side == "keys" else "values", kv_heads=heads, head_dim=dim)
 
     def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Add tokens; returns all keys and values held before, decoded, and the new ones, in token order."""
@@ -212,16 +106,6 @@ class LayerCache:
             self.densely = True
             self.decoded = dict(zip(SIDES, self._dense(self.staged, self.scratch), strict=True))
         return self.decoded
-
-    def visible(self) -> Tensor:
-        """Positions of what the views of `stage` show, in token order; `[batch, 1, tokens]` where rows differ."""
-        found = self.planner.positions()
-        new = torch.arange(self.committed, self.seen, device=found.device)
-        return torch.cat([found, new.expand(*found.shape[:-1], -1)], dim=-1)
-
-    def columns(self) -> ColumnMap:
-        """Where attention finds the tokens of each store."""
-        return self.planner.columns(self.like["keys"].device)
 
     def observe(self) -> Observer | None:
         """What is to be told of the attention of the tokens of `stage`, if any policy asks for it."""
@@ -296,21 +180,6 @@ class LayerCache:
             self.pending, self.observer = {}, None
         return True
 
-    def _check_rows(self, keys: Tensor) -> None:
-        rows = self.like["keys"].shape[0]
-        if keys.shape[0] != rows:
-            raise CacheError(
-                f"an update must have the rows of the cache, {rows}, found {keys.shape[0]}; use batch_select_indices "
-                "or batch_repeat_interleave, or another cache"
-            )
-
-    def check_whole(self) -> None:
-        if self.broken:
-            raise CacheError(
-                "a layer of the cache must be whole, and an update of this one was interrupted; reset() the cache, or "
-                "make a new one"
-            )
-
     def _let_in(self, new: dict[str, Tensor]) -> None:
         turn = self.begin(new)
         select([self.planner], [turn])
@@ -327,30 +196,6 @@ class LayerCache:
                 self.planner = planner
         assert isinstance(self.planner, PerHeadPlacement)
         return self.planner
-
-    def _dense(self, new: dict[str, Tensor], scratch: Scratch | None) -> tuple[Tensor, Tensor]:
-        held, out = self.planner.width, {}
-        for side in SIDES:
-            x = new[side]
-            shape = (*x.shape[:2], held + x.shape[2], x.shape[3])
-            dense = x.new_empty(shape) if scratch is None else scratch.get(side, shape, x)
-            # From the last, most of the tokens: what it writes between its own is written over by the others.
-            layout = zip(self.stores[side], self.planner.layout(side), strict=True)
-            filled = [(store, at) for store, at in layout if store is not None and store.length]
-            for number, (store, at) in enumerate(reversed(filled)):
-                if isinstance(at, int):
-                    store.write(dense, at)
-                elif at.ndim > 1:
-                    if number == 0:
-                        dense[:, :, :held] = 0
-                    store.scatter_by_head(dense[:, :, :held], at)
-                elif number == 0:
-                    store.scatter_between(dense, at.to(x.device, non_blocking=True))
-                else:
-                    store.scatter(dense, at.to(x.device, non_blocking=True))
-            dense[:, :, held:] = x
-            out[side] = dense
-        return out["keys"], out["values"]
 
     def dense(self) -> tuple[Tensor, Tensor]:
         """All keys and values held, decoded, in token order; tensors of their own.
@@ -375,18 +220,6 @@ class LayerCache:
                 new = np.where(self.padding.real[:, None, self.committed : self.seen], new, EMPTY)
         waits = np.full(new.shape, PENDING, dtype=np.int16)
         return Positions(np.concatenate([held, new], axis=-1), np.concatenate([tiers, waits], axis=-1))
-
-    def exactness(self) -> NDArray[np.int8]:
-        """How each position seen is kept, `[batch or 1, kv_heads or 1, seen]`.
-
-        `EXACT`: key and value are in full stores, pending, or just coming in. `QUANTIZED`: one of them is in another
-        store. `DROPPED`: neither is held. It goes by tier: what waits for its group in a per-channel store counts as
-        quantized although it is still as it came.
-        """
-        tiers = zip(self.placement.specs["keys"], self.placement.specs["values"], strict=True)
-        kept = [EXACT if k == v == "full" else DROPPED if k == "evict" else QUANTIZED for k, v in tiers]
-        held = self.planner.by_position(kept, DROPPED)
-        return np.pad(held, ((0, 0), (0, 0), (0, self.seen - self.committed)), constant_values=EXACT)
 
     def crop(self, length: int) -> None:
         """Forget the positions from `length` on. Exact for pending tokens; past descents are kept."""

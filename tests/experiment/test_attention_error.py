@@ -20,7 +20,8 @@ from kvpolicy import attach, load_recipe, make_cache
 from kvpolicy.experiment.attention_distance import Distances, Profile, fit_power_law
 from kvpolicy.experiment.attention_error import AttentionErrors, Watcher
 from kvpolicy.hf.layer import TieredLayer
-from kvpolicy.layer.layer import DROPPED, EXACT, QUANTIZED, LayerCache
+from kvpolicy.layer.held import DROPPED, EXACT, QUANTIZED
+from kvpolicy.layer.layer import LayerCache
 from kvpolicy.placement.simulate import simulate
 
 PROMPT, STEPS = 90, 30

@@ -15,7 +15,8 @@ from kvpolicy.attention.cuda.backend import Cuda
 from kvpolicy.attention.mask import as_mask
 from kvpolicy.attention.reference import REFERENCE
 from kvpolicy.interfaces.backend import AttentionOptions
-from kvpolicy.layer.layer import LayerCache, Reading
+from kvpolicy.layer.held import Reading
+from kvpolicy.layer.layer import LayerCache
 from kvpolicy.placement.padding import Padding
 from kvpolicy.placement.planner import Placement
 from kvpolicy.placement.step import Step
