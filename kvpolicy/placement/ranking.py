@@ -12,9 +12,10 @@ from torch import Tensor
 
 from kvpolicy.interfaces.policy import RankPolicy
 from kvpolicy.interfaces.site import Site
+from kvpolicy.placement.counts import Counts
 from kvpolicy.placement.planner import Placement
 from kvpolicy.placement.selection import best_of_pairs, by_count_read, highest, ranked, scored, shared
-from kvpolicy.placement.step import Counts, Step
+from kvpolicy.placement.step import Step
 from kvpolicy.placement.token_table import Candidates
 
 Ints = NDArray[np.int64]

@@ -183,7 +183,8 @@ class AffineStore(CodedStore):
                 self.keep(*self.encode(x, size))
                 return
             step = max(AT_ONCE // (x.shape[0] * x.shape[1] * x.shape[3]) // size, 1) * size
-            if later is not None and self.levels is None and x.shape[2] <= step:
+            # By row and head groups have numbers, which go by those kept already.
+            if later is not None and self.levels is None and self.row_heads is None and x.shape[2] <= step:
                 later.add(self, x, size)
                 return
             for part in x.split(step, dim=2):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 import torch
@@ -24,28 +25,33 @@ class Later:
     """Tokens that have arrived in stores of codes and are coded by `run`, those of like stores together."""
 
     def __init__(self) -> None:
-        self._asked: dict[Any, list[tuple[Coding, Tensor]]] = {}
+        self._asked: list[tuple[Coding, Tensor, int]] = []
 
     def add(self, store: Coding, x: Tensor, size: int) -> None:
         """Note tokens `[batch, kv_heads, tokens, head_dim]` of a store; per channel, `size` at a time are a group."""
-        # Layers of a recipe share their quantizers.
-        key = id(store.quantizer), size, x.shape, x.dtype, x.device
-        self._asked.setdefault(key, []).append((store, x))
+        self._asked.append((store, x, size))
 
     def run(self) -> None:
-        """Code what was noted, and let the stores keep it."""
-        asked, self._asked = self._asked, {}
-        for (_, size, *_), found in asked.items():
-            most = max(1, TOGETHER // max(1, found[0][1].nbytes))
-            for first in range(0, len(found), most):
-                self._code(found[first : first + most], size)
+        """Code what was noted, and let the stores keep it, in the order in which it came."""
+        asked, self._asked = self._asked, []
+        like: dict[Any, list[int]] = {}
+        for i, (store, x, size) in enumerate(asked):
+            # Layers of a recipe share their quantizers.
+            like.setdefault((id(store.quantizer), size, x.shape, x.dtype, x.device), []).append(i)
+        found: dict[int, tuple[Tensor, Tensor]] = {}
+        for numbers in like.values():
+            most = max(1, TOGETHER // max(1, asked[numbers[0]][1].nbytes))
+            for first in range(0, len(numbers), most):
+                some = numbers[first : first + most]
+                found.update(zip(some, _coded([asked[i] for i in some]), strict=True))
+        for i, (store, _, _) in enumerate(asked):
+            store.keep(*found[i])
 
-    def _code(self, found: list[tuple[Coding, Tensor]], size: int) -> None:
-        if len(found) == 1:
-            ((store, x),) = found
-            store.keep(*store.encode(x, size))
-            return
-        rows = len(found[0][1])
-        codes, params = found[0][0].encode(torch.cat([x for _, x in found]), size)
-        for (store, _), c, p in zip(found, codes.split(rows), params.split(rows), strict=True):
-            store.keep(c, p)
+
+def _coded(asked: list[tuple[Coding, Tensor, int]]) -> Iterable[tuple[Tensor, Tensor]]:
+    """Codes and parameters of tokens of one shape."""
+    store, x, size = asked[0]
+    if len(asked) == 1:
+        return [store.encode(x, size)]
+    codes, params = store.encode(torch.cat([x for _, x, _ in asked]), size)
+    return zip(codes.split(len(x)), params.split(len(x)), strict=True)

@@ -126,11 +126,11 @@ def test_a_value_that_was_given_is_named_by_its_parameter_and_told_once() -> Non
 
 
 def test_at_most_a_hundred_problems_are_told() -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(RecipeError) as caught:
         load_yaml("".join(f"key{i}: 1\n" for i in range(1_500)))
     assert len(str(caught.value).splitlines()) == MAX_PROBLEMS + 1
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
 
 
 EXTENDS = {

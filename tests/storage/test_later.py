@@ -1,0 +1,59 @@
+"""Tokens of several stores that are coded in one go: what is held is what one store after the other would hold."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kvpolicy_int import Int
+
+from kvpolicy.storage import later as module
+from kvpolicy.storage.affine import AffineStore
+from kvpolicy.storage.later import Later
+
+
+@settings(deadline=None, max_examples=60)
+@given(data=st.data())
+def test_the_order_and_the_codes_are_those_of_one_after_the_other(data: Any) -> None:
+    quantizers = [
+        Int(nbits=data.draw(st.sampled_from([2, 4, 8])), per="token"),
+        Int(nbits=2, per="channel", group_size=data.draw(st.sampled_from([4, "arrival"]))),
+    ]
+    which = data.draw(st.lists(st.integers(0, 1), min_size=1, max_size=4), "quantizer of each store")
+    together, alone = ([AffineStore(quantizers[w], 8) for w in which] for _ in range(2))
+    if data.draw(st.booleans(), "by head"):
+        for store in (*together, *alone):
+            store.differ_by_head((2, 1))
+    before, module.TOGETHER = module.TOGETHER, data.draw(st.sampled_from([1, 2000, 1 << 25]), "bytes")
+    try:
+        for turn in range(data.draw(st.integers(1, 3))):
+            coder = Later()
+            for seed in range(data.draw(st.integers(1, 6), "arrivals")):
+                number = data.draw(st.integers(0, len(which) - 1))
+                tokens = data.draw(st.integers(1, 5))
+                x = torch.randn(2, 1, tokens, 8, generator=torch.Generator().manual_seed(10 * turn + seed))
+                together[number].append(x, later=coder)
+                alone[number].append(x)
+            coder.run()
+    finally:
+        module.TOGETHER = before
+    for found, expected in zip(together, alone, strict=True):
+        one, other = found.tensors(), expected.tensors()
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("independent", [True, False])
+def test_what_depends_on_what_is_coded_together_is_coded_alone(independent: bool, monkeypatch: Any) -> None:
+    monkeypatch.setattr(Int, "independent", independent)
+    calls: list[int] = []
+    real = Int.calibrate
+    monkeypatch.setattr(Int, "calibrate", lambda self, groups: calls.append(len(groups)) or real(self, groups))
+    stores, coder = [AffineStore(quantizer, 8) for quantizer in [Int(nbits=2)] * 3], Later()
+    for store in stores:
+        store.append(torch.randn(1, 1, 2, 8), later=coder)
+    coder.run()
+    assert len(calls) == (1 if independent else 3)
