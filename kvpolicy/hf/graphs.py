@@ -1,14 +1,16 @@
 """Decode steps of attached models as CUDA graphs: the host launches a step, not its thousand kernels.
 
 Between two steps a model differs in its token and the token's position; the cache differs in what its attention reads.
-So a step is captured once for each batch size. At each step the pending tokens enter the tiers as always, each
-attention of the graph is given its new arguments, and the graph is replayed. Whatever is unusual runs as it would
-without graphs.
+So a step is captured once for each batch size, recipe and kind of call. At each step the pending tokens enter the tiers
+as always, each attention of the graph is given its new arguments, and the graph is replayed. Whatever is unusual runs as
+it would without graphs.
 """
 
 from __future__ import annotations
 
 import functools
+import sys
+import threading
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -16,15 +18,21 @@ from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from transformers.utils import ModelOutput
 
 from kvpolicy.attention.attend import whole
 from kvpolicy.hf.cache import CompressedCache
-from kvpolicy.hf.calls import BY_NAME, WORDS, Call, names_of, parts_of, path_between
+from kvpolicy.hf.calls import BY_NAME, WORDS, Call, names_of
 from kvpolicy.hf.layer import TieredLayer
+from kvpolicy.hf.model_state import ModelState
 from kvpolicy.hf.modes import nothing_hidden, precise, watching
 from kvpolicy.layer.layer import LayerCache
 
+OF_CACHE = object()
+"""Stands for the cache in what a step gives."""
+AGAIN = 256
+"""Steps until a capture that failed is tried again."""
 WARM = 2
 """Steps that run without a graph first, so that all that happens once has happened."""
 KEPT = 8
@@ -32,6 +40,7 @@ KEPT = 8
 TENSORS = ("input_ids", "position_ids", "cache_position")
 PLAIN = (bool, int, float, str, type(None))
 _graphs: WeakKeyDictionary[nn.Module, Graphs] = WeakKeyDictionary()
+_counting: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 _recipes: WeakKeyDictionary[CompressedCache, str] = WeakKeyDictionary()
 
 
@@ -50,17 +59,25 @@ class Graphs:
         """Why steps ran without a graph, and how many."""
         self.replayed = 0
         """Steps that were replayed."""
+        self._lock = threading.Lock()
+        """Held from the new arguments of a graph to its output: threads share graphs."""
+
+    def clear(self) -> None:
+        """Forget all graphs, and give their memory back. Steps are captured anew."""
+        with self._lock:
+            self.steps, self.warm = {}, Counter()
 
     def forward(self, original: Callable[..., Any], owner: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         call = Call(self.names, args, kwargs)
         try:
-            cache, given, key = _usual(call)
-            step = self._step(original, owner, call, cache, given, key)
+            cache, given, key = _usual(call, owner)
+            with self._lock, torch.cuda.device(given["input_ids"].device):
+                found = self._step(original, owner, call, cache, given, key).replay(cache, given)
+                self.replayed += 1
+                return found
         except Unusual as reason:
             self.reasons[str(reason)] += 1
-            return original(*args, **kwargs)
-        self.replayed += 1
-        return step.replay(cache, given)
+        return original(*args, **kwargs)
 
     def _step(
         self,
@@ -74,84 +91,82 @@ class Graphs:
         """The graph of a step, its arguments those of this one."""
         _commit(cache, given["input_ids"].device)
         step = self.steps.get(key)
-        if step is not None and not step.fresh():
+        if step is not None and step.stale():
             del self.steps[key]
             step = None
         if step is None:
             if self.warm[key] < WARM:
                 self.warm[key] += 1
                 raise Unusual("the first steps of a kind run without")
-            step = self._capture(original, owner, call, cache, given)
             if len(self.steps) >= KEPT:
                 self.steps.pop(next(iter(self.steps)))
-            self.steps[key] = step
+            step = self.steps[key] = _captured(original, owner, call, cache, given)
         elif step.reason is None:
-            step.renew(cache)
+            try:
+                step.renew(cache)
+            except RuntimeError as error:
+                step.reason = f"a launch could not be changed: {error}"[:200]
         if step.reason is not None:
             raise Unusual(step.reason)
         return step
 
-    def _capture(
-        self,
-        original: Callable[..., Any],
-        owner: nn.Module,
-        call: Call,
-        cache: CompressedCache,
-        given: dict[str, Tensor],
-    ) -> Captured:
-        step = Captured(owner, given)
-        before = cache.get_seq_length()
-        try:
-            if step.reason is None:
-                step.capture(original, call, cache)
-        except Exception as error:
-            step.reason = f"the model can't be captured: {type(error).__name__}: {error}"[:200]
-        if step.reason is not None:
-            step.graph = step.out = None
-            for tiers in _tiers(cache):
-                tiers.revert(before)
-        return step
+
+def _captured(
+    original: Callable[..., Any], owner: nn.Module, call: Call, cache: CompressedCache, given: dict[str, Tensor]
+) -> Captured:
+    """A step that was captured, or the reason why it could not be."""
+    step = Captured(owner, given)
+    before = cache.get_seq_length()
+    try:
+        if step.reason is None:
+            step.capture(original, call, cache)
+    except Exception as error:
+        step.reason = f"the model can't be captured: {type(error).__name__}: {error}"[:200]
+    if step.reason is not None:
+        step.graph = step.out = step.recording = None
+        for tiers in _tiers(cache):
+            tiers.revert(before)
+    return step
 
 
 class Captured:
     """A step of a model with one batch size."""
 
     def __init__(self, owner: nn.Module, given: dict[str, Tensor]) -> None:
-        from kvpolicy.attention.cuda.graph import Recording
-
-        device = given["input_ids"].device
-        self.reason: str | None = None
+        self.state = ModelState(owner)
+        self.reason = self.state.unfit()
         """Why it can't be replayed."""
+        self.again = AGAIN
+        """Steps until that is tried again."""
         self.given = {name: x.clone() for name, x in given.items()}
-        self.recording = Recording(device)
+        self.recording: Any = None
         self.graph: Any = None
         self.out: Any = None
+        self.kind: Any = None
         self.new: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
         """Of each layer its staged and its pending tokens, which the graph writes."""
         self.user: ReferenceType[CompressedCache] | None = None
         """The cache whose pending tokens these are now."""
-        self.parts = _parts(owner)
-        self.weights, self.hooks = _weights(self.parts), _hooks(owner)
-        self.count = _count(self.hooks)
-        if self.count > 2 * (len(path_between(*parts_of(owner))) - 1):  # those of attached models are two each
-            self.reason = "hooks inside the model"
 
-    def fresh(self) -> bool:
-        """Whether the model is as it was captured."""
-        return self.weights == _weights(self.parts) and self.count == _count(self.hooks)
+    def stale(self) -> bool:
+        """Whether it is to be captured anew: the model has changed, or it could not be captured some steps ago."""
+        self.again -= self.reason is not None
+        return not self.again or not self.state.same()
 
     def capture(self, original: Callable[..., Any], call: Call, cache: CompressedCache) -> None:
         """Capture a step, whose tokens become those of `cache` when it is replayed."""
-        from kvpolicy.attention.cuda.graph import recording
+        from kvpolicy.attention.cuda.graph import Recording, recording
 
+        device = self.given["input_ids"].device
+        self.recording = Recording(device)
         kwargs: dict[str, Any] = {name: call.get(name) for name in _named(call) if name not in TENSORS}
         kwargs |= self.given
-        mask = kwargs["attention_mask"] = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=self.recording.device)
+        mask = kwargs["attention_mask"] = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device)
         self.graph = torch.cuda.CUDAGraph(keep_graph=True)
         token = nothing_hidden.set(mask)
         try:
             with recording(self.recording), torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-                self.out = original(**kwargs)
+                out = self.out = original(**kwargs)
         finally:
             nothing_hidden.reset(token)
         tiers = _tiers(cache)
@@ -166,6 +181,10 @@ class Captured:
             self.graph.instantiate()
             self.new = [(dict(layer.staged), dict(layer.pending)) for layer in tiers]
             self.user = ref(cache)
+            # Nothing of the cache is to live on with the graph.
+            self.out = {name: OF_CACHE if x is cache else x for name, x in self.out.items()}
+            self.kind = type(out)
+            self.recording.launches = [launch._replace(stores=()) for launch in launches]
 
     def renew(self, cache: CompressedCache) -> None:
         """Let the graph read `cache` as it is now."""
@@ -188,11 +207,8 @@ class Captured:
         for layer, (staged, pending) in zip(_tiers(cache), self.new, strict=True):
             layer.staged, layer.pending = dict(staged), dict(pending)
         self.user = ref(cache)
-        found = {
-            name: x.clone() if isinstance(x, Tensor) else cache if isinstance(x, CompressedCache) else x
-            for name, x in self.out.items()
-        }
-        return type(self.out)(**found)
+        own = {name: cache if x is OF_CACHE else tree_map_only(Tensor, Tensor.clone, x) for name, x in self.out.items()}
+        return self.kind(**own)
 
     def _release(self, cache: CompressedCache) -> None:
         """Give a cache pending tokens of its own, before the graph writes those of another."""
@@ -202,7 +218,7 @@ class Captured:
                     layer.pending[side] = x.clone()
 
 
-def _usual(call: Call) -> tuple[CompressedCache, dict[str, Tensor], Any]:
+def _usual(call: Call, owner: nn.Module) -> tuple[CompressedCache, dict[str, Tensor], Any]:
     """Cache, tensors and kind of a step that may be replayed.
 
     Raises:
@@ -213,27 +229,45 @@ def _usual(call: Call) -> tuple[CompressedCache, dict[str, Tensor], Any]:
         raise Unusual("no compressed cache")
     if not isinstance(ids, Tensor) or ids.device.type != "cuda" or ids.shape[1:] != (1,):
         raise Unusual("not one token on a GPU")
+    if not hasattr(torch.cuda.CUDAGraph, "raw_cuda_graph_exec"):
+        raise Unusual(f"PyTorch {torch.__version__}, whose graphs can't be changed")
     if torch.is_grad_enabled() or torch.cuda.is_current_stream_capturing() or torch.is_autocast_enabled("cuda"):
         raise Unusual("gradients, autocast or another capture")
     if watching.get() is not None:
         raise Unusual("attention that is watched")
-    if not all(isinstance(layer, TieredLayer) for layer in cache.layers) or not cache.get_seq_length():
+    seen = cache.get_seq_length()
+    if not all(isinstance(layer, TieredLayer) for layer in cache.layers) or not seen:
         raise Unusual("layers that are not compressed, or hold nothing")
+    if any(layer.batch_size != len(ids) for layer in cache.layers):
+        raise Unusual("other rows than those of the cache")
     mask = call.get("attention_mask")
-    if mask is not None and (mask.ndim != 2 or cache.padding is not None or not bool(mask.all())):
-        raise Unusual("a mask that hides tokens")
+    if mask is not None:
+        shown = mask.shape == (len(ids), seen + 1) and cache.padding is None
+        if not shown or not bool(mask.all()):
+            raise Unusual("a mask that hides tokens")
     others = {name: call.get(name) for name in _named(call) if name not in (*TENSORS, *WORDS, "attention_mask")}
     if not all(isinstance(x, PLAIN) for x in others.values()):
         raise Unusual("other arguments")
     given = {name: call.get(name) for name in TENSORS if isinstance(call.get(name), Tensor)}
     if "position_ids" not in given:
-        if "position_ids" not in call.names:
-            raise Unusual("no argument for positions")
-        seen = cache.get_seq_length()
+        if "position_ids" not in call.names or not _counts_tokens(owner):
+            raise Unusual("no positions")
         given["position_ids"] = torch.full((1, 1), seen, dtype=torch.int64, device=ids.device)
     shapes = tuple((name, x.shape, x.dtype, x.device) for name, x in given.items())
-    modes = torch.is_inference_mode_enabled(), len(cache.layers)
+    modes = torch.is_inference_mode_enabled(), len(cache.layers), torch.cuda.current_stream(ids.device).cuda_stream
     return cache, given, (shapes, tuple(sorted(others.items())), modes, _recipe(cache))
+
+
+def _counts_tokens(owner: nn.Module) -> bool:
+    """Whether a model that is given no positions counts the tokens seen: one with plain rotary embeddings does."""
+    found = _counting.get(owner)
+    if found is None:
+        config: Any = getattr(owner, "config", None)
+        text = config.get_text_config(decoder=True) if config is not None else None
+        rotary = getattr(text, "rope_parameters", None) or getattr(text, "rope_theta", None)
+        odd = "mrope" in str(rotary) or any(hasattr(m, "rope_deltas") for m in owner.modules())
+        found = _counting[owner] = bool(rotary) and not odd
+    return found
 
 
 def _recipe(cache: CompressedCache) -> str:
@@ -278,29 +312,12 @@ def _reader(launch: Any, tiers: list[LayerCache]) -> int:
     return next((i for i, stores in enumerate(every) if own & stores), -1)
 
 
-def _parts(owner: nn.Module) -> list[dict[str, Any]]:
-    """What the modules of a model consist of."""
-    every = (part for m in owner.modules() for part in (m._parameters, m._buffers, m._modules))
-    return [part for part in every if part]
-
-
-def _weights(parts: list[dict[str, Any]]) -> list[int]:
-    """Which modules these are, and where their weights lie."""
-    return [x.data_ptr() if isinstance(x, Tensor) else id(x) for part in parts for x in part.values()]
-
-
-def _hooks(owner: nn.Module) -> list[dict[Any, Any]]:
-    """The hooks of all modules inside a model, which a replay does not run."""
-    inside = (m for m in owner.modules() if m is not owner)
-    return [hooks for m in inside for hooks in (m._forward_hooks, m._forward_pre_hooks)]
-
-
-def _count(hooks: list[dict[Any, Any]]) -> int:
-    return sum(map(len, hooks))
-
-
 def forward(owner: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """The forward of a model that is attached with graphs, and of its copies, which have none."""
+    # Shallow copies of a model, such as the replicas of DataParallel, carry this too, with the owner in it.
+    called = sys._getframe(1).f_locals.get("self")
+    if called is not owner and isinstance(called, type(owner)):
+        return type(called).forward(called, *args, **kwargs)
     graphs = _graphs.get(owner)
     return original(*args, **kwargs) if graphs is None else graphs.forward(original, owner, args, kwargs)
 
@@ -315,7 +332,9 @@ def install(owner: nn.Module) -> Graphs:
 
 def remove(owner: nn.Module) -> None:
     """Leave a model as it was."""
-    _graphs.pop(owner, None)
+    graphs = _graphs.pop(owner, None)
+    if graphs is not None:
+        graphs.clear()
     given = owner.__dict__.get("forward")
     if isinstance(given, functools.partial) and given.func is forward:
         del owner.__dict__["forward"]

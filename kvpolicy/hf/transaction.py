@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kvpolicy.errors import CacheError
 from kvpolicy.hf.layer import TieredLayer
+from kvpolicy.hf.modes import precise
 from kvpolicy.layer.held import Reading
 from kvpolicy.layer.layer import MAX_APART, LayerCache, commit_all
 from kvpolicy.placement.padding import Padding
@@ -149,8 +150,13 @@ class Guard:
             )
         coming = self._padding_with(mask, tokens, before, attached)
         own = {i: _kept(x) for i, x in enumerate(self.layers) if not isinstance(x, TieredLayer)}
-        if attached or (self.selects_together and not any(tiers.placement.kinds for tiers in self.tiers)):
-            self.commit(tokens)
+        together = self.selects_together and not any(tiers.placement.kinds for tiers in self.tiers)
+        # Where this may end the prompt, layers wait for their updates, which know how many tokens come.
+        ends = tokens == 1 and not self.selects_together and any(tiers._ends_prompt(1) for tiers in self.tiers)
+        if (attached and not ends) or together:
+            device = next((tiers.like["keys"].device for tiers in self.tiers if tiers.like), torch.device("cpu"))
+            with torch.no_grad(), precise(device):
+                self.commit(tokens)
         self._pass = Transaction(before, padding, own, _caller())
         self.reading.padding, self.reading.attached = coming, attached
 

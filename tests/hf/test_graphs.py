@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import inspect
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -13,6 +16,8 @@ from models import ids, llama, tiny
 from words import CACHE
 
 from kvpolicy import CompressedCache, attach, make_cache
+from kvpolicy.errors import CacheError
+from kvpolicy.hf.model_state import ModelState
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 RECIPES: dict[str, dict[str, Any]] = {
@@ -143,6 +148,105 @@ def test_a_hook_inside_the_model_is_run_at_every_step() -> None:
         steps(model, cache, 1, 4, 20)
         assert len(seen) == 4
         assert handle.graphs.reasons["hooks inside the model"]
+
+
+@gpu
+def test_what_the_ordinary_path_would_refuse_or_mask_is_not_replayed() -> None:
+    model = model_on_gpu()
+    with attach(model, graphs=True) as handle:
+        one, two = (make_cache("logquant", model, window=12) for _ in range(2))
+        model(ids(90).to("cuda"), **{CACHE: one})
+        model(ids(90, 2).to("cuda"), **{CACHE: two})
+        steps(model, one, 1, 5)
+        assert handle.graphs.replayed
+        with pytest.raises(CacheError, match="rows"):
+            steps(model, two, 1, 1)
+        assert handle.graphs.reasons["other rows than those of the cache"] == 1
+        seen = one.get_seq_length()
+        hidden = torch.ones(1, seen + 1, dtype=torch.long, device="cuda")
+        hidden[0, 3] = 0
+        before = handle.graphs.replayed
+        steps(model, one, 1, 1, attention_mask=hidden)
+        assert handle.graphs.replayed == before
+        steps(model, one, 1, 1, attention_mask=torch.ones_like(torch.nn.functional.pad(hidden, (0, 1))))
+        assert handle.graphs.replayed == before + 1
+
+
+@gpu
+def test_neither_a_graph_nor_its_handle_keeps_a_cache_or_memory() -> None:
+    model = model_on_gpu()
+    with attach(model, graphs=True) as handle:
+        cache = make_cache("logquant", model, window=12)
+        model(ids(90).to("cuda"), **{CACHE: cache})
+        steps(model, cache, 1, 6)
+        assert handle.graphs.replayed
+        kept = weakref.ref(cache)
+        del cache
+        gc.collect()
+        assert kept() is None
+    assert not handle.graphs.steps
+
+
+@gpu
+def test_threads_share_graphs() -> None:
+    model = model_on_gpu()
+
+    def run(seed: int) -> torch.Tensor:
+        with torch.no_grad():
+            cache = make_cache("logquant", model, window=12)
+            model(ids(70, seed=seed).to("cuda"), **{CACHE: cache})
+            return steps(model, cache, 1, 25, 100 * seed).cpu()
+
+    with attach(model):
+        expected = [run(seed) for seed in range(4)]
+    with attach(model, graphs=True) as handle, ThreadPoolExecutor(4) as pool:
+        run(9)
+        found = list(pool.map(run, range(4)))
+        assert handle.graphs.replayed > 50, handle.graphs.reasons
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_a_model_that_changed_is_noticed() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = copy.deepcopy(tiny("llama"))
+    inside = get_peft_model(model, LoraConfig(target_modules=["q_proj"])).base_model.model
+    inside.eval()
+    state = ModelState(inside)
+    assert state.unfit() is None
+    assert state.same()
+    layer = inside.model.layers[0]
+    changes: list[tuple[Any, Any]] = [
+        (lambda: layer.self_attn.q_proj.enable_adapters(False), lambda: layer.self_attn.q_proj.enable_adapters(True)),
+        (lambda: setattr(layer.mlp, "forward", layer.mlp.forward), lambda: delattr(layer.mlp, "forward")),
+    ]
+    for change, back in changes:
+        change()
+        assert not state.same()
+        back()
+    handle = layer.register_forward_hook(lambda *_: None)
+    assert not state.same()
+    assert state.unfit() == "hooks inside the model"
+    handle.remove()
+    layer.mlp.down_proj.weight.data = layer.mlp.down_proj.weight.data.clone()
+    assert not state.same()
+
+
+def test_a_call_that_asked_for_hidden_states_leaves_no_hooks_that_count() -> None:
+    model = copy.deepcopy(tiny("llama"))
+    model(ids(5), output_hidden_states=True)
+    assert ModelState(model).unfit() is None
+
+
+def test_a_shallow_copy_runs_itself() -> None:
+    model = copy.deepcopy(tiny("llama"))
+    with attach(model, graphs=True):
+        twin = copy.copy(model)
+        twin._modules = dict(model._modules)
+        twin.lm_head = copy.deepcopy(model.lm_head)
+        twin.lm_head.weight.data.zero_()
+        assert not twin(ids(5)).logits.any()
+        assert model(ids(5)).logits.any()
 
 
 def test_on_a_cpu_nothing_differs_and_nothing_is_left() -> None:

@@ -101,7 +101,8 @@ def scan(part: Part) -> tuple[Key, list[int]]:
         for store, columns, stretches in side:
             key.append(columns if isinstance(columns, int) else stretches() if stretches else None)
             every = pages_of(store)
-            if len(every) > 1:
+            if isinstance(store, AffineStore):
+                key += store.format, store.quantizer.offsets, store.quantizer.scale_dtype, store.chain is None
                 key.append(_coded(store))
             for pages in every:
                 marks, addresses = pages.marks
