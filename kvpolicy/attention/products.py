@@ -1,7 +1,6 @@
 """Products of queries with stored keys, and of weights with stored values, read where they lie.
 
-Packed codes are read plane by plane, in blocks that stay in cache; nothing is decoded to a dense copy. `key_scores` and
-`add_values` are the two places where a fused kernel can take over.
+Packed codes are read plane by plane, in blocks that stay in cache; nothing is decoded to a dense copy.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Between two steps a model differs in its token and the token's position; the cache differs in what its attention reads.
 So a step is captured once for each batch size, recipe and kind of call. At each step the pending tokens enter the tiers
-as always, each attention of the graph is given its new arguments, and the graph is replayed. Whatever is unusual runs as
-it would without graphs.
+as always, each attention of the graph is given its new arguments, and the graph is replayed. What is unusual runs as it
+would without graphs.
 """
 
 from __future__ import annotations

@@ -12,7 +12,10 @@ from kernel_reader import fake_kernel, fake_launch
 from served import Served, additive, channel, own, some, token
 
 from kvpolicy.attention.cuda import backend, plan
-from kvpolicy.interfaces.backend import AttentionSpec
+from kvpolicy.attention.cuda.layout import scan
+from kvpolicy.interfaces.backend import AttentionSpec, Part, StoreView
+from kvpolicy.recipe.load import load_recipe
+from kvpolicy.storage.make import make_store
 
 
 @pytest.fixture(autouse=True)
@@ -104,3 +107,26 @@ def test_of_an_extra_that_is_there_in_part_one_line_says_so(monkeypatch: pytest.
 def test_what_is_not_served_is_declined_in_a_sentence(recipe: Any, why: str) -> None:
     with pytest.raises(AssertionError, match=why):
         served(recipe).check((613, 1))
+
+
+def test_formats_that_are_read_otherwise_have_plans_of_their_own() -> None:
+    own_options: list[dict[str, Any]] = [
+        {},
+        {"nbits": 2},
+        {"group_size": 32},
+        {"scale_dtype": "float32"},
+        {"scale_dtype": "float8_e4m3"},
+        {"transforms": [{"kind": "hadamard"}]},
+        {"extras": [{"kind": "sparse", "count": 2}]},
+        {"kind": "nf4"},
+        {"per": "channel", "group_size": 16},
+    ]
+    x, keys = torch.randn(1, 2, 64, 64, dtype=torch.bfloat16), []
+    for options in own_options:
+        found = load_recipe({"tiers": [{"keys": {"kind": "int", "nbits": 4, **options}, "values": "full"}]})
+        store, exact = make_store(found.tiers[0].keys, 64), make_store("full", 64)
+        for held in (store, exact):
+            held.append(x)
+        part = Part((StoreView(store, 0),), (StoreView(exact, 0),), 64, False, torch.Tensor, 2, 64, (x, x))
+        keys.append(scan(part)[0])
+    assert len(set(keys)) == len(keys)
