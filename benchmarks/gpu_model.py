@@ -2,7 +2,8 @@
 
     python benchmarks/gpu_model.py                             # batch 1 and 16 at 4,096 tokens
     python benchmarks/gpu_model.py --shape 1 32768 --compiled  # StaticCache and torch.compile beside it
-    python benchmarks/gpu_model.py --memory 40                 # tokens per second of 40 GB for keys and values
+    python benchmarks/gpu_model.py --memory 24                 # tokens per second of 24 GB for keys and values
+    python benchmarks/gpu_model.py --pictures out/gpu.json     # what gpu_plot.py draws: context, and rows of 24 GB
 
 A Llama of 8 billion parameters with random weights; a prompt of random tokens. A time is the mean of steps over at
 least two flushes; the device is waited for at the end. Steps with graphs are compared with steps without before they
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import copy
 import inspect
+import json
 import time
 from typing import Any
 
@@ -146,6 +148,40 @@ def filled(model: Any, cache: Any, batch: int, tokens: int) -> None:
         cache.update(*new, layer)
 
 
+def replayed(model: Any, recipe: str, params: dict[str, Any], batch: int, tokens: int) -> float:
+    """Seconds of a step with graphs of a cache of random keys and values."""
+    cache = kvpolicy.make_cache(recipe, model, **params)
+    filled(model, cache, batch, tokens)
+    with kvpolicy.attach(model, graphs=True):
+        return step_time(model, cache, drawn(batch, 1), 90)
+
+
+def over(model: Any, points: list[tuple[int, int]], path: str) -> None:
+    """Write seconds of a step for each batch and number of tokens."""
+    arms: dict[str, tuple[str, dict[str, Any]]] = {
+        "logquant, 2 bits": ("logquant", {}),
+        "logquant, 4 bits": ("logquant", {"nbits": 4}),
+    }
+    found: dict[str, list[tuple[int, int, float]]] = {}
+    for batch, tokens in points:
+        for name in ("DynamicCache", *arms):
+            torch.cuda.empty_cache()
+            try:
+                if name == "DynamicCache":
+                    cache = DynamicCache(config=model.config)
+                    filled(model, cache, batch, tokens)
+                    seconds = step_time(model, cache, drawn(batch, 1), 24)
+                    del cache
+                else:
+                    seconds = replayed(model, *arms[name], batch, tokens)
+            except torch.cuda.OutOfMemoryError:
+                continue
+            found.setdefault(name, []).append((batch, tokens, seconds))
+            print(f"  batch {batch}, {tokens:,} tokens, {name}: {seconds * 1e3:.1f} ms", flush=True)
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump({"card": card(), "steps": found}, file)
+
+
 def equal_memory(model: Any, gigabytes: float, tokens: int, names: list[str]) -> None:
     """Tokens per second with as many rows as so much memory holds."""
     print(f"{gigabytes:g} GB for keys and values, {tokens:,} tokens a row", flush=True)
@@ -180,10 +216,15 @@ def main() -> None:
     parser.add_argument("--compiled", action="store_true", help="StaticCache with torch.compile(reduce-overhead) too")
     parser.add_argument("--memory", type=float, help="gigabytes for keys and values: tokens per second of as many rows")
     parser.add_argument("--tokens", type=int, default=8192, help="tokens of a row, with --memory")
+    parser.add_argument("--pictures", metavar="FILE", help="write the points that gpu_plot.py draws")
     given = parser.parse_args()
     print(card())
     with torch.no_grad():
         model = random_model()
+        if given.pictures:
+            context = [(8, tokens) for tokens in (1024, 4096, 8192, 16384, 32768)]
+            over(model, context + [(batch, 8192) for batch in (1, 4, 16, 32, 64, 128)], given.pictures)
+            return
         if given.memory:
             equal_memory(model, given.memory, given.tokens, [n for n in given.recipes if n in ("logquant", "kivi")])
             return
