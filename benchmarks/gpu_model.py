@@ -156,6 +156,13 @@ def replayed(model: Any, recipe: str, params: dict[str, Any], batch: int, tokens
         return step_time(model, cache, drawn(batch, 1), 90)
 
 
+def exact(model: Any, batch: int, tokens: int) -> float:
+    """Seconds of a step of a DynamicCache of random keys and values."""
+    cache = DynamicCache(config=model.config)
+    filled(model, cache, batch, tokens)
+    return step_time(model, cache, drawn(batch, 1), 24)
+
+
 def over(model: Any, points: list[tuple[int, int]], path: str) -> None:
     """Write seconds of a step for each batch and number of tokens."""
     arms: dict[str, tuple[str, dict[str, Any]]] = {
@@ -167,13 +174,8 @@ def over(model: Any, points: list[tuple[int, int]], path: str) -> None:
         for name in ("DynamicCache", *arms):
             torch.cuda.empty_cache()
             try:
-                if name == "DynamicCache":
-                    cache = DynamicCache(config=model.config)
-                    filled(model, cache, batch, tokens)
-                    seconds = step_time(model, cache, drawn(batch, 1), 24)
-                    del cache
-                else:
-                    seconds = replayed(model, *arms[name], batch, tokens)
+                recipe = arms.get(name)
+                seconds = replayed(model, *recipe, batch, tokens) if recipe else exact(model, batch, tokens)
             except torch.cuda.OutOfMemoryError:
                 continue
             found.setdefault(name, []).append((batch, tokens, seconds))
