@@ -10,7 +10,7 @@ ARMS := full logquant partial-logquant kivi zipcache h2o logquant-evict kivi-evi
 # attention, padding and generation that meet its models.
 MOVING := ^(transformers|huggingface-hub|tokenizers)==
 OLDEST_TESTS := $(wildcard $(patsubst %,tests/*/test_%*.py,\
-	assisted attach attention cache_models generate multimodal override padding passes ragged_edges))
+	assisted attach attention cache_models generate graphs multimodal override padding passes per_head_edges))
 
 .PHONY: help demo test test-oldest test-newest lint docs bench clean
 
