@@ -14,7 +14,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
-from weakref import ReferenceType, WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -143,10 +143,10 @@ class Captured:
         self.graph: Any = None
         self.out: Any = None
         self.kind: Any = None
-        self.new: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
-        """Of each layer its staged and its pending tokens, which the graph writes."""
-        self.user: ReferenceType[CompressedCache] | None = None
-        """The cache whose pending tokens these are now."""
+        self.new: Any = None
+        """The tokens of all layers, end to end, which the graph writes."""
+        self.shapes: list[torch.Size] = []
+        """Of each layer those of its keys and of its values."""
 
     def stale(self) -> bool:
         """Whether it is to be captured anew: the model has changed, or it could not be captured some steps ago."""
@@ -166,7 +166,11 @@ class Captured:
         token = nothing_hidden.set(mask)
         try:
             with recording(self.recording), torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-                out = self.out = original(**kwargs)
+                self.out = original(**kwargs)
+                for layer in _tiers(cache):
+                    layer.hold()
+                pending = [x for layer in _tiers(cache) for x in (layer.pending["keys"], layer.pending["values"])]
+                self.new = torch.cat([x.flatten() for x in pending])
         finally:
             nothing_hidden.reset(token)
         tiers = _tiers(cache)
@@ -179,11 +183,10 @@ class Captured:
             self.reason = "not every layer reads its own tokens in one launch"
         if self.reason is None:
             self.graph.instantiate()
-            self.new = [(dict(layer.staged), dict(layer.pending)) for layer in tiers]
-            self.user = ref(cache)
+            self.shapes = [x.shape for x in pending]
             # Nothing of the cache is to live on with the graph.
+            self.kind = type(self.out)
             self.out = {name: OF_CACHE if x is cache else x for name, x in self.out.items()}
-            self.kind = type(out)
             self.recording.launches = [launch._replace(stores=()) for launch in launches]
 
     def renew(self, cache: CompressedCache) -> None:
@@ -198,24 +201,16 @@ class Captured:
 
     def replay(self, cache: CompressedCache, given: dict[str, Tensor]) -> Any:
         """The step's output; its tokens are now those of `cache`."""
-        before = None if self.user is None else self.user()
-        if before is not None and before is not cache:
-            self._release(before)
         for name, x in given.items():
             self.given[name].copy_(x, non_blocking=True)
         self.graph.replay()
-        for layer, (staged, pending) in zip(_tiers(cache), self.new, strict=True):
-            layer.staged, layer.pending = dict(staged), dict(pending)
-        self.user = ref(cache)
+        # Copies: the next replay, with any cache and from any thread, writes over what the graph gives.
+        new = iter(self.new.clone().split([shape.numel() for shape in self.shapes]))
+        sizes = iter(self.shapes)
+        for layer in _tiers(cache):
+            layer.pending = {side: next(new).view(next(sizes)) for side in ("keys", "values")}
         own = {name: cache if x is OF_CACHE else tree_map_only(Tensor, Tensor.clone, x) for name, x in self.out.items()}
         return self.kind(**own)
-
-    def _release(self, cache: CompressedCache) -> None:
-        """Give a cache pending tokens of its own, before the graph writes those of another."""
-        for layer, (_, pending) in zip(_tiers(cache), self.new, strict=True):
-            for side, x in pending.items():
-                if layer.pending.get(side) is x:
-                    layer.pending[side] = x.clone()
 
 
 def _usual(call: Call, owner: nn.Module) -> tuple[CompressedCache, dict[str, Tensor], Any]:
