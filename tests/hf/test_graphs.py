@@ -17,6 +17,7 @@ from words import CACHE
 
 from kvpolicy import CompressedCache, attach, make_cache
 from kvpolicy.errors import CacheError
+from kvpolicy.hf.graphs import AGAIN, Captured
 from kvpolicy.hf.model_state import ModelState
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -230,6 +231,13 @@ def test_a_model_that_changed_is_noticed() -> None:
     handle.remove()
     layer.mlp.down_proj.weight.data = layer.mlp.down_proj.weight.data.clone()
     assert not state.same()
+
+
+def test_a_capture_that_failed_is_tried_again_after_some_steps() -> None:
+    step = Captured(tiny("llama"), {"input_ids": ids(1)})
+    assert not any(step.stale() for _ in range(2 * AGAIN))
+    step.reason = "some"
+    assert [step.stale() for _ in range(AGAIN)] == [False] * (AGAIN - 1) + [True]
 
 
 def test_a_call_that_asked_for_hidden_states_leaves_no_hooks_that_count() -> None:

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
+from written import policy, store, tiers
 
 from kvpolicy.errors import RecipeError
 from kvpolicy.recipe.inherit import BUNDLED
@@ -20,18 +21,6 @@ from kvpolicy.recipe.load import load_recipe, load_yaml
 
 UPPER = "  - {policy: {kind: recent, window: 8}, store: full}\n"
 LAST = "  - store: {kind: int, nbits: 2}\n"
-
-
-def tiers(*lines: str) -> str:
-    return "tiers:\n" + "".join(f"  - {line}\n" for line in lines)
-
-
-def policy(text: str) -> str:
-    return tiers(f"{{policy: {text}, store: full}}", "{store: evict}")
-
-
-def store(text: str) -> str:
-    return tiers(f"{{store: {text}}}")
 
 
 # file -> what the message must say after "bad.yaml"

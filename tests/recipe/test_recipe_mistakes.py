@@ -7,23 +7,12 @@ from pathlib import Path
 
 import pytest
 from transformers import LlamaConfig
+from written import policy, store, tiers
 
 import kvpolicy
 from kvpolicy.errors import RecipeError
 from kvpolicy.recipe.load import load_recipe, load_yaml
 from kvpolicy.recipe.spec import Recipe, Tier
-
-
-def tiers(*lines: str) -> str:
-    return "tiers:\n" + "".join(f"  - {line}\n" for line in lines)
-
-
-def policy(text: str) -> str:
-    return tiers(f"{{policy: {text}, store: full}}", "{store: evict}")
-
-
-def store(text: str) -> str:
-    return tiers(f"{{store: {text}}}")
 
 
 def rank(options: str) -> str:
