@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 __all__ = ["GENERATED", "on_page_markdown", "render"]
 
+EXPLANATION = Path(__file__).parents[1] / "explanation"
 _MARK = re.compile(r"<!-- generated: ([a-z-]+) -->")
 _NOTE = re.compile(r"<!-- in the repository -->\n.*?<!-- /in the repository -->\n+", re.DOTALL)
 """For readers of the pages as they lie in the repository; the site needs it not."""
@@ -130,11 +132,16 @@ def bundled() -> str:
     """The bundled recipes."""
     from kvpolicy.recipe.load import bundled_names, load_recipe
 
+    pages = {page.name: page.read_text(encoding="utf-8") for page in EXPLANATION.glob("recipes*.md")}
+
+    def page(recipe: str) -> str:
+        return next(name for name, text in pages.items() if f"\n## {recipe}\n" in text)
+
     loaded = [load_recipe(name) for name in bundled_names()]
     return _table(
         ("Recipe", "Parameters", "What it does"),
         (
-            (f"[{r.name}](recipes.md#{r.name})", ", ".join(f"`{k}={v}`" for k, v in r.params.items()), r.summary)
+            (f"[{r.name}]({page(r.name)}#{r.name})", ", ".join(f"`{k}={v}`" for k, v in r.params.items()), r.summary)
             for r in loaded
         ),
     )

@@ -224,12 +224,13 @@ def test_every_recipe_key_and_option_is_documented(reference: ModuleType) -> Non
 
 
 def test_every_bundled_recipe_has_a_section() -> None:
-    text = (DOCS / "explanation" / "recipes.md").read_text(encoding="utf-8")
+    pages = sorted((DOCS / "explanation").glob("recipes*.md"))
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for recipe in bundled_names():
         section = text.partition(f"\n## {recipe}\n")[2].partition("\n## ")[0]
         assert f'"kvpolicy/recipe/bundled/{recipe}.yaml"' in section, (
-            f"docs/explanation/recipes.md must explain {recipe}"
+            f"a page docs/explanation/recipes*.md must explain {recipe}"
         )
         assert f"`{recipe}`" in readme, f"the table of README.md must name {recipe}"
 
