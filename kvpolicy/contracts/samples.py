@@ -137,6 +137,11 @@ def _fits_nowhere(quantizer: Quantizer) -> bool:
     )
 
 
+def normal(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> Tensor:
+    """Normal numbers, not quite around zero."""
+    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) + 0.5).to(dtype)
+
+
 def tensor(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> Tensor:
     """Normal numbers with some channels far larger than others, as keys have."""
     generator = torch.Generator().manual_seed(seed)

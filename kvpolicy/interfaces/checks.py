@@ -49,8 +49,8 @@ def _found(value: Any) -> str:
     return f"{tuple(value.shape)} in {value.dtype} on {value.device}"
 
 
-def calibrated(quantizer: AffineQuantizer, groups: Tensor) -> Affine:
-    """Codes, scale and offset of `groups`, `[groups, group_size]`.
+def calibrated(quantizer: AffineQuantizer, groups: Tensor, count: int) -> Affine:
+    """Codes below `count`, scale and offset of `groups`, `[groups, group_size]`.
 
     Raises:
         PluginError: the quantizer raised, returned something else, or wrote to `groups`.
@@ -77,8 +77,8 @@ def calibrated(quantizer: AffineQuantizer, groups: Tensor) -> Affine:
         raise _fail(quantizer, "must not change the groups that calibrate is given, found them changed")
     if codes.device.type == "cpu" and not torch.compiler.is_compiling():
         largest = int(codes.max()) if codes.numel() else 0
-        if largest >> quantizer.nbits:
-            raise _fail(quantizer, f"must give codes below {2**quantizer.nbits}, found {largest}")
+        if largest >= count:
+            raise _fail(quantizer, f"must give codes below {count}, found {largest}")
     return Affine(codes, scale, offset)
 
 

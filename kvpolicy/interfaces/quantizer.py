@@ -20,10 +20,13 @@ if TYPE_CHECKING:
 __all__ = [
     "Affine",
     "AffineQuantizer",
+    "GroupSize",
     "Quantizer",
     "TensorQuantizer",
     "known_grouping",
     "precision_of",
+    "rank_among",
+    "root_mean_square",
     "unit_factor",
 ]
 
@@ -32,6 +35,9 @@ AUTO_PER_CHANNEL = 32
 """Tokens that share a scale per channel with `group_size: auto`."""
 MOST_BITS = 64
 """Bits of the longest number that is cached."""
+
+GroupSize = Annotated[int, Field(ge=1, le=MOST)] | Literal["auto", "head", "arrival"]
+"""Numbers that share a scale, or a word for them."""
 
 
 class Affine(NamedTuple):
@@ -92,6 +98,28 @@ def unit_factor(size: Tensor) -> Tensor:
     return ((254 - exponent) << 23).view(float32)
 
 
+def root_mean_square(groups: Tensor) -> Tensor:
+    """Of float32 numbers `[groups, group_size]`, as `[groups, 1]`; their squares neither overflow nor vanish."""
+    from torch import where
+
+    largest = groups.abs().amax(dim=1, keepdim=True)
+    mean: Tensor = (groups / where(largest > 0, largest, 1.0)).square_().mean(dim=1, keepdim=True)
+    return mean.sqrt_().mul_(largest)
+
+
+def rank_among(x: Tensor, bounds: tuple[float, ...]) -> Tensor:
+    """How many of some ascending float32 numbers each float32 number exceeds, as uint8; nan exceeds none."""
+    from torch import bucketize, float32, isnan, tensor, uint8, zeros_like
+
+    if x.device.type == "cpu" and len(bounds) < 32:  # for few, a search costs many times as much
+        found = zeros_like(x, dtype=uint8)
+        for bound in bounds:
+            found.add_((x > bound).view(uint8))
+        return found
+    ranks: Tensor = bucketize(x, tensor(bounds, dtype=float32).to(x.device, non_blocking=True)).to(uint8)
+    return ranks.masked_fill_(isnan(x), 0)
+
+
 class TensorQuantizer(Quantizer):
     """A quantizer that keeps whatever tensors it likes: per token, per arrival or per store.
 
@@ -134,7 +162,7 @@ class AffineQuantizer(Quantizer):
     """
 
     nbits: Literal[1, 2, 3, 4, 8] = Field(4, description="Bits per code.")
-    group_size: Annotated[int, Field(ge=1, le=MOST)] | Literal["auto", "head", "arrival"] = Field(
+    group_size: GroupSize = Field(
         "auto",
         description=(
             "Numbers that share a scale and an offset: channels of a token (per: token) or tokens of a channel "
@@ -166,7 +194,8 @@ class AffineQuantizer(Quantizer):
     )
 
     offsets: ClassVar[bool] = True
-    """Whether groups have an offset. Without, `calibrate` gives zeros and none is kept."""
+    """Whether groups have an offset. Without, `calibrate` gives zeros and none is kept. A property, where it depends on
+    options."""
     independent: ClassVar[bool] = False
     """Whether `calibrate` gives each group the same whatever it is given besides. Tokens of several layers are then
     coded in one call, and long prompts in several."""
@@ -197,9 +226,10 @@ class AffineQuantizer(Quantizer):
         return self
 
     def levels(self, site: Site) -> Tensor | None:
-        """What codes stand for before scale and offset: float32 `[2**nbits]`, ascending. None: 0, 1, 2, ...
+        """What codes stand for before scale and offset: float32, ascending. None: 0, 1, 2, ...
 
-        The same each time for a place in a model.
+        There are `2**nbits` or fewer, the same each time for a place in a model; codes beyond them are not used. Levels
+        that lie one apart cost attention no more than None does.
         """
         return None
 
