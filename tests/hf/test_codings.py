@@ -18,6 +18,7 @@ from kvpolicy_int import Int
 from kvpolicy_lloyd_max import LloydMax
 from kvpolicy_nf4 import Nf4
 from kvpolicy_scale import Scale
+from kvpolicy_sketch import Sketch
 from kvpolicy_sparse import Sparse
 from layers import HEAD_DIM, Layer, random_tokens
 from models import ids, tiny
@@ -138,6 +139,7 @@ EXTRAS: list[tuple[Extra, ...]] = [
     (Sparse(count=3), MeanError()),
     (MeanError(),),
     (Sparse(share=0.3),),
+    (Sketch(),),
 ]
 CHAINS: list[tuple[Transform, ...]] = [
     (),
