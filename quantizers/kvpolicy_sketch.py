@@ -45,7 +45,8 @@ class Sketch(Extra):
 
     def fit(self, error: Tensor, grouping: Grouping, site: Site) -> dict[str, Tensor]:
         drawn = self._drawn(error)
-        bits = (error @ drawn.T >= 0).to(torch.uint8)
+        # In float64, so that signs don't depend on how many tokens come together.
+        bits = (error.double() @ drawn.double().T >= 0).to(torch.uint8)
         whole = torch.nn.functional.pad(bits, (0, -len(drawn) % 8)).unflatten(3, (-1, 8))
         signs = (whole << torch.arange(8, dtype=torch.uint8, device=error.device)).sum(4, dtype=torch.uint8)
         return {"signs": signs, "norm": error.norm(dim=3, keepdim=True).to(torch.bfloat16)}

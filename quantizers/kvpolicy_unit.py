@@ -28,9 +28,10 @@ class Unit(Transform):
     kind: Literal["unit"] = "unit"
 
     def fit(self, x: Tensor, queries: Tensor | None, site: Site) -> dict[str, Tensor]:
-        finite = x.isfinite()
-        numbers = torch.where(finite, x, 0.0).double()
-        mean = numbers.square().sum((2, 3), keepdim=True) / finite.sum((2, 3), keepdim=True).clamp(min=1)
+        numbers = torch.where(x.isfinite(), x, 0.0).double()
+        tokens = (numbers != 0).any(3, keepdim=True)  # the others are places that a shorter row doesn't fill
+        count = tokens.sum(2, keepdim=True).clamp(min=1) * x.shape[3]
+        mean = numbers.square().sum((2, 3), keepdim=True) / count
         exponent = torch.where(mean > 0, mean.log2() / 2, 0.0).round().clamp(-100, 100)
         return {"size": torch.exp2(exponent).float()}
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kvpolicy.attention.products import add_values, key_scores
 from kvpolicy.contracts.samples import name_of, normal, quantizers, tensor
 from kvpolicy.errors import MissingDependencyError
 from kvpolicy.interfaces.quantizer import Affine, AffineQuantizer, Quantizer, precision_of
@@ -276,3 +277,20 @@ def test_the_precision_is_a_number_of_bits(quantizer: Quantizer) -> None:
     bits = precision_of(quantizer)
     assert bits == precision_of(quantizer), "precision must be the same each time"
     assert bits == precision_of(type(quantizer).model_validate(quantizer.model_dump()))
+
+
+@EVERY
+def test_attention_reads_what_decoding_gives(quantizer: Quantizer) -> None:
+    x = tensor((BATCH, HEADS, 70, HEAD_DIM), torch.float32)
+    store = _filled(quantizer, x, 33, 34)
+    dense = _decoded(store, x).double()
+    rows = tensor((BATCH, HEADS, 5, HEAD_DIM), torch.float32, seed=3)
+    scores = torch.zeros(BATCH, HEADS, 5, 70)
+    key_scores(store, rows, scores, 0)
+    exact = rows.double() @ dense.transpose(2, 3)
+    assert torch.allclose(scores.double(), exact, rtol=1e-4, atol=1e-5 * float(exact.abs().max()))
+    weights = torch.rand(scores.shape, generator=torch.Generator().manual_seed(4))
+    out = torch.ones(BATCH, HEADS, 5, HEAD_DIM)
+    add_values(store, weights, out, 0)
+    exact = 1 + weights.double() @ dense
+    assert torch.allclose(out.double(), exact, rtol=1e-4, atol=1e-5 * float(exact.abs().max()))

@@ -27,6 +27,7 @@ __all__ = [
     "encoded",
     "fitted",
     "fitted_to_error",
+    "multiplied",
     "part_of",
     "taken",
     "transformed",
@@ -141,6 +142,24 @@ def decoded(quantizer: TensorQuantizer, parts: dict[str, Tensor], dtype: torch.d
     if versions(parts.values()) != before:
         raise _fail(quantizer, "must not change the tensors that decode is given, found them changed")
     return x
+
+
+def multiplied(quantizer: TensorQuantizer, method: str, x: Tensor, parts: dict[str, Tensor], columns: int) -> Tensor:
+    """What `scores` or `combine` of a quantizer makes of `x`: `[batch, kv_heads, rows, columns]`, float32.
+
+    Raises:
+        PluginError: it raised, returned something else, or wrote to what it was given.
+    """
+    before = versions([x, *parts.values()])
+    shape = (*x.shape[:3], columns)
+    found = call(quantizer, method, x, dict(parts))
+    if not isinstance(found, Tensor) or found.shape != shape or found.dtype != x.dtype or found.device != x.device:
+        raise _fail(
+            quantizer, f"must give {tuple(shape)} in {x.dtype} on {x.device} from {method}, found {_found(found)}"
+        )
+    if versions([x, *parts.values()]) != before:
+        raise _fail(quantizer, f"must not change what {method} is given, found it changed")
+    return found
 
 
 def fitted(transform: Transform, x: Tensor, site: Site) -> dict[str, Tensor]:

@@ -154,6 +154,26 @@ class TensorQuantizer(Quantizer):
         the entry of each token, or one for all of them, `[batch, kv_heads, tokens or 1, ...]`.
         """
 
+    def scores(self, rows: Tensor, encoded: dict[str, Tensor]) -> Tensor:
+        """The products of `rows` with keys, which need not be decoded for it: `[batch, kv_heads, rows, tokens]`.
+
+        `rows` is `[batch, kv_heads, rows, head_dim]`, float32 as the answer; `encoded` is as for `decode`. A class that
+        has this and `combine` is asked for them by attention in place of `decode`.
+        """
+        raise NotImplementedError
+
+    def combine(self, weights: Tensor, encoded: dict[str, Tensor]) -> Tensor:
+        """The sums of values, weighted by `weights` of `[batch, kv_heads, rows, tokens]`, float32 as the answer.
+
+        That is `[batch, kv_heads, rows, head_dim]`.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def multiplies(cls) -> bool:
+        """Whether the class has `scores` and `combine`."""
+        return cls.scores is not TensorQuantizer.scores and cls.combine is not TensorQuantizer.combine
+
 
 class AffineQuantizer(Quantizer):
     """A quantizer by integer codes with a scale and an offset per group.
