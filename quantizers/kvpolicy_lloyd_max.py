@@ -147,11 +147,11 @@ class SplitLloydMax(TensorQuantizer):
         return {**found, "norms": torch.cat(sizes, dim=3).to(x.dtype)}
 
     def _ordered(self, x: Tensor) -> Tensor:
-        """The channels of each head, those first that are large: int16 `[batch, kv_heads, head_dim]`."""
+        """The channels of each head, those first that are large: `[batch, kv_heads, head_dim]`."""
         power = torch.where(x.isfinite(), x, 0.0).float().square().mean(2)
         order = power.argsort(dim=2, descending=True, stable=True)
         parts = [order[..., part].sort(dim=2).values for _, _, part in self._parts(x.shape[3])]
-        return torch.cat(parts, dim=2).to(torch.int16)
+        return torch.cat(parts, dim=2).to(torch.uint8 if x.shape[3] <= 256 else torch.int16)
 
     def _read(self, encoded: Mapping[str, Tensor]) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
         """Of both vectors the channels, levels `[batch, kv_heads, tokens, channels]`, sizes, and the rotation."""

@@ -134,7 +134,7 @@ def decoded(quantizer: TensorQuantizer, parts: dict[str, Tensor], dtype: torch.d
         PluginError: the quantizer raised, returned something else, or wrote to `parts`.
     """
     before = versions(parts.values())
-    like = next(iter(parts.values()))
+    like = next(t for name, t in parts.items() if quantizer.axes.get(name, "token") == "token")
     shape = (*like.shape[:3], head_dim)
     x = call(quantizer, "decode", dict(parts), dtype)
     if not isinstance(x, Tensor) or x.shape != shape or x.dtype != dtype or x.device != like.device:

@@ -38,7 +38,7 @@ class LateRows:
         rows = self.rows
         if rows is None:
             return dict(kept)
-        each = {name: t.shape[0] > 1 and name in found for name, t in kept.items()}
+        each = {name: t.shape[0] > 1 and name in found and found[name].shape == t.shape for name, t in kept.items()}
         return {
             name: torch.where(rows.view(-1, *[1] * (t.ndim - 1)), found[name], t) if each[name] else t
             for name, t in kept.items()

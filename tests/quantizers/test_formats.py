@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from kvpolicy_fp4 import MxFp4, NvFp4
 from kvpolicy_fp8 import Fp8
-from kvpolicy_lloyd_max import ABOVE, LloydMax
+from kvpolicy_hadamard import Hadamard
+from kvpolicy_lloyd_max import ABOVE, LloydMax, SplitLloydMax
 from torch import Tensor
 
 from kvpolicy import Site, load_recipe
@@ -200,3 +202,76 @@ def test_rotated_vectors_of_any_kind_err_as_normal_ones(nbits: Any, dim: int) ->
 def test_what_a_format_is_not_is_refused(store: dict[str, Any], told: str) -> None:
     with pytest.raises(RecipeError, match=told):
         load_recipe({"tiers": [{"store": store}]})
+
+
+def two_vectors(x: Tensor, nbits: int, wide_bits: int, wide: int, seed: int) -> Tensor:
+    """TurboQuant with two sets of channels, in float64: algorithm 1 for each."""
+    out = torch.empty_like(x)
+    for row in range(x.shape[0]):
+        for head in range(x.shape[1]):
+            tokens = x[row, head]
+            order = tokens.square().mean(0).argsort(descending=True)
+            for channels, bits in ((order[:wide].sort().values, wide_bits), (order[wide:].sort().values, nbits)):
+                drawn = torch.from_numpy(np.random.RandomState(seed).standard_normal((len(channels), len(channels))))
+                q, r = torch.linalg.qr(drawn)
+                rotation = q * r.diagonal().sign()
+                part = tokens[:, channels]
+                norm = part.norm(dim=1, keepdim=True)
+                levels = torch.tensor([*(-n for n in reversed(ABOVE[bits])), *ABOVE[bits]], dtype=torch.float64)
+                y = part @ rotation.T / norm * math.sqrt(len(channels))
+                near = levels[(y.unsqueeze(2) - levels).abs().argmin(2)]
+                out[row, head][:, channels] = norm / math.sqrt(len(channels)) * near @ rotation
+    return out
+
+
+@pytest.mark.parametrize(("nbits", "wide_bits"), [(2, 3), (3, 4), (1, 4)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_split_channels_are_two_vectors_of_their_own(nbits: Any, wide_bits: Any, dtype: torch.dtype) -> None:
+    x = torch.randn(2, 3, 50, 128, generator=torch.Generator().manual_seed(9))
+    x[..., torch.randperm(128, generator=torch.Generator().manual_seed(8))[:30]] *= 12
+    x = x.to(dtype)
+    quantizer = SplitLloydMax(nbits=nbits, wide_bits=wide_bits, seed=5)
+    store, found = decoded(quantizer, x)
+    expected = two_vectors(x.double(), nbits, wide_bits, 32, 5)
+    error = (found - expected).norm(dim=3) / expected.norm(dim=3)
+    assert (error < (2**-8 if dtype == torch.bfloat16 else 1e-5)).double().mean() > 0.99  # a code at a bound may differ
+    bits = (32 * wide_bits + 96 * nbits) / 128
+    assert store.quantizer.precision() == bits
+    held = store.bytes()["codes"] - 2 * 3 * 128
+    assert held == 2 * 3 * 50 * (128 * bits / 8 + 2 * dtype.itemsize)
+    plain = LloydMax(nbits=nbits, group_size="head", transforms=(Hadamard(seed=5),))
+    assert (found - x).square().mean() < 0.7 * (decoded(plain, x)[1] - x).square().mean(), "what the split is for"
+
+
+def test_effective_bits_are_those_of_the_paper() -> None:
+    x = torch.randn(1, 2, 4096, 128, generator=torch.Generator().manual_seed(1)).bfloat16()
+    published = {
+        "turboquant-2.5": 2.5,
+        "turboquant-3.5": 3.5,
+        "turboquant:nbits=2": 2.125,
+        "quarot": 4.25,
+        "fp8": 8.125,
+        "mxfp4": 4.25,
+        "nvfp4": 4.5,
+        "nf4": 4.25,
+    }
+    for name, bits in published.items():
+        (tier,) = load_recipe(name).tiers
+        store: Any = make_store(tier.keys, 128)
+        store.append(x)
+        assert abs(8 * sum(store.bytes().values()) / x.numel() - bits) < 0.003, name
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"nbits": 3, "wide_bits": 3}, "wide_bits must be more than nbits, found 3 and 3"),
+        ({"share": 1.0}, "share: must be less than 1"),
+        ({"nbits": 4}, "nbits: must be 1, 2 or 3"),
+    ],
+)
+def test_splits_that_are_none_are_refused(options: dict[str, Any], told: str) -> None:
+    with pytest.raises(RecipeError, match=told):
+        load_recipe({"tiers": [{"store": {"kind": "split_lloyd_max", **options}}]})
+    with pytest.raises(RecipeError, match=r"share must leave channels on both sides, found 0.01 of 32 channels"):
+        make_store(SplitLloydMax(share=0.01), 32)

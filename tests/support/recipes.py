@@ -16,8 +16,8 @@ BY_POSITION = [
     name for name in bundled_names() if not any(isinstance(t.policy, RankPolicy) for t in load_recipe(name).tiers)
 ]
 """The bundled recipes that a model can use without being attached, too."""
-ALIKE = ("turboquant", "turboquant-3.5", "quarot", "fp8", "mxfp4", "nf4")
-"""Bundled recipes of one tier, which differ from `atom` or `turboquant-2.5` by numbers alone."""
+ALIKE = ("turboquant", "turboquant-3.5", "turboquant-prod", "quarot", "fp8", "mxfp4", "nvfp4", "nf4")
+"""Bundled recipes of one tier, whose tokens lie and move as those of `atom` or `turboquant-2.5`."""
 DISTINCT = [name for name in bundled_names() if name not in ALIKE]
 
 
