@@ -28,8 +28,17 @@ RECIPES: list[Any] = [
     {
         "tiers": [
             {"policy": {"kind": "recent", "window": 6}, "store": "full"},
-            {"policy": {"kind": "rank", "scorer": {"kind": "key_norm"}, "budget": 9, "among": "pairs"}, "store": "full"},
-            {"policy": {"kind": "attention", "budget": 12, "share": "layer", "heads": "max"}, "store": "full"},
+            {
+                "policy": {
+                    "kind": "rank",
+                    "scorer": {"kind": "key_norm"},
+                    "budget": 9,
+                    "among": "pairs",
+                    "share": "layer",
+                },
+                "store": "full",
+            },
+            {"policy": {"kind": "attention", "budget": 12, "heads": "max"}, "store": "full"},
             {"store": "evict"},
         ]
     },
