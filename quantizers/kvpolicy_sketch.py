@@ -27,6 +27,14 @@ def _projections(seed: int, count: int, channels: int, device: torch.device) -> 
         return torch.from_numpy(drawn).to(device)
 
 
+@lru_cache(maxsize=8)
+def _signs(device: torch.device) -> Tensor:
+    """What each byte stands for: 1 and -1, the lowest bit first, `[256, 8]`."""
+    with torch.inference_mode(False):
+        bits = torch.arange(256).unsqueeze(1) >> torch.arange(8) & 1
+        return (2.0 * bits - 1).to(device)
+
+
 class Sketch(Extra):
     """Keeps of each token's error its norm, and of random projections of it the signs, a bit each.
 
@@ -57,9 +65,9 @@ class Sketch(Extra):
 
     def _read(self, parts: Mapping[str, Tensor], drawn: Tensor) -> tuple[Tensor, Tensor]:
         """Signs as 1 and -1, `[batch, kv_heads, tokens, projections]`, and what they are to be multiplied with."""
-        places = torch.arange(8, dtype=torch.uint8, device=drawn.device)
-        bits = ((parts["signs"].unsqueeze(4) >> places) & 1).flatten(3)[..., : len(drawn)]
-        return bits.float().mul_(2).sub_(1), parts["norm"].float() * (math.sqrt(math.pi / 2) / len(drawn))
+        kept = parts["signs"]
+        signs = _signs(kept.device).index_select(0, kept.flatten().int()).view(*kept.shape[:3], -1)[..., : len(drawn)]
+        return signs, parts["norm"].float() * (math.sqrt(math.pi / 2) / len(drawn))
 
     def add(self, out: Tensor, parts: Mapping[str, Tensor]) -> None:
         drawn = self._drawn(out)
