@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field, model_validator
@@ -15,7 +16,7 @@ from kvpolicy.interfaces.site import Site
 from kvpolicy.interfaces.transform import Transform
 
 if TYPE_CHECKING:
-    from torch import Tensor, dtype
+    from torch import Tensor, device, dtype
 
 __all__ = [
     "Affine",
@@ -107,16 +108,25 @@ def root_mean_square(groups: Tensor) -> Tensor:
     return mean.sqrt_().mul_(largest)
 
 
+@lru_cache(maxsize=64)
+def _held(numbers: tuple[float, ...], device: device) -> Tensor:
+    """Numbers on a device, in float32."""
+    from torch import float32, inference_mode, tensor
+
+    with inference_mode(False):
+        return tensor(numbers, dtype=float32).to(device)
+
+
 def rank_among(x: Tensor, bounds: tuple[float, ...]) -> Tensor:
     """How many of some ascending float32 numbers each float32 number exceeds, as uint8; nan exceeds none."""
-    from torch import bucketize, float32, isnan, tensor, uint8, zeros_like
+    from torch import bucketize, isnan, uint8, zeros_like
 
     if x.device.type == "cpu" and len(bounds) < 32:  # for few, a search costs many times as much
         found = zeros_like(x, dtype=uint8)
         for bound in bounds:
             found.add_((x > bound).view(uint8))
         return found
-    ranks: Tensor = bucketize(x, tensor(bounds, dtype=float32).to(x.device, non_blocking=True)).to(uint8)
+    ranks: Tensor = bucketize(x, _held(bounds, x.device)).to(uint8)
     return ranks.masked_fill_(isnan(x), 0)
 
 

@@ -20,6 +20,7 @@ from kvpolicy_nf4 import Nf4
 from kvpolicy_scale import Scale
 from kvpolicy_sketch import Sketch
 from kvpolicy_sparse import Sparse
+from kvpolicy_ternary import Ternary
 from kvpolicy_unit import Unit
 from layers import HEAD_DIM, Layer, random_tokens
 from models import ids, tiny
@@ -156,9 +157,11 @@ def stores(draw: st.DrawFn) -> Any:
     per = draw(st.sampled_from(["token", "channel"]))
     size = draw(st.sampled_from([8, 16, "head"] if per == "token" else [4, 8]))
     nbits = draw(st.sampled_from([1, 2, 3, 4, 8]))
-    kind = draw(st.sampled_from([Int, Cubes, Nf4, Book, LloydMax, SplitLloydMax, Fp8, MxFp4, NvFp4]))
+    kind = draw(st.sampled_from([Int, Cubes, Nf4, Book, LloydMax, SplitLloydMax, Ternary, Fp8, MxFp4, NvFp4]))
     if kind in (Book, SplitLloydMax):
         return kind(transforms=draw(st.sampled_from(CHAINS)), extras=draw(st.sampled_from(EXTRAS)))
+    if kind is Ternary:
+        return Ternary(group_size=8, transforms=draw(st.sampled_from(CHAINS)), extras=draw(st.sampled_from(EXTRAS)))
     options = {"per": per, "group_size": size, "transforms": draw(st.sampled_from(CHAINS))}
     options |= {"extras": draw(st.sampled_from(EXTRAS))}
     if kind not in (MxFp4, NvFp4):

@@ -12,6 +12,7 @@ from kvpolicy_fp4 import MxFp4, NvFp4
 from kvpolicy_fp8 import Fp8
 from kvpolicy_hadamard import Hadamard
 from kvpolicy_lloyd_max import ABOVE, LloydMax, SplitLloydMax
+from kvpolicy_ternary import Ternary
 from torch import Tensor
 
 from kvpolicy import Site, load_recipe
@@ -275,3 +276,26 @@ def test_splits_that_are_none_are_refused(options: dict[str, Any], told: str) ->
         load_recipe({"tiers": [{"store": {"kind": "split_lloyd_max", **options}}]})
     with pytest.raises(RecipeError, match=r"share must leave channels on both sides, found 0.01 of 32 channels"):
         make_store(SplitLloydMax(share=0.01), 32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("channels", "size", "clip"), [(128, 64, 1.0), (64, 64, 0.9), (36, 12, 0.5)])
+def test_ternary_keeps_the_nearest_of_three_levels_in_a_fifth_of_a_byte(
+    channels: int, size: int, clip: float, dtype: torch.dtype
+) -> None:
+    x = torch.randn(2, 3, 40, channels, generator=torch.Generator().manual_seed(2)).to(dtype)
+    store, found = decoded(Ternary(group_size=size, clip=clip), x)
+    groups = grouped(x, "token", size)
+    low, high = groups.amin(4, keepdim=True) * clip, groups.amax(4, keepdim=True) * clip
+    levels = torch.stack([low, (low + high) / 2, high], dim=5)
+    expected = levels.expand(*groups.shape, 3).gather(
+        5, (groups.unsqueeze(5) - levels).abs().argmin(5, keepdim=True)
+    )  # fmt: skip
+    near = 2.0**-7 if dtype == torch.bfloat16 else 1e-5
+    assert ((found - expected.flatten(3)).abs() <= near * high.amax()).double().mean() > 0.999
+    assert store.bytes()["codes"] == 2 * 3 * 40 * (math.ceil(channels / 5) + 2 * channels // size * dtype.itemsize)
+
+
+def test_ternary_groups_that_fit_no_head_are_refused() -> None:
+    with pytest.raises(RecipeError, match="group_size must divide head_dim, found group_size 64 and head_dim 80"):
+        make_store(Ternary(), 80)
