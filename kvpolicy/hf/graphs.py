@@ -90,8 +90,9 @@ class Graphs:
     ) -> Captured:
         """The graph of a step, its arguments those of this one."""
         _commit(cache, given["input_ids"].device)
+        key = (*key, _watched(cache))
         step = self.steps.get(key)
-        if step is not None and step.stale():
+        if step is not None and (step.stale() or _columns(cache) > step.room):
             del self.steps[key]
             step = None
         if step is None:
@@ -117,11 +118,14 @@ def _captured(
     """A step that was captured, or the reason why it could not be."""
     step = Captured(owner, given)
     before = cache.get_seq_length()
+    cache.reading.room = step.room = _room(_columns(cache))
     try:
         if step.reason is None:
             step.capture(original, call, cache)
     except Exception as error:
         step.reason = f"the model can't be captured: {type(error).__name__}: {error}"[:200]
+    finally:
+        cache.reading.room = 0
     if step.reason is not None:
         step.graph = step.out = step.recording = None
         for tiers in _tiers(cache):
@@ -147,6 +151,11 @@ class Captured:
         """The tokens of all layers, end to end, which the graph writes."""
         self.shapes: list[torch.Size] = []
         """Of each layer those of its keys and of its values."""
+        self.told: Any = None
+        """The attention weights of all layers, end to end, where policies ask for them; likewise."""
+        self.told_shapes: list[torch.Size] = []
+        self.room = 0
+        """Columns that these have."""
 
     def stale(self) -> bool:
         """Whether it is to be captured anew: the model has changed, or it could not be captured some steps ago."""
@@ -171,6 +180,8 @@ class Captured:
                     layer.hold()
                 pending = [x for layer in _tiers(cache) for x in (layer.pending["keys"], layer.pending["values"])]
                 self.new = torch.cat([x.flatten() for x in pending])
+                told = [x for layer in _tiers(cache) for x in _weights(layer)]
+                self.told = torch.cat([x.flatten() for x in told]) if told else None
         finally:
             nothing_hidden.reset(token)
         tiers = _tiers(cache)
@@ -183,7 +194,7 @@ class Captured:
             self.reason = "not every layer reads its own tokens in one launch"
         if self.reason is None:
             self.graph.instantiate()
-            self.shapes = [x.shape for x in pending]
+            self.shapes, self.told_shapes = [x.shape for x in pending], [x.shape for x in told]
             # Nothing of the cache is to live on with the graph.
             self.kind = type(self.out)
             self.out = {name: OF_CACHE if x is cache else x for name, x in self.out.items()}
@@ -209,8 +220,51 @@ class Captured:
         sizes = iter(self.shapes)
         for layer in _tiers(cache):
             layer.pending = {side: next(new).view(next(sizes)) for side in ("keys", "values")}
+        self._tell(cache)
         own = {name: cache if x is OF_CACHE else tree_map_only(Tensor, Tensor.clone, x) for name, x in self.out.items()}
         return self.kind(**own)
+
+    def _tell(self, cache: CompressedCache) -> None:
+        """Let observers know of the attention weights that the graph wrote."""
+        weights = iter(() if self.told is None else self.told.clone().split([x.numel() for x in self.told_shapes]))
+        sizes = iter(self.told_shapes)
+        for layer in _tiers(cache):
+            if layer.placement.kinds:
+                layer.observer = None
+                observer = layer.expect()
+                if observer.queries:
+                    observer.found = [(next(weights).view(next(sizes)), None) for _ in observer.found]
+
+
+def _watched(cache: CompressedCache) -> bool:
+    """Whether policies are told of this step's attention.
+
+    Raises:
+        Unusual: some are, and others not.
+    """
+    counted = [layer.counted(1) for layer in _tiers(cache) if layer.placement.kinds]
+    told = {bool(c.queries) for c in counted}
+    if len(told) > 1 or any(c.queries and not c.all for c in counted):
+        raise Unusual("policies that are told of some attention")
+    return any(told)
+
+
+def _columns(cache: CompressedCache) -> int:
+    """Columns of a step's attention weights, if policies ask for them."""
+    return max((layer.planner.width + 1 for layer in _tiers(cache) if layer.placement.kinds), default=0)
+
+
+def _room(columns: int) -> int:
+    """Columns that a graph is captured with."""
+    return columns + max(columns // 4, 512) if columns else 0
+
+
+def _weights(layer: LayerCache) -> list[Tensor]:
+    """The attention weights that a layer was told of in a capture."""
+    found = [] if layer.observer is None else [x for x in layer.observer.found if x is not None]
+    if any(counts is not None for _, counts in found):
+        raise Unusual("attention that policies are told of in part")
+    return [x for x, _ in found]
 
 
 def _usual(call: Call, owner: nn.Module) -> tuple[CompressedCache, dict[str, Tensor], Any]:
@@ -283,17 +337,17 @@ def _commit(cache: CompressedCache, device: torch.device) -> None:
     """Let the pending tokens into the tiers, as the layers would one after the other.
 
     Raises:
-        Unusual: rows or heads hold other tokens, or policies ask for attention.
+        Unusual: some layer holds none, or some places of its stores are empty.
     """
     tiers = _tiers(cache)
-    if any(layer.tells_apart or layer.placement.kinds for layer in tiers):
-        raise Unusual("rows or heads that hold tokens of their own")
     with torch.no_grad(), precise(device):
-        for layer in tiers:
-            layer.commit(1)
-            layer.columns()  # what a step knows of them comes to the device here, not within a capture
-    if any(not layer.committed or layer.step.by_head for layer in tiers):
-        raise Unusual("rows or heads that hold tokens of their own")
+        cache.guard.commit(1)
+        # What a step knows of them comes to the device here, not within a capture.
+        columns = [layer.columns() for layer in tiers]
+    if any(not layer.committed for layer in tiers):
+        raise Unusual("layers that hold nothing")
+    if any(found.gaps for found in columns):
+        raise Unusual("rows or heads that hold different numbers of tokens")
 
 
 def _tiers(cache: CompressedCache) -> list[LayerCache]:

@@ -27,6 +27,9 @@ RECIPES: dict[str, dict[str, Any]] = {
     "balanced": {"window": 16},
     "streaming-llm": {"window": 40},
     "partial-logquant": {"window": 16},
+    "h2o": {},
+    "mas": {"window": 8, "heavy": 60},
+    "mikv": {"window": 16, "heavy": 20},
 }
 
 

@@ -14,7 +14,7 @@ from kvpolicy.attention.cuda.compile import missing
 from kvpolicy.attention.cuda.graph import Launch, Recording, change, current
 from kvpolicy.attention.cuda.kernel import THREADS, launch
 from kvpolicy.attention.cuda.layout import MAPS, Declined, scan
-from kvpolicy.attention.cuda.plan import Plan, make_plan
+from kvpolicy.attention.cuda.plan import Plan, columns_of, make_plan
 from kvpolicy.attention.cuda.scratch import counters, partials
 from kvpolicy.hookspecs import hookimpl
 from kvpolicy.interfaces.backend import AttentionOptions, AttentionSpec, Backend, Part
@@ -97,7 +97,7 @@ def _planned(
         laid, query.dtype, query.shape, query.stride(), query.get_device(), part.kv_heads, part.value_dim,
         None if mask is None else (mask.dtype, mask.shape, mask.stride()),
         None if places is None else (places.dtype, places.stride()),
-        options.scaling, options.softcap, options.alone, options.observer is None,
+        options.scaling, options.softcap, options.alone, options.observer is not None and columns_of(part, options),
     )  # fmt: skip
     plan = _plans.get(key)
     if plan is None:
@@ -135,9 +135,8 @@ def _attend(
     if options.sinks is not None:
         sinks = options.sinks.float().contiguous()
     if options.observer is not None:
-        new = 0 if part.new is None else part.new[0].shape[2]
         lines = (batch, part.kv_heads, heads // part.kv_heads * queries)
-        scores = query.new_empty((*lines, part.width + new), dtype=torch.float32)
+        scores = query.new_empty((*lines, columns_of(part, options)), dtype=torch.float32)
         sums = query.new_empty((*lines, 1), dtype=torch.float32)
     mapped = [_mapped(part.keys[view].store.chain, query, part) for view in plan.maps]
     tensors = (mask, places, out, lse, partial, scores, sums, sinks, zeros)
@@ -178,9 +177,9 @@ def _record(
     tensors: tuple[Tensor | None, ...],
 ) -> None:
     """Note a launch that a graph has captured, if nothing of it but its arguments changes from step to step."""
-    fixed = mask is None and places is None and options.observer is None and options.alone
-    if not fixed or plan.maps or plan.spaces != (-1,):
-        graph.unfit = "its attention has a mask, an observer, or transforms"
+    watched = options.observer is not None and not options.observer.room
+    if mask is not None or places is not None or watched or not options.alone or plan.maps or plan.spaces != (-1,):
+        graph.unfit = "its attention has a mask, gaps, or transforms"
     stores = tuple(view.store for view in (*part.keys, *part.values))
     graph.add(stores, (query, part.new, options), tensors, query.get_device())
 
@@ -198,7 +197,9 @@ def renew(exec_graph: int, known: Launch, part: Part) -> str | None:
         plan, pointers, places = _planned(query, part, None, options)
     except Declined as reason:
         return str(reason)
-    *_, partial, _, _, _, zeros = known.tensors
+    *_, partial, scores, _, _, zeros = known.tensors
+    if scores is not None and columns_of(part, options) != scores.shape[-1]:
+        return "attention weights need more room"
     if places is not None or plan.maps or plan.spaces != (-1,):
         return "its attention has gaps, or transforms"
     if plan.partial > partial.numel() or plan.lines * plan.turns > zeros.numel() or plan.out != known.tensors[2].shape:
@@ -230,6 +231,13 @@ def _mapped(chain: Any, query: Tensor, part: Part) -> Tensor:
     return mapped.view(query.shape)
 
 
+@functools.lru_cache(maxsize=256)
+def _newest(queries: int, tokens: int) -> Tensor:
+    """Which of the new tokens the queries are."""
+    with torch.inference_mode(False):
+        return torch.arange(tokens - queries, tokens)
+
+
 def _watch(observer: Any, scores: Tensor, sums: Tensor, queries: int, part: Part, hidden: bool) -> None:
     """Tell an observer of the attention weights; whether some tokens may be `hidden` from a query."""
     new = 0 if part.new is None else part.new[0].shape[2]
@@ -237,7 +245,7 @@ def _watch(observer: Any, scores: Tensor, sums: Tensor, queries: int, part: Part
     visible = shaped > -torch.inf if hidden else None
     scores.sub_(sums).exp2_()
     heads = slice(0, part.kv_heads)
-    observer.watch(torch.arange(queries) + new - queries, shaped, visible, heads, part.kv_heads)
+    observer.watch(_newest(queries, new), shaped, visible, heads, part.kv_heads)
 
 
 @hookimpl
