@@ -23,29 +23,22 @@ from transformers.utils import ModelOutput
 
 from kvpolicy.attention.attend import whole
 from kvpolicy.hf.cache import CompressedCache
-from kvpolicy.hf.calls import BY_NAME, WORDS, Call, names_of
-from kvpolicy.hf.layer import TieredLayer
+from kvpolicy.hf.calls import Call, names_of
 from kvpolicy.hf.model_state import ModelState
-from kvpolicy.hf.modes import nothing_hidden, precise, watching
+from kvpolicy.hf.modes import nothing_hidden, precise
+from kvpolicy.hf.usual import TENSORS, Unusual, named, usual
 from kvpolicy.layer.layer import LayerCache
+from kvpolicy.storage.affine import AffineStore
 
 OF_CACHE = object()
 """Stands for the cache in what a step gives."""
-AGAIN = 256
-"""Steps until a capture that failed is tried again."""
+AGAIN, SOON = 256, 8
+"""Steps until a capture that failed is tried again, and one that no longer fits."""
 WARM = 2
 """Steps that run without a graph first, so that all that happens once has happened."""
 KEPT = 8
 """Graphs of a model that are kept."""
-TENSORS = ("input_ids", "position_ids", "cache_position")
-PLAIN = (bool, int, float, str, type(None))
 _graphs: WeakKeyDictionary[nn.Module, Graphs] = WeakKeyDictionary()
-_counting: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
-_recipes: WeakKeyDictionary[CompressedCache, str] = WeakKeyDictionary()
-
-
-class Unusual(Exception):
-    """A step that can't be replayed; its text says why."""
 
 
 class Graphs:
@@ -70,7 +63,7 @@ class Graphs:
     def forward(self, original: Callable[..., Any], owner: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         call = Call(self.names, args, kwargs)
         try:
-            cache, given, key = _usual(call, owner)
+            cache, given, key = usual(call, owner)
             with self._lock, torch.cuda.device(given["input_ids"].device):
                 found = self._step(original, owner, call, cache, given, key).replay(cache, given)
                 self.replayed += 1
@@ -104,7 +97,8 @@ class Graphs:
             step = self.steps[key] = _captured(original, owner, call, cache, given)
         elif step.reason is None:
             try:
-                step.renew(cache)
+                step.reason = step.renew(cache)
+                step.again = SOON
             except RuntimeError as error:
                 step.reason = f"a launch could not be changed: {error}"[:200]
         if step.reason is not None:
@@ -168,7 +162,8 @@ class Captured:
 
         device = self.given["input_ids"].device
         self.recording = Recording(device)
-        kwargs: dict[str, Any] = {name: call.get(name) for name in _named(call) if name not in TENSORS}
+        self.recording.chains = _twins(cache)
+        kwargs: dict[str, Any] = {name: call.get(name) for name in named(call) if name not in TENSORS}
         kwargs |= self.given
         mask = kwargs["attention_mask"] = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device)
         self.graph = torch.cuda.CUDAGraph(keep_graph=True)
@@ -200,15 +195,16 @@ class Captured:
             self.out = {name: OF_CACHE if x is cache else x for name, x in self.out.items()}
             self.recording.launches = [launch._replace(stores=()) for launch in launches]
 
-    def renew(self, cache: CompressedCache) -> None:
-        """Let the graph read `cache` as it is now."""
+    def renew(self, cache: CompressedCache) -> str | None:
+        """Let the graph read `cache` as it is now; returns why not, if it can't."""
         from kvpolicy.attention.cuda.backend import renew
 
         handle = self.graph.raw_cuda_graph_exec()
         for launch, layer in zip(self.recording.launches, _tiers(cache), strict=True):
             reason = renew(handle, launch, whole(layer, launch.call[1]))
             if reason is not None:
-                raise Unusual(reason)
+                return str(reason)
+        return None
 
     def replay(self, cache: CompressedCache, given: dict[str, Tensor]) -> Any:
         """The step's output; its tokens are now those of `cache`."""
@@ -234,6 +230,13 @@ class Captured:
                 observer = layer.expect()
                 if observer.queries:
                     observer.found = [(next(weights).view(next(sizes)), None) for _ in observer.found]
+
+
+def _twins(cache: CompressedCache) -> dict[int, Any]:
+    """Copies of the transforms of all stores that have begun, by the identity of these."""
+    stores = (store for layer in _tiers(cache) for own in layer.stores.values() for store in own)
+    chains = (store.chain for store in stores if isinstance(store, AffineStore))
+    return {id(chain): chain.twin() for chain in chains if chain is not None and chain.state}
 
 
 def _watched(cache: CompressedCache) -> bool:
@@ -265,72 +268,6 @@ def _weights(layer: LayerCache) -> list[Tensor]:
     if any(counts is not None for _, counts in found):
         raise Unusual("attention that policies are told of in part")
     return [x for x, _ in found]
-
-
-def _usual(call: Call, owner: nn.Module) -> tuple[CompressedCache, dict[str, Tensor], Any]:
-    """Cache, tensors and kind of a step that may be replayed.
-
-    Raises:
-        Unusual: it may not.
-    """
-    cache, ids = call.compressed(), call.get("input_ids")
-    if not isinstance(cache, CompressedCache) or not cache.reading.attached:
-        raise Unusual("no compressed cache")
-    if not isinstance(ids, Tensor) or ids.device.type != "cuda" or ids.shape[1:] != (1,):
-        raise Unusual("not one token on a GPU")
-    if not hasattr(torch.cuda.CUDAGraph, "raw_cuda_graph_exec"):
-        raise Unusual(f"PyTorch {torch.__version__}, whose graphs can't be changed")
-    if torch.is_grad_enabled() or torch.cuda.is_current_stream_capturing() or torch.is_autocast_enabled("cuda"):
-        raise Unusual("gradients, autocast or another capture")
-    if watching.get() is not None:
-        raise Unusual("attention that is watched")
-    seen = cache.get_seq_length()
-    if not all(isinstance(layer, TieredLayer) for layer in cache.layers) or not seen:
-        raise Unusual("layers that are not compressed, or hold nothing")
-    if any(layer.batch_size != len(ids) for layer in cache.layers):
-        raise Unusual("other rows than those of the cache")
-    mask = call.get("attention_mask")
-    if mask is not None:
-        shown = mask.shape == (len(ids), seen + 1) and cache.padding is None
-        if not shown or not bool(mask.all()):
-            raise Unusual("a mask that hides tokens")
-    others = {name: call.get(name) for name in _named(call) if name not in (*TENSORS, *WORDS, "attention_mask")}
-    if not all(isinstance(x, PLAIN) for x in others.values()):
-        raise Unusual("other arguments")
-    given = {name: call.get(name) for name in TENSORS if isinstance(call.get(name), Tensor)}
-    if "position_ids" not in given:
-        if "position_ids" not in call.names or not _counts_tokens(owner):
-            raise Unusual("no positions")
-        given["position_ids"] = torch.full((1, 1), seen, dtype=torch.int64, device=ids.device)
-    shapes = tuple((name, x.shape, x.dtype, x.device) for name, x in given.items())
-    modes = torch.is_inference_mode_enabled(), len(cache.layers), torch.cuda.current_stream(ids.device).cuda_stream
-    return cache, given, (shapes, tuple(sorted(others.items())), modes, _recipe(cache))
-
-
-def _counts_tokens(owner: nn.Module) -> bool:
-    """Whether a model that is given no positions counts the tokens seen: one with plain rotary embeddings does."""
-    found = _counting.get(owner)
-    if found is None:
-        config: Any = getattr(owner, "config", None)
-        text = config.get_text_config(decoder=True) if config is not None else None
-        rotary = getattr(text, "rope_parameters", None) or getattr(text, "rope_theta", None)
-        odd = "mrope" in str(rotary) or any(hasattr(m, "rope_deltas") for m in owner.modules())
-        found = _counting[owner] = bool(rotary) and not odd
-    return found
-
-
-def _recipe(cache: CompressedCache) -> str:
-    """What tells recipes apart: whether a step can be replayed depends on them."""
-    found = _recipes.get(cache)
-    if found is None:
-        found = _recipes[cache] = repr(cache.recipe)
-    return found
-
-
-def _named(call: Call) -> list[str]:
-    """The names of the arguments that a call gives."""
-    places = call.names[: call.names.index(BY_NAME)] if BY_NAME in call.names else call.names
-    return [*places[: len(call.args)], *call.kwargs]
 
 
 def _commit(cache: CompressedCache, device: torch.device) -> None:

@@ -138,15 +138,26 @@ def _attend(
         lines = (batch, part.kv_heads, heads // part.kv_heads * queries)
         scores = query.new_empty((*lines, columns_of(part, options)), dtype=torch.float32)
         sums = query.new_empty((*lines, 1), dtype=torch.float32)
-    mapped = [_mapped(part.keys[view].store.chain, query, part) for view in plan.maps]
+    mapped = [_mapped(_chain(part.keys[view].store, graph), query, part) for view in plan.maps]
     tensors = (mask, places, out, lse, partial, scores, sums, sinks, zeros)
     arguments, grid = _arguments(plan, pointers, query, mapped, tensors)
     launch(plan.kernel, arguments, grid, device)
     if graph is not None:
-        _record(graph, plan, query, part, mask, places, options, tensors)
+        _record(graph, plan, query, part, mask, places, options, tensors, mapped)
     if scores is not None and sums is not None:
         _watch(options.observer, scores, sums, queries, part, mask is not None or places is not None or queries > 1)
-    return _joined(plan, out, part, queries).transpose(1, 2), lse
+    return _joined(plan, out, part, queries, graph).transpose(1, 2), lse
+
+
+def _chain(store: Any, graph: Recording | None) -> Any:
+    """The transforms of a store; in a graph their twin, as the next replay may be with another store."""
+    if graph is None:
+        return store.chain
+    twin = graph.chains.get(id(store.chain))
+    if twin is None:
+        graph.unfit = "its attention has transforms that just began"
+        return store.chain
+    return twin
 
 
 def _arguments(
@@ -175,13 +186,22 @@ def _record(
     places: Tensor | None,
     options: AttentionOptions,
     tensors: tuple[Tensor | None, ...],
+    mapped: list[Tensor],
 ) -> None:
     """Note a launch that a graph has captured, if nothing of it but its arguments changes from step to step."""
     watched = options.observer is not None and not options.observer.room
-    if mask is not None or places is not None or watched or not options.alone or plan.maps or plan.spaces != (-1,):
-        graph.unfit = "its attention has a mask, gaps, or transforms"
-    stores = tuple(view.store for view in (*part.keys, *part.values))
-    graph.add(stores, (query, part.new, options), tensors, query.get_device())
+    if mask is not None or places is not None or watched or not options.alone:
+        graph.unfit = "its attention has a mask, or gaps"
+    views = (*(("keys", i) for i in plan.maps), *(("values", i) for i in plan.spaces if i >= 0))
+    graph.add(
+        query.get_device(),
+        stores=tuple(view.store for view in (*part.keys, *part.values)),
+        call=(query, part.new, options),
+        tensors=tensors,
+        mapped=tuple(mapped),
+        chains=tuple((side, i, _chain(getattr(part, side)[i].store, graph)) for side, i in views),
+        spaces=(plan.maps, plan.spaces),
+    )
 
 
 def renew(exec_graph: int, known: Launch, part: Part) -> str | None:
@@ -200,16 +220,20 @@ def renew(exec_graph: int, known: Launch, part: Part) -> str | None:
     *_, partial, scores, _, _, zeros = known.tensors
     if scores is not None and columns_of(part, options) != scores.shape[-1]:
         return "attention weights need more room"
-    if places is not None or plan.maps or plan.spaces != (-1,):
-        return "its attention has gaps, or transforms"
+    if places is not None:
+        return "its attention has gaps"
+    if (plan.maps, plan.spaces) != known.spaces:
+        return "its attention has other transforms"
+    if not all(twin.take(getattr(part, side)[i].store.chain) for side, i, twin in known.chains):
+        return "transforms keep something else"
     if plan.partial > partial.numel() or plan.lines * plan.turns > zeros.numel() or plan.out != known.tensors[2].shape:
         return "a launch needs more room"
-    arguments, grid = _arguments(plan, pointers, query, [], known.tensors)
+    arguments, grid = _arguments(plan, pointers, query, list(known.mapped), known.tensors)
     change(exec_graph, known.node, plan.kernel, arguments, grid, THREADS)
     return None
 
 
-def _joined(plan: Plan, out: Tensor, part: Part, queries: int) -> Tensor:
+def _joined(plan: Plan, out: Tensor, part: Part, queries: int, graph: Recording | None) -> Tensor:
     """Outputs of all spaces of values as one, `[batch, queries, heads, head_dim]`."""
     if plan.spaces == (-1,):
         return out
@@ -217,7 +241,7 @@ def _joined(plan: Plan, out: Tensor, part: Part, queries: int) -> Tensor:
     for x, view in zip(out if len(plan.spaces) > 1 else out.unsqueeze(0), plan.spaces, strict=True):
         if view >= 0:
             rows = x.transpose(1, 2).unflatten(1, (part.kv_heads, -1)).flatten(2, 3)
-            inverse = part.values[view].store.chain.inverse(rows, None)
+            inverse = _chain(part.values[view].store, graph).inverse(rows, None)
             x = inverse.unflatten(2, (-1, queries)).flatten(1, 2).transpose(1, 2)
         total = x if total is None else total + x
     assert isinstance(total, Tensor)
