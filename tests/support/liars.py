@@ -329,6 +329,7 @@ def _extras() -> dict[str, Liar]:
         ),
         "take gives half": ("must give .* from take", {"take": changing(lambda f: f[0], take)}),
         "check_grouping answers": ("must refuse by a RecipeError", {"check_grouping": lambda self, grouping: False}),
+        "arrival is no number": ("must give a number of tokens", {"arrival": lambda self, grouping: True}),
         "add raises": ("add must not fail, found KeyError", {"add": raising(KeyError("mean"))}),
     }
     return {f"extra: {name}": lying(GoodExtra, run, **methods) for name, (run, methods) in cases.items()}
