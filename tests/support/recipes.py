@@ -10,12 +10,14 @@ from kvpolicy import Recipe, load_recipe
 from kvpolicy.interfaces.policy import RankPolicy
 from kvpolicy.recipe.load import bundled_names
 
-__all__ = ["BY_POSITION", "NAMED", "named", "one_lossy_store", "recipes"]
+__all__ = ["BY_POSITION", "DISTINCT", "NAMED", "named", "one_lossy_store", "recipes"]
 
-BY_POSITION = [
-    name for name in bundled_names() if not any(isinstance(t.policy, RankPolicy) for t in load_recipe(name).tiers)
-]
-"""The bundled recipes that a model can use without being attached, too."""
+VARIANTS = ("gear-l", "gear-kcvt", "gear-code")
+"""Recipes whose stores and policies are those of another, in parts or with other options."""
+DISTINCT = [name for name in bundled_names() if load_recipe(name).model_layers is None and name not in VARIANTS]
+"""The bundled recipes for models of any number of layers, without variants: what runs models takes time."""
+BY_POSITION = [name for name in DISTINCT if not any(isinstance(t.policy, RankPolicy) for t in load_recipe(name).tiers)]
+"""Of these, those that a model can use without being attached, too."""
 
 
 def recent(window: float, flush: int = 1) -> dict[str, Any]:
