@@ -68,22 +68,24 @@ def _pairs(document: Document) -> list[Pair]:
     found: dict[int, Pair] = {}
     if not document.data:
         document.note((), "a preset must map each layer to nbits_key and nbits_value, found none")
-    widths: Any
     for key, widths in document.data.items():
         if not re.fullmatch(r"\d{1,4}", key):
             document.note((key,), f"a preset's keys must be layers, counted from 0, found {quoted(key)}")
-        elif widths is not BAD and (not isinstance(widths, dict) or set(widths) != set(SIDES)):
-            what = listed(widths) if isinstance(widths, dict) else in_words(widths)
-            document.fail(
-                (key,), f"a layer must have nbits_key and nbits_value, found {what}; presets by head are none"
-            )
+        elif _is_layer(widths):
+            found[int(key)] = _pair(document, key, widths)
         elif widths is not BAD:
-            found[int(key)] = _pair(document, key, dict(widths))
+            what = listed(widths) if isinstance(widths, dict) else in_words(widths)
+            need = "a layer must have nbits_key and nbits_value"
+            document.fail((key,), f"{need}, found {what}; presets by head are none")
     missing = [i for i in range(len(document.data)) if i not in found]
     if missing and not document.problems:
         document.note((), f"a preset must name layers 0 to {max(found)}, found none for layer {missing[0]}")
     document.check()
     return [found[i] for i in range(len(found))]
+
+
+def _is_layer(widths: Any) -> bool:
+    return isinstance(widths, dict) and set(widths) == set(SIDES)
 
 
 def _pair(document: Document, key: str, widths: dict[str, Any]) -> Pair:
