@@ -242,6 +242,7 @@ def _transforms() -> dict[str, Liar]:
 
     cases: dict[str, tuple[str, dict[str, Any]]] = {
         "forward gives nan": ("", {"forward": changing(nan, forward)}),
+        "needs more than it says": ("must give some of its needs", {"needed": lambda self: frozenset({"positions"})}),
         "forward gives inf": ("", {"forward": changing(lambda x: x / 0.0, forward)}),
         "forward of zeros gives nan": ("", {"fit": lambda self, x, q, site: {"sizes": x.abs().mean(2, keepdim=True)}}),
         "inverse gives nan": ("", {"inverse": changing(nan, inverse)}),
