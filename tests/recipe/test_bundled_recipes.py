@@ -22,7 +22,7 @@ def test_all_are_there() -> None:
         "kivi-evict flexgen atom balanced h2o mas mikv zipcache zipcache-code gear gear-l "
         "gear-kcvt gear-code kvtuner-llama-3.1-8b kvtuner-mistral-7b-v0.3 kvtuner-qwen2.5-3b kvtuner-qwen2.5-7b "
         "kvtuner-llama-3.1-8b-per-token kvtuner-mistral-7b-v0.3-per-token kvtuner-qwen2.5-3b-per-token "
-        "kvtuner-qwen2.5-7b-per-token"
+        "kvtuner-qwen2.5-7b-per-token qaq"
     )
     assert sorted(promised.split()) == NAMES
 
