@@ -100,7 +100,7 @@ def _parent(document: Document, root: Path) -> Path | None:
         document.fail(
             ("extends",),
             f"extends must name a bundled recipe or a file relative to this one, found {quoted(name)}"
-            f"{hint}; bundled: {', '.join(names)}",
+            f"{hint}; kvpolicy recipes lists those bundled: {listed(names, 8)}",
         )
     return path
 
