@@ -90,6 +90,8 @@ class Reader:
         if name.startswith("Group"):
             at = self.pages[params] + row * self.strides[params][0] + head * self.strides[params][1] + params_offset
             of = read(at, tokens, torch.int32).long()
+            assert of.max() <= group >> 8
+            group &= 255
             at = self.pages[group] + row * self.strides[group][0] + head * self.strides[group][1] + token
             lines = int(of.max()) + 1
             scale, shift = read(at, lines * 2 * dim, NUMBERS[number]).view(lines, 2, dim).double()[of].unbind(1)

@@ -259,15 +259,16 @@ template <int BITS, int T, int TS> struct GroupKeys {
   struct State {
     typename By::State by;
     const u8* groups;
-    int held;  // the group whose scales are in place
+    u32 held, last;  // the group whose scales are in place, and the last one there is
     __device__ __forceinline__ void start(const Plan& plan, const Kind& kind, const Warp& w) {
       by.start(plan, kind, w);
       const Side& s = plan.layout.runs[kind.first].k;  // of one store, as all runs of the kind
-      groups = place(plan, s.group, s.token, w);
-      held = -1;
+      groups = place(plan, s.group & 255, s.token, w);
+      held = ~0u;
+      last = (u32)s.group >> 8;
     }
     __device__ __forceinline__ void convert(u32, const Warp&) {}
-    __device__ __forceinline__ void hold(int group, const Warp& w) {
+    __device__ __forceinline__ void hold(u32 group, const Warp& w) {
       __syncwarp();
 #pragma unroll
       for (int k = 0; k < By::TURNS; k++) {
@@ -290,16 +291,17 @@ template <int BITS, int T, int TS> struct GroupKeys {
       for (int i = 0; i < NS * 2; i++)
         load_words<1>(&own[i >> 1][i & 1], numbers + ((R == 8 ? (i >> 1) * 16 : up ? 16 : 0) + r + 8 * (i & 1)) * 4);
       load_words<1>(&mine, numbers + w.lane % TS * 4);
+      mine = min(mine, last);  // after the last tile there are any numbers
       for (u32 todo = TS == 32 ? ~0u : 0xffffu; todo;) {
-        const int group = __shfl_sync(~0u, (int)mine, __ffs(todo) - 1);
+        const u32 group = __shfl_sync(~0u, mine, __ffs(todo) - 1);
         if (group != held) hold(group, w);
         float d[NB][4], o[1][4];
         by.products(x, y, w, d, o);
 #pragma unroll
         for (int n = 0; n < NS; n++)
 #pragma unroll
-          for (int i = 0; i < 4; i++) s[n][i] = (int)own[n][i >> 1] == group ? by.score(d, o, up, n, i) : s[n][i];
-        todo &= ~__ballot_sync(~0u, (int)mine == group);
+          for (int i = 0; i < 4; i++) s[n][i] = min(own[n][i >> 1], last) == group ? by.score(d, o, up, n, i) : s[n][i];
+        todo &= ~__ballot_sync(~0u, mine == group);
       }
     }
   };

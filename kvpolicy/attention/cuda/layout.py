@@ -19,6 +19,8 @@ from kvpolicy.storage.pages import Pages
 
 __all__ = ["MAPS", "Declined", "Kind", "Laid", "Run", "lay_out", "pages_of", "scan"]
 
+LAST = 8
+"""Bits of the number of a page, after which that of the last group of it stands."""
 MAPS = 4
 """Spaces of keys, and of values, at most: the model's own, and those of transforms."""
 PAGE, SIDES = struct.Struct("<2q"), struct.Struct("<12i")
@@ -55,7 +57,7 @@ class Piece(NamedTuple):
     params_offset: int = 0
     group: int = 0
     """Per channel: tokens before them in the group that `params_offset` points to. Where tokens have the numbers of
-    their groups, `params` are these, and this is the page of the scales and offsets."""
+    their groups, `params` are these, and this is the page of scales and offsets; from bit 8 on the last group."""
     first: int = 0
     """Then the bytes before these in their page."""
 
@@ -236,7 +238,10 @@ def _numbered(every: tuple[Pages, ...], form: Format, space: int, first: int) ->
         raise Declined("numbers of groups in several pages")
     page = params.pages[0]
     before = params.start * page.shape[3] * page.element_size()
-    return Piece(0, codes.length, form, space, first, 0, form.row, first + 2, 0, first + 1, before)
+    if first + 1 >= 1 << LAST:
+        raise Declined(f"scales of groups in page {first + 1}")
+    groups = first + 1 | params.length - 1 << LAST
+    return Piece(0, codes.length, form, space, first, 0, form.row, first + 2, 0, groups, before)
 
 
 def _by_channel(codes: Pages, params: Pages, form: Format, space: int, first: int) -> Iterator[Piece]:
