@@ -11,6 +11,7 @@ import typer
 from kvpolicy.cli.compare import compare
 from kvpolicy.cli.env import env
 from kvpolicy.cli.generate import generate
+from kvpolicy.cli.importing import import_preset
 from kvpolicy.cli.output import show_error
 from kvpolicy.cli.plugins import plugins
 from kvpolicy.cli.recipes import recipes
@@ -50,6 +51,7 @@ for command in (recipes, show, validate, schema, plugins, compare, generate, env
     # Words too many reach the command, which says how parameters are written.
     spare = {"allow_extra_args": command in (show, generate)}
     app.command(context_settings=spare)(command)
+app.command("import")(import_preset)
 
 
 def main() -> None:

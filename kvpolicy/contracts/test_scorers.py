@@ -10,7 +10,7 @@ from kvpolicy.contracts.samples import name_of, scorers, tensor
 from kvpolicy.interfaces.scorer import Scorer
 from kvpolicy.interfaces.scores import Scores
 from kvpolicy.interfaces.site import Site
-from kvpolicy.placement.selection import scored
+from kvpolicy.placement.selection import scored, scored_again
 
 SCORERS = scorers()
 EVERY = pytest.mark.parametrize("scorer", SCORERS, ids=[name_of(scorer) for scorer in SCORERS])
@@ -106,3 +106,26 @@ def test_the_attention_asked_for_is_the_same_each_time(scorer: Scorer) -> None:
     assert all(isinstance(scores, Scores) for scores in asked), "scores must return kvpolicy.Scores"
     assert asked[0] == asked[1] == asked[2], "scores must be the same each time"
     assert type(scorer).model_validate(scorer.model_dump()).scores() == asked[0], "scores must depend on options alone"
+
+
+@EVERY
+def test_what_it_noted_is_scored_again_token_by_token(scorer: Scorer) -> None:
+    if not scorer._again:
+        pytest.skip("it scores tokens once")
+    shown = {name: x for name, x in _shown().items() if name not in ("keys", "values")}
+    noted = scored(scorer, _shown(), SITE)
+    before = noted.clone()
+    found = scored_again(scorer, noted, shown, SITE)
+    assert found.shape == noted.shape
+    assert not found.isnan().any(), "again must return numbers for numbers, found nan"
+    assert torch.equal(noted, before), "again must not change what it is given"
+    order = torch.tensor([2, 0, 1])
+    moved = scored_again(scorer, noted[order], _picked(shown, 0, order), SITE)
+    torch.testing.assert_close(moved, found[order], msg="rows must not depend on their order")
+    if scorer.pools:
+        return
+    parts = [
+        scored_again(scorer, noted[..., index], _picked(shown, 2, index), SITE)
+        for index in torch.arange(TOKENS).split([1, 30, 19])
+    ]
+    torch.testing.assert_close(torch.cat(parts, dim=2), found, msg="a score must depend on its token alone")

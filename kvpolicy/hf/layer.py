@@ -103,6 +103,11 @@ class TieredLayer(DenseAccess, CacheLayerMixin):
                 f"policy {self.tiers.attending[0]!r} selects tokens by the attention that they receive, which only an "
                 "attached model shows; use: with kvpolicy.attach(model): ..."
             )
+        if self.tiers.wants_queries:
+            raise CacheError(
+                f"transform {self.tiers.asking!r} fits keys to the queries that meet them, which only an attached "
+                "model shows; use: with kvpolicy.attach(model): ..."
+            )
         if self.tiers.placement.reads_counts:
             raise CacheError(
                 f"policy {self.tiers.placement.reads_counts[0]!r} lets other numbers of tokens stay in each row "

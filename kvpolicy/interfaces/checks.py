@@ -28,6 +28,7 @@ __all__ = [
     "fitted",
     "fitted_to_error",
     "multiplied",
+    "needed",
     "part_of",
     "taken",
     "transformed",
@@ -162,14 +163,27 @@ def multiplied(quantizer: TensorQuantizer, method: str, x: Tensor, parts: dict[s
     return found
 
 
-def fitted(transform: Transform, x: Tensor, site: Site) -> dict[str, Tensor]:
-    """What a transform keeps of the first tokens.
+def needed(transform: Transform) -> frozenset[str]:
+    """What a transform must be given.
 
     Raises:
-        PluginError: it raised, returned something else, or wrote to `x`.
+        PluginError: it names something that its class does not.
     """
-    before = versions([x])
-    found = call(transform, "fit", x, None, site)
+    found = call(transform, "needed")
+    if not isinstance(found, frozenset) or not found <= transform.needs:
+        raise _fail(transform, f"must give some of its needs from needed, found {found!r:.80}")
+    return found
+
+
+def fitted(transform: Transform, x: Tensor, queries: Tensor | None, site: Site) -> dict[str, Tensor]:
+    """What a transform keeps of the first tokens, and of the queries if it needs them.
+
+    Raises:
+        PluginError: it raised, returned something else, or wrote to what it was given.
+    """
+    shown = [x] if queries is None or "queries" not in needed(transform) else [x, queries]
+    before = versions(shown)
+    found = call(transform, "fit", x, shown[1] if len(shown) > 1 else None, site)
     if not isinstance(found, dict) or not all(isinstance(name, str) and name.isidentifier() for name in found):
         raise _fail(transform, f"must give named tensors from fit, found {_found(found)}")
     for name, t in found.items():
@@ -180,7 +194,7 @@ def fitted(transform: Transform, x: Tensor, site: Site) -> dict[str, Tensor]:
                 f"must give tensors [batch or 1, kv_heads or 1, ...] of {tuple(x.shape[:2])} on {x.device} from fit, "
                 f"found {name} of {_found(t)}",
             )
-    if versions([x]) != before:
+    if versions(shown) != before:
         raise _fail(transform, "must not change the tensor that fit is given, found it changed")
     return found
 
@@ -194,7 +208,7 @@ def transformed(
         PluginError: it raised, returned something else, or wrote to what it was given.
     """
     before = versions([x, *state.values()])
-    found = call(transform, method, x, state, positions if "positions" in transform.needs else None)
+    found = call(transform, method, x, state, positions)
     return _mapped(transform, method, found, x, state, before)
 
 

@@ -37,7 +37,7 @@ AUTO_PER_CHANNEL = 32
 MOST_BITS = 64
 """Bits of the longest number that is cached."""
 
-GroupSize = Annotated[int, Field(ge=1, le=MOST)] | Literal["auto", "head", "arrival"]
+GroupSize = Annotated[int, Field(ge=1, le=MOST)] | Literal["auto", "half", "head", "arrival"]
 """Numbers that share a scale, or a word for them."""
 
 
@@ -197,8 +197,8 @@ class AffineQuantizer(Quantizer):
         description=(
             "Numbers that share a scale and an offset: channels of a token (per: token) or tokens of a channel "
             "(per: channel). auto: per channel, 32; per token, the largest divisor of head_dim not above 64, or the "
-            "next one above where scales and offsets would need more room than codes. head: as many as head_dim. "
-            "arrival (per: channel only): the tokens that arrive together."
+            "next one above where scales and offsets would need more room than codes. head: as many as head_dim; half: "
+            "half as many. arrival (per: channel only): the tokens that arrive together."
         ),
     )
     per: Literal["token", "channel"] = Field(
@@ -244,14 +244,14 @@ class AffineQuantizer(Quantizer):
     def _check_options(self) -> AffineQuantizer:
         """For classes that declare these options anew."""
         size = self.group_size
-        fits = size in ("auto", "head", "arrival") if isinstance(size, str) else type(size) is int and size >= 1
+        fits = size in ("auto", "half", "head", "arrival") if isinstance(size, str) else type(size) is int and size >= 1
         fits = fits and type(self.nbits) is int and self.nbits in (1, 2, 3, 4, 8)
         fits = fits and type(self.clip) in (int, float) and 0 < self.clip <= 1
         if not fits or self.per not in ("token", "channel") or self.scale_dtype not in SCALES:
             raise PluginError(
-                f"quantizer {self.kind!r} must have nbits 1, 2, 3, 4 or 8, a group_size that is a number, auto, head "
-                f"or arrival, per token or channel, scale_dtype {', '.join(SCALES)}, and clip above 0 and up to 1, "
-                f"found {self.nbits!r}, {size!r}, {self.per!r}, {self.scale_dtype!r} and {self.clip!r}"
+                f"quantizer {self.kind!r} must have nbits 1, 2, 3, 4 or 8, a group_size that is a number, auto, half, "
+                f"head or arrival, per token or channel, scale_dtype {', '.join(SCALES)}, and clip above 0 and up to "
+                f"1, found {self.nbits!r}, {size!r}, {self.per!r}, {self.scale_dtype!r} and {self.clip!r}"
             )
         return self
 

@@ -66,6 +66,9 @@ class Scorer(Component):
     One that needs neither is asked each time the policy acts, with all tokens that may yet descend, and all the
     attention that they received so far.
 
+    One that needs keys or values and writes `again` does both: what `score` gives as a token enters is stored, and each
+    time the policy acts the tokens are ranked by what `again` makes of that and of the attention received so far.
+
     Without `"attention"` and `"queries"` it works whether or not the model is attached.
 
     Example:
@@ -102,6 +105,24 @@ class Scorer(Component):
             A float tensor `[batch, kv_heads, tokens]`, or with one head where what it is given has one, on the device
             of that. A nan ranks lowest. Rows of the batch must not depend on each other, nor heads on their order.
         """
+
+    def again(self, noted: Tensor, given: Given, site: Site) -> Tensor:
+        """What tokens are ranked by each time the policy acts, where that changes after they came.
+
+        Args:
+            noted: what `score` gave as each token came, float32 `[batch, kv_heads or 1, tokens]`. Some may be no token.
+            given: what `needs` names, without keys and values; attention is all that was received so far.
+            site: as of `score`.
+
+        Returns:
+            A float tensor of the shape of `noted`.
+        """
+        return noted
+
+    @property
+    def _again(self) -> bool:
+        """Whether what `score` gives is only a part of what tokens are ranked by."""
+        return self._on_arrival and type(self).again is not Scorer.again
 
     @property
     def _on_arrival(self) -> bool:

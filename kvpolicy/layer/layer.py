@@ -83,7 +83,7 @@ class LayerCache(Held):
             self.start(keys, values)
         self._check_rows(keys)
         self.commit(keys.shape[2])
-        if self.committed == 0 and keys.shape[2] and not self.placement.kinds:
+        if self.committed == 0 and keys.shape[2] and not self.placement.kinds and not self.wants_queries:
             self.add(keys, values)
             return keys, values
         staged = {side: x.detach() if x.requires_grad else x for side, x in (("keys", keys), ("values", values))}
@@ -103,10 +103,33 @@ class LayerCache(Held):
                 f"policy {kinds} must see attention, and this model computes on keys and values before its attention; "
                 "use a recipe that selects tokens by position"
             )
+        if self.wants_queries:
+            raise CacheError(
+                f"transform {self.asking!r} must see queries, and this model computes on keys and values before its "
+                "attention; use a recipe whose transforms need none"
+            )
         if not self.decoded:
             self.densely = True
             self.decoded = dict(zip(SIDES, self._dense(self.staged, self.scratch), strict=True))
         return self.decoded
+
+    def heed(self, query: Tensor) -> None:
+        """Take note of queries `[batch, heads, queries, head_dim]`, the newest of the tokens of `stage`."""
+        if not self.wants_queries or not self.staged:
+            return
+        queries = query.shape[2]
+        grouped = query.detach().unflatten(1, (self.like["keys"].shape[1], -1)).float()
+        shown = grouped.isfinite()
+        padding = self.reading.padding
+        if padding is not None and padding.before(self.seen):
+            real = torch.from_numpy(padding.real[:, self.seen - queries : self.seen]).to(
+                query.device, non_blocking=True
+            )
+            shown = shown & real[:, None, None, :, None]
+        grouped = torch.where(shown, grouped, 0.0).flatten(2, 3)
+        found = torch.stack([grouped.amin(2).clamp(max=0.0), grouped.amax(2).clamp(min=0.0)], dim=2)
+        for chain in self._asking():
+            chain.heed(found)
 
     def observe(self) -> Observer | None:
         """What is to be told of the attention of the tokens of `stage`, if any policy asks for it."""

@@ -14,7 +14,7 @@ from kvpolicy.interfaces.policy import RankPolicy
 from kvpolicy.interfaces.site import Site
 from kvpolicy.placement.counts import Counts
 from kvpolicy.placement.planner import Placement
-from kvpolicy.placement.selection import best_of_pairs, by_count_read, highest, ranked, scored, shared
+from kvpolicy.placement.selection import best_of_pairs, by_count_read, highest, ranked, scored, scored_again, shared
 from kvpolicy.placement.step import Step
 from kvpolicy.placement.token_table import Candidates
 
@@ -85,12 +85,18 @@ class Ranking:
         scorer, ages = columns.scorer[tier], turn.step.ages(work.positions)
         if scorer is not None and scorer in columns.features:
             assert work.scores is not None
-            return work.scores[..., columns.feature(scorer)]
+            noted = work.scores[..., columns.feature(scorer)]
+            if not scorer._again:
+                return noted
+        else:
+            noted = None
         shown = {"positions": turn.step.in_text(work.positions), "ages": ages}
         if work.scores is not None and (at := columns.attention.get(tier)) is not None:
             shown |= {"attention": work.scores[..., at], "queries": work.scores[..., at + 1]}
         if scorer is None:
             return ranked(policy, shown["attention"], shown["queries"], ages)
+        if noted is not None:
+            return scored_again(scorer, noted, shown, self.sites[0])
         order = work.positions.argsort(dim=2, stable=True)
         real = work.positions.gather(2, order) >= 0
         found = scored(scorer, {name: x.gather(2, order) * real for name, x in shown.items()}, self.sites[0])

@@ -75,6 +75,18 @@ def scored(scorer: Scorer, shown: dict[str, Tensor], site: Site) -> Tensor:
     ).float()
 
 
+def scored_again(scorer: Scorer, noted: Tensor, shown: dict[str, Tensor], site: Site) -> Tensor:
+    """What a scorer makes of what it gave to tokens as they came, of its shape, in float32.
+
+    Raises:
+        PluginError: it returns something else, or raises.
+    """
+    needs = scorer.needs | ({"ages"} if "positions" in scorer.needs else set())
+    given = {name: x for name, x in shown.items() if name in needs}
+    asked = noted, Given(f"scorer {scorer.kind!r}", **given), site
+    return _checked(scorer, "again", asked, (noted, *given.values()), noted.shape).float()
+
+
 def ranked(policy: RankPolicy, attention: Tensor, queries: Tensor, ages: Tensor) -> Tensor:
     """What a policy ranks tokens by without a scorer, `[batch, kv_heads or 1, tokens]`.
 

@@ -19,7 +19,7 @@ from kvpolicy.interfaces.transform import Transform
 from kvpolicy.plugins import PluginInfo, Registry, registry
 from kvpolicy.recipe.explain import explain
 from kvpolicy.recipe.inherit import REFERENCE, TOP_KEYS, inherit, parameters
-from kvpolicy.recipe.spec import Recipe, Tier, find_problems
+from kvpolicy.recipe.spec import MOST_LAYERS, Recipe, Tier, find_problems
 from kvpolicy.recipe.yaml import BAD, SPEC_VERSION, Document, Path_, path_text
 from kvpolicy.words import a, clip, in_words, listed, quoted, suggest
 
@@ -103,6 +103,11 @@ class _Builder:
             value = data.get(key, "")
             if value is not BAD and (not isinstance(value, str) or (key == "name" and not value.strip())):
                 self.note((key,), f"{key} must be text, found {in_words(value)}")
+        model_layers = data.get("model_layers")
+        whole = type(model_layers) is int and 1 <= model_layers <= MOST_LAYERS
+        if model_layers is not None and model_layers is not BAD and not whole:
+            found = in_words(model_layers)
+            self.note(("model_layers",), f"model_layers must be a number from 1 to {MOST_LAYERS}, found {found}")
         tiers = self._tiers(data["tiers"], ("tiers",))
         layers = self._layers(data.get("layers"))
         self.document.check()
@@ -111,6 +116,7 @@ class _Builder:
             summary=data.get("summary", ""),
             source=data.get("source", ""),
             params=self.values,
+            model_layers=model_layers,
             tiers=_built(tiers),
             layers={key: own if own == "full" else _built(own) for key, own in layers.items()},
         )

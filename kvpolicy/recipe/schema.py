@@ -7,7 +7,7 @@ from typing import Any
 from kvpolicy.interfaces.component import Component
 from kvpolicy.plugins import PluginInfo, Registry, registry
 from kvpolicy.recipe.build import LISTS, ONE
-from kvpolicy.recipe.spec import Recipe, Tier
+from kvpolicy.recipe.spec import MOST_LAYERS, Recipe, Tier
 from kvpolicy.recipe.yaml import SPEC_VERSION
 
 _PARAMETER = {"type": "string", "pattern": r"^\$[A-Za-z_]\w*$", "description": "The value of a parameter."}
@@ -54,6 +54,7 @@ def _top() -> dict[str, Any]:
             "propertyNames": {"pattern": r"^[A-Za-z_]\w*$"},
             "additionalProperties": {"type": sorted(_SIMPLE)},
         },
+        "model_layers": {"type": "integer", "minimum": 1, "maximum": MOST_LAYERS},
         "tiers": _TIERS,
         "layers": {
             "type": "object",

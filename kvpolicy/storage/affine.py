@@ -196,12 +196,12 @@ class AffineStore(CodedStore):
             coded = self.parts["codes"].length
             x = self.chain.forward(x, self._places(coded, coded + n))
         arrivals = n // size if self.by_channel else 1
-        x, beside = self.beside.take(x, arrivals) if self.beside is not None else (x, [])
+        x, beside = self.beside.take(x) if self.beside is not None else (x, [])
         packed, params = self.encode(x, size)
         self.keep(packed, params)
         if self.beside is not None:
             error = self._error(x, packed, params, arrivals) if self.beside.fits else None
-            self.beside.keep(beside, error, x, arrivals)
+            self.beside.keep(beside, error, x)
 
     def encode(self, x: Tensor, size: int) -> tuple[Tensor, Tensor]:
         """Packed codes, and what is kept of scales and offsets, of tokens `[batch, kv_heads, tokens, head_dim]`."""

@@ -54,14 +54,14 @@ class NamedStore(CodedStore):
         self._note(x, positions)
         if self.chain is not None:
             x = self.chain.forward(x, self._places(self.length, self.length + n))
-        x, beside = self.beside.take(x, 1) if self.beside is not None else (x, [])
+        x, beside = self.beside.take(x) if self.beside is not None else (x, [])
         tensors = encoded(self.quantizer, x, self._known(x))
         self.named.append(tensors, [n])
         if self.beside is not None:
             error = None
             if self.beside.fits:
                 error = x.float() - decoded(self.quantizer, tensors, torch.float32, self.head_dim)
-            self.beside.keep(beside, error, x, 1)
+            self.beside.keep(beside, error, x)
 
     def _known(self, x: Tensor) -> dict[str, Tensor]:
         """The tensors per store, found again for rows of which tokens come only now."""

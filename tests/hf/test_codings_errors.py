@@ -23,10 +23,10 @@ def test_what_a_transform_needs_and_nobody_has_is_refused_by_name() -> None:
     class Wants(Hadamard):
         needs: ClassVar[frozenset[str]] = frozenset({"calibration"})
 
-    for transform, word in ((Asks(), "queries"), (Wants(), "calibration")):
+    for transform, side, word in ((Asks(), "values", "queries"), (Wants(), "keys", "calibration")):
         recipe = load_recipe({"tiers": [{"store": Int(transforms=(transform,))}]})
         with pytest.raises(
-            RecipeError, match=rf"tiers\[0\]\.keys\.transforms\[0\], layer 0: transform 'hadamard' needs {word}"
+            RecipeError, match=rf"tiers\[0\]\.{side}\.transforms\[0\], layer 0: transform 'hadamard' needs {word}"
         ):
             Layer(recipe)
 

@@ -255,6 +255,7 @@ def _transforms() -> dict[str, Liar]:
 
     cases: dict[str, tuple[str, dict[str, Any]]] = {
         "forward gives nan": ("", {"forward": changing(nan, forward)}),
+        "needs more than it says": ("must give some of its needs", {"needed": lambda self: frozenset({"positions"})}),
         "forward gives inf": ("", {"forward": changing(lambda x: x / 0.0, forward)}),
         "forward of zeros gives nan": ("", {"fit": lambda self, x, q, site: {"sizes": x.abs().mean(2, keepdim=True)}}),
         "inverse gives nan": ("", {"inverse": changing(nan, inverse)}),
@@ -342,6 +343,7 @@ def _extras() -> dict[str, Liar]:
         ),
         "take gives half": ("must give .* from take", {"take": changing(lambda f: f[0], take)}),
         "check_grouping answers": ("must refuse by a RecipeError", {"check_grouping": lambda self, grouping: False}),
+        "arrival is no number": ("must give a number of tokens", {"arrival": lambda self, grouping: True}),
         "add raises": ("add must not fail, found KeyError", {"add": raising(KeyError("mean"))}),
     }
     return {f"extra: {name}": lying(GoodExtra, run, **methods) for name, (run, methods) in cases.items()}
