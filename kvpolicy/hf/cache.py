@@ -306,20 +306,22 @@ def make_cache(recipe: Any, model_or_config: Any, *, strict: bool = False, **par
     scratch, reading = None if getattr(text, "num_kv_shared_layers", 0) else Scratch(), Reading()
     chosen = {i: loaded.tiers_of(i, len(layers)) for i in compressed}
     check_effect(loaded, layers, chosen, strict)
-    starts: list[tuple[Any, int | None, Step]] = []  # no dict: options of a plugin may not be hashable
+    starts: list[tuple[Any, Step]] = []  # no dict: options of a plugin may not be hashable
+    checked: list[tuple[Any, ...]] = []
     rotary = rotaries(model_or_config, len(layers))
     for i, tiers in chosen.items():
-        dim = head_dim_of(text, i)
-        site = Site(i, len(layers), rotary=rotary[i])
-        start = next((step for known, _, step in starts if known == tiers), None)
-        if not any(known == tiers and dim == checked for known, checked, _ in starts):
+        dim, own = head_dim_of(text, i), rotary[i]
+        site = Site(i, len(layers), rotary=own, interleaved=own is not None and own.interleaved)
+        if (tiers, dim, own is None) not in checked:
             try:
                 check_stores(tiers, dim, site)
             except RecipeError as error:
                 raise RecipeError(f"recipe {loaded.name}: {error}") from None
-            start = start or Step.first(Placement(tiers))
-            starts.append((tiers, dim, start))
-        assert start is not None
+            checked.append((tiers, dim, own is None))
+        start = next((step for known, step in starts if known == tiers), None)
+        if start is None:
+            start = Step.first(Placement(tiers))
+            starts.append((tiers, start))
         layers[i] = TieredLayer(start, scratch, reading, site)
     uneven = uneven_layers(chosen)
     if not is_attached(model_or_config):

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 __all__ = ["Rotary", "Site"]
 
 Rotary = Callable[["Tensor"], "tuple[Tensor, Tensor]"]
-"""Positions `[batch or 1, tokens]` to cos and sin, float32 `[batch or 1, tokens, rotated channels]`."""
+"""Positions `[batch or 1, tokens]` to cos and sin, float32 `[batch or 1, tokens, rotated channels]`. The entry of a
+channel is that by which it is rotated; the first channels of a head are."""
 
 
 @dataclass(frozen=True)
@@ -32,5 +33,7 @@ class Site:
     rotary: Rotary | None = None
     """The model's own rotary embedding, positions to cos and sin. None where it is unknown: the cache was made from a
     config, the model has none that is a function of the position alone, or the model is gone."""
+    interleaved: bool = False
+    """Whether neighbouring channels are rotated together, rather than those of the two halves."""
     fitted: Mapping[str, Tensor] = field(default_factory=dict)
     """This layer's part of a calibration; empty where there is none."""
