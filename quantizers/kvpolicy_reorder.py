@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
 import torch
+from pydantic import Field
 
 from kvpolicy.hookspecs import hookimpl
 from kvpolicy.interfaces.site import Site
@@ -35,8 +36,25 @@ class Reorder(Transform):
     """
 
     kind: Literal["reorder"] = "reorder"
+    calibrated: bool = Field(
+        False, description="Take minima and maxima from the recipe's calibration, not from the first tokens that come."
+    )
+    unrotated: bool = Field(
+        False, description="With calibrated: those of keys before RoPE, for use behind the transform unrotate."
+    )
+
+    def check(self, site: Site) -> None:
+        if self.calibrated:
+            self._bounds(site)
+
+    def _bounds(self, site: Site) -> tuple[Tensor, Tensor]:
+        shape = (site.kv_heads, site.head_dim)
+        return site.calibrated("low", shape, self.unrotated), site.calibrated("high", shape, self.unrotated)
 
     def fit(self, x: Tensor, queries: Tensor | None, site: Site) -> dict[str, Tensor]:
+        if self.calibrated:
+            low, high = self._bounds(site)
+            return {"order": _order(low, high).unsqueeze(0).to(x.device, torch.int16)}
         numbers = torch.where(x.isfinite(), x, 0.0).float()
         low, high = torch.aminmax(numbers, dim=2)
         return {"order": _order(low, high).to(torch.int16)}

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
 import torch
+from pydantic import Field
 
 from kvpolicy.hookspecs import hookimpl
 from kvpolicy.interfaces.site import Site
@@ -18,17 +19,29 @@ if TYPE_CHECKING:
 class Scale(Transform):
     """Divides each channel by the root of its largest magnitude, so that large channels take no bits from others.
 
-    The magnitudes are those of the first tokens that reach a store. Of use where channels share a scale, that is with
-    `per: token`.
+    The magnitudes are those of the first tokens that reach a store, or of a calibration. Of use where channels share a
+    scale, that is with `per: token`.
 
     Source: ZipCache (arXiv 2405.14256, section 4.1, channel-separable quantization). Deviations: the divisors are found
     once, on the first tokens, not anew on all; small ones are raised to a quarter of their mean.
     """
 
     kind: Literal["scale"] = "scale"
+    calibrated: bool = Field(
+        False, description="Take the magnitudes from the recipe's calibration, not from the first tokens that come."
+    )
+
+    def check(self, site: Site) -> None:
+        if self.calibrated:
+            self._bounds(site)
+
+    def _bounds(self, site: Site) -> Tensor:
+        """Minima and maxima of a calibration: `[1, kv_heads, 2, head_dim]`."""
+        shape = (site.kv_heads, site.head_dim)
+        return torch.stack([site.calibrated("low", shape), site.calibrated("high", shape)], dim=1).unsqueeze(0)
 
     def fit(self, x: Tensor, queries: Tensor | None, site: Site) -> dict[str, Tensor]:
-        magnitude = x.float().abs()
+        magnitude = (self._bounds(site).to(x.device) if self.calibrated else x).float().abs()
         # What is not finite says nothing of its channel, nor of the others by way of the mean.
         root = torch.where(magnitude.isfinite(), magnitude, 0.0).amax(2, keepdim=True).sqrt()
         # A channel that happens to be near zero in a few first tokens must not blow later ones up.

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from kvpolicy.errors import KvpolicyError
+from kvpolicy.interfaces.calibrator import Calibrator
 from kvpolicy.interfaces.component import Component
 from kvpolicy.interfaces.extra import Extra
 from kvpolicy.interfaces.policy import Policy
@@ -126,6 +127,11 @@ def extras() -> list[Extra]:
 def transforms() -> list[Transform]:
     """Transforms to try."""
     return _params(registry().transforms)
+
+
+def calibrators() -> list[Calibrator]:
+    """Calibrators to try."""
+    return _params(registry().calibrators)
 
 
 def _fits_nowhere(quantizer: Quantizer) -> bool:

@@ -153,8 +153,12 @@ class Chain:
 
 
 def _check_needs(transform: Transform, site: Site) -> None:
-    for need in sorted(transform.needs - {"positions"}):
-        if need == "queries" or not site.fitted:
-            raise RecipeError(
-                f"transform {transform.kind!r} needs {need}, which no cache can give it yet; use one that needs none"
-            )
+    if "queries" in transform.needs:
+        raise RecipeError(
+            f"transform {transform.kind!r} needs queries, which no cache can give it yet; use one that needs none"
+        )
+    if "calibration" in transform.needs and not site.fitted:
+        raise RecipeError(
+            f"transform {transform.kind!r} needs a calibration, and the recipe names none; make one by kvpolicy "
+            "calibrate METHOD --model DIR --text FILE --out CALIBRATION, and write calibration: CALIBRATION"
+        )

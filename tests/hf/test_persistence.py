@@ -23,7 +23,8 @@ from words import CACHE
 from kvpolicy import CompressedCache, Recipe, attach, load_recipe, make_cache
 from kvpolicy.errors import CacheError
 from kvpolicy.interfaces.policy import RankPolicy
-from kvpolicy.recipe.load import bundled_names, load_yaml
+from kvpolicy.recipe.load import load_yaml
+from tests.support.recipes import UNCALIBRATED
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -67,7 +68,7 @@ def test_round_trip(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     assert torch.equal(logits(model, loaded), logits(model, cache))
 
 
-@pytest.mark.parametrize("name", bundled_names())
+@pytest.mark.parametrize("name", UNCALIBRATED)
 def test_bundled_recipes_with_parameters_survive(name: str, tmp_path: Path) -> None:
     model = llama(64, 4, 2, torch.float32)
     params = {"window": 20} if name in ("logquant", "streaming-llm", "balanced") else {}

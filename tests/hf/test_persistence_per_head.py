@@ -15,7 +15,7 @@ from words import CACHE
 
 from kvpolicy import CompressedCache, attach, make_cache
 from kvpolicy.errors import CacheError
-from kvpolicy.recipe.load import bundled_names
+from tests.support.recipes import UNCALIBRATED
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -30,7 +30,7 @@ def logits(model: PreTrainedModel, cache: CompressedCache, steps: int) -> torch.
     return torch.stack([model(ids(1, batch=2, seed=50 + t), **{CACHE: cache}).logits for t in range(steps)])
 
 
-@pytest.mark.parametrize("name", [name for name in bundled_names() if name != "full"])
+@pytest.mark.parametrize("name", [name for name in UNCALIBRATED if name != "full"])
 def test_padded_batches_survive(name: str, tmp_path: Path) -> None:
     model = llama(64, 4, 2, torch.float32)
     mask = torch.ones(2, 150, dtype=torch.long)

@@ -15,7 +15,7 @@ import kvpolicy
 from kvpolicy import CompressedCache, attach, load_recipe, make_cache
 from kvpolicy.errors import CacheError, PluginError, RecipeError
 from kvpolicy.interfaces.policy import RankPolicy
-from kvpolicy.recipe.load import bundled_names
+from tests.support.recipes import UNCALIBRATED
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +69,7 @@ def test_a_cache_is_saved_and_goes_on(when: str, tmp_path: Path) -> None:
     assert cache.memory().total("scores") > 0
 
 
-@pytest.mark.parametrize("name", bundled_names())
+@pytest.mark.parametrize("name", UNCALIBRATED)
 def test_a_cache_may_be_made_before_its_model_is_attached_or_after(name: str) -> None:
     model, tokens = tiny("llama"), ids(80)
     early = make_cache(name, model)

@@ -18,7 +18,7 @@ from words import CACHE
 from kvpolicy import Recipe, attach, load_recipe, make_cache
 from kvpolicy.errors import CacheError
 from kvpolicy.placement.simulate import simulate
-from kvpolicy.recipe.load import bundled_names
+from tests.support.recipes import UNCALIBRATED
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 PADS = (0, 37, 90)
@@ -48,7 +48,7 @@ def tolerance(recipe: Recipe) -> float:
     return 0.03 if stores(recipe) else 1e-4
 
 
-BY_TOKEN = [n for n in bundled_names() if all(getattr(store, "per", "token") == "token" for store in stores(small(n)))]
+BY_TOKEN = [n for n in UNCALIBRATED if all(getattr(store, "per", "token") == "token" for store in stores(small(n)))]
 
 
 def padded(side: str) -> tuple[Tensor, Tensor]:
@@ -108,7 +108,7 @@ def test_each_row_of_a_right_padded_batch_equals_that_row_alone(name: str) -> No
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("name", bundled_names())
+@pytest.mark.parametrize("name", UNCALIBRATED)
 def test_no_padding_is_held_and_sinks_are_the_first_real_tokens(name: str, side: str) -> None:
     model, recipe = tiny("llama"), small(name)
     mask = padded(side)[1]
@@ -133,7 +133,7 @@ def test_no_padding_is_held_and_sinks_are_the_first_real_tokens(name: str, side:
 
 
 @pytest.mark.parametrize("pads", [None, PADS], ids=["even", "padded"])
-@pytest.mark.parametrize("name", [n for n in bundled_names() if n != "full"])
+@pytest.mark.parametrize("name", [n for n in UNCALIBRATED if n != "full"])
 def test_attention_is_that_over_what_is_held_over_300_steps(name: str, pads: tuple[int, ...] | None) -> None:
     batch, total = 3, PROMPT + 300
     query, keys, values = random_tokens(total, 5, batch)

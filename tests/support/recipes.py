@@ -10,10 +10,12 @@ from kvpolicy import Recipe, load_recipe
 from kvpolicy.interfaces.policy import RankPolicy
 from kvpolicy.recipe.load import bundled_names
 
-__all__ = ["BY_POSITION", "NAMED", "named", "one_lossy_store", "recipes"]
+__all__ = ["BY_POSITION", "NAMED", "UNCALIBRATED", "named", "one_lossy_store", "recipes"]
 
+UNCALIBRATED = [name for name in bundled_names() if not load_recipe(name).calibration]
+"""The bundled recipes that any model can use; the others are tested with calibrations of their models."""
 BY_POSITION = [
-    name for name in bundled_names() if not any(isinstance(t.policy, RankPolicy) for t in load_recipe(name).tiers)
+    name for name in UNCALIBRATED if not any(isinstance(t.policy, RankPolicy) for t in load_recipe(name).tiers)
 ]
 """The bundled recipes that a model can use without being attached, too."""
 

@@ -75,7 +75,7 @@ def _formats(spec: Any, store: Store, like: Tensor, parts: dict[str, Tensor]) ->
     assert sample is not None
     if _lines(store) is not None:
         sample.differ_by_head((1, 1))
-    sample.append(torch.zeros((1, 1, n, like.shape[3]), dtype=like.dtype), None, torch.arange(n))
+    sample.append(torch.zeros((1, like.shape[1], n, like.shape[3]), dtype=like.dtype), None, torch.arange(n))
     formats: Formats = {
         name: (t.dtype, tuple(t.shape[2 + (not _of_store(sample, name)) :])) for name, t in sample.tensors().items()
     }
