@@ -329,9 +329,10 @@ def _made(
         heads = next((t.shape[0] for t in found.values() if t.ndim == 2), 1)
         turned = own is not None and own.interleaved
         site = Site(i, len(layers), kv_heads=heads, rotary=own, interleaved=turned, fitted=found)
-        if found or (tiers, dim, own is None) not in checked:
+        tried = (tiers, dim, own is None) in checked
+        if found or not tried:
             try:
-                check_stores(tiers, dim, site)
+                check_stores(tiers, dim, site, tried)
             except RecipeError as error:
                 raise RecipeError(f"recipe {loaded.name}: {error}") from None
             checked.append((tiers, dim, own is None))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -20,17 +21,25 @@ MOVING = ("dynamic", "longrope")
 """Embeddings whose frequencies depend on how much text was seen."""
 ONLY_WINDOWS = ("cohere2", "exaone4", "exaone_moe", "flint", "kolibri1")
 """How the names of models begin that rotate in their sliding-window layers only, if they have such."""
-_layouts: WeakKeyDictionary[torch.nn.Module, dict[str | None, bool | None]] = WeakKeyDictionary()
+Layout: TypeAlias = tuple[Callable[[Tensor], Tensor], bool]
+"""How the cos that a module gives are spread over channels, and whether neighbours are rotated together."""
+LAYOUTS: tuple[Layout, ...] = (
+    (lambda x: x, False),
+    (lambda x: x, True),
+    (lambda x: x[..., : x.shape[-1] // 2].repeat_interleave(2, dim=-1), True),
+    (lambda x: torch.cat([x, x], dim=-1), False),
+    (lambda x: x.repeat_interleave(2, dim=-1), True),
+)
+_layouts: WeakKeyDictionary[torch.nn.Module, dict[str | None, Layout | None]] = WeakKeyDictionary()
 
 
 class ModelRotary:
     """Positions to cos and sin, by the module of a model. It doesn't keep the model alive, and is copied as it is."""
 
-    def __init__(self, module: Any, layer_type: str | None, interleaved: bool = False) -> None:
+    def __init__(self, module: Any, layer_type: str | None, layout: Layout) -> None:
         self._module = ref(module)
         self._layer_type = layer_type
-        self.interleaved = interleaved
-        """Whether neighbouring channels are rotated together, rather than those of the two halves."""
+        self._spread, self.interleaved = layout
 
     def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin of positions `[batch or 1, tokens]`: float32 `[batch or 1, tokens, rotated channels]`.
@@ -41,10 +50,7 @@ class ModelRotary:
         module = self._module()
         if module is None:
             raise CacheError("a transform must ask the model for its rotary embedding, and the model is gone; keep it")
-        cos, sin = _asked(module, self._layer_type, positions)
-        if self.interleaved and not torch.equal(cos[..., ::2], cos[..., 1::2]):  # the model spreads them itself
-            half = cos.shape[-1] // 2
-            cos, sin = (x[..., :half].repeat_interleave(2, dim=-1) for x in (cos, sin))
+        cos, sin = map(self._spread, _asked(module, self._layer_type, positions))
         return cos, sin
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModelRotary:
@@ -76,7 +82,8 @@ def rotaries(model: Any, layers: int) -> list[ModelRotary | None]:
     text = config.get_text_config(decoder=True)
     modules = (m for name, m in model.named_modules() if name.rpartition(".")[2] == "rotary_emb")
     module = next((m for m in modules if getattr(m, "config", None) in (text, config)), None)
-    if module is None or "mrope_section" in str(getattr(text, "rope_parameters", "")):
+    several = "mrope_section" in str(getattr(text, "rope_parameters", ""))  # positions of a token
+    if module is None or several or getattr(text, "qk_nope_head_dim", None):  # or rotated channels that come last
         return none
     types = getattr(text, "layer_types", None) or none
     by_type = "layer_type" in inspect.signature(module.forward).parameters
@@ -103,33 +110,30 @@ def _of_layer(module: torch.nn.Module, layer_type: str | None) -> ModelRotary | 
     layouts = _layouts.setdefault(module, {})
     if layer_type not in layouts:
         layouts[layer_type] = _layout(module, layer_type)
-    interleaved = layouts[layer_type]
-    return None if interleaved is None else ModelRotary(module, layer_type, interleaved)
+    layout = layouts[layer_type]
+    return None if layout is None else ModelRotary(module, layer_type, layout)
 
 
-def _layout(module: torch.nn.Module, layer_type: str | None) -> bool | None:
-    """Whether the model rotates neighbouring channels together; None: it rotates in some other way.
+def _layout(module: torch.nn.Module, layer_type: str | None) -> Layout | None:
+    """How the model rotates; None: in some other way.
 
     That is asked of the function by which the model's own code applies cos and sin.
     """
     apply = getattr(sys.modules.get(type(module).__module__), "apply_rotary_pos_emb", None)
-    try:
-        cos, sin = _asked(module, layer_type, torch.tensor([[1]]))
-        count = cos.shape[-1]
-        if not (cos.shape == sin.shape == (1, 1, count) and cos.dtype == torch.float32 and apply is not None):
-            return None
-        x = torch.eye(count).unsqueeze(1).unsqueeze(1)  # each channel alone
-        _, found = apply(x, x, cos, sin)
-    except Exception:  # whatever the code of a model does with arguments that it doesn't expect
+    if apply is None:
         return None
-    for interleaved in (False, True):
-        angles = torch.atan2(sin, cos).view(1, 1, 1, -1)
-        if interleaved and not torch.equal(cos[..., ::2], cos[..., 1::2]):
-            angles = angles[..., : count // 2].repeat_interleave(2, dim=-1)
-        partners, signs = pairs(count, interleaved)
-        factor = (cos.square() + sin.square()).sqrt()[..., :1].unsqueeze(0)
-        own = {"frequencies": angles * signs, "partners": partners, "factor": factor}
-        expected = rotate(x, own, torch.ones(1, 1, 1))
-        if found.shape == x.shape and torch.allclose(expected, found, atol=1e-5):
-            return interleaved
+    for layout in LAYOUTS:
+        try:
+            given = _asked(module, layer_type, torch.tensor([[1]]))
+            cos, sin = map(layout[0], given)
+            x = torch.eye(cos.shape[-1]).unsqueeze(1).unsqueeze(1)  # each channel alone
+            _, found = apply(x, x, *given)
+            partners, signs = pairs(cos.shape[-1], layout[1])
+            angles = torch.atan2(sin, cos).view(1, 1, 1, -1) * signs
+            factor = (cos.square() + sin.square()).sqrt()[..., :1].unsqueeze(0)
+            own = {"frequencies": angles, "partners": partners, "factor": factor}
+            if found.shape == x.shape and torch.allclose(rotate(x, own, torch.ones(1, 1, 1)), found, atol=1e-5):
+                return layout
+        except Exception:  # whatever the code of a model does with arguments that it doesn't expect
+            continue
     return None

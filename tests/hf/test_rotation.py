@@ -28,6 +28,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "helium": {"head_dim": 16},
     "gemma3_text": {"head_dim": 32, "layer_types": ["full_attention", "sliding_attention"], "sliding_window": 24},
     "olmo2": {},
+    "gpt_oss": {
+        "head_dim": 32,
+        "layer_types": ["full_attention", "sliding_attention"],
+        "num_local_experts": 2,
+        "num_experts_per_tok": 1,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    },
 }
 YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 64}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "rope_theta": 1e4, "original_max_position_embeddings": 64}
