@@ -18,6 +18,8 @@ TOKENS_PER_POSITION = 4
 """Tokens of the bundled tokenizer that no other puts into one on average."""
 MAX_PROMPT = 1 << 24
 """Characters of a prompt for a model that names no bound."""
+MAX_TEXT = 1 << 30
+"""Bytes of a text that a model is calibrated on."""
 _PICTURES = (
     "avif", "eps", "gif", "jpeg", "jpg", "pdf", "pgf", "png", "ps", "raw", "rgba", "svg", "svgz", "tif", "tiff", "webp",
 )  # fmt: skip
@@ -170,6 +172,8 @@ def _read_text(path: Any) -> str:
         file = Path(path)
         if file.exists() and not file.is_file():
             raise ValueError("a directory" if file.is_dir() else "something that is no regular file")
+        if file.exists() and file.stat().st_size > MAX_TEXT:
+            raise ValueError(f"one of more than {MAX_TEXT} bytes")
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise CalibrationError(f"{shown}: must be text in UTF-8, found other bytes; save it as UTF-8") from error

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvpolicy.arguments import check_calibration, check_device
+from kvpolicy.arguments import CHARACTERS_PER_POSITION, check_calibration, check_device
 from kvpolicy.errors import CalibrationError
 from kvpolicy.experiment.observation import Observed
 from kvpolicy.hf.calibration import Calibration, read_calibration, write_calibration
@@ -94,14 +94,18 @@ def _tokens(content: str, tokenizer: Any, samples: int, tokens: int, limit: int 
             f"tokens of a sample must fit the model's max_position_embeddings, {limit}, found {tokens}; ask for fewer "
             "(--tokens)"
         )
+    most = CHARACTERS_PER_POSITION * tokens
+    if len(content) > samples * most:  # more than is needed: as much from everywhere
+        starts = [i * (len(content) - most) // max(samples - 1, 1) for i in range(samples)]
+        content = "\n".join(content[start : start + most] for start in starts)
     ids = torch.tensor(tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.long)
     if len(ids) < samples * tokens:
         raise CalibrationError(
             f"{clip(str(name), 300)}: the text must have {samples} samples of {tokens} tokens, {samples * tokens} in "
             f"all, found {len(ids)}; give a longer text, or ask for fewer (--samples, --tokens)"
         )
-    starts = torch.linspace(0, len(ids) - tokens, samples, dtype=torch.float64).long()
-    return torch.stack([ids[start : start + tokens] for start in starts.tolist()])
+    firsts = torch.linspace(0, len(ids) - tokens, samples, dtype=torch.float64).long()
+    return torch.stack([ids[first : first + tokens] for first in firsts.tolist()])
 
 
 class Run:

@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 
 from kvpolicy import calibrate, load_recipe, make_cache
 from kvpolicy.errors import CalibrationError, PluginError, RecipeError
-from kvpolicy.experiment.calibration import PARTIAL, Run
+from kvpolicy.experiment.calibration import PARTIAL, Run, _tokens
 from kvpolicy.experiment.observation import Observed
 from kvpolicy.hf.calibration import calibration_of, read_calibration
 from kvpolicy.interfaces.rotation import find_rotation, rotate
@@ -270,3 +270,17 @@ def test_the_header_says_of_which_model_it_is() -> None:
     assert texts["method"] == "log"
     assert json.loads(texts["model"])["config"]["model_type"] == "llama"
     assert json.loads(texts["about"])["tokens"] == 96
+
+
+def test_of_a_long_text_as_much_is_read_from_everywhere() -> None:
+    _, tokenizer = bundled()
+    content = "".join(f"line {i}\n" for i in range(20_000))
+    found = _tokens(content, tokenizer, 3, 16, None, "text")
+    assert found.shape == (3, 16)
+    assert [tokenizer.decode(row).count("line") > 1 for row in found] == [True] * 3
+    assert "line 0\n" in tokenizer.decode(found[0])
+    assert "19999" in tokenizer.decode(found[2])
+    whole = torch.tensor(tokenizer(content[:2000], add_special_tokens=False)["input_ids"])
+    few = _tokens(content[:2000], tokenizer, 3, 64, None, "text")
+    assert torch.equal(few[0], whole[:64])
+    assert torch.equal(few[2], whole[-64:])
