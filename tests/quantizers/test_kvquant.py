@@ -51,7 +51,9 @@ def _samples() -> list[Watched]:
         )
         gradients = {"keys": g, "values": h, "unrotated": i}
         site = Site(0, 1, "keys", HEADS, DIM)
-        found.append(Watched(site, 3 * TOKENS, keys * 3 + 1, values, bare, gradients, None))
+        # Channels of other widths, and of other shapes, so that it matters how much each of them counts.
+        keys = torch.where(torch.arange(DIM) % 2 == 0, keys, keys**3) * torch.linspace(0.5, 4, DIM) + 1
+        found.append(Watched(site, 3 * TOKENS, keys, values, bare, gradients, None))
     return found
 
 
