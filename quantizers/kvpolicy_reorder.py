@@ -36,15 +36,19 @@ class Reorder(Transform):
     """
 
     kind: Literal["reorder"] = "reorder"
-    calibrated: bool = Field(
-        False, description="Take minima and maxima from the recipe's calibration, not from the first tokens that come."
+    by: Literal["keys", "calibration"] = Field(
+        "keys",
+        description=(
+            "keys: minima and maxima are those of the first tokens that are stored, keys or values; calibration: those "
+            "of the recipe's calibration."
+        ),
     )
     unrotated: bool = Field(
-        False, description="With calibrated: those of keys before RoPE, for use behind the transform unrotate."
+        False, description="With by: calibration, those of keys before RoPE, for use behind the transform unrotate."
     )
 
     def check(self, site: Site) -> None:
-        if self.calibrated:
+        if self.by == "calibration":
             self._bounds(site)
 
     def _bounds(self, site: Site) -> tuple[Tensor, Tensor]:
@@ -52,7 +56,7 @@ class Reorder(Transform):
         return site.calibrated("low", shape, self.unrotated), site.calibrated("high", shape, self.unrotated)
 
     def fit(self, x: Tensor, queries: Tensor | None, site: Site) -> dict[str, Tensor]:
-        if self.calibrated:
+        if self.by == "calibration":
             low, high = self._bounds(site)
             return {"order": _order(low, high).unsqueeze(0).to(x.device, torch.int16)}
         numbers = torch.where(x.isfinite(), x, 0.0).float()

@@ -27,12 +27,16 @@ class Scale(Transform):
     """
 
     kind: Literal["scale"] = "scale"
-    calibrated: bool = Field(
-        False, description="Take the magnitudes from the recipe's calibration, not from the first tokens that come."
+    by: Literal["keys", "calibration"] = Field(
+        "keys",
+        description=(
+            "keys: divide by the root of the largest magnitude in what is stored, keys or values; calibration: in what "
+            "the recipe's calibration saw of these."
+        ),
     )
 
     def check(self, site: Site) -> None:
-        if self.calibrated:
+        if self.by == "calibration":
             self._bounds(site)
 
     def _bounds(self, site: Site) -> Tensor:
@@ -41,7 +45,7 @@ class Scale(Transform):
         return torch.stack([site.calibrated("low", shape), site.calibrated("high", shape)], dim=1).unsqueeze(0)
 
     def fit(self, x: Tensor, queries: Tensor | None, site: Site) -> dict[str, Tensor]:
-        magnitude = (self._bounds(site).to(x.device) if self.calibrated else x).float().abs()
+        magnitude = (self._bounds(site).to(x.device) if self.by == "calibration" else x).float().abs()
         # What is not finite says nothing of its channel, nor of the others by way of the mean.
         root = torch.where(magnitude.isfinite(), magnitude, 0.0).amax(2, keepdim=True).sqrt()
         # A channel that happens to be near zero in a few first tokens must not blow later ones up.
