@@ -45,6 +45,8 @@ class Observed:
                 f"none in this {type(model).__name__}"
             )
         self.rotary = rotaries(model, self.count)
+        self.raised = 2.0**12 if model.dtype == torch.float16 else 1.0
+        """Derivatives are computed of so many times the loss: float16 holds no smaller ones."""
 
     def site(self, layer: int, keys: Tensor) -> Site:
         """Where a layer stands."""
@@ -83,7 +85,7 @@ class Observed:
         found: dict[int, list[Tensor | None]] = {}
         with torch.inference_mode(False), torch.set_grad_enabled(gradients):
             if gradients:
-                loss = self.model(ids, labels=ids, **given).loss
+                loss = self.model(ids, labels=ids, **given).loss * self.raised
                 kept = [layer for layer in self.layers if layer in recorder.noted]
                 noted = [x for layer in kept for x in recorder.noted[layer]]
                 derived: list[Tensor | None] = list(torch.autograd.grad(loss, noted, allow_unused=True))
@@ -105,7 +107,8 @@ class Observed:
         gradients: dict[str, Tensor] = {}
         if derived is not None:
             by_keys, by_values = (
-                torch.zeros_like(x) if d is None else d.float() for x, d in zip((keys, values), derived, strict=True)
+                torch.zeros_like(x) if d is None else (d.float() / self.raised).nan_to_num_(0, 0, 0)
+                for x, d in zip((keys, values), derived, strict=True)
             )
             gradients = {"keys": by_keys, "values": by_values}
             if rotation is not None:  # the adjoint of the rotation: its inverse, but for the factor, which stays

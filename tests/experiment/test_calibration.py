@@ -284,3 +284,14 @@ def test_of_a_long_text_as_much_is_read_from_everywhere() -> None:
     few = _tokens(content[:2000], tokenizer, 3, 64, None, "text")
     assert torch.equal(few[0], whole[:64])
     assert torch.equal(few[2], whole[-64:])
+
+
+def test_derivatives_in_half_precision_are_those_in_full() -> None:
+    found = []
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        seen = Observed(tiny("llama", dtype), 40)
+        with seen.ready(frozenset({"gradients"})):
+            found.append(dict(seen.watch(ids(40)[0], frozenset({"gradients"})))[0].gradients["keys"])
+    for half in found[1:]:
+        assert torch.nn.functional.cosine_similarity(half.flatten(), found[0].flatten(), dim=0) > 0.95
+        assert 0.9 < float(half.norm() / found[0].norm()) < 1.1
