@@ -16,7 +16,7 @@ from kvpolicy.hookspecs import hookimpl
 from kvpolicy.interfaces.calibrator import Calibrator, Watched
 from kvpolicy.interfaces.quantizer import Affine, AffineQuantizer, Quantizer, TensorQuantizer
 from kvpolicy.interfaces.site import Site
-from kvpolicy.storage.packing import pack, unpack
+from kvpolicy.storage.packing import looked_up, pack, unpack
 
 if TYPE_CHECKING:
     from torch import Tensor, dtype
@@ -85,7 +85,7 @@ class NuqStatic(TensorQuantizer):
     def decode(self, encoded: dict[str, Tensor], dtype: dtype) -> Tensor:
         assert self._levels is not None
         codes = unpack(encoded["codes"], self.nbits, self._head_dim)
-        return _table(self._levels, codes.device)[0].to(dtype)[codes.long()]
+        return looked_up(codes, _table(self._levels, codes.device)[0]).to(dtype)
 
 
 def _levels(nbits: int, unrotated: bool, site: Site) -> Tensor:
