@@ -112,7 +112,10 @@ class Observer:
         self.index: Tensor | None = None
         """Where the columns are not side by side: the column of each, `[batch, heads, columns]`."""
         self.found: list[tuple[Tensor, Tensor | None] | None] = [None] * len(counted.kinds)
-        """Of each kind the attention, and the queries that saw a token; None: all did that count."""
+        """Of each kind the attention, and the queries that saw a token. None in their place: the only query did, and
+        the attention is that of all columns, unless there is an index."""
+        self.room = 0
+        """Columns that the attention weights have at least: more than there are, where a graph is to go on."""
 
     @property
     def queries(self) -> list[int]:
@@ -127,7 +130,8 @@ class Observer:
     def kind(self) -> Hashable:
         """What observers have in common that can be stacked."""
         shapes = tuple(x if x is None else (x[0].shape, x[1] is None) for x in self.found)
-        return self.counted.apart, self.tokens, self.live, self.heads, self.batch, shapes
+        places = self.live, self.held, self.index is None
+        return self.counted.apart, self.tokens, self.heads, self.batch, places, shapes
 
     @classmethod
     def stacked(cls, observers: Sequence[Observer]) -> Observer:
@@ -137,7 +141,7 @@ class Observer:
             return first
         masks = [mask if len(mask) == 1 else mask.repeat(many, 1) for mask in first.counted.masks]
         found = cls(first.counted._replace(masks=masks), first.batch * many, first.heads)
-        found.live = first.live
+        found.live, found.held, found.index = first.live, first.held, first.index
         for k, known in enumerate(first.found):
             if known is not None:
                 parts = [x for observer in observers if (x := observer.found[k]) is not None]
@@ -156,18 +160,19 @@ class Observer:
             of: how many there are.
         """
         counted = self.counted
-        wanted = [mask[:, at] for mask in counted.masks]
+        wanted = counted.masks if counted.all else [mask[:, at] for mask in counted.masks]
         if not counted.all and not any(bool(w.any()) for w in wanted):
             return
-        columns = self._picked(weights)
         partly = weights.shape[1] < of
+        whole = counted.all and visible is None and not partly
+        columns = weights if whole and self.index is None else self._picked(weights)
         sees = None if visible is None else self._picked(visible.expand_as(weights)[:, :, :1]).squeeze(2)
         for k, (kind, count) in enumerate(zip(counted.kinds, wanted, strict=True)):
             if not counted.all and not count.any():
                 continue
             reduced = columns.mean(2) if kind.heads == "mean" else columns.sum(2) if kind.heads == "sum" else None
             reduced = columns.amax(2) if reduced is None else reduced
-            if counted.all and sees is None and not partly:
+            if whole:
                 self.found[k] = reduced if self.heads > 1 or of == 1 else reduced.mean(1, keepdim=True), None
             else:
                 self._note(k, at, reduced, sees, count, heads, of)
@@ -219,7 +224,10 @@ class Observer:
         for k, found in enumerate(self.found):
             if found is None:
                 continue
-            values, counts = found[0][..., at : at + n], None if found[1] is None else found[1][..., at : at + n]
+            values, counts = found
+            first = at if at < self.live or counts is not None or self.index is not None else at - self.live + self.held
+            values = values[..., first : first + n]
+            counts = None if counts is None else counts[..., at : at + n]
             into = scores[..., 2 * k], scores[..., 2 * k + 1]
             if counts is None:
                 values = values.squeeze(2)
