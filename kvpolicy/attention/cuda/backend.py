@@ -17,7 +17,7 @@ from kvpolicy.attention.cuda.layout import MAPS, Declined, scan
 from kvpolicy.attention.cuda.plan import Plan, columns_of, make_plan
 from kvpolicy.attention.cuda.scratch import counters, partials
 from kvpolicy.hookspecs import hookimpl
-from kvpolicy.interfaces.backend import AttentionOptions, AttentionSpec, Backend, Part
+from kvpolicy.interfaces.backend import AttentionOptions, AttentionSpec, Backend, Part, StoreView
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 MOST_ROWS = 256
@@ -192,15 +192,16 @@ def _record(
     watched = options.observer is not None and not options.observer.room
     if mask is not None or places is not None or watched or not options.alone:
         graph.unfit = "its attention has a mask, or gaps"
-    views = (*(("keys", i) for i in plan.maps), *(("values", i) for i in plan.spaces if i >= 0))
+    spaces = _spaces(plan, part)
+    own = [(side, i) for side, numbers in zip(("keys", "values"), spaces, strict=True) for i in numbers if i >= 0]
     graph.add(
         query.get_device(),
         stores=tuple(view.store for view in (*part.keys, *part.values)),
         call=(query, part.new, options),
         tensors=tensors,
         mapped=tuple(mapped),
-        chains=tuple((side, i, _chain(getattr(part, side)[i].store, graph)) for side, i in views),
-        spaces=(plan.maps, plan.spaces),
+        chains=tuple((side, i, _chain(_transformed(part, side)[i].store, graph)) for side, i in own),
+        spaces=spaces,
     )
 
 
@@ -222,15 +223,29 @@ def renew(exec_graph: int, known: Launch, part: Part) -> str | None:
         return "attention weights need more room"
     if places is not None:
         return "its attention has gaps"
-    if (plan.maps, plan.spaces) != known.spaces:
+    if _spaces(plan, part) != known.spaces:
         return "its attention has other transforms"
-    if not all(twin.take(getattr(part, side)[i].store.chain) for side, i, twin in known.chains):
+    if not all(twin.take(_transformed(part, side)[i].store.chain) for side, i, twin in known.chains):
         return "transforms keep something else"
     if plan.partial > partial.numel() or plan.lines * plan.turns > zeros.numel() or plan.out != known.tensors[2].shape:
         return "a launch needs more room"
     arguments, grid = _arguments(plan, pointers, query, list(known.mapped), known.tensors)
     change(exec_graph, known.node, plan.kernel, arguments, grid, THREADS)
     return None
+
+
+def _transformed(part: Part, side: str) -> list[StoreView]:
+    """The views of a side whose stores have transforms."""
+    return [view for view in getattr(part, side) if getattr(view.store, "chain", None) is not None]
+
+
+def _spaces(plan: Plan, part: Part) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Which of `_transformed` make the spaces of keys, and of values; -1 for none. Stores may be empty for a while."""
+    numbers = []
+    for side, views in (("keys", plan.maps), ("values", plan.spaces)):
+        own = [id(view) for view in _transformed(part, side)]
+        numbers.append(tuple(-1 if i < 0 else own.index(id(getattr(part, side)[i])) for i in views))
+    return numbers[0], numbers[1]
 
 
 def _joined(plan: Plan, out: Tensor, part: Part, queries: int, graph: Recording | None) -> Tensor:

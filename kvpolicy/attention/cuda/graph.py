@@ -32,9 +32,10 @@ class Launch(NamedTuple):
     mapped: tuple[Any, ...] = ()
     """Queries that went through transforms."""
     chains: tuple[tuple[str, int, Any], ...] = ()
-    """The transforms that the graph computes: side and number of their store's view, and their twins in the graph."""
+    """The transforms that the graph computes: side and number of their store among those that have any, and their twins
+    in the graph."""
     spaces: tuple[Any, ...] = ()
-    """The views whose transforms make spaces of keys, and of values."""
+    """The numbers of the stores whose transforms make spaces of keys, and of values."""
 
 
 class Recording:
