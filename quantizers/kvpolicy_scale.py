@@ -21,8 +21,9 @@ class Scale(Transform):
 
     `by: keys`: the root of the channel's largest magnitude, among the first tokens that reach a store, of keys or
     values. `by: queries`: of keys, the root of that over the largest magnitude of the channel in queries. What is coded
-    and the queries that meet it are then equally large in each channel. Only an attached model shows queries. Of use
-    where channels share a scale, that is with `per: token`.
+    and the queries that meet it are then equally large in each channel. Only an attached model shows queries.
+    `by: calibration`: as keys, the magnitudes being those that a calibration saw. Of use where channels share a scale,
+    that is with `per: token`.
 
     Source: ZipCache (arXiv 2405.14256, section 4.1, channel-separable quantization); MiKV (arXiv 2402.18096, equations
     2 to 4, channel balancer), whose factor b is one over the divisor. Deviations: the divisors are found once, on the
@@ -31,20 +32,30 @@ class Scale(Transform):
     """
 
     kind: Literal["scale"] = "scale"
-    needs: ClassVar[frozenset[str]] = frozenset({"queries"})
-    by: Literal["keys", "queries"] = Field(
+    needs: ClassVar[frozenset[str]] = frozenset({"queries", "calibration"})
+    by: Literal["keys", "queries", "calibration"] = Field(
         "keys",
         description=(
             "keys: divide by the root of the largest magnitude in what is stored, keys or values; queries: of keys, by "
-            "the root of that over the largest magnitude in queries."
+            "the root of that over the largest magnitude in queries; calibration: by the root of the largest magnitude "
+            "that the recipe's calibration saw."
         ),
     )
 
     def needed(self) -> frozenset[str]:
-        return self.needs if self.by == "queries" else frozenset()
+        return frozenset() if self.by == "keys" else frozenset({self.by})
+
+    def check(self, site: Site) -> None:
+        if self.by == "calibration":
+            self._bounds(site)
+
+    def _bounds(self, site: Site) -> Tensor:
+        """Minima and maxima of a calibration: `[1, kv_heads, 2, head_dim]`."""
+        shape = (site.kv_heads, site.head_dim)
+        return torch.stack([site.calibrated("low", shape), site.calibrated("high", shape)], dim=1).unsqueeze(0)
 
     def fit(self, x: Tensor, queries: Tensor | None, site: Site) -> dict[str, Tensor]:
-        root = _roots(x)
+        root = _roots(self._bounds(site).to(x.device) if self.by == "calibration" else x)
         if queries is not None:
             root = root / _roots(queries)
         return {"divisors": root.to(x.dtype)}

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from kvpolicy.cli.calibrate import calibrate
 from kvpolicy.cli.compare import compare
 from kvpolicy.cli.env import env
 from kvpolicy.cli.generate import generate
@@ -47,7 +48,7 @@ def _options(
 
 
 TAKES_RECIPES = ("show", "validate", "compare", "generate")
-for command in (recipes, show, validate, schema, plugins, compare, generate, env):
+for command in (recipes, show, validate, schema, plugins, compare, generate, calibrate, env):
     # Words too many reach the command, which says how parameters are written.
     spare = {"allow_extra_args": command in (show, generate)}
     app.command(context_settings=spare)(command)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvpolicy.attention.products import add_values, key_scores
 from kvpolicy.contracts.samples import name_of, normal, quantizers, tensor
-from kvpolicy.errors import MissingDependencyError
+from kvpolicy.errors import MissingDependencyError, RecipeError
 from kvpolicy.interfaces.quantizer import Affine, AffineQuantizer, Quantizer, precision_of
 from kvpolicy.interfaces.site import Site
 from kvpolicy.storage.base import Store
@@ -32,9 +32,10 @@ def _library(request: pytest.FixtureRequest) -> None:
     quantizer: Quantizer = request.getfixturevalue("quantizer")
     try:
         quantizer.check(HEAD_DIM)
+        quantizer.at(Site())
         if isinstance(quantizer, AffineQuantizer):
             quantizer.calibrate(torch.ones(1, 8))
-    except MissingDependencyError as error:
+    except (MissingDependencyError, RecipeError) as error:
         pytest.skip(str(error))
 
 

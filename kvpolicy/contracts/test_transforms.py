@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy.attention.products import add_values, key_scores
-from kvpolicy.contracts.samples import name_of, tensor, transforms
+from kvpolicy.contracts.samples import calibration, name_of, tensor, transforms
 from kvpolicy.errors import CacheError, RecipeError
 from kvpolicy.interfaces.quantizer import AffineQuantizer
 from kvpolicy.interfaces.site import Site
@@ -36,7 +36,7 @@ def _rotary(positions: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _site(head_dim: int) -> Site:
-    return Site(3, 8, "keys", HEADS, head_dim, _rotary)
+    return Site(3, 8, "keys", HEADS, head_dim, _rotary, fitted=calibration(HEADS, head_dim))
 
 
 @pytest.fixture(autouse=True)

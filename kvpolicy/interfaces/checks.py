@@ -7,15 +7,16 @@ waits.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from kvpolicy.errors import PluginError
+from kvpolicy.interfaces.calibrator import Calibrator, Watched
 from kvpolicy.interfaces.component import TRY, Component, call
 from kvpolicy.interfaces.extra import Extra, Grouping
-from kvpolicy.interfaces.quantizer import Affine, AffineQuantizer, TensorQuantizer
+from kvpolicy.interfaces.quantizer import Affine, AffineQuantizer, Quantizer, TensorQuantizer
 from kvpolicy.interfaces.site import Site
 from kvpolicy.interfaces.transform import Transform
 
@@ -25,15 +26,21 @@ __all__ = [
     "calibrated",
     "decoded",
     "encoded",
+    "finished",
     "fitted",
     "fitted_to_error",
     "multiplied",
     "needed",
     "part_of",
+    "placed",
     "taken",
     "transformed",
     "versions",
+    "watched",
 ]
+
+
+Q = TypeVar("Q", bound=Quantizer)
 
 
 def versions(tensors: Iterable[Tensor]) -> list[int]:
@@ -49,6 +56,18 @@ def _found(value: Any) -> str:
     if not isinstance(value, Tensor):
         return type(value).__name__
     return f"{tuple(value.shape)} in {value.dtype} on {value.device}"
+
+
+def placed(quantizer: Q, site: Site) -> Q:
+    """A quantizer for a place in a model.
+
+    Raises:
+        PluginError: it raised, or returned something else.
+    """
+    found = call(quantizer, "at", site)
+    if type(found) is not type(quantizer) or (found is not quantizer and dict(found) != dict(quantizer)):
+        raise _fail(quantizer, f"must give itself or a copy with the same options from at, found {found!r:.80}")
+    return found
 
 
 def calibrated(quantizer: AffineQuantizer, groups: Tensor, count: int) -> Affine:
@@ -297,3 +316,39 @@ def part_of(extra: Extra, method: str, found: Any, x: Tensor) -> dict[str, Tenso
                 extra, f"must give tensors per {axis} of {tuple(first)} from {method}, found {name} of {_found(t)}"
             )
     return dict(found)
+
+
+def watched(calibrator: Calibrator, given: Watched, state: dict[str, Tensor], turn: int) -> dict[str, Tensor]:
+    """What a calibrator keeps of a layer after a sample, on the CPU.
+
+    Raises:
+        PluginError: it raised, returned something else, or wrote to what it was given.
+    """
+    shown = [given.keys, given.values, *given.gradients.values(), *state.values()]
+    before = versions(shown)
+    found = call(calibrator, "watch", given, state, turn)
+    if not _named(found):
+        raise _fail(calibrator, f"must give named tensors from watch, found {_found(found)}")
+    if versions(shown) != before:
+        raise _fail(calibrator, "must not change what watch is given, found it changed")
+    return {name: t.detach().to("cpu") for name, t in found.items()}
+
+
+def finished(calibrator: Calibrator, state: dict[str, Tensor], site: Site) -> dict[str, Tensor]:
+    """What a calibrator has to say of a layer in the end.
+
+    Raises:
+        PluginError: it raised, or returned something else.
+    """
+    found = call(calibrator, "finish", state, site)
+    sides = ("keys.", "values.", "unrotated.")
+    if not _named(found) or not all(name.startswith(sides) for name in found):
+        raise _fail(calibrator, f"must give tensors named {', '.join(sides)} from finish, found {_found(found)}")
+    for name, t in found.items():
+        if t.is_floating_point() and (t.dtype != torch.float32 or not t.isfinite().all()):
+            raise _fail(calibrator, f"must give finite numbers in float32 from finish, found {name} of {_found(t)}")
+    return {name: t.detach().to("cpu").contiguous() for name, t in found.items()}
+
+
+def _named(found: Any) -> bool:
+    return isinstance(found, dict) and all(isinstance(n, str) and isinstance(t, Tensor) for n, t in found.items())

@@ -75,6 +75,16 @@ class Quantizer(Component):
         """Raise a `RecipeError` where the options don't fit keys or values of `head_dim` channels; returns nothing."""
         return
 
+    def at(self, site: Site) -> Quantizer:
+        """The quantizer for a place in a model: a copy that knows what a calibration says of it, or itself.
+
+        Each store asks once. A copy must have the same options.
+
+        Raises:
+            RecipeError: the quantizer can't work there.
+        """
+        return self
+
 
 def precision_of(quantizer: Quantizer) -> float:
     """Nominal bits per value.

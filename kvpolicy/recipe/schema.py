@@ -49,6 +49,7 @@ def _top() -> dict[str, Any]:
         "name": {"type": "string", "minLength": 1},
         "summary": {"type": "string"},
         "source": {"type": "string"},
+        "calibration": {"type": "string"},
         "params": {
             "type": "object",
             "propertyNames": {"pattern": r"^[A-Za-z_]\w*$"},

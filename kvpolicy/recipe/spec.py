@@ -57,6 +57,11 @@ class Recipe(BaseModel):
     name: str = Field(default="custom", description="Name of the recipe.")
     summary: str = Field(default="", description="What it does, in a sentence or two.")
     source: str = Field(default="", description="Where the method comes from, such as the address of a paper.")
+    calibration: str = Field(
+        default="",
+        description="A file that kvpolicy calibrate made for the model: relative to the folder of the recipe's file, "
+        "but to the working directory where the recipe is a bundled one or the path is given as a parameter.",
+    )
     params: dict[str, str | int | float | bool] = Field(
         default_factory=dict,
         description="Parameters with their values. `$name` stands for one, as the whole value of a key below "
@@ -159,7 +164,7 @@ class Recipe(BaseModel):
         if self._template is not None and not resolved:
             return dump_yaml(plain(self._template))
         written: dict[str, Any] = {"version": self.version, "name": self.name}
-        written.update({k: getattr(self, k) for k in ("summary", "source") if getattr(self, k)})
+        written.update({k: getattr(self, k) for k in ("summary", "source", "calibration") if getattr(self, k)})
         if self.model_layers is not None:
             written["model_layers"] = self.model_layers
         written["tiers"] = [tier.plain() for tier in self.tiers]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy.errors import CacheError
-from kvpolicy.interfaces.checks import calibrated
+from kvpolicy.interfaces.checks import calibrated, placed
 from kvpolicy.interfaces.extra import Grouping
 from kvpolicy.interfaces.quantizer import AffineQuantizer, Quantizer
 from kvpolicy.interfaces.site import Site
@@ -38,7 +38,7 @@ class AffineStore(CodedStore):
 
     def __init__(self, quantizer: AffineQuantizer, head_dim: int, site: Site | None = None) -> None:
         super().__init__(quantizer, head_dim, site)
-        self.quantizer = quantizer
+        self.quantizer = quantizer = placed(quantizer, self.site)
         self.group_size = group_size_of(quantizer, head_dim)
         self.by_channel = quantizer.per == "channel"
         self.scales = Scales(quantizer, levels_of(quantizer, self.site))

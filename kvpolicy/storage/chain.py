@@ -245,8 +245,8 @@ def _check_needs(transform: Transform, site: Site, place: int) -> None:
             f"transform {transform.kind!r} needs queries as they come and must be the first of its list, found {place} "
             "before it; exchange them"
         )
-    for need in sorted(needs - {"positions", "queries"}):
-        if not site.fitted:
-            raise RecipeError(
-                f"transform {transform.kind!r} needs {need}, which no cache can give it yet; use one that needs none"
-            )
+    if "calibration" in needs and not site.fitted:
+        raise RecipeError(
+            f"transform {transform.kind!r} needs a calibration, and the recipe names none; make one by kvpolicy "
+            "calibrate METHOD --model DIR --text FILE --out CALIBRATION, and write calibration: CALIBRATION"
+        )

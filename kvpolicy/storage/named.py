@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kvpolicy.interfaces.checks import decoded, encoded, multiplied
+from kvpolicy.interfaces.checks import decoded, encoded, multiplied, placed
 from kvpolicy.interfaces.quantizer import TensorQuantizer
 from kvpolicy.interfaces.site import Site
 from kvpolicy.storage.base import Ints
@@ -26,7 +26,7 @@ class NamedStore(CodedStore):
     def __init__(self, quantizer: TensorQuantizer, head_dim: int, site: Site | None = None) -> None:
         self.named = NamedParts(quantizer.axes, f"quantizer {quantizer.kind!r}")
         super().__init__(quantizer, head_dim, site)
-        self.quantizer = quantizer
+        self.quantizer = quantizer = placed(quantizer, self.site)
         self.late = LateRows()
 
     @property

@@ -23,7 +23,7 @@ def test_what_a_transform_needs_and_nobody_has_is_refused_by_name() -> None:
     class Wants(Hadamard):
         needs: ClassVar[frozenset[str]] = frozenset({"calibration"})
 
-    for transform, side, word in ((Asks(), "values", "queries"), (Wants(), "keys", "calibration")):
+    for transform, side, word in ((Asks(), "values", "queries"), (Wants(), "keys", "a calibration")):
         recipe = load_recipe({"tiers": [{"store": Int(transforms=(transform,))}]})
         with pytest.raises(
             RecipeError, match=rf"tiers\[0\]\.{side}\.transforms\[0\], layer 0: transform 'hadamard' needs {word}"

@@ -77,8 +77,8 @@ def _formats(spec: Any, store: Store, like: Tensor, parts: dict[str, Tensor]) ->
     if _lines(store) is not None:
         sample.differ_by_head((1, 1))
     if isinstance(sample, CodedStore) and sample.chain is not None:
-        sample.chain.heed(torch.ones((1, 1, 2, like.shape[3])))
-    sample.append(torch.zeros((1, 1, n, like.shape[3]), dtype=like.dtype), None, torch.arange(n))
+        sample.chain.heed(torch.ones((1, like.shape[1], 2, like.shape[3])))
+    sample.append(torch.zeros((1, like.shape[1], n, like.shape[3]), dtype=like.dtype), None, torch.arange(n))
     formats: Formats = {
         name: (t.dtype, tuple(t.shape[2 + (not _of_store(sample, name)) :])) for name, t in sample.tensors().items()
     }
