@@ -63,8 +63,8 @@ class Scorer(Component):
     update, before any store encodes them. Its score is stored beside the token. Attention is then what the queries of
     the token's own update gave to it.
 
-    One that needs neither is asked each time the policy acts, with all tokens that may yet descend, and all the
-    attention that they received so far.
+    One that needs neither is asked each time the policy acts, with the tokens of its tier, and all the attention that
+    they received so far. Tokens of other tiers stand before them, as if they were no tokens, with zeros.
 
     Without `"attention"` and `"queries"` it works whether or not the model is attached.
 

@@ -109,7 +109,7 @@ class LayerCache(Held):
 
     def observe(self) -> Observer | None:
         """What is to be told of the attention of the tokens of `stage`, if any policy asks for it."""
-        if not self.placement.kinds:
+        if not self.placement.kinds or (self.placement.scores.prompt_only and self.step.prompt is not None):
             return None
         if self.observer is None:
             planner = self.by_head()

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kvpolicy.interfaces.budget import MOST
 from kvpolicy.interfaces.policy import Scores
 from kvpolicy.placement.padding import Padding
 
@@ -32,6 +33,8 @@ def counted_queries(kind: Scores, mode: str, real: Bools, seen: Sequence[int], s
         at = np.flatnonzero(real[row])
         if "probe" in mode:
             counted[row, at] = _probes(kind, len(at), before)
+        if mode == "newest" and not short:
+            counted[row, at[: -kind.newest_of(len(at))]] = False
         if "last" in mode and not short:
             counted[row, np.flatnonzero(counted[row])[:-1]] = False
     return counted
@@ -52,7 +55,7 @@ def _probes(kind: Scores, n: int, seen: int) -> Bools:
 
 def _drawn(kind: Scores, n: int, salt: tuple[int, ...]) -> Bools:
     found = np.zeros(n, dtype=np.bool_)
-    newest = min(n, max(1, int(kind.newest * n)))
+    newest = kind.newest_of(n)
     found[n - newest :] = True
     others = n - newest
     generator = np.random.default_rng([kind.seed, *salt])
@@ -89,6 +92,12 @@ class Observer:
         modes = [kind.decode if tokens == 1 and seen else kind.queries for kind in kinds]
         self.kinds = list(kinds)
         self.replaces = ["last" in mode for mode in modes]
+        self.windows = [
+            kind.newest_of(MOST) if mode == "newest" else 0 for kind, mode in zip(kinds, modes, strict=True)
+        ]
+        """How many queries count in all, where the newest ones do; else 0."""
+        self.before = torch.tensor(before)
+        """Real tokens of each row before the update."""
         self.counted = [
             torch.from_numpy(counted_queries(kind, mode, real, before, self.apart))
             for kind, mode in zip(kinds, modes, strict=True)
@@ -163,9 +172,26 @@ class Observer:
                 known = self.counted[k].any(1).view(-1, 1, 1).to(scores.device, non_blocking=True)
                 for at_kind, x in ((2 * k, values), (2 * k + 1, counts)):
                     scores[..., at_kind] = torch.where(known, self._last(x, self.counted[k]), scores[..., at_kind])
-            else:
-                scores[..., 2 * k] += values.sum(2)
-                scores[..., 2 * k + 1] += counts.sum(2)
+                continue
+            if self.windows[k]:
+                chosen, left = (x.to(scores.device, non_blocking=True) for x in self._window(k))
+                scores[..., 2 * k : 2 * k + 2] *= left.view(-1, 1, 1, 1)
+                if self.apart:
+                    values, counts = (x * chosen[:, None, :, None] for x in (values, counts))
+            scores[..., 2 * k] += values.sum(2)
+            scores[..., 2 * k + 1] += counts.sum(2)
+
+    def _window(self, k: int) -> tuple[Tensor, Tensor]:
+        """Of an update's queries the newest ones, `[rows, queries]`, and how much of what was there is left: `[rows]`.
+
+        The newest `window` queries were summed up, or all that there were. Some of them are replaced.
+        """
+        counted, window = self.counted[k], self.windows[k]
+        later = counted.flip(1).cumsum(1).flip(1)
+        chosen = counted & (later <= window)
+        there = self.before.clamp(max=window)
+        left = (window - chosen.sum(1)) / there.clamp(min=1)
+        return chosen, left.clamp(max=1.0)
 
     def _last(self, values: Tensor, counted: Tensor) -> Tensor:
         """What the newest query of each row gave."""
@@ -187,6 +213,7 @@ class Observer:
     def select(self, rows: Tensor) -> None:
         self.batch = len(rows)
         self.counted = [c if len(c) == 1 else c[rows.cpu()] for c in self.counted]
+        self.before = self.before if len(self.before) == 1 else self.before[rows.cpu()]
         self.found = [None if x is None else (_rows(x[0], rows), _rows(x[1], rows)) for x in self.found]
 
     def to(self, device: torch.device) -> None:

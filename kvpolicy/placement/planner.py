@@ -46,6 +46,8 @@ class ScoreColumns:
         asked = {tier: scores for tier, policy in policies.items() if (scores := policy._scores()) is not None}
         self.kinds: list[Scores] = list(dict.fromkeys(asked.values()))
         """The attention that the policies ask for. Two columns each: its sum, and the queries that saw the token."""
+        self.prompt_only = all(policies[tier].when == "prompt" for tier in asked)
+        """Whether no attention is asked for once the prompt has ended."""
         self.scorer = {tier: policy._scorer() for tier, policy in policies.items()}
         self.features: list[Scorer] = []
         """The scorers that score tokens as they arrive. A column each."""

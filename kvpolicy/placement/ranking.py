@@ -13,6 +13,7 @@ from torch import Tensor
 from kvpolicy.interfaces.policy import RankPolicy
 from kvpolicy.interfaces.site import Site
 from kvpolicy.placement.counts import Counts
+from kvpolicy.placement.moves import EMPTY
 from kvpolicy.placement.planner import Placement
 from kvpolicy.placement.selection import best_of_pairs, by_count_read, highest, ranked, scored, shared
 from kvpolicy.placement.step import Step
@@ -84,8 +85,9 @@ class Ranking:
             shown |= {"attention": work.scores[..., at], "queries": work.scores[..., at + 1]}
         if scorer is None:
             return ranked(policy, shown["attention"], shown["queries"], ages)
-        order = work.positions.argsort(dim=2, stable=True)
-        real = work.positions.gather(2, order) >= 0
+        here = work.target == tier
+        order = work.positions.masked_fill(~here, EMPTY).argsort(dim=2, stable=True)
+        real = here.gather(2, order)
         found = scored(scorer, {name: x.gather(2, order) * real for name, x in shown.items()}, self.site)
         return torch.empty_like(found).scatter_(2, order, found)
 

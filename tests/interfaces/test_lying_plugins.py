@@ -253,7 +253,7 @@ def test_every_field_of_scores_is_checked(
 
 
 def test_scores_list_what_is_allowed() -> None:
-    with pytest.raises(PluginError, match="queries must be one of 'all', 'probe', 'last', 'last probe', found 'banan"):
+    with pytest.raises(PluginError, match="queries must be one of 'all', 'probe', 'newest', 'last', 'last probe', found 'banan"):
         Scores(queries="bananas")  # type: ignore[arg-type]
     with pytest.raises(PluginError, match="heads must be one of 'mean', 'sum', 'max', found 'median'"):
         Scores(heads="median")  # type: ignore[arg-type]

@@ -19,7 +19,8 @@ def held(recipe: Recipe, tokens: int) -> list[list[int]]:
 def test_all_are_there() -> None:
     promised = (
         "full logquant partial-logquant kivi kivi-sink hf-quantized streaming-llm streaming-quant logquant-evict "
-        "kivi-evict flexgen atom balanced h2o mas mikv zipcache zipcache-code"
+        "kivi-evict flexgen atom balanced h2o mas mikv zipcache zipcache-code "
+        "snapkv pyramidkv tova key-norm"
     )
     assert sorted(promised.split()) == NAMES
 
