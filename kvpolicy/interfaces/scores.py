@@ -49,24 +49,20 @@ class Scores:
         for name, allowed in (("queries", get_args(Queries)), ("decode", get_args(Queries)), ("heads", HEADS)):
             if not isinstance(value := getattr(self, name), str) or value not in allowed:
                 raise PluginError(f"Scores: {name} must be one of {', '.join(map(repr, allowed))}, found {value!r:.80}")
-        for name in ("newest", "random"):
+        whole, asked = type(self.newest) is int, "newest" in (self.queries, self.decode)
+        for name, most in (("newest", MOST if whole else 1), ("random", 1)):
             value = getattr(self, name)
-            if type(value) not in (int, float) or not 0 <= value <= (MOST if self._counts(name) else 1):
+            if type(value) not in (int, float) or not 0 <= value <= most:
                 also = f", or an integer to {MOST}" if name == "newest" else ""
                 raise PluginError(f"Scores: {name} must be a number from 0 to 1{also}, found {value!r:.80}")
-        if "newest" in (self.queries, self.decode) and not (self._counts("newest") and self.newest):
-            raise PluginError(
-                f"Scores: newest must be an integer, 1 or more, with queries 'newest', found {self.newest}"
-            )
+            if name == "newest" and asked and not (whole and value):
+                asks = "with queries or decode 'newest'"
+                raise PluginError(f"Scores: newest must be an integer, 1 or more, {asks}, found {value!r:.80}")
         for name, least in (("period", 1), ("seed", 0)):
             value = getattr(self, name)
             if type(value) is not int or not least <= value <= MOST:
                 raise PluginError(f"Scores: {name} must be an integer from {least} to {MOST}, found {value!r:.80}")
 
-    def _counts(self, name: str) -> bool:
-        """Whether an option is a number of queries, not a share of them."""
-        return name == "newest" and type(self.newest) is int
-
     def newest_of(self, n: int) -> int:
         """How many of `n` queries are the newest ones: at least one."""
-        return min(n, max(1, self.newest if type(self.newest) is int else int(self.newest * n)))
+        return min(n, max(1, self.newest if isinstance(self.newest, int) else int(self.newest * n)))

@@ -113,7 +113,8 @@ class Ranking:
             stays = best_of_pairs(rank, compete, work.positions, chosen.rounds)
             stays &= highest(rank, np.where(chosen.budgets > 0, rank.shape[2], 0))
         else:
-            stays = highest(rank, chosen.budgets)
+            scorer = self.placement.scores.scorer[tier]
+            stays = highest(rank, chosen.budgets, stable=scorer is not None and scorer.pools)
         target.masked_fill_(compete & ~stays, tier + 1)
         if policy.among == "arrival":
             assert work.scores is not None

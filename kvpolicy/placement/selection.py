@@ -92,10 +92,13 @@ def shared(policy: RankPolicy, rank: Tensor) -> Tensor:
     return rank.nan_to_num(nan=LOWEST, posinf=torch.inf, neginf=LOWEST)
 
 
-def highest(rank: Tensor, budgets: Ints) -> Tensor:
-    """True at the highest of each row and head, `budgets` of them: `[rows or 1, heads or 1]`."""
+def highest(rank: Tensor, budgets: Ints, stable: bool = False) -> Tensor:
+    """True at the highest of each row and head, `budgets` of them: `[rows or 1, heads or 1]`.
+
+    `stable`: of equal ones the first. It costs time, and equal ranks are rare where tokens are ranked each for itself.
+    """
     most = max(0, min(int(budgets.max()), rank.shape[2]))
-    best = rank.topk(most, dim=2).indices
+    best = rank.argsort(dim=2, descending=True, stable=True)[..., :most] if stable else rank.topk(most, dim=2).indices
     chosen = torch.zeros_like(rank, dtype=torch.bool)
     if (budgets == budgets.flat[0]).all():
         return chosen.scatter_(2, best, True)

@@ -160,6 +160,8 @@ class Step:
 
     def _ranks(self, before: tuple[State, ...], after: tuple[State, ...]) -> bool:
         policies = [policy for policy in self.placement.policies if isinstance(policy, RankPolicy)]
+        # Where tokens compete as they arrive, none does without a flow.
+        policies = [policy for policy in policies if policy.among != "arrival" or policy.every > 1]
         return any(due(p, a.seen, b.seen, False) for p in policies for a, b in zip(before, after, strict=True))
 
     def scattered(self) -> Step:

@@ -198,6 +198,17 @@ def test_key_norm_keeps_the_shortest_keys_of_each_head(attached: bool) -> None:
         assert torch.equal(found[0], keys.gather(2, index))
 
 
+def test_key_norm_selects_in_padded_rows_as_in_each_alone() -> None:
+    query, keys, values = random_tokens(PROMPT + 1, 7, batch=2)
+    real = torch.ones(2, PROMPT + 1, dtype=torch.bool)
+    real[1, :50] = False
+    layer = Layer("key-norm", keep=0.3)
+    feed(layer, (query, keys, values), 80, PROMPT, real=real)
+    lengths = keys[:, :, :PROMPT].double().norm(dim=-1)
+    rows = [lengths[0].topk(45, largest=False).indices, 50 + lengths[1, :, 50:].topk(30, largest=False).indices]
+    assert held(layer) == [[{*head, PROMPT} for head in row.tolist()] for row in rows]
+
+
 @pytest.mark.parametrize(
     ("budget", "message"),
     [
