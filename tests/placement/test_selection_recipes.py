@@ -120,6 +120,28 @@ def test_a_prompt_within_the_capacity_stays_whole() -> None:
     assert held(layer) == [[set(range(PROMPT + 1))] * 2]
 
 
+@pytest.mark.parametrize("floor", [0.0, 0.2, 0.5, 1.0])
+@pytest.mark.parametrize("padded", [False, True])
+def test_adakv_shares_a_layers_budget_out_as_the_formula_does(floor: float, padded: bool) -> None:
+    capacity, window = 60, 16
+    query, keys, values = random_tokens(PROMPT + 1, 9, batch=2)
+    keys[:, 0] *= 3.0  # so that the heads differ in how much their attention is spread
+    real = torch.ones(2, PROMPT + 1, dtype=torch.bool)
+    real[1, : 20 if padded else 0] = False
+    layer = Layer("adakv", capacity=capacity, window=window, floor=floor, pool="mean", size=5)
+    feed(layer, (query, keys, values), PROMPT, real=real)
+    for r, row in enumerate(held(layer)):
+        at = real[r, :PROMPT].nonzero()[:, 0].tolist()
+        ((first, second),) = snapkv(query[r : r + 1, :, at], keys[r : r + 1, :, at], window, "mean", 5)
+        mean = capacity - window
+        best = sorted([*((x, 0) for x in first), *((x, 1) for x in second)], reverse=True)[: 2 * mean]
+        counts = [sum(h == head for _, h in best) for head in range(2)]
+        assert counts[0] != counts[1]
+        for h, (found, ranks) in enumerate(zip(row, (first, second), strict=True)):
+            own = round((1 - floor) * counts[h] + floor * mean)
+            check_snapkv({at.index(i) for i in found if i < PROMPT}, ranks, own + window, window)
+
+
 def pyramid(prompt: int, capacity: int, window: int, beta: int, layers: int) -> list[int]:
     """Tokens that stay in each layer: `PyramidKVCluster.update_kv` of KVCache-Factory c97f9d7, in words of our own."""
     mean = capacity - window
