@@ -114,7 +114,8 @@ def weights(
         return scores.softmax(-1), None, None
     shaped = scores.unflatten(2, (-1, len(queries.at)))
     _weigh(shaped, part, mask, options, queries)
-    visible = shaped > -torch.inf if options.observer is not None else None
+    watched = options.observer is not None and (hidden or queries.of > 1)
+    visible = shaped > -torch.inf if watched else None
     total, lse = exponentials(shaped, options.sinks, hidden)
     if options.observer is None:
         return scores, total.flatten(2, 3), lse.flatten(1, 2)

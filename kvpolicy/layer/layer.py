@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,9 +14,10 @@ from kvpolicy.errors import CacheError
 from kvpolicy.layer.held import PENDING, SIDES, Held, Positions
 from kvpolicy.layer.mover import move
 from kvpolicy.layer.view import View
+from kvpolicy.placement import joint
 from kvpolicy.placement.attention_scores import Observer
 from kvpolicy.placement.contract import select
-from kvpolicy.placement.moves import EMPTY
+from kvpolicy.placement.moves import EMPTY, AllMoves
 from kvpolicy.placement.per_head import PerHeadPlacement
 from kvpolicy.storage.later import Later
 from kvpolicy.storage.make import make_store
@@ -113,8 +114,8 @@ class LayerCache(Held):
             return None
         if self.observer is None:
             planner = self.by_head()
-            tokens, shape = self.staged["keys"].shape[2], planner.shape
-            observer = Observer(self.placement.kinds, tokens, self.committed, shape[0], self.padding, MAX_APART, shape)
+            counted = planner.step.counted(self.staged["keys"].shape[2], self.padding, MAX_APART)
+            observer = Observer(counted, *planner.shape)
             planner.aim(observer)
             self.observer = observer
         return self.observer
@@ -159,9 +160,9 @@ class LayerCache(Held):
             self.by_head()
         return self.planner.begin(new, self.padding, self.observer)
 
-    def finish(self, new: dict[str, Tensor], turn: Any, later: Later | None = None) -> None:
+    def finish(self, new: dict[str, Tensor], moves: AllMoves, later: Later | None = None) -> None:
         """Let new tokens in as planned; what `later` codes is not in its store yet."""
-        move(self.stores, new, self.planner.moves(turn), later)
+        move(self.stores, new, moves, later)
         self.observer = None
 
     def revert(self, length: int) -> bool:
@@ -183,7 +184,7 @@ class LayerCache(Held):
     def _let_in(self, new: dict[str, Tensor]) -> None:
         turn = self.begin(new)
         select([self.planner], [turn])
-        self.finish(new, turn)
+        self.finish(new, self.planner.moves(turn))
 
     def by_head(self) -> PerHeadPlacement:
         """From now on each row, and each head that policies look at, has places of its own."""
@@ -280,32 +281,49 @@ def commit_all(groups: Iterable[Sequence[LayerCache]], coming: int = 0) -> None:
     waiting = [[layer for layer in group if layer.waiting] for group in groups]
     for layer in (layer for group in waiting for layer in group):
         layer.held_after_commit(coming)  # arithmetic first, which steps keep: interrupted, it leaves the layers whole
-    _advance(waiting, lambda layer: layer.begin(layer.pending), lambda layer: layer.pending)
+    _advance(waiting)
     ending = [[layer for layer in group if layer._ends_prompt(coming)] for group in groups]
     for layer in (layer for group in ending for layer in group):
         if not layer.placement.prompted:
             layer.planner.note_prompt()
     ending = [[layer for layer in group if layer.placement.prompted] for group in ending]
-    _advance(ending, lambda layer: layer.planner.end_prompt(), lambda layer: layer.like)
+    _advance(ending, ends=True)
 
 
-def _advance(
-    groups: Sequence[Sequence[LayerCache]],
-    begin: Callable[[LayerCache], Any],
-    new: Callable[[LayerCache], dict[str, Tensor]],
-) -> None:
-    """Move the tokens of layers; what several code is coded in one go."""
+def _advance(groups: Sequence[Sequence[LayerCache]], ends: bool = False) -> None:
+    """Let the pending tokens of layers in, or, as it `ends`, what the prompt's end asks for; coded in one go."""
     before = [(layer, layer.broken) for group in groups for layer in group]
     for layer, _ in before:
         layer.broken = True
     later = Later()
-    for group in (group for group in groups if group):
-        turns = [begin(layer) for layer in group]
-        if group[0].placement.ranks:
-            select([layer.planner for layer in group], turns)
-        for layer, turn in zip(group, turns, strict=True):
-            layer.finish(new(layer), turn, later)
+    for group in _together(groups):
+        new = [layer.like if ends else layer.pending for layer in group]
+        for layer, own, moves in zip(group, new, _planned(group, ends), strict=True):
+            layer.finish(own, moves, later)
             layer.pending = {}
     later.run()
     for layer, broken in before:
         layer.broken = broken
+
+
+def _together(groups: Sequence[Sequence[LayerCache]]) -> Iterable[Sequence[LayerCache]]:
+    """The same groups, those of one layer each that may plan as one put together."""
+    found: dict[Any, list[LayerCache]] = {}
+    for number, group in enumerate(group for group in groups if group):
+        key: Any = None
+        if len(group) == 1 and group[0].tells_apart:
+            key = joint.key_of(group[0].by_head(), group[0].observer)
+        found.setdefault(number if key is None else (*key, group[0].waiting), []).extend(group)
+    return found.values()
+
+
+def _planned(group: Sequence[LayerCache], ends: bool) -> list[AllMoves]:
+    """What moves in each of some layers."""
+    if len(group) > 1 and not group[0].placement.shared:
+        planners = [layer.by_head() for layer in group]
+        new = [] if ends else [layer.pending for layer in group]
+        return joint.plan(joint.joined(planners), new, group[0].padding, [layer.observer for layer in group])
+    turns = [layer.planner.end_prompt() if ends else layer.begin(layer.pending) for layer in group]
+    if group[0].placement.ranks:
+        select([layer.planner for layer in group], turns)
+    return [layer.planner.moves(turn) for layer, turn in zip(group, turns, strict=True)]

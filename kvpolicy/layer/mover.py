@@ -10,7 +10,7 @@ from kvpolicy.placement.moves import NEW, AllMoves, Arrival
 from kvpolicy.storage.affine import AffineStore
 from kvpolicy.storage.base import Store
 from kvpolicy.storage.later import Later
-from kvpolicy.storage.pages import gather_tokens
+from kvpolicy.storage.pages import Leaving, gather_tokens
 
 Stores = dict[str, list[Store | None]]
 
@@ -39,7 +39,7 @@ def move(stores: Stores, new: dict[str, Tensor], moves: AllMoves, later: Later |
                 else:
                     store.append(x, empty, positions)
             # After the arrivals, so that groups close as they would token by token.
-            if isinstance(m.leaving, Tensor):
+            if isinstance(m.leaving, Leaving):
                 store.remove(m.leaving, _partial(store, m.empty[1], 0))
             elif m.leaving is not None:
                 store.drop(m.leaving)

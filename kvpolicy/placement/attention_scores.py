@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -63,51 +64,109 @@ def _drawn(kind: Scores, n: int, salt: tuple[int, ...]) -> Bools:
     return found
 
 
-class Observer:
-    """What the queries of one update attended to, for each kind of scores that a layer's policies ask for."""
+class Counted(NamedTuple):
+    """Which queries of an update count, for each kind of scores: the same in all layers."""
 
-    def __init__(
-        self,
-        kinds: Sequence[Scores],
-        tokens: int,
-        seen: int,
-        batch: int,
-        padding: Padding | None,
-        keep: int,
-        lines: tuple[int, int],
-    ) -> None:
+    tokens: int
+    """New tokens of the update."""
+    apart: bool
+    """Whether what each query attends to is kept apart, since the last of them may yet be taken back."""
+    kinds: tuple[Scores, ...]
+    replaces: list[bool]
+    """Whether the newest query's attention takes the place of what is known."""
+    masks: list[Tensor]
+    """`[rows or 1, queries]` of each kind."""
+    all: bool
+    """Whether there is one query, which counts for all kinds."""
+    queries: list[int]
+    """The queries that count for some kind."""
+    windows: list[int]
+    """How many queries count in all, where the newest ones do; else 0."""
+    before: Tensor
+    """Real tokens of each row before the update, `[rows or 1]`."""
+
+    @classmethod
+    def of(cls, kinds: Sequence[Scores], tokens: int, seen: int, padding: Padding | None, keep: int) -> Counted:
         """Of `tokens` new tokens after `seen`; up to `keep` of them their queries are kept apart."""
-        self.heads, self.batch = lines[1], batch
-        self.apart = tokens <= keep
-        self.tokens = tokens
-        self.live = self.held = 0
-        """Columns of stored tokens whose scores are kept, and of all stored ones; then come the new tokens."""
-        self.index: Tensor | None = None
-        """Where the columns are not side by side: the column of each, `[batch, heads, columns]`."""
         padded = padding is not None and padding.before(seen + tokens)
         real = np.ones((1, tokens), dtype=np.bool_)
         before = [seen]
         if padding is not None and padded:
             real, before = padding.real[:, seen : seen + tokens], padding.count(0, seen)
         modes = [kind.decode if tokens == 1 and seen else kind.queries for kind in kinds]
-        self.kinds = list(kinds)
-        self.replaces = ["last" in mode for mode in modes]
-        self.windows = [
-            kind.newest_of(MOST) if mode == "newest" else 0 for kind, mode in zip(kinds, modes, strict=True)
-        ]
-        """How many queries count in all, where the newest ones do; else 0."""
-        self.before = torch.tensor(before)
-        """Real tokens of each row before the update."""
-        self.counted = [
-            torch.from_numpy(counted_queries(kind, mode, real, before, self.apart))
-            for kind, mode in zip(kinds, modes, strict=True)
-        ]
-        self.found: list[tuple[Tensor, Tensor] | None] = [None] * len(kinds)
+        apart = tokens <= keep
+        masks = [counted_queries(kind, mode, real, before, apart) for kind, mode in zip(kinds, modes, strict=True)]
+        some = np.flatnonzero(np.any([mask.any(0) for mask in masks], axis=0)).tolist()
+        every = tokens == 1 and all(mask.all() for mask in masks)
+        replaces = ["last" in mode for mode in modes]
+        sizes = [kind.newest_of(MOST) for kind in kinds]
+        windows = [size if mode == "newest" else 0 for size, mode in zip(sizes, modes, strict=True)]
+        found = [torch.from_numpy(mask) for mask in masks]
+        return cls(tokens, apart, tuple(kinds), replaces, found, every, some, windows, torch.tensor(before))
+
+    def window(self, k: int) -> tuple[Tensor, Tensor]:
+        """Of an update's queries the newest ones, `[rows, queries]`, and how much of what was there is left: `[rows]`.
+
+        The newest of those before were summed up, as many as count in all. Some of them are replaced.
+        """
+        mask, size = self.masks[k], self.windows[k]
+        chosen = mask & (mask.flip(1).cumsum(1).flip(1) <= size)
+        left = (size - chosen.sum(1)) / self.before.clamp(min=1, max=size)
+        return chosen, left.clamp(max=1.0)
+
+    def select(self, rows: Tensor) -> Counted:
+        before = self.before if len(self.before) == 1 else self.before[rows.cpu()]
+        return self._replace(masks=[c if len(c) == 1 else c[rows.cpu()] for c in self.masks], before=before)
+
+    def crop(self, tokens: int) -> Counted:
+        masks = [c[:, :tokens] for c in self.masks]
+        return self._replace(tokens=tokens, masks=masks, all=False, queries=[q for q in self.queries if q < tokens])
+
+
+class Observer:
+    """What the queries of one update attended to, for each kind of scores that a layer's policies ask for."""
+
+    def __init__(self, counted: Counted, batch: int, heads: int) -> None:
+        self.counted, self.batch, self.heads = counted, batch, heads
+        self.live = self.held = 0
+        """Columns of stored tokens whose scores are kept, and of all stored ones; then come the new tokens."""
+        self.index: Tensor | None = None
+        """Where the columns are not side by side: the column of each, `[batch, heads, columns]`."""
+        self.found: list[tuple[Tensor, Tensor | None] | None] = [None] * len(counted.kinds)
+        """Of each kind the attention, and the queries that saw a token; None: all did that count."""
 
     @property
     def queries(self) -> list[int]:
         """The queries that count for some kind."""
-        return torch.stack([c.any(0) for c in self.counted]).any(0).nonzero()[:, 0].tolist()
+        return self.counted.queries
+
+    @property
+    def tokens(self) -> int:
+        return self.counted.tokens
+
+    @property
+    def kind(self) -> Hashable:
+        """What observers have in common that can be stacked."""
+        shapes = tuple(x if x is None else (x[0].shape, x[1] is None) for x in self.found)
+        return self.counted.apart, self.tokens, self.live, self.heads, self.batch, shapes
+
+    @classmethod
+    def stacked(cls, observers: Sequence[Observer]) -> Observer:
+        """Those of several layers as one, their rows one layer's after another's."""
+        first, many = observers[0], len(observers)
+        if many == 1:
+            return first
+        masks = [mask if len(mask) == 1 else mask.repeat(many, 1) for mask in first.counted.masks]
+        before = first.counted.before
+        before = before if len(before) == 1 else before.repeat(many)
+        found = cls(first.counted._replace(masks=masks, before=before), first.batch * many, first.heads)
+        found.live = first.live
+        for k, known in enumerate(first.found):
+            if known is not None:
+                parts = [x for observer in observers if (x := observer.found[k]) is not None]
+                sees = [x for _, x in parts if x is not None]
+                found.found[k] = torch.cat([x for x, _ in parts]), torch.cat(sees) if sees else None
+        return found
 
     def watch(self, at: Tensor, weights: Tensor, visible: Tensor | None, heads: slice, of: int) -> None:
         """Take in what some queries attended to.
@@ -119,39 +178,55 @@ class Observer:
             heads: which KV heads these are.
             of: how many there are.
         """
-        wanted = [counted[:, at] for counted in self.counted]
-        if not any(bool(w.any()) for w in wanted):
+        counted = self.counted
+        wanted = [mask[:, at] for mask in counted.masks]
+        if not counted.all and not any(bool(w.any()) for w in wanted):
             return
         columns = self._picked(weights)
-        sees = None if visible is None else self._picked(visible.expand_as(weights)[:, :, :1]).squeeze(2)
-        own = slice(0, 1) if self.heads == 1 else heads
         partly = weights.shape[1] < of
-        for k, (kind, count) in enumerate(zip(self.kinds, wanted, strict=True)):
-            if not count.any():
+        sees = None if visible is None else self._picked(visible.expand_as(weights)[:, :, :1]).squeeze(2)
+        for k, (kind, count) in enumerate(zip(counted.kinds, wanted, strict=True)):
+            if not counted.all and not count.any():
                 continue
             reduced = columns.mean(2) if kind.heads == "mean" else columns.sum(2) if kind.heads == "sum" else None
             reduced = columns.amax(2) if reduced is None else reduced
-            share = count.to(weights.device, non_blocking=True)[:, None, :, None]
-            seen = share.bool().expand(*reduced.shape) if sees is None else sees & share.bool()
-            part = reduced * share
-            if self.heads == 1:
-                part, seen = part.sum(1, keepdim=True).div_(of), seen[:, :1]
-            sums, counts = (x[:, own, :, : part.shape[3]] for x in self._totals(k, weights))
-            if self.apart:
-                sums.index_add_(2, at.to(part.device, non_blocking=True), part)
-                counts[:, :, at.to(part.device, non_blocking=True)] |= seen
+            if counted.all and sees is None and not partly:
+                self.found[k] = reduced if self.heads > 1 or of == 1 else reduced.mean(1, keepdim=True), None
             else:
-                sums.add_(part.sum(2, keepdim=True))
-                counts.add_(seen.sum(2, keepdim=True) / (of if self.heads == 1 and partly else 1))
+                self._note(k, at, reduced, sees, count, heads, of)
+
+    def _note(
+        self, k: int, at: Tensor, reduced: Tensor, sees: Tensor | None, count: Tensor, heads: slice, of: int
+    ) -> None:
+        """Add what some queries attended to, `[batch, kv_heads, queries, columns]`, to the sums of a kind."""
+        partly = reduced.shape[1] < of
+        own = slice(0, 1) if self.heads == 1 else heads
+        share = count.to(reduced.device, non_blocking=True)[:, None, :, None]
+        seen = share.bool().expand(*reduced.shape) if sees is None else sees & share.bool()
+        part = reduced * share
+        if self.heads == 1:
+            part, seen = part.sum(1, keepdim=True).div_(of), seen[:, :1]
+        sums, counts = (x[:, own, :, : part.shape[3]] for x in self._totals(k, reduced))
+        if self.counted.apart:
+            at = at.to(part.device, non_blocking=True)
+            sums.index_add_(2, at, part)
+            counts[:, :, at] |= seen
+        else:
+            sums.add_(part.sum(2, keepdim=True))
+            counts.add_(seen.sum(2, keepdim=True) / (of if self.heads == 1 and partly else 1))
 
     def _totals(self, k: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Attention summed, and the queries that saw a token: query by query where these are looked at apart."""
         found = self.found[k]
-        if found is None:
-            shape = (self.batch, self.heads, self.tokens if self.apart else 1, self.live + self.tokens)
-            counts = like.new_zeros(shape, dtype=torch.bool if self.apart else torch.float32)
-            self.found[k] = found = like.new_zeros(shape), counts
-        return found
+        apart = self.counted.apart
+        if found is None or found[1] is None:
+            shape = (self.batch, self.heads, self.tokens if apart else 1, self.live + self.tokens)
+            counts = like.new_zeros(shape, dtype=torch.bool if apart else torch.float32)
+            found = like.new_zeros(shape), counts
+            self.found[k] = found
+        sums, counted = found
+        assert counted is not None
+        return sums, counted
 
     def _picked(self, x: Tensor) -> Tensor:
         """Of all columns those whose scores are kept, and the new tokens'."""
@@ -167,35 +242,31 @@ class Observer:
         for k, found in enumerate(self.found):
             if found is None:
                 continue
-            values, counts = (x[..., at : at + n] for x in found)
-            if self.replaces[k]:
-                known = self.counted[k].any(1).view(-1, 1, 1).to(scores.device, non_blocking=True)
-                for at_kind, x in ((2 * k, values), (2 * k + 1, counts)):
-                    scores[..., at_kind] = torch.where(known, self._last(x, self.counted[k]), scores[..., at_kind])
-                continue
-            if self.windows[k]:
-                chosen, left = (x.to(scores.device, non_blocking=True) for x in self._window(k))
-                scores[..., 2 * k : 2 * k + 2] *= left.view(-1, 1, 1, 1)
-                if self.apart:
+            values, counts = found[0][..., at : at + n], None if found[1] is None else found[1][..., at : at + n]
+            into, chosen = (scores[..., 2 * k], scores[..., 2 * k + 1]), None
+            if self.counted.windows[k]:
+                chosen, left = (x.to(scores.device, non_blocking=True) for x in self.counted.window(k))
+                scores[..., 2 * k : 2 * k + 2].mul_(left.view(-1, 1, 1, 1))
+            if counts is None:
+                values = values.squeeze(2)
+                if self.counted.replaces[k]:
+                    into[0].copy_(values), into[1].fill_(1.0)
+                else:
+                    into[0].add_(values), into[1].add_(1.0)
+            elif self.counted.replaces[k]:
+                mask = self.counted.masks[k]
+                known = mask.any(1).view(-1, 1, 1).to(scores.device, non_blocking=True)
+                for x, own in zip((values, counts), into, strict=True):
+                    own.copy_(torch.where(known, self._last(x, mask), own))
+            else:
+                if chosen is not None and self.counted.apart:
                     values, counts = (x * chosen[:, None, :, None] for x in (values, counts))
-            scores[..., 2 * k] += values.sum(2)
-            scores[..., 2 * k + 1] += counts.sum(2)
-
-    def _window(self, k: int) -> tuple[Tensor, Tensor]:
-        """Of an update's queries the newest ones, `[rows, queries]`, and how much of what was there is left: `[rows]`.
-
-        The newest `window` queries were summed up, or all that there were. Some of them are replaced.
-        """
-        counted, window = self.counted[k], self.windows[k]
-        later = counted.flip(1).cumsum(1).flip(1)
-        chosen = counted & (later <= window)
-        there = self.before.clamp(max=window)
-        left = (window - chosen.sum(1)) / there.clamp(min=1)
-        return chosen, left.clamp(max=1.0)
+                into[0].add_(values.sum(2))
+                into[1].add_(counts.sum(2))
 
     def _last(self, values: Tensor, counted: Tensor) -> Tensor:
         """What the newest query of each row gave."""
-        if not self.apart:
+        if not self.counted.apart:
             return values[:, :, 0]
         order = torch.arange(1, counted.shape[1] + 1)
         newest = (counted * order).amax(1).clamp(min=1).sub(1).to(values.device, non_blocking=True)
@@ -204,21 +275,16 @@ class Observer:
 
     def crop(self, tokens: int) -> None:
         """Take the queries from `tokens` on back."""
-        self.tokens = tokens
-        self.counted = [c[:, :tokens] for c in self.counted]
-        self.found = [
-            None if x is None else (x[0][:, :, :tokens].clone(), x[1][:, :, :tokens].clone()) for x in self.found
-        ]
+        self.counted = self.counted.crop(tokens)
+        self.found = self._each(lambda x: x[:, :, :tokens].clone())
 
     def select(self, rows: Tensor) -> None:
         self.batch = len(rows)
-        self.counted = [c if len(c) == 1 else c[rows.cpu()] for c in self.counted]
-        self.before = self.before if len(self.before) == 1 else self.before[rows.cpu()]
-        self.found = [None if x is None else (_rows(x[0], rows), _rows(x[1], rows)) for x in self.found]
+        self.counted = self.counted.select(rows)
+        self.found = self._each(lambda x: x.index_select(0, rows.to(x.device)))
 
     def to(self, device: torch.device) -> None:
-        self.found = [None if x is None else (x[0].to(device), x[1].to(device)) for x in self.found]
+        self.found = self._each(lambda x: x.to(device))
 
-
-def _rows(x: Tensor, rows: Tensor) -> Tensor:
-    return x.index_select(0, rows.to(x.device))
+    def _each(self, make: Callable[[Tensor], Tensor]) -> list[tuple[Tensor, Tensor | None] | None]:
+        return [None if x is None else (make(x[0]), None if x[1] is None else make(x[1])) for x in self.found]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,6 +42,17 @@ class Counts(NamedTuple):
     """Real tokens that an update brings, `[rows, 1]`."""
     selections: dict[int, Selection]
     """Of each tier that selects now."""
+
+    def of_layers(self, layers: int) -> Counts:
+        """The same with selections of the rows of so many layers, one layer's after another's."""
+        if layers == 1:
+            return self
+        found = {tier: Selection(*(_tiled(x, layers) for x in chosen)) for tier, chosen in self.selections.items()}
+        return self._replace(selections=found)
+
+
+def _tiled(x: Any, layers: int) -> Any:
+    return x if len(x) == 1 else np.concatenate([x] * layers)
 
 
 class Change(NamedTuple):

@@ -14,6 +14,8 @@ from kvpolicy.interfaces.backend import Stretches
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from kvpolicy.storage.pages import Leaving
+
 Ints = NDArray[np.int64]
 EMPTY = -1
 """The position of a place that holds no token: rows shorter than others have such."""
@@ -43,8 +45,8 @@ class Moves(NamedTuple):
     """What one store does in an update: tokens arrive, then others leave."""
 
     arrivals: list[Arrival]
-    leaving: Ints | Tensor | None
-    """Indices of the tokens that it gives up, ascending, those that arrive included. A tensor: by row and head."""
+    leaving: Ints | Leaving | None
+    """Indices of the tokens that it gives up, ascending, those that arrive included; `Leaving`: by row and head."""
     empty: tuple[Tensor | None, Tensor | None] = (None, None)
     """Places that hold no token, `[batch, kv_heads or 1, places]`, after the arrivals and before tokens leave."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -39,21 +39,28 @@ class Turn:
 
 
 class Ranking:
-    """The scores, ranks and selections of one layer."""
+    """The scores, ranks and selections of one layer, or of several whose rows come one after the other."""
 
-    def __init__(self, placement: Placement, site: Site) -> None:
-        self.placement, self.site = placement, site
+    def __init__(self, placement: Placement, sites: Sequence[Site]) -> None:
+        self.placement, self.sites = placement, sites
 
-    def add_features(self, fresh: Tensor, new: Mapping[str, Tensor], slots: Tensor, step: Step) -> None:
-        """Score new tokens, where scorers do that as they arrive."""
+    def add_features(self, fresh: Tensor, new: Sequence[Mapping[str, Tensor]], slots: Tensor, step: Step) -> None:
+        """Score the new tokens of each layer, where scorers do that as they arrive."""
         columns = self.placement.scores
         if columns.judged is not None:
             fresh[..., columns.judged] = NOWHERE
+        if columns.features:
+            count = len(self.sites)
+            for own in zip(fresh.chunk(count), new, slots.chunk(count), self.sites, strict=True):
+                self._add_features(*own, step)
+
+    def _add_features(self, fresh: Tensor, new: Mapping[str, Tensor], slots: Tensor, site: Site, step: Step) -> None:
+        columns = self.placement.scores
         for scorer, at in zip(columns.features, columns.kind_of_feature, strict=True):
             shown = {**new, "positions": step.in_text(slots), "ages": step.ages(slots)}
             if at is not None:
                 shown |= {"attention": fresh[..., at], "queries": fresh[..., at + 1]}
-            found = scored(scorer, shown, self.site)
+            found = scored(scorer, shown, site)
             found = found if found.shape[1] == fresh.shape[1] else found.mean(1, keepdim=True)
             fresh[..., columns.feature(scorer)] = found
 
@@ -88,7 +95,7 @@ class Ranking:
         here = work.target == tier
         order = work.positions.masked_fill(~here, EMPTY).argsort(dim=2, stable=True)
         real = here.gather(2, order)
-        found = scored(scorer, {name: x.gather(2, order) * real for name, x in shown.items()}, self.site)
+        found = scored(scorer, {name: x.gather(2, order) * real for name, x in shown.items()}, self.sites[0])
         return torch.empty_like(found).scatter_(2, order, found)
 
     def select(self, turn: Turn, tier: int, rank: Tensor) -> Tensor | None:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from kvpolicy.placement.attention_scores import Counted
+
 Ints = NDArray[np.int64]
 T = TypeVar("T")
 Bools = NDArray[np.bool_]
@@ -282,6 +284,22 @@ class Step:
             slots[r, 0, : len(at)], tiers[r, 0, : len(at)] = at, into
         return torch.from_numpy(slots), torch.from_numpy(tiers).to(self.placement.tier_dtype)
 
+    @property
+    def tiers_of_new(self) -> tuple[int, int]:
+        """The first and the last tier that new tokens came to by position; `ranked` if they are ranked."""
+
+        def found() -> tuple[int, int]:
+            pairs = zip(self.before, self.rows, strict=True)
+            tiers = [
+                into[positions >= before.seen]
+                for before, after in pairs
+                for positions, into in [self._moved_in(before, after)]
+            ]
+            every = np.concatenate(tiers)
+            return (int(every.min()), int(every.max())) if len(every) else (0, 0)
+
+        return self._once("tiers of new", found)
+
     def _moved_in(self, before: State, after: State) -> tuple[Ints, Ints]:
         ranked = self.placement.ranked
         gone = [
@@ -292,6 +310,18 @@ class Step:
         for tier, held in enumerate(after.tiers[:ranked]):
             into[np.isin(positions, held, assume_unique=True)] = tier
         return positions, into
+
+    def counted(self, tokens: int, padding: Padding | None, keep: int) -> Counted:
+        """Which of the queries of `tokens` more tokens count for policies that rank by attention; see `Counted.of`."""
+        from kvpolicy.placement.attention_scores import Counted
+
+        key = "counted", tokens, keep
+        known = self._derived.get(key)
+        if known is None or known[0] is not padding:
+            found = Counted.of(self.placement.kinds, tokens, self.seen, padding, keep)
+            known = self._derived[key] = padding, found
+        counted: Counted = known[1]
+        return counted
 
     def counts(self, before: Ints, judged: Ints, known: Mapping[int, Ints] | None = None) -> Counts:
         """How many tokens each tier holds after this step.
@@ -308,20 +338,26 @@ class Step:
         return self._once(key, lambda: change.counts(before, judged, {}))
 
     def ages(self, positions: Tensor) -> Tensor:
-        """How many real tokens were seen from each of `positions` on, itself included."""
+        """How many real tokens were seen from each of `positions` on, itself included.
+
+        `[batch, kv_heads or 1, tokens]`; rows may be those of several layers, one layer's after another's.
+        """
         ages = self.seen - positions
         if not self.by_row or self.padding is None:
             return ages
         later = self._once(("later", positions.device), lambda: self._later().to(positions.device, non_blocking=True))
+        later = later.repeat(positions.shape[0] // later.shape[0], 1)
         at = positions.clamp(min=0, max=later.shape[1] - 1)
         return ages - later[:, None].expand(-1, positions.shape[1], -1).gather(2, at)
 
     def in_text(self, slots: Tensor) -> Tensor:
-        """The position among its row's real tokens of each of `slots`, `[batch, kv_heads or 1, tokens]`."""
+        """The position among its row's real tokens of each of `slots`; see `ages`."""
         import torch
 
-        seen = torch.tensor([row.seen for row in self.rows]).to(slots.device, non_blocking=True).view(-1, 1, 1)
-        return (seen - self.ages(slots)).clamp(min=0)
+        if len(self.rows) == 1:
+            return (self.rows[0].seen - self.ages(slots)).clamp(min=0)
+        seen = torch.tensor([row.seen for row in self.rows] * (slots.shape[0] // len(self.rows)))
+        return (seen.to(slots.device, non_blocking=True).view(-1, 1, 1) - self.ages(slots)).clamp(min=0)
 
     def _later(self) -> Tensor:
         import torch

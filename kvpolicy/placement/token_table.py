@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kvpolicy.placement.moves import EMPTY
-from kvpolicy.storage.pages import Pages
+from kvpolicy.storage.pages import Leaving, Pages
 
 
 class Candidates(NamedTuple):
@@ -35,6 +36,23 @@ class TokenTable:
         self.parts = {name: Pages(whole=True) for name in ("positions", "tiers", *(["scores"] if scored else []))}
         self.gaps = False
         """Whether some place may be empty."""
+
+    @classmethod
+    def stacked(cls, tables: Sequence[TokenTable]) -> TokenTable:
+        """The rows of several tables, one after the other."""
+        first = tables[0]
+        shape = sum(table.shape[0] for table in tables), first.shape[1]
+        out = cls(shape, first.device, False, first.tier_dtype)
+        out.parts = {name: Pages.stacked([t.parts[name] for t in tables]) for name in first.parts}
+        out.gaps = first.gaps
+        return out
+
+    def rows(self, first: int, last: int) -> TokenTable:
+        """Some rows, where they lie."""
+        out = TokenTable((last - first, self.shape[1]), self.device, False, self.tier_dtype)
+        out.parts = {name: part.rows(first, last) for name, part in self.parts.items()}
+        out.gaps = self.gaps
+        return out
 
     @property
     def length(self) -> int:
@@ -69,15 +87,15 @@ class TokenTable:
             assert scores is not None
             self.parts["scores"].append(scores)
 
-    def surplus(self, n: int) -> Tensor:
-        """`n` empty places of each row and head, the last ones: `[batch, kv_heads or 1, n]`, ascending."""
+    def surplus(self, n: int) -> Leaving:
+        """`n` empty places of each row and head, the last ones."""
         empty = self.positions == EMPTY
         from_end = empty.flip(2).cumsum(2).flip(2)
-        return indices_of(empty & (from_end <= n), n)
+        return Leaving.of(indices_of(empty & (from_end <= n), n), self.length)
 
-    def remove(self, index: Tensor) -> None:
+    def remove(self, leaving: Leaving) -> None:
         for part in self.parts.values():
-            part.remove(index)
+            part.remove(leaving)
 
     def select(self, rows: Tensor) -> None:
         self.shape = (len(rows), self.shape[1])

@@ -21,7 +21,7 @@ from kvpolicy.storage.group_size import group_size_of
 from kvpolicy.storage.groups import Groups
 from kvpolicy.storage.later import Later
 from kvpolicy.storage.packing import dequantize, pack
-from kvpolicy.storage.pages import FULL, Pages, at_once, gather_tokens
+from kvpolicy.storage.pages import FULL, Leaving, Pages, at_once, gather_tokens
 from kvpolicy.storage.scales import Scales, levels_of
 
 AT_ONCE = 1 << 25
@@ -159,22 +159,23 @@ class AffineStore(CodedStore):
             index = self.groups.gather(index)
         return self.parts["params"].gather(index)
 
-    def remove(self, index: Tensor, empty: Tensor | None = None) -> None:
+    def remove(self, leaving: Leaving | Tensor, empty: Tensor | None = None) -> None:
+        leaving = Leaving.of(leaving, self.length)
         if not self.by_channel:
             for name in ("codes", "params", *self._along):
-                self.parts[name].remove(index)
+                self.parts[name].remove(leaving)
             for kept in self._kept:
-                kept.remove(index)
+                kept.remove(leaving)
             return
         partial = self.parts["exact"]
         if partial.length:  # rows and heads may lose different numbers of them, so they become a group of their own
             x, self.parts["exact"] = partial.all(), Pages(whole=True)
             self._append_groups(self._filled(x, empty), x.shape[2])
         for name in ("codes", *self._along):
-            self.parts[name].remove(index)
+            self.parts[name].remove(leaving)
         for kept in self._kept:
-            kept.remove(index)
-        self.groups.remove(index, [self.parts["params"]])
+            kept.remove(leaving)
+        self.groups.remove(leaving, [self.parts["params"]])
 
     def _append_codes(self, x: Tensor, size: int, later: Later | None = None) -> None:
         """Encode and keep tokens; per channel, `size` at a time are a group."""

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvpolicy.errors import CacheError
-from kvpolicy.storage.pages import Pages
+from kvpolicy.storage.pages import Leaving, Pages
 
 Ints = NDArray[np.int64]
 LARGE = 1 << 40
@@ -128,13 +128,14 @@ class Store(ABC):
     def gather(self, index: Tensor, dtype: torch.dtype) -> Tensor:
         """The tokens at `index`, `[batch, kv_heads or 1, tokens]`, decoded."""
 
-    def remove(self, index: Tensor, empty: Tensor | None = None) -> None:
-        """Remove the tokens at `index`, ascending in each head; the last ones move into their places.
+    def remove(self, leaving: Leaving | Tensor, empty: Tensor | None = None) -> None:
+        """Remove tokens, or those at an index that ascends in each head; the last ones move into their places.
 
         `empty` as in `append`.
         """
+        leaving = Leaving.of(leaving, self.length)
         for part in self.parts.values():
-            part.remove(index)
+            part.remove(leaving)
 
     def select(self, rows: Tensor) -> None:
         for part in self.parts.values():

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvpolicy.errors import CacheError
 from kvpolicy.storage.base import Ints
-from kvpolicy.storage.pages import GROUPS_AT_FIRST, Pages, forget_unused
+from kvpolicy.storage.pages import GROUPS_AT_FIRST, Leaving, Pages, forget_unused
 
 __all__ = ["Groups"]
 
@@ -55,13 +55,13 @@ class Groups:
         self.sizes = sizes[sizes > 0]
         return np.flatnonzero(sizes == 0)
 
-    def remove(self, index: Tensor, kept: list[Pages]) -> None:
-        """Remove the tokens at `index`, `[batch, kv_heads or 1, tokens]`; the last ones move into their places.
+    def remove(self, leaving: Leaving, kept: list[Pages]) -> None:
+        """Remove tokens; the last ones move into their places.
 
         `kept` is what is kept of each group, and goes with groups that are gone.
         """
         assert self.numbers is not None
-        self.numbers.remove(index)
+        self.numbers.remove(leaving)
         self._most = forget_unused(self.numbers, kept, self._most)
 
     def slice(self, first: int, last: int) -> Tensor:

@@ -13,6 +13,7 @@ from kvpolicy.interfaces.site import Site
 from kvpolicy.storage.base import Ints
 from kvpolicy.storage.coded import Aside, CodedStore
 from kvpolicy.storage.named_parts import NamedParts
+from kvpolicy.storage.pages import Leaving
 
 BLOCK = 1024
 """Tokens decoded at a time, at most."""
@@ -57,10 +58,11 @@ class NamedStore(CodedStore):
     def gather(self, index: Tensor, dtype: torch.dtype) -> Tensor:
         return self._decode(self.named.gather(index), dtype, self._gathered(index))
 
-    def remove(self, index: Tensor, empty: Tensor | None = None) -> None:
-        super().remove(index)
+    def remove(self, leaving: Leaving | Tensor, empty: Tensor | None = None) -> None:
+        leaving = Leaving.of(leaving, self.length)
+        super().remove(leaving)
         for kept in self._kept:
-            kept.remove(index)
+            kept.remove(leaving)
 
     def drop(self, index: Ints) -> None:
         for part in self.parts.values():

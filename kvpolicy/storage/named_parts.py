@@ -14,7 +14,7 @@ from kvpolicy.errors import CacheError, PluginError
 from kvpolicy.interfaces.component import TRY
 from kvpolicy.storage.base import Ints
 from kvpolicy.storage.groups import Groups
-from kvpolicy.storage.pages import Pages, gather_tokens
+from kvpolicy.storage.pages import Leaving, Pages, gather_tokens
 
 __all__ = ["GROUPS", "SIZES", "Format", "NamedParts"]
 
@@ -104,13 +104,13 @@ class NamedParts:
             for _, part in self._of("arrival"):
                 part.drop(gone)
 
-    def remove(self, index: Tensor) -> None:
-        """Remove the tokens at `index`, `[batch, kv_heads or 1, tokens]`; the last ones move into their places."""
+    def remove(self, leaving: Leaving) -> None:
+        """Remove tokens; the last ones move into their places."""
         for _, part in self._of("token"):
-            part.remove(index)
-        self.length -= index.shape[2]
+            part.remove(leaving)
+        self.length -= leaving.places.shape[2]
         if self.arriving:
-            self.groups.remove(index, [part for _, part in self._of("arrival")])
+            self.groups.remove(leaving, [part for _, part in self._of("arrival")])
 
     def differ_by_head(self, row_heads: tuple[int, int]) -> None:
         """From now on tokens differ by row or head."""

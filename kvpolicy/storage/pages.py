@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +20,24 @@ GROUPS_AT_FIRST = 64
 """Groups held before a device is asked which of them are empty."""
 FEWER = 16
 """How many times as large both are on other devices than a CPU, where each page costs a launch of every kernel."""
+
+
+BY_ROWS = 1 << 10
+"""Numbers that a CPU gathers one by one; it copies more as rows."""
+
+
+class Leaving(NamedTuple):
+    """Tokens that leave by row and head; the last ones move into their places."""
+
+    places: Tensor
+    """Which leave, `[batch or 1, kv_heads or 1, tokens]`, ascending in each head."""
+    last: Tensor
+    """Which move into these places, in order."""
+
+    @classmethod
+    def of(cls, index: Tensor | Leaving, length: int) -> Leaving:
+        """The tokens at `index` leave what holds `length`."""
+        return index if isinstance(index, Leaving) else cls(index, _survivors(index, length - index.shape[2]))
 
 
 class Pages:
@@ -99,6 +117,26 @@ class Pages:
         if self.pages:
             self._regrow(self.pages[0], self.length)
 
+    @classmethod
+    def stacked(cls, parts: Sequence[Pages]) -> Pages:
+        """The rows of several `whole` tensors of one length, one after the other, copied."""
+        out = cls(whole=True)
+        if parts[0].length:
+            like = parts[0].all()
+            rows = [part.all().shape[0] for part in parts]
+            with torch.inference_mode(False):
+                shape = sum(rows), like.shape[1], like.shape[2] + max(like.shape[2] // 8, 8), like.shape[3]
+                page = torch.empty(shape, dtype=like.dtype, device=like.device)
+            torch.cat([part.all() for part in parts], out=page[:, :, : like.shape[2]])
+            out.pages, out.length = [page], like.shape[2]
+        return out
+
+    def rows(self, first: int, last: int) -> Pages:
+        """Some rows of a `whole` tensor, where they lie."""
+        out = Pages(whole=True)
+        out.pages, out.start, out.length = [page[first:last] for page in self.pages], self.start, self.length
+        return out
+
     def all(self) -> Tensor:
         """A view of all tokens of a `whole` tensor that is not empty."""
         return self.pages[0][:, :, : self.length]
@@ -107,17 +145,16 @@ class Pages:
         """Of a `whole` tensor the tokens at `index`, `[batch or 1, kv_heads or 1, tokens]`, copied."""
         return gather_tokens(self.pages[0], index)
 
-    def remove(self, index: Tensor) -> None:
-        """Of a `whole` tensor remove the tokens at `index`, `[batch or 1, kv_heads or 1, tokens]`.
+    def remove(self, leaving: Leaving | Tensor) -> None:
+        """Of a `whole` tensor remove tokens: those at an index `[batch or 1, kv_heads or 1, tokens]`, ascending.
 
-        The index ascends in each head. The last tokens move into the places that become free.
+        The last tokens move into the places that become free.
         """
-        kept = self.length - index.shape[2]
+        leaving = Leaving.of(leaving, self.length)
+        kept = self.length - leaving.places.shape[2]
         if kept:
-            page = self.pages[0]
-            moved = gather_tokens(page, _survivors(index, kept))
-            words = _widest_view(page).flatten(0, 2)
-            words.index_copy_(0, _flat(index, page), _widest_view(moved).flatten(0, 2))
+            words = _widest_view(self.pages[0])
+            _put(words, leaving.places, _gathered(words, leaving.last))
         self._truncate(kept)
         if self.pages and self.pages[0].shape[2] > 4 * max(kept, SMALLEST):
             self._regrow(self.pages[0], kept)
@@ -256,9 +293,25 @@ def at_once(like: Tensor) -> int:
 
 def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
     """Of `x`, `[batch, kv_heads, tokens, width]`, the tokens at `index`, `[batch or 1, kv_heads or 1, tokens]`."""
-    rows = _widest_view(x.contiguous())
-    found = rows.flatten(0, 2).index_select(0, _flat(index, x))
-    return found.view(*x.shape[:2], -1, rows.shape[3]).view(x.dtype)
+    return _gathered(_widest_view(x.contiguous()), index).view(x.dtype)
+
+
+def _gathered(x: Tensor, index: Tensor) -> Tensor:
+    if _one_by_one(x, index):
+        return x.gather(2, index.long().unsqueeze(3).expand(*x.shape[:2], -1, x.shape[3]))
+    return x.flatten(0, 2).index_select(0, _flat(index, x)).view(*x.shape[:2], -1, x.shape[3])
+
+
+def _put(x: Tensor, index: Tensor, tokens: Tensor) -> None:
+    if _one_by_one(x, index):
+        x.scatter_(2, index.unsqueeze(3).expand_as(tokens), tokens)
+    else:
+        x.flatten(0, 2).index_copy_(0, _flat(index, x), tokens.flatten(0, 2))
+
+
+def _one_by_one(x: Tensor, index: Tensor) -> bool:
+    """Whether numbers are to be copied one by one, which takes fewer calls."""
+    return x.device.type != "cpu" or x.shape[3] <= 2 or index.shape[2] * x.shape[3] <= BY_ROWS
 
 
 def _flat(index: Tensor, like: Tensor) -> Tensor:

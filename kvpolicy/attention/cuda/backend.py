@@ -146,7 +146,7 @@ def _attend(
     if graph is not None:
         _record(graph, plan, query, part, mask, places, options, tensors)
     if scores is not None and sums is not None:
-        _watch(options.observer, scores, sums, queries, part)
+        _watch(options.observer, scores, sums, queries, part, mask is not None or places is not None or queries > 1)
     return _joined(plan, out, part, queries).transpose(1, 2), lse
 
 
@@ -230,11 +230,11 @@ def _mapped(chain: Any, query: Tensor, part: Part) -> Tensor:
     return mapped.view(query.shape)
 
 
-def _watch(observer: Any, scores: Tensor, sums: Tensor, queries: int, part: Part) -> None:
-    """Tell an observer of the attention weights."""
+def _watch(observer: Any, scores: Tensor, sums: Tensor, queries: int, part: Part, hidden: bool) -> None:
+    """Tell an observer of the attention weights; whether some tokens may be `hidden` from a query."""
     new = 0 if part.new is None else part.new[0].shape[2]
     shaped = scores.view(*scores.shape[:2], -1, queries, scores.shape[3])
-    visible = shaped > -torch.inf
+    visible = shaped > -torch.inf if hidden else None
     scores.sub_(sums).exp2_()
     heads = slice(0, part.kv_heads)
     observer.watch(torch.arange(queries) + new - queries, shaped, visible, heads, part.kv_heads)

@@ -1,0 +1,147 @@
+"""Layers that let tokens in together plan as one: a call of the device then serves all of them.
+
+Their rows stand one layer's after another's. Between two updates each layer reads its own rows; whatever changes a
+layer alone parts them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from kvpolicy.interfaces.policy import RankPolicy
+from kvpolicy.placement.attention_scores import Observer
+from kvpolicy.placement.contract import select
+from kvpolicy.placement.held_per_head import Tables
+from kvpolicy.placement.moves import AllMoves, Arrival, Moves
+from kvpolicy.placement.padding import Padding
+from kvpolicy.placement.per_head import PerHeadPlacement
+from kvpolicy.placement.planner import Placement
+from kvpolicy.placement.ranking import Turn
+from kvpolicy.storage.pages import Leaving
+
+
+@dataclass(eq=False)
+class Joint:
+    """Planners of layers that stand at the same step, and the one that plans for all of them."""
+
+    members: list[PerHeadPlacement]
+    planner: PerHeadPlacement
+    _views: list[Tables] | None = None
+
+    def tables_of(self, member: Any) -> Tables:
+        """The tables of one of them, to be read."""
+        if self._views is None:
+            rows = self.members[0].shape[0]
+            self._views = [_rows(self.planner.own, i * rows, (i + 1) * rows) for i in range(len(self.members))]
+        return self._views[next(i for i, own in enumerate(self.members) if own is member)]
+
+    def part(self) -> None:
+        """Each plans alone again."""
+        for member in self.members:
+            member.own = self.tables_of(member)
+        for member in self.members:
+            member.joint = None
+
+    def moves(self, turn: Turn) -> list[AllMoves]:
+        """What moves in each layer."""
+        found = split(self.planner.moves(turn), len(self.members))
+        self._views = None
+        for member in self.members:
+            member.step, member.counts, member.judged = self.planner.step, self.planner.counts, self.planner.judged
+        return found
+
+
+def key_of(planner: PerHeadPlacement, observer: Observer | None) -> Hashable | None:
+    """Planners with the same key may plan as one; None: this one plans alone."""
+    if not _joins(planner.placement):
+        return None
+    lengths = tuple(planner.length(side, s) for side in ("keys", "values") for s in _stores(planner, side))
+    counts = planner.counts.shape, planner.counts.tobytes(), planner.judged.shape, planner.judged.tobytes()
+    told = None if observer is None else observer.kind
+    return id(planner.placement), id(planner.step), planner.shape, planner.device, lengths, counts, told
+
+
+def _stores(planner: PerHeadPlacement, side: str) -> range:
+    return range(len(planner.placement.first_tier[side]))
+
+
+@cache
+def _joins(placement: Placement) -> bool:
+    """Whether what a layer selects needs no word of the host's, of other layers, or of where it stands."""
+    ranks = [(tier, policy) for tier, policy in enumerate(placement.policies) if isinstance(policy, RankPolicy)]
+    columns = placement.scores
+    asked = [scorer for tier, _ in ranks if (scorer := columns.scorer[tier]) is not None]
+    alone = any(policy._reads_counts or policy.share == "model" for _, policy in ranks)
+    return not alone and all(scorer in columns.features for scorer in asked)
+
+
+def joined(members: Sequence[PerHeadPlacement]) -> Joint:
+    """Planners with one key as one."""
+    known = members[0].joint
+    if isinstance(known, Joint) and len(known.members) == len(members) and all(m.joint is known for m in members):
+        known.planner.step = members[0].step  # which may have learnt where the prompt ends
+        return known
+    for member in members:
+        member.part()
+    joint = Joint(list(members), PerHeadPlacement.stacked(members))
+    for member in members:
+        member.joint, member.own = joint, {}
+    return joint
+
+
+def plan(
+    joint: Joint, new: Sequence[Mapping[str, Tensor]], padding: Padding | None, seen: Sequence[Observer | None]
+) -> list[AllMoves]:
+    """What moves in each layer as new tokens come, or, where none do, as the prompt ends."""
+    planner = joint.planner
+    told = [observer for observer in seen if observer is not None]
+    observer = Observer.stacked(told) if told else None
+    turn = planner.begin_all(new, padding, observer) if new else planner.end_prompt()
+    select([planner], [turn])
+    return joint.moves(turn)
+
+
+def _rows(tables: Tables, first: int, last: int) -> Tables:
+    return {side: [t if t is None else t.rows(first, last) for t in own] for side, own in tables.items()}
+
+
+def split(moves: AllMoves, layers: int) -> list[AllMoves]:
+    """What moves in each of so many layers."""
+    known: dict[int, list[Any]] = {}
+
+    def parts(x: Any, make: Callable[[], list[Any]]) -> list[Any]:
+        if id(x) not in known:
+            known[id(x)] = make()
+        return known[id(x)]
+
+    def of(x: Any) -> list[Any]:
+        """A part for each layer."""
+        if isinstance(x, Tensor):
+            return parts(x, lambda: list(x.unflatten(0, (layers, -1)).unbind(0)))
+        if isinstance(x, Leaving):
+            return parts(x, lambda: [Leaving(*own) for own in zip(*map(of, x), strict=True)])
+        if isinstance(x, Arrival):
+            return [x._replace(indices=index, positions=at) for index, at in zip(of(x.indices), placed(x), strict=True)]
+        if isinstance(x, list):
+            return [list(own) for own in zip(*map(of, x), strict=True)] if x else [[] for _ in range(layers)]
+        if isinstance(x, Moves):
+            empty = [of(side) for side in x.empty]
+            every = zip(of(x.arrivals), of(x.leaving), zip(*empty, strict=True), strict=True)
+            return parts(x, lambda: [Moves(*own) for own in every])
+        return [x] * layers
+
+    def placed(x: Arrival) -> list[Any]:
+        at = x.positions
+        if at is None or isinstance(at, np.ndarray):
+            return [at] * layers
+        every = cache(lambda: list(at().unflatten(0, (layers, -1)).unbind(0)))
+        return [lambda i=i: every()[i] for i in range(layers)]
+
+    sides = {side: of(planned) for side, planned in moves.items()}
+    return [{side: own[i] for side, own in sides.items()} for i in range(layers)]

@@ -1,0 +1,124 @@
+"""Layers that plan as one hold and give what they would if each planned alone, whatever happens to the cache."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from examples import examples
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import ids, tiny
+from torch import Tensor
+from words import CACHE
+
+import kvpolicy
+from kvpolicy import CompressedCache
+from kvpolicy.placement import joint
+
+OPS = ["token", "token", "token", "tokens", "crop", "rows", "copy", "read"]
+RECIPES: list[Any] = [
+    {"extends": "h2o", "params": {"window": 7, "heavy": 9}},
+    {"extends": "mas", "params": {"window": 5, "heavy": 12}},
+    {"extends": "mikv", "params": {"window": 6, "heavy": 8}},
+    {"extends": "zipcache", "params": {"period": 9}},
+    {"extends": "zipcache-code", "params": {"period": 9}},
+    {
+        "tiers": [
+            {"policy": {"kind": "recent", "window": 6}, "store": "full"},
+            {
+                "policy": {
+                    "kind": "rank",
+                    "scorer": {"kind": "key_norm"},
+                    "budget": 9,
+                    "among": "pairs",
+                    "share": "layer",
+                },
+                "store": "full",
+            },
+            {"policy": {"kind": "attention", "budget": 12, "heads": "max"}, "store": "full"},
+            {"store": "evict"},
+        ]
+    },
+]
+
+
+@pytest.fixture(autouse=True)
+def _no_grad() -> Any:
+    with torch.no_grad():
+        yield
+
+
+def planners(cache: CompressedCache) -> list[Any]:
+    return [layer.tiers.planner for layer in cache.layers]
+
+
+def ran(model: Any, recipe: Any, ops: list[tuple[str, int]], batch: int, padded: bool) -> tuple[list[Tensor], int]:
+    """What the model gives in a history, what the layers hold at its end, and how often they planned as one."""
+    cache = kvpolicy.make_cache(recipe, model)
+    mask = torch.ones((batch, 40), dtype=torch.int64)
+    if padded:
+        mask[0, :7] = 0
+    found = [model(ids(40, batch), attention_mask=mask, **{CACHE: cache}).logits]
+    together = 0
+    for seed, (op, n) in enumerate(ops):
+        batch = len(mask)
+        if op in ("token", "tokens"):
+            new = ids(1 if op == "token" else n, batch, seed=seed)
+            mask = torch.cat([mask, mask.new_ones(new.shape)], dim=1)
+            found.append(model(new, attention_mask=mask, **{CACHE: cache}).logits)
+            together += planners(cache)[0].joint is not None
+        elif op == "crop":
+            cache.crop(-n)
+            mask = mask[:, : mask.shape[1] - n]
+        elif op == "rows":
+            rows = torch.tensor([(i * n + 1) % batch for i in range(batch)])
+            cache.reorder_cache(rows)
+            mask = mask[rows]
+        elif op == "copy":
+            cache = copy.deepcopy(cache)
+        elif op == "read":
+            found += [x for layer in cache.layers for x in layer.tiers.dense()]
+    for layer in cache.layers:
+        held = layer.tiers.positions()
+        found += [torch.from_numpy(held.positions), torch.from_numpy(held.tiers), *layer.tiers.dense()]
+    return found, together
+
+
+@settings(max_examples=examples(25), deadline=None)
+@given(
+    recipe=st.sampled_from(range(len(RECIPES))),
+    ops=st.lists(st.tuples(st.sampled_from(OPS), st.integers(1, 5)), min_size=6, max_size=24),
+    batch=st.sampled_from([1, 3]),
+    padded=st.booleans(),
+)
+def test_planning_as_one_changes_nothing(recipe: int, ops: Any, batch: int, padded: bool) -> None:
+    model = tiny("llama")
+    with kvpolicy.attach(model):
+        found, together = ran(model, RECIPES[recipe], ops, batch, padded)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(joint, "key_of", lambda planner, observer: None)
+            expected, never = ran(model, RECIPES[recipe], ops, batch, padded)
+    assert never == 0
+    assert together > 0 or [op for op, _ in ops].count("token") < 3
+    for x, y in zip(found, expected, strict=True):
+        assert x.shape == y.shape
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("recipe", RECIPES[:5], ids=lambda recipe: recipe["extends"])
+def test_layers_plan_as_one_while_a_model_decodes(recipe: Any) -> None:
+    model = tiny("llama")
+    cache = kvpolicy.make_cache(recipe, model)
+    with kvpolicy.attach(model):
+        model(ids(40), **{CACHE: cache})
+        for seed in range(4):
+            model(ids(1, seed=seed), **{CACHE: cache})
+    first, second = planners(cache)
+    assert first.joint is second.joint is not None
+    together = cache.memory()
+    first.part()
+    assert first.joint is second.joint is None
+    assert cache.memory() == together
