@@ -324,7 +324,9 @@ def make_cache(recipe: Any, model_or_config: Any, *, strict: bool = False, **par
     uneven = uneven_layers(chosen)
     if not is_attached(model_or_config):
         check_positions(loaded, model_or_config, config, chosen)
-        if uneven is not None and not any(start.placement.kinds for _, _, start in starts):  # those wait to be attached
+        if uneven is not None and not any(
+            start.placement.attends for _, _, start in starts
+        ):  # those wait to be attached
             raise CacheError(uneven)
     for i in compressed:
         layers[i].uneven = uneven

@@ -286,7 +286,7 @@ def _commit(cache: CompressedCache, device: torch.device) -> None:
         Unusual: rows or heads hold other tokens, or policies ask for attention.
     """
     tiers = _tiers(cache)
-    if any(layer.tells_apart or layer.placement.kinds for layer in tiers):
+    if any(layer.tells_apart or layer.placement.attends for layer in tiers):
         raise Unusual("rows or heads that hold tokens of their own")
     with torch.no_grad(), precise(device):
         for layer in tiers:

@@ -362,7 +362,7 @@ class RankPolicy(Policy):
     def _scores(self) -> Scores | None:
         """The attention that is to be summed up, if any is, checked."""
         scorer = self._scorer()
-        if scorer is not None and not scorer._attends:
+        if scorer is not None and not scorer._sums:
             return None
         asked: Component = self if scorer is None else scorer
         try:

@@ -57,7 +57,9 @@ class Ranking:
     def _add_features(self, fresh: Tensor, new: Mapping[str, Tensor], slots: Tensor, site: Site, step: Step) -> None:
         columns = self.placement.scores
         for scorer, at in zip(columns.features, columns.kind_of_feature, strict=True):
-            shown = {**new, "positions": step.in_text(slots), "ages": step.ages(slots)}
+            if step.prompt is not None and scorer in columns.once:
+                continue
+            shown = {**new, "positions": step.in_text(slots), "ages": step.ages(slots), "real": slots >= 0}
             if at is not None:
                 shown |= {"attention": fresh[..., at], "queries": fresh[..., at + 1]}
             found = scored(scorer, shown, site)

@@ -13,7 +13,7 @@ from kvpolicy.errors import PluginError
 from kvpolicy.interfaces.checks import versions
 from kvpolicy.interfaces.component import TRY, Component, call
 from kvpolicy.interfaces.policy import RankPolicy
-from kvpolicy.interfaces.scorer import Given, Scorer
+from kvpolicy.interfaces.scorer import BESIDE, Given, Scorer
 from kvpolicy.interfaces.site import Site
 
 Ints = NDArray[np.int64]
@@ -66,7 +66,7 @@ def scored(scorer: Scorer, shown: dict[str, Tensor], site: Site) -> Tensor:
     Raises:
         PluginError: it returns something else, or raises.
     """
-    needs = scorer.needs | ({"ages"} if "positions" in scorer.needs else set())
+    needs = scorer.needs | {beside for name, beside in BESIDE.items() if name in scorer.needs}
     given = {name: x for name, x in shown.items() if name in needs}
     shape = next((x.shape[:3] for name, x in given.items() if name in ("keys", "values")), None)
     shape = next(iter(given.values())).shape if shape is None else shape

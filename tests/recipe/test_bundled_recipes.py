@@ -20,7 +20,7 @@ def test_all_are_there() -> None:
     promised = (
         "full logquant partial-logquant kivi kivi-sink hf-quantized streaming-llm streaming-quant logquant-evict "
         "kivi-evict flexgen atom balanced h2o mas mikv zipcache zipcache-code "
-        "snapkv pyramidkv adakv tova key-norm logquant-attention logquant-jitter"
+        "snapkv pyramidkv adakv tova key-norm expected-attention logquant-attention logquant-jitter"
     )
     assert sorted(promised.split()) == NAMES
 
