@@ -84,10 +84,20 @@ class Reader:
         if name.startswith("Exact"):
             dtype = torch.bfloat16 if self.variant.bfloat else torch.float16
             return torch.stack([read(at + t * token, dim, dtype) for t in range(tokens)]).double()
-        bits, size, number, _ = map(int, re.findall(r"\d+", name))
+        bits, *sizes, number, _ = map(int, re.findall(r"\d+", name))
         width, by_channel = packed_width(dim, bits), name.startswith("Channel")
-        assert token == width
         codes = unpack(read(at, tokens * width, torch.uint8).view(tokens, width), bits, dim).double()
+        if name.startswith("Group"):
+            at = self.pages[params] + row * self.strides[params][0] + head * self.strides[params][1] + params_offset
+            of = read(at, tokens, torch.int32).long()
+            assert of.max() <= group >> 8
+            group &= 255
+            at = self.pages[group] + row * self.strides[group][0] + head * self.strides[group][1] + token
+            lines = int(of.max()) + 1
+            scale, shift = read(at, lines * 2 * dim, NUMBERS[number]).view(lines, 2, dim).double()[of].unbind(1)
+            return codes * scale + shift
+        assert token == width
+        (size,) = sizes
         at = self.pages[params] + row * self.strides[params][0] + head * self.strides[params][1] + params_offset
         groups = dim if by_channel else dim // size
         lines = (group + tokens - 1) // size + 1 if by_channel else tokens

@@ -17,6 +17,10 @@ def channel(bits: int, group: int, number: int = BFLOAT) -> Format:
     return Format(bits, group, True, number)
 
 
+def numbered(bits: int, number: int = BFLOAT) -> Format:
+    return Format(bits, 0, True, number, numbered=True)
+
+
 def variant(
     dims: int | tuple[int, int], *pairs: tuple[Format, Format], rows: int = 4, bfloat: bool = True, **flags: object
 ) -> Variant:
@@ -32,6 +36,7 @@ FEW = [
     variant(128, (channel(4, 32), token(4, 64)), rows=8),
     variant(128, LOGQUANT, rows=8, mask=1, places=4, causal=True, softcap=True, scores=True),
     variant(128, LOGQUANT, (token(4, 64), token(4, 64)), wide=True),
+    variant(128, (numbered(4), token(4, 128)), (numbered(2), token(2, 128)), wide=True),
 ]
 """What is compiled for every architecture."""
 MANY = [
@@ -47,6 +52,9 @@ MANY = [
     variant(128, (channel(8, 128), token(8, 128))),
     variant(128, (token(2, 16, 0), token(2, 16, 0)), bfloat=False),
     variant((128, 64), (channel(2, 32), token(2, 64))),
+    variant(128, (numbered(8), EXACT), (numbered(3, 2), token(2, 32)), rows=8),
+    variant((256, 64), (numbered(2), token(2, 64))),
+    variant(80, (numbered(1), token(1, 40)), (numbered(2), EXACT)),
     variant((64, 128), (token(4, 64), token(2, 64)), (EXACT, token(2, 64))),
     variant(128, LOGQUANT, mask=2, places=8),
     variant(128, LOGQUANT, mask=3, places=8, causal=True),

@@ -26,6 +26,8 @@ class Format(NamedTuple):
     """The type of scale and offset: 0 float16, 1 bfloat16, 2 float32, -1 one that kernels can't read."""
     dim: int = 0
     """Channels of a token; 0 where they are exact."""
+    numbered: bool = False
+    """Per channel: whether tokens have the numbers of their groups, which lie anyhow."""
 
     @property
     def row(self) -> int:
@@ -34,7 +36,9 @@ class Format(NamedTuple):
 
     @property
     def params(self) -> int:
-        """Bytes of the scales and offsets of a token, or of a group of tokens."""
+        """Bytes of the scales and offsets of a token, or of a group of tokens, or of the number of a token's group."""
+        if self.numbered:
+            return 4
         return 2 * (self.dim if self.by_channel else self.dim // self.group) * (4 if self.number == 2 else 2)
 
 
@@ -44,10 +48,11 @@ _forms: WeakKeyDictionary[AffineStore, Format] = WeakKeyDictionary()
 
 def affine_form(store: AffineStore) -> Format:
     """The format of what a store has coded; it must hold some."""
-    found = _forms.get(store)
-    if found is None:
+    found, numbered = _forms.get(store), store.by_channel and store.groups.numbers is not None
+    if found is None or found.numbered != numbered:
         number = NUMBERS.get(store.parts["params"].pages[0].dtype, -1)
-        found = Format(store.quantizer.nbits, store.group_size, store.by_channel, number, store.head_dim)
+        group = 0 if numbered else store.group_size
+        found = Format(store.quantizer.nbits, group, store.by_channel, number, store.head_dim, numbered)
         _forms[store] = found
     return found
 
@@ -65,7 +70,7 @@ def refuses_store(store: Any, side: str) -> str | None:
         return _misfit(quantizer.nbits, group, dim)
     if side == "values":
         return "values per channel"
-    if group == 0 or group % 16:
+    if store.groups.numbers is None and (group == 0 or group % 16):
         return "keys per channel in groups that are no multiple of 16 tokens"
     if any(dim * bits // 8 % 4 for bits, _ in PARTS[quantizer.nbits]):
         return "codes of a plane that fill no words"
@@ -88,13 +93,15 @@ def _misfit(nbits: int, group: int, dim: int) -> str | None:
 @functools.lru_cache(maxsize=256)
 def kind_of(keys: Format, values: Format) -> tuple[str, int]:
     """A kind as a type of the headers, and the tokens of its tiles."""
-    halves = keys.by_channel and keys.group % 32 and keys.group != 16
+    halves = keys.by_channel and not keys.numbered and keys.group % 32 and keys.group != 16
     large = any(form.bits == 3 and form.dim > 128 for form in (keys, values))  # more numbers than registers
     tile = 16 if 16 in (keys.bits, values.bits) or halves or large else 32
     names = []
     for form, side in ((keys, "Keys"), (values, "Values")):
         if form.bits == 16:
             names.append(f"Exact{side}<{tile}>")
+        elif form.numbered:
+            names.append(f"GroupKeys<{form.bits}, {form.number}, {tile}>")
         else:
             by = "Channel" if form.by_channel else "Token"
             names.append(f"{by}{side}<{form.bits}, {form.group}, {form.number}, {tile}>")

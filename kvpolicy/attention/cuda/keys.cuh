@@ -168,6 +168,28 @@ template <int BITS, int GROUP, int T, int TS> struct ChannelKeys {
         __syncwarp();
       }
     }
+    // Put 16 bytes of scales or offsets, the k-th of this thread, where they are read.
+    __device__ __forceinline__ void put(int k, const u32 raw[4], const Warp& w) {
+      const int i = w.lane + 32 * k;
+#pragma unroll
+      for (int j = 0; j < PIECE; j += 4) {
+        float x[4];
+#pragma unroll
+        for (int e = 0; e < 4; e++) x[e] = Number<T>::of(raw, j + e);
+        const int first = i % (PIECES / SETS) * PIECE + j;
+        u32 at = to[k] + 4 * j;
+        float f = by[k];
+        if (A::WIDTH % 8 && j) {  // four more channels may be of another plane
+          at = w.scratch + i / (PIECES / SETS) * SET + place<A>(first % DK) + first / DK * 8;
+          f = first < DK ? factor<A>(first) : 1.f;
+        }
+        store_pair(at, halves(x[0] * f, x[2] * f), halves(x[1] * f, x[3] * f));
+        if (C::TWO && first < DK) {
+          const float g = factor<B>(first);
+          store_pair(w.scratch + i / (PIECES / SETS) * SET + A::STEPS * 64 + place<B>(first), halves(x[0] * g, x[2] * g), halves(x[1] * g, x[3] * g));
+        }
+      }
+    }
     __device__ __forceinline__ void convert(u32 params, const Warp& w) {
 #pragma unroll
       for (int k = 0; k < TURNS; k++) {
@@ -175,40 +197,23 @@ template <int BITS, int GROUP, int T, int TS> struct ChannelKeys {
         if (PIECES % 32 && i >= PIECES) break;
         u32 raw[4];
         load_words<4>(raw, params + i * 16);
-#pragma unroll
-        for (int j = 0; j < PIECE; j += 4) {
-          float x[4];
-#pragma unroll
-          for (int e = 0; e < 4; e++) x[e] = Number<T>::of(raw, j + e);
-          const int first = i % (PIECES / SETS) * PIECE + j;
-          u32 at = to[k] + 4 * j;
-          float f = by[k];
-          if (A::WIDTH % 8 && j) {  // four more channels may be of another plane
-            at = w.scratch + i / (PIECES / SETS) * SET + place<A>(first % DK) + first / DK * 8;
-            f = first < DK ? factor<A>(first) : 1.f;
-          }
-          store_pair(at, halves(x[0] * f, x[2] * f), halves(x[1] * f, x[3] * f));
-          if (C::TWO && first < DK) {
-            const float g = factor<B>(first);
-            store_pair(w.scratch + i / (PIECES / SETS) * SET + A::STEPS * 64 + place<B>(first), halves(x[0] * g, x[2] * g), halves(x[1] * g, x[3] * g));
-          }
-        }
+        put(k, raw, w);
       }
     }
-    __device__ __forceinline__ void scores(u32 data, u32, const Warp& w, float s[NS][4]) {
-      const int c = w.lane & 3;
-      u32 x[NB][A::CHUNKS][2], y[NB][B::CHUNKS][2];
+    __device__ __forceinline__ void load(u32 data, const Warp& w, u32 x[NB][A::CHUNKS][2], u32 y[NB][B::CHUNKS][2]) {
 #pragma unroll
       for (int b = 0; b < NB; b++) {
         load_part<A, false>(x[b], data, w.lane, b);
         if (C::TWO) load_part<B, false>(y[b], data + A::place(TS), w.lane, b);
       }
-      float d[NB][4], o[SETS][4];
+    }
+    // Products of codes with scaled queries, and of offsets with queries.
+    __device__ __forceinline__ void products(const u32 x[NB][A::CHUNKS][2], const u32 y[NB][B::CHUNKS][2], const Warp& w, float d[NB][4], float o[SETS][4]) {
 #pragma unroll
       for (int i = 0; i < NB * 4; i++) d[0][i] = 0.f;
 #pragma unroll
       for (int i = 0; i < SETS * 4; i++) o[0][i] = 0.f;
-      const u32 from = w.scratch + c * 16;
+      const u32 from = w.scratch + (w.lane & 3) * 16;
 #pragma unroll
       for (int t = 0; t < SETS; t++)
 #pragma unroll
@@ -223,15 +228,81 @@ template <int BITS, int GROUP, int T, int TS> struct ChannelKeys {
             else if (C::TWO) multiply<B>(d[b], y[b][(i - A::STEPS) % B::CHUNKS], (i - A::STEPS) / B::CHUNKS, a, e);
           }
         }
-      const bool up = R == 4 && NB == 2 && c >= 2;
+    }
+    __device__ __forceinline__ float score(const float d[NB][4], const float o[SETS][4], bool up, int n, int i) {
+      const float v = R == 8 ? d[n][i] : (up ? d[NB - 1][i] : d[0][i]);
+      const float shift = R == 8 ? o[n * SETS / NB][i & 1] : (up ? o[SETS - 1][i & 1] : o[0][i & 1]);
+      return fmaf(v, scale, shift * plain);
+    }
+    __device__ __forceinline__ void scores(u32 data, u32, const Warp& w, float s[NS][4]) {
+      u32 x[NB][A::CHUNKS][2], y[NB][B::CHUNKS][2];
+      load(data, w, x, y);
+      float d[NB][4], o[SETS][4];
+      products(x, y, w, d, o);
+      const bool up = R == 4 && NB == 2 && (w.lane & 3) >= 2;
 #pragma unroll
       for (int n = 0; n < NS; n++)
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-          const float v = R == 8 ? d[n][i] : (up ? d[NB - 1][i] : d[0][i]);
-          const float shift = R == 8 ? o[n * SETS / NB][i & 1] : (up ? o[SETS - 1][i & 1] : o[0][i & 1]);
-          s[n][i] = fmaf(v, scale, shift * plain);
-        }
+        for (int i = 0; i < 4; i++) s[n][i] = score(d, o, up, n, i);
+    }
+  };
+};
+
+// Keys per channel whose groups lie anyhow: each token has the number of its group. Most tiles are of one group; the
+// scales of others are put in place one after the other.
+template <int BITS, int T, int TS> struct GroupKeys {
+  using By = ChannelKeys<BITS, TS, T, TS>;
+  using A = typename By::A;
+  using B = typename By::B;
+  static constexpr int NB = TS / 16, NS = R == 8 ? NB : 1, BYTES = By::BYTES, PARAM_BYTES = TS * 4, SCRATCH = By::SCRATCH;
+  using Source = Reader<DK, BITS, 4, TS, false, 1>;
+  struct State {
+    typename By::State by;
+    const u8* groups;
+    u32 held, last;  // the group whose scales are in place, and the last one there is
+    __device__ __forceinline__ void start(const Plan& plan, const Kind& kind, const Warp& w) {
+      by.start(plan, kind, w);
+      const Side& s = plan.layout.runs[kind.first].k;  // of one store, as all runs of the kind
+      groups = place(plan, s.group & 255, s.token, w);
+      held = ~0u;
+      last = (u32)s.group >> 8;
+    }
+    __device__ __forceinline__ void convert(u32, const Warp&) {}
+    __device__ __forceinline__ void hold(u32 group, const Warp& w) {
+      __syncwarp();
+#pragma unroll
+      for (int k = 0; k < By::TURNS; k++) {
+        const int i = w.lane + 32 * k;
+        if (By::PIECES % 32 && i >= By::PIECES) break;
+        const uint4 v = __ldg((const uint4*)(groups + (i64)group * By::PARAMS) + i);
+        const u32 raw[4] = {v.x, v.y, v.z, v.w};
+        by.put(k, raw, w);
+      }
+      __syncwarp();
+      held = group;
+    }
+    __device__ __forceinline__ void scores(u32 data, u32 numbers, const Warp& w, float s[NS][4]) {
+      const int c = w.lane & 3, r = w.lane >> 2;
+      u32 x[NB][A::CHUNKS][2], y[NB][B::CHUNKS][2];
+      by.load(data, w, x, y);
+      const bool up = R == 4 && NB == 2 && c >= 2;
+      u32 own[NS][2], mine;
+#pragma unroll
+      for (int i = 0; i < NS * 2; i++)
+        load_words<1>(&own[i >> 1][i & 1], numbers + ((R == 8 ? (i >> 1) * 16 : up ? 16 : 0) + r + 8 * (i & 1)) * 4);
+      load_words<1>(&mine, numbers + w.lane % TS * 4);
+      mine = min(mine, last);  // after the last tile there are any numbers
+      for (u32 todo = TS == 32 ? ~0u : 0xffffu; todo;) {
+        const u32 group = __shfl_sync(~0u, mine, __ffs(todo) - 1);
+        if (group != held) hold(group, w);
+        float d[NB][4], o[1][4];
+        by.products(x, y, w, d, o);
+#pragma unroll
+        for (int n = 0; n < NS; n++)
+#pragma unroll
+          for (int i = 0; i < 4; i++) s[n][i] = min(own[n][i >> 1], last) == group ? by.score(d, o, up, n, i) : s[n][i];
+        todo &= ~__ballot_sync(~0u, mine == group);
+      }
     }
   };
 };

@@ -19,6 +19,8 @@ from kvpolicy.storage.pages import Pages
 
 __all__ = ["MAPS", "Declined", "Kind", "Laid", "Run", "lay_out", "pages_of", "scan"]
 
+LAST = 8
+"""Bits of the number of a page, after which that of the last group of it stands."""
 MAPS = 4
 """Spaces of keys, and of values, at most: the model's own, and those of transforms."""
 PAGE, SIDES = struct.Struct("<2q"), struct.Struct("<12i")
@@ -54,7 +56,10 @@ class Piece(NamedTuple):
     params: int = 0
     params_offset: int = 0
     group: int = 0
-    """Per channel: tokens before them in the group that `params_offset` points to."""
+    """Per channel: tokens before them in the group that `params_offset` points to. Where tokens have the numbers of
+    their groups, `params` are these, and this is the page of the scales and offsets, and from bit 8 on the last group."""
+    first: int = 0
+    """Then the bytes before these in their page."""
 
 
 class Run(NamedTuple):
@@ -86,8 +91,9 @@ def pages_of(store: Any) -> tuple[Pages, ...]:
         Declined: it is no store that they know.
     """
     if isinstance(store, AffineStore):
-        parts = store.parts
-        return parts["codes"], parts["params"], parts["exact"]
+        parts, numbers = store.parts, store.groups.numbers
+        beside = () if numbers is None else (numbers,)
+        return parts["codes"], parts["params"], *beside, parts["exact"]
     if isinstance(store, ExactStore):
         return (store.parts["exact"],)
     raise Declined(f"a store of {type(store).__name__}")
@@ -124,7 +130,7 @@ def _coded(store: AffineStore) -> Key:
     if not coded:
         return ()
     form = affine_form(store)
-    whole = not form.by_channel or (store.grouped and coded == len(store.groups.sizes) * form.group)
+    whole = not form.by_channel or form.numbered or (store.grouped and coded == len(store.groups.sizes) * form.group)
     return form, whole, store.chain is None or store.chain.linear, store.parts["codes"].pages[0].get_device()
 
 
@@ -156,6 +162,9 @@ def lay_out(part: Part, like: Tensor) -> Laid:
         sides.append(sorted(found, key=lambda piece: piece.at))
     if max(map(len, maps)) >= MAPS:
         raise Declined(f"more than {MAPS - 1} stores of a side with transforms")
+    numbered = [piece.form for piece in sides[0] if piece.form.numbered]
+    if len(set(numbered)) < len(numbered):
+        raise Declined("several stores whose tokens have the numbers of their groups")
     runs = list(_join(*sides))
     if sum(run.tokens for run in runs) < part.width:
         raise Declined("keys and values of other tokens")
@@ -171,9 +180,9 @@ def lay_out(part: Part, like: Tensor) -> Laid:
 def _strides(store: Any) -> Iterator[bytes]:
     for pages in pages_of(store):
         for page in pages.pages:
-            _, heads, size, width = page.shape
+            _, own, size, width = page.shape
             head = size * width * page.element_size()
-            yield PAGE.pack(heads * head, head)
+            yield PAGE.pack(own * head, head if own > 1 else 0)
 
 
 def _new_piece(x: Tensor, at: int, page: int) -> Piece:
@@ -203,7 +212,9 @@ def _pieces(store: Any, space: int, first: int, like: Tensor) -> Iterator[Piece]
         coded, form = codes.length, affine_form(store)
         if space and store.chain is not None and not store.chain.linear:
             raise Declined("transforms that queries can't go through")
-        if form.by_channel:
+        if form.numbered:
+            yield _numbered(every, form, space, first)
+        elif form.by_channel:
             if not store.grouped or coded != len(store.groups.sizes) * form.group:
                 raise Declined("groups of tokens that are no neighbours, or not whole")
             yield from _by_channel(codes, params, form, space, first)
@@ -218,6 +229,19 @@ def _pieces(store: Any, space: int, first: int, like: Tensor) -> Iterator[Piece]
     for at, n, page, offset in _blocks(exact, first + sum(len(pages.pages) for pages in every[:-1])):
         width = exact.pages[0].shape[3] * exact.pages[0].element_size()
         yield Piece(coded + at, n, EXACT, 0, page, offset, width)
+
+
+def _numbered(every: tuple[Pages, ...], form: Format, space: int, first: int) -> Piece:
+    """The codes of a store whose tokens have the numbers of their groups."""
+    codes, params, numbers = every[:3]
+    if any(len(pages.pages) != 1 for pages in every[:3]) or codes.start or numbers.start:
+        raise Declined("numbers of groups in several pages")
+    page = params.pages[0]
+    before = params.start * page.shape[3] * page.element_size()
+    if first + 1 >= 1 << LAST:
+        raise Declined(f"scales of groups in page {first + 1}")
+    groups = first + 1 | params.length - 1 << LAST
+    return Piece(0, codes.length, form, space, first, 0, form.row, first + 2, 0, groups, before)
 
 
 def _by_channel(codes: Pages, params: Pages, form: Format, space: int, first: int) -> Iterator[Piece]:
@@ -251,7 +275,7 @@ def _placed(pieces: Iterable[Piece], view: StoreView) -> Iterator[Piece]:
 def _some(piece: Piece, skip: int, tokens: int, at: int) -> Piece:
     """Some of a piece's tokens."""
     form, offset, group = piece.form, piece.params_offset, piece.group
-    if form.by_channel:
+    if form.by_channel and not form.numbered:
         group += skip
         offset += group // form.group * form.params
         group %= form.group
@@ -268,7 +292,7 @@ def _join(keys: list[Piece], values: list[Piece]) -> Iterator[Run]:
         lo, hi = max(k.at, v.at), min(k.at + k.tokens, v.at + v.tokens)
         while lo < hi:
             n = hi - lo
-            if k.form.by_channel:  # tiles lie in groups
+            if k.form.by_channel and not k.form.numbered:  # tiles lie in groups
                 tile = min(kind_of(k.form, v.form)[1], k.form.group)
                 ahead = (k.group + lo - k.at) % k.form.group % tile
                 n = min(n, tile - ahead) if ahead else n
@@ -280,7 +304,7 @@ def _join(keys: list[Piece], values: list[Piece]) -> Iterator[Run]:
 def _run(k: Piece, v: Piece) -> Run:
     name, tile = kind_of(k.form, v.form)
     where = SIDES.pack(
-        k.data, k.params, k.offset, k.params_offset, k.token, k.group,
+        k.data, k.params, k.offset, k.params_offset, k.first if k.form.numbered else k.token, k.group,
         v.data, v.params, v.offset, v.params_offset, v.token, v.group,
     )  # fmt: skip
     return Run(k.at, k.tokens, Kind(name, k.space, v.space), tile, where)

@@ -13,7 +13,8 @@ constexpr int MAPS = 4;                  // spaces of keys, and of values: the m
 struct Side {  // where the keys or the values of a run lie
   int data, params;                // pages
   int data_offset, params_offset;  // bytes from there
-  int token, group;                // exact: bytes from token to token; per channel: tokens before the run in its first group
+  int token, group;                // exact: bytes from token to token; per channel: tokens before the run in its first group;
+                                   // with numbers of groups (params): bytes before their scales, and the page of these | the last group << 8
 };
 struct Run {  // neighbouring tokens of one kind
   Side k, v;

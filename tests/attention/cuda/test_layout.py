@@ -35,10 +35,21 @@ def served(recipe: Any, **more: Any) -> Served:
 
 
 @pytest.mark.parametrize(
-    "name", ["logquant", "kivi", "balanced", "hf-quantized", "kivi-sink", "streaming-quant", "mikv", "h2o"]
+    "name", ["logquant", "kivi", "balanced", "hf-quantized", "kivi-sink", "streaming-quant", "mikv", "h2o", "zipcache"]
 )
 def test_recipes(name: str) -> None:
     served(name).check((213, 1, 3, 1))
+
+
+def test_groups_of_which_each_head_holds_other_tokens() -> None:
+    case = served("zipcache", period=20)
+    case.check((213, 1, 70, 30, 1))
+    case = served("zipcache", period=20)
+    case.check((100, 25, 25, 1), pad=13)
+
+
+def test_groups_per_channel_that_rows_hold_otherwise() -> None:
+    served("balanced").check((250, 1, 2), pad=37)
 
 
 @pytest.mark.parametrize("mask", [some, additive])
@@ -99,7 +110,7 @@ def test_of_an_extra_that_is_there_in_part_one_line_says_so(monkeypatch: pytest.
     ("recipe", "why"),
     [
         ("partial-logquant", "runs of tokens"),
-        ("zipcache", "no multiple of 16 tokens"),
+        (own(channel(4, "arrival"), token(4, 32)), "no multiple of 16 tokens"),
         (own(token(4, 32), channel(4)), "values: values per channel"),
         (own(token(4, 32, scale_dtype="e8m0"), "full"), "keys: scales in e8m0"),
     ],

@@ -43,7 +43,9 @@ def steps(model: Any, cache: Any, count: int = 40, mask: Tensor | None = None) -
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["even", "padded"])
-@pytest.mark.parametrize("name", ["logquant", "kivi", "balanced", "kivi-sink", "h2o", "mas", "streaming-llm"])
+@pytest.mark.parametrize(
+    "name", ["logquant", "kivi", "balanced", "kivi-sink", "h2o", "mas", "streaming-llm", "zipcache"]
+)
 def test_models_tell_what_they_tell_with_the_reference(
     name: str, padded: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -62,7 +64,7 @@ def test_models_tell_what_they_tell_with_the_reference(
     assert error < 2e-2
 
 
-@pytest.mark.parametrize("name", ["logquant", "kivi", "balanced"])
+@pytest.mark.parametrize("name", ["logquant", "kivi", "balanced", "h2o", "mikv", "zipcache"])
 def test_steps_wait_for_nothing(name: str) -> None:
     one = model()
     with attach(one):

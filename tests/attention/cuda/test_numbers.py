@@ -22,7 +22,7 @@ def _no_grad() -> Any:
 
 
 @pytest.mark.parametrize(
-    "name", ["logquant", "kivi", "balanced", "hf-quantized", "streaming-quant", "kivi-sink", "atom", "mikv"]
+    "name", ["logquant", "kivi", "balanced", "hf-quantized", "streaming-quant", "kivi-sink", "atom", "mikv", "zipcache"]
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_recipes(name: str, dtype: torch.dtype) -> None:
@@ -77,12 +77,18 @@ def test_softcap_and_sinks(name: str) -> None:
     Served(name).check(softcap=30.0, sinks=torch.randn(8, device=DEVICE))
 
 
-@pytest.mark.parametrize("name", ["logquant", "h2o"])
+@pytest.mark.parametrize("updates", [(500, 1, 90, 30, 1), (100, 25, 25, 1, 60)])
+@pytest.mark.parametrize("bits", [(4, 2), (8, 3)])
+def test_groups_of_which_each_head_holds_other_tokens(updates: tuple[int, ...], bits: tuple[int, int]) -> None:
+    Served("zipcache", period=20, high=bits[0], low=bits[1]).check(updates)
+
+
+@pytest.mark.parametrize("name", ["logquant", "h2o", "balanced", "zipcache"])
 def test_padded_rows(name: str) -> None:
     Served(name).check((300, 1, 1), pad=37)
 
 
-@pytest.mark.parametrize("name", ["h2o", "mas", "mikv"])
+@pytest.mark.parametrize("name", ["h2o", "mas", "mikv", "zipcache"])
 def test_policies_are_told_of_attention(name: str) -> None:
     Served(name).check((300, 1, 1, 20))
 
