@@ -123,7 +123,7 @@ def whole_model(model: Any, batch: int, tokens: int, names: list[str], with_comp
     for name in names:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        with kvpolicy.attach(model):
+        with kvpolicy.attach(model, graphs=False):
             cache = kvpolicy.make_cache(name, model)
             seconds = prefilled(model, cache, prompt)
             steps = 256 if name == "kivi" else 90

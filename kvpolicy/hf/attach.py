@@ -38,7 +38,7 @@ _eager: WeakKeyDictionary[type, tuple[str, str]] = WeakKeyDictionary()
 """Where the eager function is that a class of attention modules names."""
 
 
-def attach(model: Any, recipe: Any = None, *, graphs: bool = False, **params: Any) -> Attached:
+def attach(model: Any, recipe: Any = None, *, graphs: bool | None = None, **params: Any) -> Attached:
     """Let a model read compressed caches directly, instead of decoding them at each step.
 
     Any other cache is served as before. Nothing but this model is changed, and `detach` undoes it.
@@ -46,8 +46,9 @@ def attach(model: Any, recipe: Any = None, *, graphs: bool = False, **params: An
     Args:
         model: a transformers decoder model.
         recipe: what `load_recipe` takes. Calls that bring no cache get a fresh one of this recipe.
-        graphs: replay decode steps as CUDA graphs. The results are the same. A step that is no single token on an
-            NVIDIA GPU, or has a mask that hides tokens, runs as it would without; `Attached.graphs.reasons` counts why.
+        graphs: replay decode steps as CUDA graphs; None: where the model is on an NVIDIA GPU. The results are the same.
+            A step that is no single token on such a GPU, or has a mask that hides tokens, runs as it would without;
+            `Attached.graphs.reasons` counts why.
         **params: parameters of the recipe.
 
     Returns:
@@ -151,7 +152,7 @@ class _Attachment(passes.Attachment):
 class Attached:
     """What `attach` returns: `detach` it, or use it in a `with` statement."""
 
-    def __init__(self, model: Any, recipe: Any, graphs: bool = False) -> None:
+    def __init__(self, model: Any, recipe: Any, graphs: bool | None = None) -> None:
         owner, decoder = parts_of(model)
         self.owner, self.decoder, self.recipe = owner, decoder, recipe
         with passes.lock:
@@ -172,8 +173,9 @@ class Attached:
             self.detach()
             raise
         self._generate = _supply(owner) if recipe is not None else None
-        self.graphs = install(owner) if graphs else None
-        """The graphs of decode steps, if they were asked for."""
+        wanted = next((x.is_cuda for x in owner.parameters()), False) if graphs is None else graphs
+        self.graphs = install(owner) if wanted else None
+        """The graphs of decode steps, if there may be any."""
 
     def detach(self) -> None:
         """Leave the model as it was. A second time does nothing."""

@@ -23,29 +23,22 @@ from transformers.utils import ModelOutput
 
 from kvpolicy.attention.attend import whole
 from kvpolicy.hf.cache import CompressedCache
-from kvpolicy.hf.calls import BY_NAME, WORDS, Call, names_of
-from kvpolicy.hf.layer import TieredLayer
+from kvpolicy.hf.calls import Call, names_of
 from kvpolicy.hf.model_state import ModelState
-from kvpolicy.hf.modes import nothing_hidden, precise, watching
+from kvpolicy.hf.modes import nothing_hidden, precise
+from kvpolicy.hf.usual import TENSORS, Unusual, named, usual
 from kvpolicy.layer.layer import LayerCache
+from kvpolicy.storage.affine import AffineStore
 
 OF_CACHE = object()
 """Stands for the cache in what a step gives."""
-AGAIN = 256
-"""Steps until a capture that failed is tried again."""
+AGAIN, SOON = 256, 8
+"""Steps until a capture that failed is tried again, and one that no longer fits."""
 WARM = 2
 """Steps that run without a graph first, so that all that happens once has happened."""
 KEPT = 8
 """Graphs of a model that are kept."""
-TENSORS = ("input_ids", "position_ids", "cache_position")
-PLAIN = (bool, int, float, str, type(None))
 _graphs: WeakKeyDictionary[nn.Module, Graphs] = WeakKeyDictionary()
-_counting: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
-_recipes: WeakKeyDictionary[CompressedCache, str] = WeakKeyDictionary()
-
-
-class Unusual(Exception):
-    """A step that can't be replayed; its text says why."""
 
 
 class Graphs:
@@ -70,7 +63,7 @@ class Graphs:
     def forward(self, original: Callable[..., Any], owner: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         call = Call(self.names, args, kwargs)
         try:
-            cache, given, key = _usual(call, owner)
+            cache, given, key = usual(call, owner)
             with self._lock, torch.cuda.device(given["input_ids"].device):
                 found = self._step(original, owner, call, cache, given, key).replay(cache, given)
                 self.replayed += 1
@@ -90,8 +83,9 @@ class Graphs:
     ) -> Captured:
         """The graph of a step, its arguments those of this one."""
         _commit(cache, given["input_ids"].device)
+        key = (*key, _watched(cache))
         step = self.steps.get(key)
-        if step is not None and step.stale():
+        if step is not None and (step.stale() or _columns(cache) > step.room):
             del self.steps[key]
             step = None
         if step is None:
@@ -103,7 +97,8 @@ class Graphs:
             step = self.steps[key] = _captured(original, owner, call, cache, given)
         elif step.reason is None:
             try:
-                step.renew(cache)
+                step.reason = step.renew(cache)
+                step.again = SOON
             except RuntimeError as error:
                 step.reason = f"a launch could not be changed: {error}"[:200]
         if step.reason is not None:
@@ -117,11 +112,14 @@ def _captured(
     """A step that was captured, or the reason why it could not be."""
     step = Captured(owner, given)
     before = cache.get_seq_length()
+    cache.reading.room = step.room = _room(_columns(cache))
     try:
         if step.reason is None:
             step.capture(original, call, cache)
     except Exception as error:
         step.reason = f"the model can't be captured: {type(error).__name__}: {error}"[:200]
+    finally:
+        cache.reading.room = 0
     if step.reason is not None:
         step.graph = step.out = step.recording = None
         for tiers in _tiers(cache):
@@ -147,6 +145,11 @@ class Captured:
         """The tokens of all layers, end to end, which the graph writes."""
         self.shapes: list[torch.Size] = []
         """Of each layer those of its keys and of its values."""
+        self.told: Any = None
+        """The attention weights of all layers, end to end, where policies ask for them; likewise."""
+        self.told_shapes: list[torch.Size] = []
+        self.room = 0
+        """Columns that these have."""
 
     def stale(self) -> bool:
         """Whether it is to be captured anew: the model has changed, or it could not be captured some steps ago."""
@@ -159,7 +162,8 @@ class Captured:
 
         device = self.given["input_ids"].device
         self.recording = Recording(device)
-        kwargs: dict[str, Any] = {name: call.get(name) for name in _named(call) if name not in TENSORS}
+        self.recording.chains = _twins(cache)
+        kwargs: dict[str, Any] = {name: call.get(name) for name in named(call) if name not in TENSORS}
         kwargs |= self.given
         mask = kwargs["attention_mask"] = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device)
         self.graph = torch.cuda.CUDAGraph(keep_graph=True)
@@ -171,6 +175,8 @@ class Captured:
                     layer.hold()
                 pending = [x for layer in _tiers(cache) for x in (layer.pending["keys"], layer.pending["values"])]
                 self.new = torch.cat([x.flatten() for x in pending])
+                told = [x for layer in _tiers(cache) for x in _weights(layer)]
+                self.told = torch.cat([x.flatten() for x in told]) if told else None
         finally:
             nothing_hidden.reset(token)
         tiers = _tiers(cache)
@@ -183,21 +189,22 @@ class Captured:
             self.reason = "not every layer reads its own tokens in one launch"
         if self.reason is None:
             self.graph.instantiate()
-            self.shapes = [x.shape for x in pending]
+            self.shapes, self.told_shapes = [x.shape for x in pending], [x.shape for x in told]
             # Nothing of the cache is to live on with the graph.
             self.kind = type(self.out)
             self.out = {name: OF_CACHE if x is cache else x for name, x in self.out.items()}
             self.recording.launches = [launch._replace(stores=()) for launch in launches]
 
-    def renew(self, cache: CompressedCache) -> None:
-        """Let the graph read `cache` as it is now."""
+    def renew(self, cache: CompressedCache) -> str | None:
+        """Let the graph read `cache` as it is now; returns why not, if it can't."""
         from kvpolicy.attention.cuda.backend import renew
 
         handle = self.graph.raw_cuda_graph_exec()
         for launch, layer in zip(self.recording.launches, _tiers(cache), strict=True):
             reason = renew(handle, launch, whole(layer, launch.call[1]))
             if reason is not None:
-                raise Unusual(reason)
+                return str(reason)
+        return None
 
     def replay(self, cache: CompressedCache, given: dict[str, Tensor]) -> Any:
         """The step's output; its tokens are now those of `cache`."""
@@ -209,91 +216,77 @@ class Captured:
         sizes = iter(self.shapes)
         for layer in _tiers(cache):
             layer.pending = {side: next(new).view(next(sizes)) for side in ("keys", "values")}
+        self._tell(cache)
         own = {name: cache if x is OF_CACHE else tree_map_only(Tensor, Tensor.clone, x) for name, x in self.out.items()}
         return self.kind(**own)
 
+    def _tell(self, cache: CompressedCache) -> None:
+        """Let observers know of the attention weights that the graph wrote."""
+        weights = iter(() if self.told is None else self.told.clone().split([x.numel() for x in self.told_shapes]))
+        sizes = iter(self.told_shapes)
+        for layer in _tiers(cache):
+            if layer.placement.kinds:
+                layer.observer = None
+                observer = layer.expect()
+                if observer.queries:
+                    observer.found = [(next(weights).view(next(sizes)), None) for _ in observer.found]
 
-def _usual(call: Call, owner: nn.Module) -> tuple[CompressedCache, dict[str, Tensor], Any]:
-    """Cache, tensors and kind of a step that may be replayed.
+
+def _twins(cache: CompressedCache) -> dict[int, Any]:
+    """Copies of the transforms of all stores that have begun, by the identity of these."""
+    stores = (store for layer in _tiers(cache) for own in layer.stores.values() for store in own)
+    chains = (store.chain for store in stores if isinstance(store, AffineStore))
+    return {id(chain): chain.twin() for chain in chains if chain is not None and chain.state}
+
+
+def _watched(cache: CompressedCache) -> bool:
+    """Whether policies are told of this step's attention.
 
     Raises:
-        Unusual: it may not.
+        Unusual: some are, and others not.
     """
-    cache, ids = call.compressed(), call.get("input_ids")
-    if not isinstance(cache, CompressedCache) or not cache.reading.attached:
-        raise Unusual("no compressed cache")
-    if not isinstance(ids, Tensor) or ids.device.type != "cuda" or ids.shape[1:] != (1,):
-        raise Unusual("not one token on a GPU")
-    if not hasattr(torch.cuda.CUDAGraph, "raw_cuda_graph_exec"):
-        raise Unusual(f"PyTorch {torch.__version__}, whose graphs can't be changed")
-    if torch.is_grad_enabled() or torch.cuda.is_current_stream_capturing() or torch.is_autocast_enabled("cuda"):
-        raise Unusual("gradients, autocast or another capture")
-    if watching.get() is not None:
-        raise Unusual("attention that is watched")
-    seen = cache.get_seq_length()
-    if not all(isinstance(layer, TieredLayer) for layer in cache.layers) or not seen:
-        raise Unusual("layers that are not compressed, or hold nothing")
-    if any(layer.batch_size != len(ids) for layer in cache.layers):
-        raise Unusual("other rows than those of the cache")
-    mask = call.get("attention_mask")
-    if mask is not None:
-        shown = mask.shape == (len(ids), seen + 1) and cache.padding is None
-        if not shown or not bool(mask.all()):
-            raise Unusual("a mask that hides tokens")
-    others = {name: call.get(name) for name in _named(call) if name not in (*TENSORS, *WORDS, "attention_mask")}
-    if not all(isinstance(x, PLAIN) for x in others.values()):
-        raise Unusual("other arguments")
-    given = {name: call.get(name) for name in TENSORS if isinstance(call.get(name), Tensor)}
-    if "position_ids" not in given:
-        if "position_ids" not in call.names or not _counts_tokens(owner):
-            raise Unusual("no positions")
-        given["position_ids"] = torch.full((1, 1), seen, dtype=torch.int64, device=ids.device)
-    shapes = tuple((name, x.shape, x.dtype, x.device) for name, x in given.items())
-    modes = torch.is_inference_mode_enabled(), len(cache.layers), torch.cuda.current_stream(ids.device).cuda_stream
-    return cache, given, (shapes, tuple(sorted(others.items())), modes, _recipe(cache))
+    counted = [layer.counted(1) for layer in _tiers(cache) if layer.placement.kinds]
+    told = {bool(c.queries) for c in counted}
+    if len(told) > 1 or any(c.queries and not c.all for c in counted):
+        raise Unusual("policies that are told of some attention")
+    return any(told)
 
 
-def _counts_tokens(owner: nn.Module) -> bool:
-    """Whether a model that is given no positions counts the tokens seen: one with plain rotary embeddings does."""
-    found = _counting.get(owner)
-    if found is None:
-        config: Any = getattr(owner, "config", None)
-        text = config.get_text_config(decoder=True) if config is not None else None
-        rotary = getattr(text, "rope_parameters", None) or getattr(text, "rope_theta", None)
-        odd = "mrope" in str(rotary) or any(hasattr(m, "rope_deltas") for m in owner.modules())
-        found = _counting[owner] = bool(rotary) and not odd
-    return found
+def _columns(cache: CompressedCache) -> int:
+    """Columns of a step's attention weights, if policies ask for them."""
+    return max((layer.planner.width + 1 for layer in _tiers(cache) if layer.placement.kinds), default=0)
 
 
-def _recipe(cache: CompressedCache) -> str:
-    """What tells recipes apart: whether a step can be replayed depends on them."""
-    found = _recipes.get(cache)
-    if found is None:
-        found = _recipes[cache] = repr(cache.recipe)
-    return found
+def _room(columns: int) -> int:
+    """Columns that a graph is captured with."""
+    return columns + max(columns // 4, 512) if columns else 0
 
 
-def _named(call: Call) -> list[str]:
-    """The names of the arguments that a call gives."""
-    places = call.names[: call.names.index(BY_NAME)] if BY_NAME in call.names else call.names
-    return [*places[: len(call.args)], *call.kwargs]
+def _weights(layer: LayerCache) -> list[Tensor]:
+    """The attention weights that a layer was told of in a capture."""
+    found = [] if layer.observer is None else [x for x in layer.observer.found if x is not None]
+    if any(counts is not None for _, counts in found):
+        raise Unusual("attention that policies are told of in part")
+    return [x for x, _ in found]
 
 
 def _commit(cache: CompressedCache, device: torch.device) -> None:
     """Let the pending tokens into the tiers, as the layers would one after the other.
 
     Raises:
-        Unusual: rows or heads hold other tokens, or policies ask for attention.
+        Unusual: some layer holds none, some places of its stores are empty, or scorers see queries.
     """
     tiers = _tiers(cache)
-    if any(layer.tells_apart or layer.placement.attends for layer in tiers):
-        raise Unusual("rows or heads that hold tokens of their own")
     with torch.no_grad(), precise(device):
-        for layer in tiers:
-            layer.commit(1)
-            layer.columns()  # what a step knows of them comes to the device here, not within a capture
-    if any(not layer.committed or layer.step.by_head for layer in tiers):
-        raise Unusual("rows or heads that hold tokens of their own")
+        cache.guard.commit(1)
+        # What a step knows of them comes to the device here, not within a capture.
+        columns = [layer.columns() for layer in tiers]
+    if any(not layer.committed for layer in tiers):
+        raise Unusual("layers that hold nothing")
+    if any(layer.placement.scores.reads_query(prompting=layer.step.prompt is None) for layer in tiers):
+        raise Unusual("scorers that see queries")
+    if any(found.gaps for found in columns):
+        raise Unusual("rows or heads that hold different numbers of tokens")
 
 
 def _tiers(cache: CompressedCache) -> list[LayerCache]:

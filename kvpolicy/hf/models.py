@@ -118,7 +118,7 @@ def attached(model: Any, wanted: bool) -> Iterator[bool]:
     handle = None
     if wanted:
         try:
-            handle = attach(model, graphs=True)
+            handle = attach(model)
         except CacheError as error:
             warnings.warn(f"the model runs unattached: {error}", stacklevel=4)
     try:

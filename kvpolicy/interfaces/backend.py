@@ -102,8 +102,9 @@ class AttentionOptions:
     """A score per head that takes part in the softmax and adds nothing: `[heads]`."""
     observer: Any = None
     """Is told of the attention weights, by `observer.watch(at, weights, visible, heads, of)`: the numbers of the
-    queries among the tokens that come in; weights and what could be seen, `[batch, kv_heads, groups, queries,
-    columns]`; which KV heads these are, and how many there are. Only backends that say that they `watch` get one."""
+    queries among the tokens that come in; weights and what could be seen (None: all), `[batch, kv_heads, groups,
+    queries, columns]`; which KV heads these are, and how many there are. Only backends that say that they `watch` get
+    one."""
     alone: bool = False
     """Whether nothing is to be merged with the result. The output may then be in the type of the query."""
 

@@ -51,6 +51,8 @@ class Reading:
     """Whether an attached model reads the stores: updates give views, and masks cover all tokens seen."""
     padding: Padding | None = None
     """Which of all tokens are padding, those of the pass included, once some are."""
+    room: int = 0
+    """Columns that attention weights are to have at least, for policies that are told of them."""
 
 
 class Held:

@@ -15,7 +15,7 @@ from kvpolicy.layer.held import PENDING, SIDES, Held, Positions
 from kvpolicy.layer.mover import move
 from kvpolicy.layer.view import View
 from kvpolicy.placement import joint
-from kvpolicy.placement.attention_scores import Observer
+from kvpolicy.placement.attention_scores import Counted, Observer
 from kvpolicy.placement.contract import select
 from kvpolicy.placement.moves import EMPTY, AllMoves
 from kvpolicy.placement.per_head import PerHeadPlacement
@@ -116,12 +116,20 @@ class LayerCache(Held):
         asks = self.placement.scores.reads_query(prompting=self.step.prompt is None)
         if query is not None and self.staged and asks:
             self.staged["query"] = query.detach()
-        if not self.placement.kinds or (self.placement.scores.prompt_only and self.step.prompt is not None):
+        if not self.placement.kinds:
             return None
+        return self.expect(self.staged["keys"].shape[2])
+
+    def counted(self, tokens: int) -> Counted:
+        """Which queries of an update of so many tokens count for policies that rank by attention."""
+        return self.by_head().step.counted(tokens, self.padding, MAX_APART)
+
+    def expect(self, tokens: int = 1) -> Observer:
+        """The observer of an update of so many tokens that follow those committed."""
         if self.observer is None:
             planner = self.by_head()
-            counted = planner.step.counted(self.staged["keys"].shape[2], self.padding, MAX_APART)
-            observer = Observer(counted, *planner.shape)
+            observer = Observer(self.counted(tokens), *planner.shape)
+            observer.room = self.reading.room
             planner.aim(observer)
             self.observer = observer
         return self.observer
@@ -182,9 +190,10 @@ class LayerCache(Held):
             return True
         if self.committed > length or self.committed + (0 if self.staged else self.waiting) < length:
             return False
+        self.observer = None
         self.staged, self.decoded = {}, {}
         if self.seen > length:
-            self.pending, self.observer = {}, None
+            self.pending = {}
         return True
 
     def _let_in(self, new: dict[str, Tensor]) -> None:

@@ -22,7 +22,7 @@ def counted_queries(kind: Scores, mode: str, real: Bools, seen: Sequence[int], s
 
     Args:
         kind: what is asked for.
-        mode: `kind.queries`, or `kind.decode` for a single token.
+        mode: `kind.queries`, or `kind.decode` for a single token; or none.
         real: which of the update's tokens are no padding, `[rows, queries]`.
         seen: real tokens of each row before the update.
         short: whether each query is looked at for itself, since the last of them may yet be taken back.
@@ -30,6 +30,8 @@ def counted_queries(kind: Scores, mode: str, real: Bools, seen: Sequence[int], s
     counted = real.copy()
     if mode == "all":
         return counted
+    if mode == "none":
+        return np.zeros_like(real)
     for row, before in enumerate(seen):
         at = np.flatnonzero(real[row])
         if "probe" in mode:
@@ -86,14 +88,19 @@ class Counted(NamedTuple):
     """Real tokens of each row before the update, `[rows or 1]`."""
 
     @classmethod
-    def of(cls, kinds: Sequence[Scores], tokens: int, seen: int, padding: Padding | None, keep: int) -> Counted:
-        """Of `tokens` new tokens after `seen`; up to `keep` of them their queries are kept apart."""
+    def of(
+        cls, kinds: Sequence[Scores], tokens: int, seen: int, padding: Padding | None, keep: int, over: bool = False
+    ) -> Counted:
+        """Of `tokens` new tokens after `seen`; up to `keep` of them their queries are kept apart.
+
+        None counts if it is `over`.
+        """
         padded = padding is not None and padding.before(seen + tokens)
         real = np.ones((1, tokens), dtype=np.bool_)
         before = [seen]
         if padding is not None and padded:
             real, before = padding.real[:, seen : seen + tokens], padding.count(0, seen)
-        modes = [kind.decode if tokens == 1 and seen else kind.queries for kind in kinds]
+        modes = ["none" if over else kind.decode if tokens == 1 and seen else kind.queries for kind in kinds]
         apart = tokens <= keep
         masks = [counted_queries(kind, mode, real, before, apart) for kind, mode in zip(kinds, modes, strict=True)]
         some = np.flatnonzero(np.any([mask.any(0) for mask in masks], axis=0)).tolist()
@@ -133,7 +140,10 @@ class Observer:
         self.index: Tensor | None = None
         """Where the columns are not side by side: the column of each, `[batch, heads, columns]`."""
         self.found: list[tuple[Tensor, Tensor | None] | None] = [None] * len(counted.kinds)
-        """Of each kind the attention, and the queries that saw a token; None: all did that count."""
+        """Of each kind the attention, and the queries that saw a token. None in their place: the only query did, and
+        the attention is that of all columns, unless there is an index."""
+        self.room = 0
+        """Columns that the attention weights have at least: more than there are, where a graph is to go on."""
 
     @property
     def queries(self) -> list[int]:
@@ -148,7 +158,8 @@ class Observer:
     def kind(self) -> Hashable:
         """What observers have in common that can be stacked."""
         shapes = tuple(x if x is None else (x[0].shape, x[1] is None) for x in self.found)
-        return self.counted.apart, self.tokens, self.live, self.heads, self.batch, shapes
+        places = self.live, self.held, self.index is None
+        return self.counted.apart, self.tokens, self.heads, self.batch, places, shapes
 
     @classmethod
     def stacked(cls, observers: Sequence[Observer]) -> Observer:
@@ -160,7 +171,7 @@ class Observer:
         before = first.counted.before
         before = before if len(before) == 1 else before.repeat(many)
         found = cls(first.counted._replace(masks=masks, before=before), first.batch * many, first.heads)
-        found.live = first.live
+        found.live, found.held, found.index = first.live, first.held, first.index
         for k, known in enumerate(first.found):
             if known is not None:
                 parts = [x for observer in observers if (x := observer.found[k]) is not None]
@@ -179,18 +190,19 @@ class Observer:
             of: how many there are.
         """
         counted = self.counted
-        wanted = [mask[:, at] for mask in counted.masks]
+        wanted = counted.masks if counted.all else [mask[:, at] for mask in counted.masks]
         if not counted.all and not any(bool(w.any()) for w in wanted):
             return
-        columns = self._picked(weights)
         partly = weights.shape[1] < of
+        whole = counted.all and visible is None and not partly
+        columns = weights if whole and self.index is None else self._picked(weights)
         sees = None if visible is None else self._picked(visible.expand_as(weights)[:, :, :1]).squeeze(2)
         for k, (kind, count) in enumerate(zip(counted.kinds, wanted, strict=True)):
             if not counted.all and not count.any():
                 continue
             reduced = columns.mean(2) if kind.heads == "mean" else columns.sum(2) if kind.heads == "sum" else None
             reduced = columns.amax(2) if reduced is None else reduced
-            if counted.all and sees is None and not partly:
+            if whole:
                 self.found[k] = reduced if self.heads > 1 or of == 1 else reduced.mean(1, keepdim=True), None
             else:
                 self._note(k, at, reduced, sees, count, heads, of)
@@ -242,7 +254,10 @@ class Observer:
         for k, found in enumerate(self.found):
             if found is None:
                 continue
-            values, counts = found[0][..., at : at + n], None if found[1] is None else found[1][..., at : at + n]
+            values, counts = found
+            first = at if at < self.live or counts is not None or self.index is not None else at - self.live + self.held
+            values = values[..., first : first + n]
+            counts = None if counts is None else counts[..., at : at + n]
             into, chosen = (scores[..., 2 * k], scores[..., 2 * k + 1]), None
             if self.counted.windows[k]:
                 chosen, left = (x.to(scores.device, non_blocking=True) for x in self.counted.window(k))

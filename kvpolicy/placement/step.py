@@ -318,7 +318,8 @@ class Step:
         key = "counted", tokens, keep
         known = self._derived.get(key)
         if known is None or known[0] is not padding:
-            found = Counted.of(self.placement.kinds, tokens, self.seen, padding, keep)
+            over = self.placement.scores.prompt_only and self.prompt is not None
+            found = Counted.of(self.placement.kinds, tokens, self.seen, padding, keep, over)
             known = self._derived[key] = padding, found
         counted: Counted = known[1]
         return counted

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import weakref
 from typing import Any
 
 import torch
@@ -35,6 +37,10 @@ class Chain:
         self.state: list[dict[str, Tensor]] = []
         """What each transform keeps: `[batch or 1, kv_heads or 1, ...]`; empty before the first tokens."""
         self._linear: bool | None = None
+        self._taken: list[weakref.ref[Tensor]] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_taken": []}
 
     @property
     def linear(self) -> bool:
@@ -74,6 +80,32 @@ class Chain:
     def _keep(self, state: list[dict[str, Tensor]]) -> None:
         with torch.inference_mode(False):  # or they could not be used outside
             self.state = [{name: t.detach().clone() for name, t in kept.items()} for kept in state]
+
+    def twin(self) -> Chain:
+        """The same transforms, with memory of their own for what they keep; see `take`."""
+        found = copy.copy(self)
+        found._taken = []
+        found._keep(self.state)
+        return found
+
+    def _known(self) -> list[Tensor | None]:
+        """What was taken last, as far as it is still there."""
+        return [taken() for taken in self._taken]
+
+    def take(self, other: Chain) -> bool:
+        """Keep, in the same memory, what `other` keeps; whether that could be done."""
+        pairs = [(own, kept) for own, kept in zip(self.state, other.state, strict=False)]
+        fits = len(self.state) == len(other.state) and all(own.keys() == kept.keys() for own, kept in pairs)
+        tensors = [(own[name], kept[name]) for own, kept in pairs for name in own] if fits else []
+        if not fits or any(a.shape != b.shape or a.dtype != b.dtype or a.device != b.device for a, b in tensors):
+            return False
+        if len(self._taken) != len(tensors) or any(
+            a() is not b for a, (_, b) in zip(self._taken, tensors, strict=True)
+        ):
+            for own, kept in tensors:
+                own.copy_(kept, non_blocking=True)
+            self._taken = [weakref.ref(kept) for _, kept in tensors]
+        return True
 
     def inverse(self, y: Tensor, positions: Tensor | None) -> Tensor:
         """What the numbers that were coded stand for, in float32."""

@@ -24,7 +24,7 @@ class Recorder:
 
     def watch(self, at: Tensor, weights: Tensor, visible: Tensor | None, heads: slice, of: int) -> None:
         assert of == self.found.shape[1]
-        assert visible is not None
+        visible = torch.ones_like(weights, dtype=torch.bool) if visible is None else visible
         for i, query in enumerate((at - self.offset).tolist()):
             self.found[:, heads, :, query] = 0.0
             self.found[:, heads, :, query, : weights.shape[-1]] = weights[:, :, :, i].double()

@@ -27,6 +27,20 @@ RECIPES: dict[str, dict[str, Any]] = {
     "balanced": {"window": 16},
     "streaming-llm": {"window": 40},
     "partial-logquant": {"window": 16},
+    "h2o": {},
+    "mas": {"window": 8, "heavy": 60},
+    "mikv": {"window": 16, "heavy": 20},
+    "zipcache": {"period": 30},
+    "rotated": {},
+}
+ROTATED = {
+    "tiers": [
+        {"policy": {"kind": "recent", "window": 16, "flush": 16}, "store": "full"},
+        {
+            "keys": {"kind": "int", "nbits": 2, "transforms": [{"kind": "hadamard"}]},
+            "values": {"kind": "int", "nbits": 2, "transforms": [{"kind": "hadamard"}, {"kind": "scale"}]},
+        },
+    ],
 }
 
 
@@ -56,7 +70,7 @@ def test_steps_are_those_without_graphs_to_the_bit(name: str, batch: int) -> Non
     found = []
     for graphs in (False, True):
         with attach(model, graphs=graphs) as handle:
-            cache = make_cache(name, model, **RECIPES[name])
+            cache = make_cache({"rotated": ROTATED}.get(name, name), model, **RECIPES[name])
             model(prompt, **{CACHE: cache})
             found.append((steps(model, cache, batch, 130), cache.memory().bytes, cache.dense(1)))
             if graphs:
@@ -72,7 +86,10 @@ def test_caches_that_take_turns_keep_their_own_tokens() -> None:
     found = []
     for graphs in (False, True):
         with attach(model, graphs=graphs) as handle:
-            caches = [make_cache(name, model, window=12) for name in ("logquant", "balanced", "logquant")]
+            caches = [make_cache(name, model, window=12) for name in ("logquant", "balanced", "logquant")] + [
+                make_cache("zipcache", model, period=12),
+                make_cache("zipcache", model, period=12),
+            ]
             logits = [[] for _ in caches]
             for number, cache in enumerate(caches):
                 model(ids(100 + 7 * number, seed=number).to("cuda"), **{CACHE: cache})
@@ -133,7 +150,7 @@ def test_weights_that_moved_are_captured_anew() -> None:
         twin = copy.deepcopy(cache)
         found = steps(model, cache, 1, 4, 20)
         assert handle.graphs.replayed
-    with attach(model):
+    with attach(model, graphs=False):
         assert torch.equal(found, steps(model, twin, 1, 4, 20))
 
 
@@ -198,7 +215,7 @@ def test_threads_share_graphs() -> None:
             model(ids(70, seed=seed).to("cuda"), **{CACHE: cache})
             return steps(model, cache, 1, 25, 100 * seed).cpu()
 
-    with attach(model):
+    with attach(model, graphs=False):
         expected = [run(seed) for seed in range(4)]
     with attach(model, graphs=True) as handle, ThreadPoolExecutor(4) as pool:
         run(9)

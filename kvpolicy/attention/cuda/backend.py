@@ -14,10 +14,10 @@ from kvpolicy.attention.cuda.compile import missing
 from kvpolicy.attention.cuda.graph import Launch, Recording, change, current
 from kvpolicy.attention.cuda.kernel import THREADS, launch
 from kvpolicy.attention.cuda.layout import MAPS, Declined, scan
-from kvpolicy.attention.cuda.plan import Plan, make_plan
+from kvpolicy.attention.cuda.plan import Plan, columns_of, make_plan
 from kvpolicy.attention.cuda.scratch import counters, partials
 from kvpolicy.hookspecs import hookimpl
-from kvpolicy.interfaces.backend import AttentionOptions, AttentionSpec, Backend, Part
+from kvpolicy.interfaces.backend import AttentionOptions, AttentionSpec, Backend, Part, StoreView
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 MOST_ROWS = 256
@@ -97,7 +97,7 @@ def _planned(
         laid, query.dtype, query.shape, query.stride(), query.get_device(), part.kv_heads, part.value_dim,
         None if mask is None else (mask.dtype, mask.shape, mask.stride()),
         None if places is None else (places.dtype, places.stride()),
-        options.scaling, options.softcap, options.alone, options.observer is None,
+        options.scaling, options.softcap, options.alone, options.observer is not None and columns_of(part, options),
     )  # fmt: skip
     plan = _plans.get(key)
     if plan is None:
@@ -135,19 +135,29 @@ def _attend(
     if options.sinks is not None:
         sinks = options.sinks.float().contiguous()
     if options.observer is not None:
-        new = 0 if part.new is None else part.new[0].shape[2]
         lines = (batch, part.kv_heads, heads // part.kv_heads * queries)
-        scores = query.new_empty((*lines, part.width + new), dtype=torch.float32)
+        scores = query.new_empty((*lines, columns_of(part, options)), dtype=torch.float32)
         sums = query.new_empty((*lines, 1), dtype=torch.float32)
-    mapped = [_mapped(part.keys[view].store.chain, query, part) for view in plan.maps]
+    mapped = [_mapped(_chain(part.keys[view].store, graph), query, part) for view in plan.maps]
     tensors = (mask, places, out, lse, partial, scores, sums, sinks, zeros)
     arguments, grid = _arguments(plan, pointers, query, mapped, tensors)
     launch(plan.kernel, arguments, grid, device)
     if graph is not None:
-        _record(graph, plan, query, part, mask, places, options, tensors)
+        _record(graph, plan, query, part, mask, places, options, tensors, mapped)
     if scores is not None and sums is not None:
         _watch(options.observer, scores, sums, queries, part, mask is not None or places is not None or queries > 1)
-    return _joined(plan, out, part, queries).transpose(1, 2), lse
+    return _joined(plan, out, part, queries, graph).transpose(1, 2), lse
+
+
+def _chain(store: Any, graph: Recording | None) -> Any:
+    """The transforms of a store; in a graph their twin, as the next replay may be with another store."""
+    if graph is None:
+        return store.chain
+    twin = graph.chains.get(id(store.chain))
+    if twin is None:
+        graph.unfit = "its attention has transforms that just began"
+        return store.chain
+    return twin
 
 
 def _arguments(
@@ -176,13 +186,23 @@ def _record(
     places: Tensor | None,
     options: AttentionOptions,
     tensors: tuple[Tensor | None, ...],
+    mapped: list[Tensor],
 ) -> None:
     """Note a launch that a graph has captured, if nothing of it but its arguments changes from step to step."""
-    fixed = mask is None and places is None and options.observer is None and options.alone
-    if not fixed or plan.maps or plan.spaces != (-1,):
-        graph.unfit = "its attention has a mask, an observer, or transforms"
-    stores = tuple(view.store for view in (*part.keys, *part.values))
-    graph.add(stores, (query, part.new, options), tensors, query.get_device())
+    watched = options.observer is not None and not options.observer.room
+    if mask is not None or places is not None or watched or not options.alone:
+        graph.unfit = "its attention has a mask, or gaps"
+    spaces = _spaces(plan, part)
+    own = [(side, i) for side, numbers in zip(("keys", "values"), spaces, strict=True) for i in numbers if i >= 0]
+    graph.add(
+        query.get_device(),
+        stores=tuple(view.store for view in (*part.keys, *part.values)),
+        call=(query, part.new, options),
+        tensors=tensors,
+        mapped=tuple(mapped),
+        chains=tuple((side, i, _chain(_transformed(part, side)[i].store, graph)) for side, i in own),
+        spaces=spaces,
+    )
 
 
 def renew(exec_graph: int, known: Launch, part: Part) -> str | None:
@@ -198,17 +218,37 @@ def renew(exec_graph: int, known: Launch, part: Part) -> str | None:
         plan, pointers, places = _planned(query, part, None, options)
     except Declined as reason:
         return str(reason)
-    *_, partial, _, _, _, zeros = known.tensors
-    if places is not None or plan.maps or plan.spaces != (-1,):
-        return "its attention has gaps, or transforms"
+    *_, partial, scores, _, _, zeros = known.tensors
+    if scores is not None and columns_of(part, options) != scores.shape[-1]:
+        return "attention weights need more room"
+    if places is not None:
+        return "its attention has gaps"
+    if _spaces(plan, part) != known.spaces:
+        return "its attention has other transforms"
+    if not all(twin.take(_transformed(part, side)[i].store.chain) for side, i, twin in known.chains):
+        return "transforms keep something else"
     if plan.partial > partial.numel() or plan.lines * plan.turns > zeros.numel() or plan.out != known.tensors[2].shape:
         return "a launch needs more room"
-    arguments, grid = _arguments(plan, pointers, query, [], known.tensors)
+    arguments, grid = _arguments(plan, pointers, query, list(known.mapped), known.tensors)
     change(exec_graph, known.node, plan.kernel, arguments, grid, THREADS)
     return None
 
 
-def _joined(plan: Plan, out: Tensor, part: Part, queries: int) -> Tensor:
+def _transformed(part: Part, side: str) -> list[StoreView]:
+    """The views of a side whose stores have transforms."""
+    return [view for view in getattr(part, side) if getattr(view.store, "chain", None) is not None]
+
+
+def _spaces(plan: Plan, part: Part) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Which of `_transformed` make the spaces of keys, and of values; -1 for none. Stores may be empty for a while."""
+    numbers = []
+    for side, views in (("keys", plan.maps), ("values", plan.spaces)):
+        own = [id(view) for view in _transformed(part, side)]
+        numbers.append(tuple(-1 if i < 0 else own.index(id(getattr(part, side)[i])) for i in views))
+    return numbers[0], numbers[1]
+
+
+def _joined(plan: Plan, out: Tensor, part: Part, queries: int, graph: Recording | None) -> Tensor:
     """Outputs of all spaces of values as one, `[batch, queries, heads, head_dim]`."""
     if plan.spaces == (-1,):
         return out
@@ -216,7 +256,7 @@ def _joined(plan: Plan, out: Tensor, part: Part, queries: int) -> Tensor:
     for x, view in zip(out if len(plan.spaces) > 1 else out.unsqueeze(0), plan.spaces, strict=True):
         if view >= 0:
             rows = x.transpose(1, 2).unflatten(1, (part.kv_heads, -1)).flatten(2, 3)
-            inverse = part.values[view].store.chain.inverse(rows, None)
+            inverse = _chain(part.values[view].store, graph).inverse(rows, None)
             x = inverse.unflatten(2, (-1, queries)).flatten(1, 2).transpose(1, 2)
         total = x if total is None else total + x
     assert isinstance(total, Tensor)
@@ -230,6 +270,13 @@ def _mapped(chain: Any, query: Tensor, part: Part) -> Tensor:
     return mapped.view(query.shape)
 
 
+@functools.lru_cache(maxsize=256)
+def _newest(queries: int, tokens: int) -> Tensor:
+    """Which of the new tokens the queries are."""
+    with torch.inference_mode(False):
+        return torch.arange(tokens - queries, tokens)
+
+
 def _watch(observer: Any, scores: Tensor, sums: Tensor, queries: int, part: Part, hidden: bool) -> None:
     """Tell an observer of the attention weights; whether some tokens may be `hidden` from a query."""
     new = 0 if part.new is None else part.new[0].shape[2]
@@ -237,7 +284,7 @@ def _watch(observer: Any, scores: Tensor, sums: Tensor, queries: int, part: Part
     visible = shaped > -torch.inf if hidden else None
     scores.sub_(sums).exp2_()
     heads = slice(0, part.kv_heads)
-    observer.watch(torch.arange(queries) + new - queries, shaped, visible, heads, part.kv_heads)
+    observer.watch(_newest(queries, new), shaped, visible, heads, part.kv_heads)
 
 
 @hookimpl

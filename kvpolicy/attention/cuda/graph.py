@@ -29,6 +29,13 @@ class Launch(NamedTuple):
     """Query, new tokens, mask and options of the call."""
     tensors: tuple[Any, ...]
     """What it reads besides and writes."""
+    mapped: tuple[Any, ...] = ()
+    """Queries that went through transforms."""
+    chains: tuple[tuple[str, int, Any], ...] = ()
+    """The transforms that the graph computes: side and number of their store among those that have any, and their twins
+    in the graph."""
+    spaces: tuple[Any, ...] = ()
+    """The numbers of the stores whose transforms make spaces of keys, and of values."""
 
 
 class Recording:
@@ -40,18 +47,20 @@ class Recording:
             self.partials = torch.empty(ROOM, dtype=torch.float32, device=device)
             self.counters = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
         self.launches: list[Launch] = []
+        self.chains: dict[int, Any] = {}
+        """Twins of the transforms of stores, made before, by the identity of the transforms."""
         self.unfit: str | None = None
         """Why the graph can't be replayed."""
 
-    def add(self, stores: tuple[Any, ...], call: tuple[Any, ...], tensors: tuple[Any, ...], device: int) -> None:
-        """Note the launch that the current stream has just captured."""
+    def add(self, device: int, **about: Any) -> None:
+        """Note the launch that the current stream has just captured; `about` are fields of `Launch`."""
         from cuda.bindings import driver
 
         found = driver.cuStreamGetCaptureInfo(torch._C._cuda_getCurrentRawStream(device))
         if found[0] != driver.CUresult.CUDA_SUCCESS or len(found[4]) != 1:
             self.unfit = "its launches can't be told apart"
             return
-        self.launches.append(Launch(found[4][0], stores, call, tensors))
+        self.launches.append(Launch(found[4][0], **about))
 
 
 def current() -> Recording | None:

@@ -57,7 +57,7 @@ class Piece(NamedTuple):
     params_offset: int = 0
     group: int = 0
     """Per channel: tokens before them in the group that `params_offset` points to. Where tokens have the numbers of
-    their groups, `params` are these, and this is the page of the scales and offsets, and from bit 8 on the last group."""
+    their groups, `params` are these, and this is the page of scales and offsets; from bit 8 on the last group."""
     first: int = 0
     """Then the bytes before these in their page."""
 

@@ -17,7 +17,7 @@ from kvpolicy.attention.cuda.layout import MAPS, Declined, Kind, Laid, Run, lay_
 from kvpolicy.interfaces.backend import AttentionOptions, Part
 from kvpolicy.storage.affine import AffineStore
 
-__all__ = ["KINDS", "WARPS", "Plan", "make_plan"]
+__all__ = ["KINDS", "WARPS", "Plan", "columns_of", "make_plan"]
 
 KINDS, WARPS = 6, 4
 POINTERS = MAPS + 9
@@ -129,15 +129,20 @@ def _numbers(
 ) -> bytes:
     """Strides and numbers as the kernel reads them; queries behind transforms are in order of KV heads."""
     batch, heads, queries, dim = query.shape
-    new = 0 if part.new is None else part.new[0].shape[2]
     mapped = (heads * queries * dim, queries * dim, dim)
     hidden = 0.0 if mask is None or mask.dtype == torch.bool else torch.finfo(mask.dtype).min / 2
     return NUMBERS.pack(
         *query.stride()[:3], *mapped * (MAPS - 1), *_steps(mask, 5), *_steps(places, 2)[:2],
         batch * queries * heads * part.value_dim,
-        part.kv_heads, heads // part.kv_heads, queries, parts, part.width + new, spaces,
+        part.kv_heads, heads // part.kv_heads, queries, parts, columns_of(part, options), spaces,
         options.scaling * LOG2E, (options.softcap or 0.0) * LOG2E, hidden, 0,
     )  # fmt: skip
+
+
+def columns_of(part: Part, options: AttentionOptions) -> int:
+    """Columns of the scores that are written for an observer."""
+    new = 0 if part.new is None else part.new[0].shape[2]
+    return max(part.width + new, 0 if options.observer is None else options.observer.room)
 
 
 def _steps(x: Tensor | None, dims: int) -> list[int]:

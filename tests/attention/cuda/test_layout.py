@@ -43,7 +43,7 @@ def test_recipes(name: str) -> None:
 
 def test_groups_of_which_each_head_holds_other_tokens() -> None:
     case = served("zipcache", period=20)
-    case.check((213, 1, 70, 30, 1))
+    case.check((500, 1, 60, 30, 1))
     case = served("zipcache", period=20)
     case.check((100, 25, 25, 1), pad=13)
 

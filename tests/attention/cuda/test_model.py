@@ -53,7 +53,7 @@ def test_models_tell_what_they_tell_with_the_reference(
     if padded:
         mask = torch.ones((2, 300), dtype=torch.long, device="cuda")
         mask[1, :90] = 0
-    with attach(one):
+    with attach(one, graphs=False):
         found = steps(one, cache := make_cache(name, one), mask=mask)
         assert padded or "attention by cuda" in str(cache.summary())
         monkeypatch.setattr(backends, "others", tuple)
@@ -65,9 +65,10 @@ def test_models_tell_what_they_tell_with_the_reference(
 
 
 @pytest.mark.parametrize("name", ["logquant", "kivi", "balanced", "h2o", "mikv", "zipcache"])
-def test_steps_wait_for_nothing(name: str) -> None:
+@pytest.mark.parametrize("graphs", [False, True])
+def test_steps_wait_for_nothing(name: str, graphs: bool) -> None:
     one = model()
-    with attach(one):
+    with attach(one, graphs=graphs):
         cache = make_cache(name, one)
         steps(one, cache, 300)
         token = ids(1, 2).to("cuda")
