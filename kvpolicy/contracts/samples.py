@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 from torch import Tensor
 
-from kvpolicy.errors import KvpolicyError
-from kvpolicy.interfaces.component import Component
+from kvpolicy.errors import KvpolicyError, RecipeError
+from kvpolicy.interfaces.component import Component, check_answer
 from kvpolicy.interfaces.extra import Extra
 from kvpolicy.interfaces.policy import Policy
 from kvpolicy.interfaces.quantizer import AffineQuantizer, Quantizer
@@ -129,12 +129,24 @@ def transforms() -> list[Transform]:
 
 
 def _fits_nowhere(quantizer: Quantizer) -> bool:
-    """Whether its group size divides no head_dim, or suits per: channel only."""
+    """Whether it refuses heads of 64 channels, its group size doesn't divide these, or suits per: channel only."""
+    if not isinstance(quantizer, AffineQuantizer):
+        try:
+            check_answer(quantizer, "check", 64)
+        except RecipeError:
+            return True
+        except KvpolicyError:  # a test of its own tells
+            return False
     if not isinstance(quantizer, AffineQuantizer) or quantizer.per == "channel":
         return False
     return quantizer.group_size == "arrival" or (
         isinstance(quantizer.group_size, int) and 64 % quantizer.group_size > 0
     )
+
+
+def normal(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> Tensor:
+    """Normal numbers, not quite around zero."""
+    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) + 0.5).to(dtype)
 
 
 def tensor(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> Tensor:

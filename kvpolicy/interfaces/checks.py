@@ -27,6 +27,7 @@ __all__ = [
     "encoded",
     "fitted",
     "fitted_to_error",
+    "multiplied",
     "part_of",
     "taken",
     "transformed",
@@ -49,8 +50,8 @@ def _found(value: Any) -> str:
     return f"{tuple(value.shape)} in {value.dtype} on {value.device}"
 
 
-def calibrated(quantizer: AffineQuantizer, groups: Tensor) -> Affine:
-    """Codes, scale and offset of `groups`, `[groups, group_size]`.
+def calibrated(quantizer: AffineQuantizer, groups: Tensor, count: int) -> Affine:
+    """Codes below `count`, scale and offset of `groups`, `[groups, group_size]`.
 
     Raises:
         PluginError: the quantizer raised, returned something else, or wrote to `groups`.
@@ -77,8 +78,8 @@ def calibrated(quantizer: AffineQuantizer, groups: Tensor) -> Affine:
         raise _fail(quantizer, "must not change the groups that calibrate is given, found them changed")
     if codes.device.type == "cpu" and not torch.compiler.is_compiling():
         largest = int(codes.max()) if codes.numel() else 0
-        if largest >> quantizer.nbits:
-            raise _fail(quantizer, f"must give codes below {2**quantizer.nbits}, found {largest}")
+        if largest >= count:
+            raise _fail(quantizer, f"must give codes below {count}, found {largest}")
     return Affine(codes, scale, offset)
 
 
@@ -133,7 +134,7 @@ def decoded(quantizer: TensorQuantizer, parts: dict[str, Tensor], dtype: torch.d
         PluginError: the quantizer raised, returned something else, or wrote to `parts`.
     """
     before = versions(parts.values())
-    like = next(iter(parts.values()))
+    like = next(t for name, t in parts.items() if quantizer.axes.get(name, "token") == "token")
     shape = (*like.shape[:3], head_dim)
     x = call(quantizer, "decode", dict(parts), dtype)
     if not isinstance(x, Tensor) or x.shape != shape or x.dtype != dtype or x.device != like.device:
@@ -141,6 +142,24 @@ def decoded(quantizer: TensorQuantizer, parts: dict[str, Tensor], dtype: torch.d
     if versions(parts.values()) != before:
         raise _fail(quantizer, "must not change the tensors that decode is given, found them changed")
     return x
+
+
+def multiplied(quantizer: TensorQuantizer, method: str, x: Tensor, parts: dict[str, Tensor], columns: int) -> Tensor:
+    """What `scores` or `combine` of a quantizer makes of `x`: `[batch, kv_heads, rows, columns]`, float32.
+
+    Raises:
+        PluginError: it raised, returned something else, or wrote to what it was given.
+    """
+    before = versions([x, *parts.values()])
+    shape = (*x.shape[:3], columns)
+    found = call(quantizer, method, x, dict(parts))
+    if not isinstance(found, Tensor) or found.shape != shape or found.dtype != x.dtype or found.device != x.device:
+        raise _fail(
+            quantizer, f"must give {tuple(shape)} in {x.dtype} on {x.device} from {method}, found {_found(found)}"
+        )
+    if versions([x, *parts.values()]) != before:
+        raise _fail(quantizer, f"must not change what {method} is given, found it changed")
+    return found
 
 
 def fitted(transform: Transform, x: Tensor, site: Site) -> dict[str, Tensor]:

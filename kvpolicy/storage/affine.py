@@ -41,9 +41,9 @@ class AffineStore(CodedStore):
         self.quantizer = quantizer
         self.group_size = group_size_of(quantizer, head_dim)
         self.by_channel = quantizer.per == "channel"
-        self.levels = levels_of(quantizer, self.site)
+        self.scales = Scales(quantizer, levels_of(quantizer, self.site))
+        self.levels = self.scales.uneven
         """What codes stand for, if not for themselves."""
-        self.scales = Scales(quantizer, self.levels)
         self.numbers = head_dim if self.by_channel else head_dim // self.group_size
         """Scales of a token, or of the channels of a group."""
         self.parts |= {"codes": Pages(), "params": Pages(), "exact": Pages()}
@@ -210,7 +210,7 @@ class AffineStore(CodedStore):
         if self.quantizer.clip < 1:
             low, high = (bound * self.quantizer.clip for bound in torch.aminmax(groups, dim=1, keepdim=True))
             groups = groups.clamp(low, high)
-        affine = self.scales.rounded(calibrated(self.quantizer, groups), groups)
+        affine = self.scales.rounded(calibrated(self.quantizer, groups, self.scales.codes), groups)
         codes = affine.codes
         if self.by_channel:
             codes = codes.view(batch, heads, n // size, dim, size).transpose(3, 4)

@@ -14,6 +14,7 @@ from kvpolicy.interfaces.checks import adjoined, fitted, transformed
 from kvpolicy.interfaces.component import TRY, check_answer
 from kvpolicy.interfaces.site import Site
 from kvpolicy.interfaces.transform import Transform
+from kvpolicy.storage.late import LateRows
 
 __all__ = ["Chain"]
 
@@ -36,6 +37,7 @@ class Chain:
         self.by_position = any("positions" in transform.needs for transform in transforms)
         self.state: list[dict[str, Tensor]] = []
         """What each transform keeps: `[batch or 1, kv_heads or 1, ...]`; empty before the first tokens."""
+        self.late = LateRows()
         self._linear: bool | None = None
         self._taken: list[weakref.ref[Tensor]] = []
 
@@ -72,9 +74,12 @@ class Chain:
         for i, transform in enumerate(self.transforms):
             if fresh:
                 state.append(fitted(transform, y.to(x.dtype), self.site))
+            elif self.late.rows is not None:
+                state[i] = self.late.chosen(state[i], fitted(transform, y.to(x.dtype), self.site))
             y = transformed(transform, "forward", y, state[i], positions)
-        if fresh:
+        if fresh or self.late.rows is not None:
             self._keep(state)
+            self.late.note(x)
         return y.to(x.dtype)
 
     def _keep(self, state: list[dict[str, Tensor]]) -> None:
@@ -160,6 +165,7 @@ class Chain:
         return kinds
 
     def select(self, rows: Tensor) -> None:
+        self.late.select(rows)
         for state in self.state:
             for name, t in state.items():
                 if t.shape[0] > 1:  # one that is the same in all rows stays so
@@ -167,6 +173,7 @@ class Chain:
                         state[name] = t.index_select(0, rows.to(t.device, non_blocking=True))
 
     def to(self, device: torch.device) -> None:
+        self.late.to(device)
         self.state = [{name: t.to(device, non_blocking=True) for name, t in kept.items()} for kept in self.state]
 
     def bytes(self) -> int:

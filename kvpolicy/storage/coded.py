@@ -137,6 +137,8 @@ class CodedStore(Store):
         super().differ_by_head(row_heads)
         for kept in self._kept:
             kept.differ_by_head(row_heads)
+        if self.chain is not None:
+            self.chain.late.apart = True
 
     def select(self, rows: Tensor) -> None:
         super().select(rows)

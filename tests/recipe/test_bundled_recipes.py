@@ -19,7 +19,8 @@ def held(recipe: Recipe, tokens: int) -> list[list[int]]:
 def test_all_are_there() -> None:
     promised = (
         "full logquant partial-logquant kivi kivi-sink hf-quantized streaming-llm streaming-quant logquant-evict "
-        "kivi-evict flexgen atom balanced h2o mas mikv zipcache zipcache-code "
+        "kivi-evict flexgen atom balanced h2o mas mikv zipcache zipcache-code turboquant "
+        "turboquant-2.5 turboquant-3.5 turboquant-prod quarot fp8 mxfp4 nvfp4 nf4 "
         "snapkv pyramidkv adakv tova key-norm expected-attention logquant-attention logquant-jitter"
     )
     assert sorted(promised.split()) == NAMES

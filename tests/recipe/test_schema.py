@@ -81,7 +81,7 @@ POINTS = {
     "{tiers: [{store: {kind: int, nbits: 5}}]}": ("$.tiers[0].store.nbits", "5 is not one of"),
     "{tiers: [{keys: {kind: int, nbits: 9}, values: full}]}": ("$.tiers[0].keys.nbits", "9 is not one of"),
     "{tiers: [{store: {kind: int, nbits: 2, group_size: 0}}]}": ("$.tiers[0].store.group_size", "0 is less than"),
-    "{tiers: [{store: {kind: itn, nbits: 2}}]}": ("$.tiers[0].store.kind", "'itn' is not one of ['hqq', 'int'"),
+    "{tiers: [{store: {kind: itn, nbits: 2}}]}": ("$.tiers[0].store.kind", "'itn' is not one of ["),
     "{tiers: [{store: {kind: int, bits: 2}}]}": ("$.tiers[0].store", "'bits' was unexpected"),
     "{tiers: [{store: {nbits: 2}}]}": ("$.tiers[0].store", "'kind' is a required property"),
     "{tiers: [{store: ful}]}": ("$.tiers[0].store", "'ful' is not one of ['full', 'evict']"),

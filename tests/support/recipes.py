@@ -10,12 +10,15 @@ from kvpolicy import Recipe, load_recipe
 from kvpolicy.interfaces.policy import RankPolicy
 from kvpolicy.recipe.load import bundled_names
 
-__all__ = ["BY_POSITION", "NAMED", "named", "one_lossy_store", "recipes"]
+__all__ = ["BY_POSITION", "DISTINCT", "NAMED", "named", "one_lossy_store", "recipes"]
 
 BY_POSITION = [
     name for name in bundled_names() if not any(isinstance(t.policy, RankPolicy) for t in load_recipe(name).tiers)
 ]
 """The bundled recipes that a model can use without being attached, too."""
+ALIKE = ("turboquant", "turboquant-3.5", "turboquant-prod", "quarot", "fp8", "mxfp4", "nvfp4", "nf4")
+"""Bundled recipes of one tier, whose tokens lie and move as those of `atom` or `turboquant-2.5`."""
+DISTINCT = [name for name in bundled_names() if name not in ALIKE]
 
 
 def recent(window: float, flush: int = 1) -> dict[str, Any]:
