@@ -346,7 +346,7 @@ def _read(
         )
     cache = None if current is None else current.cache
     # Layers that share another's keys may leave out queries: the scores speak of the attention of the layer itself.
-    observer = tiers.observe() if cache is None or _tiers_of(cache, module.layer_idx) is tiers else None
+    observer = tiers.observe(query) if cache is None or _tiers_of(cache, module.layer_idx) is tiers else None
     if not (committed := tiers.committed):
         out = original(module, query, *new, attention_mask, *args, **kwargs)[0]
     with torch.no_grad(), precise(query.device):

@@ -344,7 +344,8 @@ def _made(
     uneven = uneven_layers(chosen)
     if not is_attached(model_or_config):
         check_positions(loaded, model_or_config, config, chosen)
-        if uneven is not None:
+        waits = any(start.placement.attends for _, start in starts)  # to be attached
+        if uneven is not None and not waits:
             raise CacheError(uneven)
     for i in compressed:
         layers[i].uneven = uneven

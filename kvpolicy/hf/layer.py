@@ -98,7 +98,7 @@ class TieredLayer(DenseAccess, CacheLayerMixin):
         """
         if self.attached:
             return
-        if self.tiers.placement.kinds:
+        if self.tiers.placement.attends:
             raise CacheError(
                 f"policy {self.tiers.attending[0]!r} selects tokens by the attention that they receive, which only an "
                 "attached model shows; use: with kvpolicy.attach(model): ..."

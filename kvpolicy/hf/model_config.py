@@ -7,6 +7,8 @@ from typing import Any
 
 from kvpolicy.errors import CacheError, MissingDependencyError, RecipeError
 from kvpolicy.interfaces.budget import layers_named
+from kvpolicy.interfaces.component import check_answer
+from kvpolicy.interfaces.policy import RankPolicy
 from kvpolicy.interfaces.quantizer import Quantizer
 from kvpolicy.interfaces.site import Site
 from kvpolicy.recipe.load import Recipe
@@ -72,6 +74,13 @@ def check_stores(tiers: Any, dim: int | None, site: Site, tried: bool = False) -
     other things.
     """
     for number, tier in enumerate(tiers):
+        scorer = tier.policy._scorer() if isinstance(tier.policy, RankPolicy) else None
+        if scorer is not None:
+            try:
+                check_answer(scorer, "check", site)
+            except RecipeError as error:
+                part = path_text(("tiers", number, "policy", "scorer", *error.place))
+                raise RecipeError(f"{part} ({scorer.kind}), layer {site.layer}: {error}") from None
         for side in ("keys", "values"):
             spec = getattr(tier, side)
             if not isinstance(spec, Quantizer):

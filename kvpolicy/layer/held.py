@@ -121,7 +121,9 @@ class Held:
     def attending(self) -> list[str]:
         """The policies that must see attention."""
         policies = self.placement.policies
-        return [p.kind for p in policies if isinstance(p, RankPolicy) and p._scores() is not None]
+        ranks = [p for p in policies if isinstance(p, RankPolicy)]
+        asking = [p for p in ranks if (scorer := p._scorer()) is not None and "query" in scorer.needs]
+        return [p.kind for p in ranks if p in asking or p._scores() is not None]
 
     @property
     def asking(self) -> str | None:

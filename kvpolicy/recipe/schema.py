@@ -140,4 +140,16 @@ def _or_parameter(described: dict[str, Any]) -> dict[str, Any]:
     outer: dict[str, Any] = {k: described[k] for k in ("title", "description", "default") if k in described}
     inner = {key: value for key, value in described.items() if key not in outer}
     variants = inner["anyOf"] if set(inner) == {"anyOf"} else [inner]
-    return {**outer, "anyOf": [*variants, {"$ref": "#/$defs/parameter"}]}
+    return {**outer, "anyOf": [*map(_parameters_within, variants), {"$ref": "#/$defs/parameter"}]}
+
+
+def _parameters_within(described: dict[str, Any]) -> dict[str, Any]:
+    """The schema of a value whose members may be written `$name`, where it has some."""
+    found = {
+        key: _or_parameter(described[key])
+        for key in ("items", "additionalProperties")
+        if isinstance(described.get(key), dict)
+    }
+    if isinstance(members := described.get("properties"), dict):
+        found["properties"] = {k: v if "const" in v else _or_parameter(v) for k, v in members.items()}
+    return {**described, **found}
