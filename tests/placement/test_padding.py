@@ -62,15 +62,7 @@ def tolerance(recipe: Recipe) -> float:
     return 0.03 if stores(recipe) else 1e-4
 
 
-APART = ("full", "qaq")
-"""Recipes that have tests of their own: qaq has few bits whatever is asked."""
-ALONE = ("qaq", "key-norm")
-"""In key-norm equal tokens have equally long keys in the first layer, and rounding decides."""
-BY_TOKEN = [
-    name
-    for name in DISTINCT
-    if name not in ALONE and all(getattr(store, "per", "token") == "token" for store in stores(small(name)))
-]
+BY_TOKEN = [n for n in DISTINCT if all(getattr(store, "per", "token") == "token" for store in stores(small(n)))]
 
 
 def padded(side: str) -> tuple[Tensor, Tensor]:
@@ -155,7 +147,7 @@ def test_no_padding_is_held_and_sinks_are_the_first_real_tokens(name: str, side:
 
 
 @pytest.mark.parametrize("pads", [None, PADS], ids=["even", "padded"])
-@pytest.mark.parametrize("name", [n for n in DISTINCT if n not in APART])
+@pytest.mark.parametrize("name", [n for n in DISTINCT if n != "full"])
 def test_attention_is_that_over_what_is_held_over_300_steps(name: str, pads: tuple[int, ...] | None) -> None:
     batch, total = 3, PROMPT + 300
     query, keys, values = random_tokens(total, 5, batch)
