@@ -225,7 +225,7 @@ def test_scores_of_a_long_prompt_take_a_few_megabytes() -> None:
         layer.cache.update(keys, values, 0)
         observer = layer.tiers.observe()
         assert len(observer.queries) == 2 * int(0.05 * tokens)
-        assert peak(lambda: observe(query, keys, observer), "cpu") < 6e6
+        assert peak(lambda: observe(query, keys, observer), "cpu") < 8e6
 
 
 def test_policies_that_ask_for_the_same_share_their_scores() -> None:
