@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kvpolicy.experiment.comparison import compare as compare
+    from kvpolicy.experiment.tune import tune as tune
     from kvpolicy.hf.attach import Attached as Attached
     from kvpolicy.hf.attach import attach as attach
     from kvpolicy.hf.cache import CompressedCache as CompressedCache
@@ -61,6 +62,7 @@ __all__ = [
     "hookimpl",
     "load_recipe",
     "make_cache",
+    "tune",
 ]
 
 # Loaded at first use: torch and transformers take seconds, and `kvpolicy --help` needs neither.
@@ -90,6 +92,7 @@ _HOMES = {
     "hookimpl": "hookspecs",
     "load_recipe": "recipe.load",
     "make_cache": "hf.cache",
+    "tune": "experiment.tune",
 }
 
 
