@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from kvpolicy.errors import CompareError
+from kvpolicy.errors import CompareError, MissingDependencyError
 from kvpolicy.hf.fingerprint import Fingerprint, differences
 from kvpolicy.recipe.yaml import path_text
 from kvpolicy.words import clip, in_words
@@ -36,9 +36,13 @@ def open_study(directory: Path | None, about: dict[str, Any], bits: float | None
         seed: of the sampler; a study that goes on draws other numbers than it began with.
 
     Raises:
-        CompareError: the directory holds another search, a damaged one, or one that is running.
+        CompareError: the directory holds another search, a damaged one, or one that is running, or can't be written.
+        MissingDependencyError: Optuna can't be imported.
     """
-    import optuna
+    try:
+        import optuna
+    except ImportError as error:  # what it needs is missing
+        raise MissingDependencyError(f"Optuna can't be imported: {error}; pip install 'kvpolicy[tune]'") from error
 
     shown = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -58,6 +62,8 @@ def open_study(directory: Path | None, about: dict[str, Any], bits: float | None
                     study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
             study.sampler = _sampler(bits, seed + len(before))
             yield study
+    except OSError as error:
+        raise CompareError(f"{directory}: the study can't be read or written: {error}") from error
     finally:
         optuna.logging.set_verbosity(shown)
 

@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("optuna")
+optuna = pytest.importorskip("optuna")
 
 import torch
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 from searched import SMALL, SPACE, text
 from transformers import DynamicCache
 from typer.testing import CliRunner
@@ -179,6 +181,10 @@ def test_a_search_that_was_killed_goes_on(given: Given, tmp_path: Path, counted:
     assert len(result.trials) == 6
     assert len(counted) == finished - 4 + held  # the two trials that were finished before were not run again
     assert len({json.dumps(trial.drawn) for trial in result.trials}) == 6
+    study = optuna.load_study(study_name="tune", storage=JournalStorage(JournalFileBackend(str(journal))))
+    states = [trial.state.name for trial in study.get_trials(deepcopy=False)]
+    assert states.count("FAIL") == 1
+    assert "RUNNING" not in states
     assert not list(out.glob("*.part"))
 
 
