@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kvpolicy.experiment.calibration import calibrate as calibrate
     from kvpolicy.experiment.comparison import compare as compare
     from kvpolicy.experiment.tune import tune as tune
     from kvpolicy.hf.attach import Attached as Attached
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from kvpolicy.interfaces.backend import AttentionSpec as AttentionSpec
     from kvpolicy.interfaces.backend import Backend as Backend
     from kvpolicy.interfaces.backend import Part as Part
+    from kvpolicy.interfaces.calibrator import Calibrator as Calibrator
+    from kvpolicy.interfaces.calibrator import Watched as Watched
     from kvpolicy.interfaces.extra import Extra as Extra
     from kvpolicy.interfaces.extra import Grouping as Grouping
     from kvpolicy.interfaces.policy import Policy as Policy
@@ -42,6 +45,7 @@ __all__ = [
     "AttentionOptions",
     "AttentionSpec",
     "Backend",
+    "Calibrator",
     "CompressedCache",
     "Extra",
     "Given",
@@ -56,8 +60,10 @@ __all__ = [
     "Site",
     "TensorQuantizer",
     "Transform",
+    "Watched",
     "__version__",
     "attach",
+    "calibrate",
     "compare",
     "hookimpl",
     "load_recipe",
@@ -74,6 +80,7 @@ _HOMES = {
     "Affine": "interfaces.quantizer",
     "AffineQuantizer": "interfaces.quantizer",
     "Attached": "hf.attach",
+    "Calibrator": "interfaces.calibrator",
     "CompressedCache": "hf.cache",
     "Extra": "interfaces.extra",
     "Given": "interfaces.scorer",
@@ -87,7 +94,9 @@ _HOMES = {
     "Site": "interfaces.site",
     "TensorQuantizer": "interfaces.quantizer",
     "Transform": "interfaces.transform",
+    "Watched": "interfaces.calibrator",
     "attach": "hf.attach",
+    "calibrate": "experiment.calibration",
     "compare": "experiment.comparison",
     "hookimpl": "hookspecs",
     "load_recipe": "recipe.load",

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from typing import Any
 
-from kvpolicy.errors import CompareError, MissingDependencyError
+from kvpolicy.errors import CalibrationError, CompareError, MissingDependencyError
 from kvpolicy.words import clip, in_words, quoted, suggest
 
 RESULTS = ("samples.jsonl", "summary.json", "comparison.png", "attention.png")
@@ -20,7 +20,9 @@ TOKENS_PER_POSITION = 4
 """Tokens of the bundled tokenizer that no other puts into one on average."""
 MAX_PROMPT = 1 << 24
 """Characters of a prompt for a model that names no bound."""
-MAX_TEXT = 1 << 24
+MAX_TEXT = 1 << 30
+"""Bytes of a text that a model is calibrated on."""
+MAX_SEARCHED = 1 << 24
 """Tokens of prompts that a search reads, all samples together."""
 OLDEST_OPTUNA = 4
 _PICTURES = (
@@ -165,9 +167,9 @@ def check_search(settings: Mapping[str, Any]) -> None:
         value = settings[name]
         if isinstance(value, bool) or not isinstance(value, int) or value < bound:
             raise CompareError(f"{name} must be an integer of at least {bound}, found {in_words(value)}")
-    if settings["samples"] * settings["tokens"] > MAX_TEXT:
-        found = f"{in_words(settings['samples'])} times {in_words(settings['tokens'])}"
-        raise CompareError(f"samples times tokens must be at most {MAX_TEXT:,}, found {found}; ask for fewer samples")
+    if settings["samples"] * settings["tokens"] > MAX_SEARCHED:
+        found = f"{in_words(settings['samples'])} times {in_words(settings['tokens'])}; ask for fewer samples"
+        raise CompareError(f"samples times tokens must be at most {MAX_SEARCHED:,}, found {found}")
     share, bits, out = settings["held_out"], settings["bits"], settings["out"]
     if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < 1:
         raise CompareError(
@@ -195,6 +197,49 @@ def check_optuna() -> None:
         raise MissingDependencyError(
             f"kvpolicy tune needs Optuna {OLDEST_OPTUNA} or newer, {state}; pip install 'kvpolicy[tune]'"
         )
+
+
+def check_calibration(samples: Any, tokens: Any, text: Any, out: Path, overwrite: bool) -> str:
+    """Arguments of `calibrate` that can't be right for any model; nothing is written yet.
+
+    Returns:
+        The text.
+
+    Raises:
+        CalibrationError: naming the argument.
+    """
+    for name, value, least in (("samples", samples, 1), ("tokens", tokens, 2)):
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= MAX_PROMPT:
+            raise CalibrationError(f"{name} must be an integer from {least} to {MAX_PROMPT}, found {in_words(value)}")
+    name = clip(str(out), 300)
+    try:
+        if out.is_dir() or not out.parent.is_dir() or not os.access(out.parent, os.W_OK | os.X_OK):
+            what = "a directory of that name" if out.is_dir() else "no directory that it could be written to"
+            raise CalibrationError(f"{name}: the calibration goes into a file, found {what}; name another (--out)")
+        if out.exists() and not overwrite:
+            raise CalibrationError(
+                f"{name}: there must be no such file yet, found one; name another (--out), or replace it "
+                "(overwrite=True, on the shell --overwrite)"
+            )
+    except (OSError, ValueError) as error:
+        raise CalibrationError(f"{name}: the calibration can't be written there: {_reason(error)}") from error
+    return _read_text(text)
+
+
+def _read_text(path: Any) -> str:
+    shown = clip(str(path), 300)
+    try:
+        file = Path(path)
+        if file.exists() and not file.is_file():
+            raise ValueError("a directory" if file.is_dir() else "something that is no regular file")
+        if file.exists() and file.stat().st_size > MAX_TEXT:
+            raise ValueError(f"one of more than {MAX_TEXT} bytes")
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise CalibrationError(f"{shown}: must be text in UTF-8, found other bytes; save it as UTF-8") from error
+    except (OSError, ValueError, TypeError) as error:
+        raise CalibrationError(f"{shown}: must be a text file that can be read, found {_reason(error)}") from error
+    return text
 
 
 def _reason(error: Exception) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = [
     "CacheError",
+    "CalibrationError",
     "CompareError",
     "KvpolicyError",
     "MissingDependencyError",
@@ -39,6 +40,10 @@ class MissingDependencyError(PluginError):
 
 class CacheError(KvpolicyError):
     """A cache can't be built for a model, or was used in a way that it can't serve."""
+
+
+class CalibrationError(KvpolicyError):
+    """A calibration can't be made as asked, or its file is missing, damaged or of another model."""
 
 
 class TaskError(KvpolicyError):

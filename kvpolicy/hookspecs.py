@@ -5,6 +5,7 @@ from __future__ import annotations
 import pluggy
 
 from kvpolicy.interfaces.backend import Backend
+from kvpolicy.interfaces.calibrator import Calibrator
 from kvpolicy.interfaces.extra import Extra
 from kvpolicy.interfaces.policy import Policy
 from kvpolicy.interfaces.quantizer import Quantizer
@@ -15,6 +16,7 @@ __all__ = [
     "hookimpl",
     "hookspec",
     "kvpolicy_backends",
+    "kvpolicy_calibrators",
     "kvpolicy_extras",
     "kvpolicy_policies",
     "kvpolicy_quantizers",
@@ -59,4 +61,10 @@ def kvpolicy_extras() -> list[type[Extra]]:
 @hookspec
 def kvpolicy_backends() -> list[type[Backend]]:
     """The backends of attention of this plugin, as classes."""
+    raise AssertionError("a specification is not called")
+
+
+@hookspec
+def kvpolicy_calibrators() -> list[type[Calibrator]]:
+    """The calibrators of this plugin, as classes: methods of `kvpolicy calibrate`."""
     raise AssertionError("a specification is not called")

@@ -14,20 +14,29 @@ from types import ModuleType
 from typing import Annotated, Any, Generic, TypeVar, get_args
 
 import pluggy
-from pydantic import PlainSerializer, PlainValidator, SerializationInfo, ValidationInfo, WithJsonSchema
+from pydantic import (
+    PlainSerializer,
+    PlainValidator,
+    SerializationInfo,
+    ValidationError,
+    ValidationInfo,
+    WithJsonSchema,
+)
 
 from kvpolicy import hookspecs
-from kvpolicy.errors import PluginError, RecipeError
+from kvpolicy.errors import CalibrationError, PluginError, RecipeError
 from kvpolicy.interfaces.backend import Backend
+from kvpolicy.interfaces.calibrator import SHOWN as WATCHED
+from kvpolicy.interfaces.calibrator import Calibrator
 from kvpolicy.interfaces.component import Component
 from kvpolicy.interfaces.extra import AXES, Extra
 from kvpolicy.interfaces.policy import Policy
 from kvpolicy.interfaces.quantizer import AffineQuantizer, Quantizer, TensorQuantizer
 from kvpolicy.interfaces.scorer import SHOWN, Scorer
 from kvpolicy.interfaces.transform import NEEDS, Transform
-from kvpolicy.words import a, listed, quoted, suggest
+from kvpolicy.words import a, clip, listed, quoted, suggest
 
-__all__ = ["GROUP", "BrokenPlugin", "PluginInfo", "Registry", "ScorerOption", "registry"]
+__all__ = ["GROUP", "BrokenPlugin", "PluginInfo", "Registry", "ScorerOption", "calibrator_of", "registry"]
 
 GROUP = "kvpolicy"
 RESERVED = {"full", "evict"}
@@ -39,6 +48,7 @@ HOOKS: dict[str, tuple[str, type[Component]]] = {
     "transform": ("transforms", Transform),
     "extra": ("extras", Extra),
     "backend": ("backends", Backend),
+    "calibrator": ("calibrators", Calibrator),
 }
 """For each type of plugin the table of `Registry` that holds it, and its base class; hooks are named by the table."""
 
@@ -89,6 +99,7 @@ class Registry:
     transforms: dict[str, PluginInfo[Transform]] = field(default_factory=dict)
     extras: dict[str, PluginInfo[Extra]] = field(default_factory=dict)
     backends: dict[str, PluginInfo[Backend]] = field(default_factory=dict)
+    calibrators: dict[str, PluginInfo[Calibrator]] = field(default_factory=dict)
     broken: list[BrokenPlugin] = field(default_factory=list)
 
     @classmethod
@@ -138,7 +149,7 @@ class Registry:
             self._add(self.known(what), what, classes, point)
 
     def known(self, what: str) -> dict[str, PluginInfo[Any]]:
-        """The plugins of one type (policy, scorer, quantizer, transform, extra), by kind."""
+        """The plugins of one type (policy, scorer, quantizer, and so on), by kind."""
         found: dict[str, PluginInfo[Any]] = getattr(self, HOOKS[what][0])
         return found
 
@@ -171,7 +182,7 @@ class Registry:
         return self.find("quantizer", kind)
 
     def find(self, what: str, kind: str) -> PluginInfo[Any]:
-        """The plugin of one type (policy, scorer, quantizer, transform, extra) of that kind, or a `RecipeError`."""
+        """The plugin of one type (policy, scorer, quantizer, and so on) of that kind, or a `RecipeError`."""
         known = self.known(what)
         if kind in known:
             return known[kind]
@@ -266,6 +277,14 @@ def _check_class(cls: Any, hook: str, base: type[Component]) -> None:
         )
     if not isinstance(getattr(cls, "pools", False), bool):
         raise PluginError(f"class {cls.__name__}: pools must be True or False, found {getattr(cls, 'pools', None)!r}")
+    turns: Any = getattr(cls, "turns", ())
+    if base is Calibrator and not (
+        isinstance(turns, tuple) and turns and all(isinstance(t, frozenset) and t < WATCHED for t in turns)
+    ):
+        raise PluginError(
+            f"class {cls.__name__}: turns must be a tuple of frozensets, each empty or of one of "
+            f"{', '.join(sorted(WATCHED))}, found {turns!r}"
+        )
     axes: Any = getattr(cls, "axes", {})
     if not isinstance(axes, Mapping) or not set(axes.values()) <= set(AXES):
         raise PluginError(f"class {cls.__name__}: axes must map names to {', '.join(AXES)}, found {axes!r}")
@@ -287,6 +306,31 @@ def _kind(cls: type[Component]) -> Any:
 def registry() -> Registry:
     """The plugins of this environment, loaded at first use."""
     return Registry.load(entry_points(group=GROUP))
+
+
+def calibrator_of(text: str) -> Calibrator:
+    """The calibrator that a kind, maybe with options, stands for: `name:key=value,key=value`.
+
+    Raises:
+        CalibrationError: there is none of that kind, or it has no such options.
+    """
+    kind, _, given = text.partition(":")
+    try:
+        cls = registry().find("calibrator", kind).cls
+        options = dict(part.split("=", 1) for part in given.split(",")) if given else {}
+        made = cls.model_validate_strings({"kind": kind, **options}, strict=False)
+        assert isinstance(made, Calibrator)
+        return made
+    except RecipeError as error:
+        raise CalibrationError(str(error)) from None
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        told = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise CalibrationError(f"calibrator {kind!r} must have valid options, found {clip(text)}: {told}") from None
+    except ValueError:
+        raise CalibrationError(
+            f"options of a calibrator are written {kind}:key=value,key=value, found {clip(text)}"
+        ) from None
 
 
 def _scorer(value: Any, info: ValidationInfo) -> Scorer:

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from kvpolicy.hookspecs import hookimpl
-from kvpolicy.interfaces.component import MOST, LayerBudget, budget_tokens
+from kvpolicy.interfaces.component import MOST, LayerBudget, Pyramid, budget_tokens
 from kvpolicy.interfaces.policy import Policy, Queries, RankPolicy, Scores
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -30,7 +30,8 @@ class Attention(RankPolicy):
         0.1,
         description=(
             "Tokens that stay at most: a number, or a fraction of the tokens that `of` names; a list of such, one for "
-            "each layer, or a mapping of layers (such as 2-5) to such."
+            "each layer, a mapping of layers (such as 2-5) to such, or {kind: pyramid, tokens: 2048, window: 32, "
+            "beta: 20}."
         ),
     )
     of: Literal["seen", "prompt"] = Field(
@@ -47,7 +48,9 @@ class Attention(RankPolicy):
         "all",
         description="Queries that count: all, or probes (the newest ones and some at random) alone.",
     )
-    newest: Share = Field(0.05, description="Share of an update's queries that are probes, from the newest on.")
+    newest: Annotated[int, Field(ge=1, le=MOST)] | Share = Field(
+        0.05, description="Share of an update's queries that are probes, from the newest on; or their number."
+    )
     random: Share = Field(0.05, description="Share of its queries that are probes, drawn at random.")
     seed: int = Field(0, ge=0, le=MOST, description="Seed of the random probes.")
     count: Literal["seen", "causal"] = Field(
@@ -77,6 +80,8 @@ class Attention(RankPolicy):
             if getattr(self, name) != type(self).model_fields[name].default:
                 found = f"{name}: {getattr(self, name)}"
                 raise ValueError(f"option {name!r} must go with {needed}, found {found} without; remove it")
+        if isinstance(self.budget, Pyramid) and self.of != "prompt":
+            raise ValueError(f"a budget of kind pyramid must go with of: prompt, found of: {self.of}")
         return self
 
     def scores(self) -> Scores:

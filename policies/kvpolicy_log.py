@@ -9,8 +9,11 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from kvpolicy.hookspecs import hookimpl
-from kvpolicy.interfaces.component import Budget, budget_tokens
+from kvpolicy.interfaces.component import MOST, Budget, budget_tokens
 from kvpolicy.interfaces.policy import Policy
+
+Ints = NDArray[np.int64]
+Words = NDArray[np.uint64]
 
 
 class Log(Policy):
@@ -18,22 +21,87 @@ class Log(Policy):
 
     Source: LogQuant (arXiv 2503.19950, section 3, algorithm 1). Deviation: the official code thins its window
     and its log-spaced tokens together at a flush; here the same positions result from a `recent` tier with
-    `flush` equal to the budget above this one.
+    `flush` equal to the budget above this one. `jitter` and `exponent` are from no paper.
     """
 
     kind: Literal["log"] = "log"
     acts: ClassVar[Literal["arrival", "step"]] = "arrival"
     budget: Budget = Field(42, description="Tokens that stay at most: a number, or a fraction of the tokens seen.")
+    jitter: int | None = Field(
+        None,
+        ge=0,
+        le=MOST,
+        description="Seed by which one of each two neighbours stays; by default the first does.",
+    )
+    exponent: float | None = Field(
+        None,
+        ge=0.0,
+        le=8.0,
+        description=(
+            "Density falls with this power of the distance: 1 is log-spaced, 0 even. The budget is then used up. By "
+            "default every second token leaves as often as the budget asks, which is log-spaced, too."
+        ),
+    )
 
     def capacity(self, seen: int) -> int:
         return budget_tokens(self.budget, seen)
 
-    def keep(self, positions: NDArray[np.int64], seen: int) -> NDArray[np.bool_]:
-        stride, budget = 1, self.capacity(seen)
-        while -(-len(positions) // stride) > budget:
-            stride *= 2
-        keep: NDArray[np.bool_] = np.arange(len(positions)) % stride == 0
+    def keep(self, positions: Ints, seen: int) -> NDArray[np.bool_]:
+        budget = self.capacity(seen)
+        keep = np.zeros(len(positions), dtype=np.bool_)
+        keep[self._thinned(positions, budget) if self.exponent is None else self._dense(positions, seen, budget)] = True
         return keep
+
+    def _thinned(self, positions: Ints, budget: int) -> Ints:
+        """The places of those that stay where of each two neighbours one does."""
+        places = np.arange(len(positions))
+        while len(places) > budget and len(places) > 1:
+            first, second = places[::2], places[1::2]
+            if self.jitter is None:
+                places = first
+                continue
+            odd = first[len(second) :]
+            first = first[: len(second)]
+            swap = _mixed(self.jitter, positions[first], positions[second]) & np.uint64(1) > 0
+            places = np.concatenate([np.where(swap, second, first), odd])
+        return places
+
+    def _dense(self, positions: Ints, seen: int, budget: int) -> Ints:
+        """The places of those that stay where the density is a power of the distance.
+
+        Each position has a share from 0 to 1, evenly spread, and stays while that is small against the power of its
+        distance. This power only falls and the budget fills up, so few of those that left are missed later.
+        """
+        words = _reversed(positions.astype(np.uint64)) if self.jitter is None else _mixed(self.jitter, positions)
+        shares = np.maximum(words.astype(np.float64), 0.5)
+        ranks = -np.log(shares) - float(self.exponent or 0) * np.log(seen - positions)
+        return np.argsort(-ranks, kind="stable")[:budget]
+
+
+def _reversed(words: Words) -> Words:
+    """The bits in reverse order: the van der Corput sequence, in which each stretch of positions is spread evenly."""
+    for width, mask in (
+        (1, 0x5555555555555555),
+        (2, 0x3333333333333333),
+        (4, 0x0F0F0F0F0F0F0F0F),
+        (8, 0x00FF00FF00FF00FF),
+        (16, 0x0000FFFF0000FFFF),
+        (32, 0x00000000FFFFFFFF),
+    ):
+        by, kept = np.uint64(width), np.uint64(mask)
+        words = ((words >> by) & kept) | ((words & kept) << by)
+    return words
+
+
+def _mixed(seed: int, *positions: Ints) -> Words:
+    """Random bits that depend on a seed and on positions alone: the finalizer of splitmix64."""
+    found = np.full(len(positions[0]), seed, dtype=np.uint64)
+    for part in positions:
+        found = (found ^ part.astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
+        found = (found ^ (found >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        found = (found ^ (found >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        found ^= found >> np.uint64(31)
+    return found
 
 
 @hookimpl

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from kvpolicy.hookspecs import hookimpl
-from kvpolicy.interfaces.component import LayerBudget, budget_tokens
+from kvpolicy.interfaces.component import LayerBudget, Pyramid, budget_tokens
 from kvpolicy.interfaces.policy import Policy, RankPolicy
 from kvpolicy.interfaces.scorer import Scorer
 from kvpolicy.plugins import ScorerOption
@@ -28,7 +28,8 @@ class Rank(RankPolicy):
         0.1,
         description=(
             "Tokens that stay at most, in each KV head: a number, or a fraction of the tokens that `of` names; a list "
-            "of such, one for each layer, or a mapping of layers (such as 2-5) to such."
+            "of such, one for each layer, a mapping of layers (such as 2-5) to such, or {kind: pyramid, tokens: 2048, "
+            "window: 32, beta: 20}."
         ),
     )
     of: Literal["seen", "prompt"] = Field(
@@ -65,6 +66,8 @@ class Rank(RankPolicy):
             raise ValueError(f"option 'floor' must go with heads: scores, found {found['floor']} without; remove it")
         if self.heads == "scores" and self.share != "head":
             raise ValueError(f"option 'heads: scores' must go with share: head, found share: {self.share}")
+        if isinstance(self.budget, Pyramid) and self.of != "prompt":
+            raise ValueError(f"a budget of kind pyramid must go with of: prompt, found of: {self.of}")
         if self.among == "arrival" and self.of == "prompt":
             raise ValueError("option 'of: prompt' must go with among: tier or pairs, found among: arrival")
         return self

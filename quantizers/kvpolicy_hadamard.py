@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from pydantic import Field
 
+from kvpolicy.errors import RecipeError
 from kvpolicy.hookspecs import hookimpl
 from kvpolicy.interfaces.site import Site
 from kvpolicy.interfaces.transform import Transform
@@ -60,6 +61,12 @@ class Hadamard(Transform):
         le=2**31 - 1,
         description="Channels change sign before, at random with this seed. Without it none does.",
     )
+
+    def check(self, site: Site) -> None:
+        if site.head_dim % 2:
+            raise RecipeError(
+                f"hadamard needs an even head_dim, found {site.head_dim}, of which it would change nothing; remove it"
+            )
 
     def fit(self, x: Tensor, queries: Tensor | None, site: Site) -> dict[str, Tensor]:
         if self.seed is None:

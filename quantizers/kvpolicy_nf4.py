@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from pydantic import Field
 
 from kvpolicy.hookspecs import hookimpl
-from kvpolicy.interfaces.quantizer import Affine, AffineQuantizer, Quantizer
+from kvpolicy.interfaces.quantizer import Affine, AffineQuantizer, Quantizer, rank_among
 from kvpolicy.interfaces.site import Site
 
 if TYPE_CHECKING:
@@ -35,12 +35,7 @@ LEVELS = (
 )
 
 
-@lru_cache(maxsize=8)
-def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
-    """The levels, and the bounds between them."""
-    with torch.inference_mode(False):
-        levels = torch.tensor(LEVELS, device=device)
-        return levels, (levels[1:] + levels[:-1]) / 2
+BOUNDS = tuple((low + high) / 2 for low, high in pairwise(LEVELS))
 
 
 class Nf4(AffineQuantizer):
@@ -63,9 +58,8 @@ class Nf4(AffineQuantizer):
     def calibrate(self, groups: Tensor) -> Affine:
         x = groups.float()
         scale = x.abs().amax(dim=1, keepdim=True)
-        _, bounds = _tables(groups.device)
-        codes = torch.bucketize((x / torch.where(scale > 0, scale, 1.0)).nan_to_num_(0), bounds)
-        return Affine(codes.to(torch.uint8), scale, torch.zeros_like(scale))
+        codes = rank_among(x / torch.where(scale > 0, scale, 1.0), BOUNDS)
+        return Affine(codes, scale, torch.zeros_like(scale))
 
 
 @hookimpl

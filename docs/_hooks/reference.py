@@ -86,7 +86,7 @@ def _options(what: str) -> str:
     for kind, info in sorted(registry().known(what).items()):
         if info.distribution != "kvpolicy":
             continue
-        described = definitions[f"{what}-{kind}"]["properties"]
+        described = definitions.get(f"{what}-{kind}", info.cls.model_json_schema())["properties"]
         rows = [
             (f"`{name}`", _type(described[name]), _default(field), field.description)
             for name, field in info.cls.model_fields.items()
@@ -126,6 +126,11 @@ def transforms() -> str:
 def extras() -> str:
     """The built-in extras and their options."""
     return _options("extra")
+
+
+def calibrators() -> str:
+    """The built-in calibrators and their options."""
+    return _options("calibrator")
 
 
 def bundled() -> str:
@@ -204,6 +209,7 @@ GENERATED: dict[str, Callable[[], str]] = {
     "quantizers": quantizers,
     "transforms": transforms,
     "extras": extras,
+    "calibrators": calibrators,
     "bundled": bundled,
     "cli": cli,
 }

@@ -12,8 +12,10 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from kvpolicy.interfaces.checks import multiplied
 from kvpolicy.storage.affine import AffineStore
 from kvpolicy.storage.base import Store
+from kvpolicy.storage.named import NamedStore
 from kvpolicy.storage.packing import looked_up, plane_width, unpack
 
 PIECES = {1: 8, 2: 4, 4: 2, 8: 1}
@@ -39,8 +41,7 @@ def key_scores(store: Store, rows: Tensor, out: Tensor, columns: Columns) -> Non
         columns: where its tokens stand in `out`.
     """
     if isinstance(store, AffineStore) and store.direct and store.parts["codes"].length:
-        mapped = rows if store.chain is None else store.chain.adjoint(rows)
-        assert mapped is not None
+        mapped = _mapped(store, rows)
         product = (_channel_product if store.by_channel else _token_product)(store, mapped)
         for first, codes, params in store.affine_blocks(_block(store, rows)):
             n = codes.shape[2] * (codes.shape[3] if codes.ndim == 5 else 1)
@@ -53,6 +54,14 @@ def key_scores(store: Store, rows: Tensor, out: Tensor, columns: Columns) -> Non
                 store.beside.add_scores(mapped, scores, first)
             if not isinstance(columns, int):
                 _put(out, scores, columns, first)
+    if isinstance(store, NamedStore) and store.direct:
+        mapped = _mapped(store, rows)
+        for first, last, tensors in store.blocks(_block(store, rows)):
+            scores = multiplied(store.quantizer, "scores", mapped, tensors, last - first)
+            if store.beside is not None:
+                scores = scores.clone()
+                store.beside.add_scores(mapped, scores, first)
+            _put(out, scores, columns, first)
     for first, x in _dense_blocks(store, rows):
         _put(out, rows @ x.transpose(2, 3), columns, first)
 
@@ -77,8 +86,22 @@ def add_values(store: Store, weights: Tensor, out: Tensor, columns: Columns) -> 
                 store.beside.add_values(chosen, result, first)
         if store.chain is not None:
             out += store.chain.inverse(result, None)
+    if isinstance(store, NamedStore) and store.direct:
+        result = out if store.chain is None else torch.zeros_like(out)
+        for first, last, tensors in store.blocks(_block(store, out)):
+            chosen = _get(weights, columns, first, last - first)
+            result += multiplied(store.quantizer, "combine", chosen, tensors, store.head_dim)
+            if store.beside is not None:
+                store.beside.add_values(chosen, result, first)
+        if store.chain is not None:
+            out += store.chain.inverse(result, None)
     for first, x in _dense_blocks(store, out):
         out += _get(weights, columns, first, x.shape[2]) @ x
+
+
+def _mapped(store: AffineStore | NamedStore, rows: Tensor) -> Tensor:
+    """Queries as they are to be multiplied with what is coded."""
+    return rows if store.chain is None else store.chain.adjoint(rows)
 
 
 def _block(store: Store, like: Tensor) -> int:
@@ -90,6 +113,8 @@ def _block(store: Store, like: Tensor) -> int:
 
 def _dense_blocks(store: Store, like: Tensor) -> Iterator[tuple[int, Tensor]]:
     """What a store holds in no codes, in float32, with the index of each block's first token."""
+    if isinstance(store, NamedStore) and store.direct:
+        return
     if isinstance(store, AffineStore) and store.direct:
         blocks, before = store.parts["exact"].blocks(), store.parts["codes"].length
     else:

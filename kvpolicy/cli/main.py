@@ -8,9 +8,11 @@ from typing import Annotated
 
 import typer
 
+from kvpolicy.cli.calibrate import calibrate
 from kvpolicy.cli.compare import compare
 from kvpolicy.cli.env import env
 from kvpolicy.cli.generate import generate
+from kvpolicy.cli.importing import import_preset
 from kvpolicy.cli.output import show_error
 from kvpolicy.cli.plugins import plugins
 from kvpolicy.cli.recipes import recipes
@@ -47,10 +49,11 @@ def _options(
 
 
 TAKES_RECIPES = ("show", "validate", "compare", "generate")
-for command in (recipes, show, validate, schema, plugins, compare, tune, generate, env):
+for command in (recipes, show, validate, schema, plugins, compare, tune, generate, calibrate, env):
     # Words too many reach the command, which says how parameters are written.
     spare = {"allow_extra_args": command in (show, generate)}
     app.command(context_settings=spare)(command)
+app.command("import")(import_preset)
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, get_args, get_origin
 
 import numpy as np
@@ -12,12 +13,15 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 from torch import Tensor
 
-from kvpolicy.errors import KvpolicyError
-from kvpolicy.interfaces.component import Component
+from kvpolicy.errors import KvpolicyError, RecipeError
+from kvpolicy.interfaces.calibrator import Calibrator, Watched
+from kvpolicy.interfaces.checks import finished, watched
+from kvpolicy.interfaces.component import Component, check_answer
 from kvpolicy.interfaces.extra import Extra
 from kvpolicy.interfaces.policy import Policy
 from kvpolicy.interfaces.quantizer import AffineQuantizer, Quantizer
 from kvpolicy.interfaces.scorer import Scorer
+from kvpolicy.interfaces.site import Site
 from kvpolicy.interfaces.transform import Transform
 from kvpolicy.plugins import PluginInfo, registry
 
@@ -128,13 +132,68 @@ def transforms() -> list[Transform]:
     return _params(registry().transforms)
 
 
+def calibrators() -> list[Calibrator]:
+    """Calibrators to try."""
+    return _params(registry().calibrators)
+
+
+SAMPLES, SAMPLE = 3, 64
+"""Samples that a calibrator is shown, and the tokens of each."""
+
+
+def run_calibrator(
+    calibrator: Calibrator, site: Site, unrotated: bool = True, constant: bool = False
+) -> dict[str, Tensor]:
+    """What a calibrator finds out about a layer on made-up samples."""
+    state: dict[str, Tensor] = {}
+    for turn, needs in enumerate(type(calibrator).turns):
+        for sample in range(SAMPLES):
+            given = _watched(site, sample, needs, unrotated, constant)
+            # As a file gives it back, after an interruption.
+            state = watched(calibrator, given, {name: t.clone() for name, t in state.items()}, turn)
+    return finished(calibrator, state, site)
+
+
+def _watched(site: Site, seed: int, needs: frozenset[str], unrotated: bool, constant: bool) -> Watched:
+    shape = (1, site.kv_heads, SAMPLE, site.head_dim)
+    keys, values, bare = (tensor(shape, torch.float32, 10 * seed + i) * (not constant) for i in range(3))
+    sides = {"keys": keys, "values": values, **({"unrotated": bare} if unrotated else {})}
+    gradients = {n: tensor(shape, torch.float32, seed + 100) * 1e-3 for n in sides} if "gradients" in needs else {}
+    weights = torch.rand(8, SAMPLE, generator=torch.Generator().manual_seed(seed)).tril(SAMPLE - 8)
+    attention = weights / weights.sum(1, keepdim=True) if "attention" in needs else None
+    return Watched(site, SAMPLES * SAMPLE, keys, values, sides.get("unrotated"), gradients, attention)
+
+
+@lru_cache(maxsize=16)
+def calibration(kv_heads: int, head_dim: int) -> dict[str, Tensor]:
+    """What the installed calibrators find out about a layer, all together."""
+    site = Site(0, 1, "keys", kv_heads, head_dim)
+    found: dict[str, Tensor] = {}
+    for kind in sorted(registry().calibrators):
+        cls = registry().calibrators[kind].cls
+        found |= run_calibrator(cls.model_validate(required_options(cls), strict=True), site)
+    return found
+
+
 def _fits_nowhere(quantizer: Quantizer) -> bool:
-    """Whether its group size divides no head_dim, or suits per: channel only."""
+    """Whether it refuses heads of 64 channels, its group size doesn't divide these, or suits per: channel only."""
+    if not isinstance(quantizer, AffineQuantizer):
+        try:
+            check_answer(quantizer, "check", 64)
+        except RecipeError:
+            return True
+        except KvpolicyError:  # a test of its own tells
+            return False
     if not isinstance(quantizer, AffineQuantizer) or quantizer.per == "channel":
         return False
     return quantizer.group_size == "arrival" or (
         isinstance(quantizer.group_size, int) and 64 % quantizer.group_size > 0
     )
+
+
+def normal(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> Tensor:
+    """Normal numbers, not quite around zero."""
+    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) + 0.5).to(dtype)
 
 
 def tensor(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> Tensor:

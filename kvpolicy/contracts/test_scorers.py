@@ -7,15 +7,33 @@ import torch
 from torch import Tensor
 
 from kvpolicy.contracts.samples import name_of, scorers, tensor
-from kvpolicy.interfaces.scorer import Scorer
+from kvpolicy.errors import MissingDependencyError
+from kvpolicy.interfaces.scorer import BESIDE, Scorer
 from kvpolicy.interfaces.scores import Scores
 from kvpolicy.interfaces.site import Site
-from kvpolicy.placement.selection import scored
+from kvpolicy.placement.selection import scored, scored_again
 
 SCORERS = scorers()
 EVERY = pytest.mark.parametrize("scorer", SCORERS, ids=[name_of(scorer) for scorer in SCORERS])
 BATCH, HEADS, TOKENS, DIM = 3, 4, 50, 64
-SITE = Site(layers=2, kv_heads=HEADS, head_dim=DIM)
+GROUPS = 2
+"""Query heads of a KV head."""
+
+
+def _rotary(positions: Tensor) -> tuple[Tensor, Tensor]:
+    angles = positions.unsqueeze(2) * 100.0 ** -torch.arange(0.0, 1.0, 2 / DIM).repeat(2)
+    return angles.cos(), angles.sin()
+
+
+SITE = Site(layers=2, kv_heads=HEADS, head_dim=DIM, rotary=_rotary)
+
+
+@pytest.fixture(autouse=True)
+def _library(request: pytest.FixtureRequest) -> None:
+    try:
+        request.getfixturevalue("scorer").check(SITE)
+    except MissingDependencyError as error:
+        pytest.skip(str(error))
 
 
 def _shown(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -24,6 +42,8 @@ def _shown(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     return {
         "keys": tensor((BATCH, HEADS, TOKENS, DIM), dtype),
         "values": tensor((BATCH, HEADS, TOKENS, DIM), dtype, seed=1),
+        "query": tensor((BATCH, HEADS * GROUPS, TOKENS, DIM), dtype, seed=2),
+        "real": torch.ones(BATCH, HEADS, TOKENS, dtype=torch.bool),
         "attention": torch.rand(BATCH, HEADS, TOKENS, generator=generator) * 20,
         "queries": torch.randint(0, 30, (BATCH, HEADS, TOKENS), generator=generator).float(),
         "positions": positions,
@@ -32,7 +52,9 @@ def _shown(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
 
 
 def _picked(shown: dict[str, Tensor], dim: int, index: Tensor) -> dict[str, Tensor]:
-    return {name: x.index_select(dim, index) for name, x in shown.items()}
+    """Some rows, heads or tokens; of the query the heads of some KV heads."""
+    wide = (index.unsqueeze(1) * GROUPS + torch.arange(GROUPS)).flatten() if dim == 1 else index
+    return {name: x.index_select(dim, wide if name == "query" else index) for name, x in shown.items()}
 
 
 @EVERY
@@ -48,7 +70,7 @@ def test_numbers_give_numbers_of_the_right_shape(scorer: Scorer, dtype: torch.dt
 
 @EVERY
 def test_it_is_given_what_it_needs_and_nothing_else(scorer: Scorer) -> None:
-    needs = scorer.needs | ({"ages"} if "positions" in scorer.needs else set())
+    needs = scorer.needs | {beside for name, beside in BESIDE.items() if name in scorer.needs}
     few = {name: x for name, x in _shown().items() if name in needs}
     assert torch.equal(scored(scorer, few, SITE), scored(scorer, _shown(), SITE))
 
@@ -89,7 +111,7 @@ def test_tokens_are_scored_in_any_chunks_unless_it_pools(scorer: Scorer) -> None
 def test_what_is_not_finite_spoils_no_other_row_or_head(scorer: Scorer) -> None:
     shown = _shown()
     whole = scored(scorer, shown, SITE)
-    for name in ("keys", "values", "attention"):
+    for name in ("keys", "values", "query", "attention"):
         shown[name][0, 0, 3] = torch.nan
     spoilt = scored(scorer, shown, SITE)
     torch.testing.assert_close(spoilt[1:, 1:], whole[1:, 1:])
@@ -106,3 +128,26 @@ def test_the_attention_asked_for_is_the_same_each_time(scorer: Scorer) -> None:
     assert all(isinstance(scores, Scores) for scores in asked), "scores must return kvpolicy.Scores"
     assert asked[0] == asked[1] == asked[2], "scores must be the same each time"
     assert type(scorer).model_validate(scorer.model_dump()).scores() == asked[0], "scores must depend on options alone"
+
+
+@EVERY
+def test_what_it_noted_is_scored_again_token_by_token(scorer: Scorer) -> None:
+    if not scorer._again:
+        pytest.skip("it scores tokens once")
+    shown = {name: x for name, x in _shown().items() if name not in ("keys", "values")}
+    noted = scored(scorer, _shown(), SITE)
+    before = noted.clone()
+    found = scored_again(scorer, noted, shown, SITE)
+    assert found.shape == noted.shape
+    assert not found.isnan().any(), "again must return numbers for numbers, found nan"
+    assert torch.equal(noted, before), "again must not change what it is given"
+    order = torch.tensor([2, 0, 1])
+    moved = scored_again(scorer, noted[order], _picked(shown, 0, order), SITE)
+    torch.testing.assert_close(moved, found[order], msg="rows must not depend on their order")
+    if scorer.pools:
+        return
+    parts = [
+        scored_again(scorer, noted[..., index], _picked(shown, 2, index), SITE)
+        for index in torch.arange(TOKENS).split([1, 30, 19])
+    ]
+    torch.testing.assert_close(torch.cat(parts, dim=2), found, msg="a score must depend on its token alone")

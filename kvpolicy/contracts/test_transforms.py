@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,14 +10,15 @@ import torch
 from torch import Tensor
 
 from kvpolicy.attention.products import add_values, key_scores
-from kvpolicy.contracts.samples import name_of, tensor, transforms
-from kvpolicy.errors import RecipeError
+from kvpolicy.contracts.samples import calibration, name_of, tensor, transforms
+from kvpolicy.errors import CacheError, RecipeError
 from kvpolicy.interfaces.quantizer import AffineQuantizer
 from kvpolicy.interfaces.site import Site
 from kvpolicy.interfaces.transform import Transform
 from kvpolicy.plugins import registry
 from kvpolicy.storage.base import Store
 from kvpolicy.storage.chain import Chain
+from kvpolicy.storage.coded import CodedStore
 from kvpolicy.storage.make import make_store
 
 TRANSFORMS = transforms()
@@ -34,7 +36,7 @@ def _rotary(positions: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _site(head_dim: int) -> Site:
-    return Site(3, 8, "keys", HEADS, head_dim, _rotary)
+    return Site(3, 8, "keys", HEADS, head_dim, _rotary, fitted=calibration(HEADS, head_dim))
 
 
 @pytest.fixture(autouse=True)
@@ -47,16 +49,50 @@ def _fits(request: pytest.FixtureRequest) -> None:
         pytest.skip(str(error))
 
 
+def _queries(head_dim: int, rows: int = BATCH) -> Tensor:
+    """The least and the greatest of each channel."""
+    x = tensor((BATCH, HEADS, TOKENS, head_dim), torch.float32, seed=7)
+    return torch.stack([x.amin(2).clamp(max=0.0), x.amax(2).clamp(min=0.0)], dim=2)[:rows]
+
+
+def _fit(transform: Transform, x: Tensor) -> dict[str, Tensor]:
+    asked = _queries(x.shape[3], len(x)) if "queries" in transform.needed() else None
+    return transform.fit(x, asked, _site(x.shape[3]))
+
+
 def _fitted(transform: Transform, head_dim: int) -> tuple[Tensor, dict[str, Tensor]]:
     x = tensor((BATCH, HEADS, TOKENS, head_dim), torch.float64)
-    return x, transform.fit(x, None, _site(head_dim))
+    return x, _fit(transform, x)
+
+
+@EVERY
+def test_it_needs_what_its_class_says(transform: Transform) -> None:
+    assert transform.needed() <= type(transform).needs, "needed must give a part of needs"
+    if "queries" not in transform.needed():
+        return
+    site = replace(_site(64), side="values")
+    with pytest.raises(RecipeError, match="needs queries, which meet keys alone"):
+        Chain((transform,), site)
+    with pytest.raises(CacheError, match="must be shown queries before keys are coded"):
+        Chain((transform,), _site(64)).forward(tensor((1, 1, 2, 64), torch.float32), None)
+
+
+@EVERY
+def test_queries_may_be_of_any_size(transform: Transform) -> None:
+    x = tensor((BATCH, HEADS, TOKENS, 64), torch.float32)
+    for factor in (0.0, 1e-6, 1e4):
+        chain = Chain((transform,), _site(64))
+        chain.heed(_queries(64) * factor)
+        chain.heed(_queries(64) * factor * 0.5)
+        back = chain.inverse(chain.forward(x, PLACES.view(1, 1, -1)), PLACES.view(1, 1, -1))
+        assert torch.allclose(back, x, rtol=1e-4, atol=1e-4), "inverse(forward(x)) must be x whatever queries were"
 
 
 @EVERY
 @DIMS
 def test_the_inverse_gives_back_what_went_through(transform: Transform, head_dim: int) -> None:
     x, state = _fitted(transform, head_dim)
-    places = PLACES.expand(BATCH, 1, -1) if "positions" in transform.needs else None
+    places = PLACES.expand(BATCH, 1, -1) if "positions" in transform.needed() else None
     y = transform.forward(x, state, places)
     assert y.shape == x.shape, f"forward must give {tuple(x.shape)}, found {tuple(y.shape)}"
     assert y.dtype == x.dtype, f"forward must stay in {x.dtype}, found {y.dtype}"
@@ -71,7 +107,7 @@ def test_the_adjoint_moves_the_inverse_to_the_query(transform: Transform, head_d
     x, state = _fitted(transform, head_dim)
     q = tensor((BATCH, HEADS, 5, head_dim), torch.float64, seed=1)
     mapped = transform.adjoint(q, state)
-    if "positions" in transform.needs or mapped is None:
+    if "positions" in transform.needed() or mapped is None:
         pytest.skip("it has no adjoint: stores are decoded block by block")
     y = transform.forward(x, state, None)
     one, other = q @ transform.inverse(y, state, None).transpose(2, 3), mapped @ y.transpose(2, 3)
@@ -96,6 +132,7 @@ def _odd(head_dim: int, dtype: torch.dtype) -> dict[str, Tensor]:
 def test_numbers_give_numbers(transform: Transform, dtype: torch.dtype) -> None:
     for what, x in _odd(64, dtype).items():
         chain, places = Chain((transform,), _site(64)), PLACES[: x.shape[2]].view(1, 1, -1)
+        chain.heed(_queries(64))
         y = chain.forward(x, places)
         assert y.isfinite().all(), f"forward must give numbers for {what}, found nan or inf"
         assert chain.inverse(y, places).isfinite().all(), f"inverse must give numbers for {what}, found nan or inf"
@@ -107,18 +144,21 @@ def test_numbers_give_numbers(transform: Transform, dtype: torch.dtype) -> None:
 
 @EVERY
 def test_what_is_kept_does_not_depend_on_how_many_tokens_there_are(transform: Transform) -> None:
-    Chain((transform,), _site(64)).check_state(tensor((BATCH, HEADS, TOKENS, 64), torch.float32))
+    chain = Chain((transform,), _site(64))
+    chain.heed(_queries(64))
+    chain.check_state(tensor((BATCH, HEADS, TOKENS, 64), torch.float32))
 
 
 @EVERY
 def test_rows_and_heads_are_fitted_each_for_itself(transform: Transform) -> None:
     x, state = _fitted(transform, 64)
-    places = PLACES.expand(BATCH, 1, -1) if "positions" in transform.needs else None
+    places = PLACES.expand(BATCH, 1, -1) if "positions" in transform.needed() else None
     whole = transform.forward(x, state, places)
     for row in range(BATCH):
         alone = x[row : row + 1]
         one = None if places is None else places[:1]
-        found = transform.forward(alone, transform.fit(alone, None, _site(64)), one)
+        asked = _queries(64)[row : row + 1] if "queries" in transform.needed() else None
+        found = transform.forward(alone, transform.fit(alone, asked, _site(64)), one)
         assert torch.allclose(found, whole[row : row + 1]), "a row must not depend on the others"
 
 
@@ -131,7 +171,9 @@ def _quantizer(transform: Transform, layout: str) -> AffineQuantizer:
 
 def _filled(transform: Transform, layout: str, x: Tensor, *cuts: int) -> Store:
     store = make_store(_quantizer(transform, layout), x.shape[3], _site(x.shape[3]))
-    assert store is not None
+    assert isinstance(store, CodedStore)
+    assert store.chain is not None
+    store.chain.heed(_queries(x.shape[3], len(x)))
     for part, places in zip(x.tensor_split(cuts, dim=2), PLACES[: x.shape[2]].tensor_split(cuts), strict=True):
         store.append(part, None, places)
     return store

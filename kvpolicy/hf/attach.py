@@ -346,9 +346,8 @@ def _read(
         )
     cache = None if current is None else current.cache
     # Layers that share another's keys may leave out queries: the scores speak of the attention of the layer itself.
-    observer = tiers.observe() if cache is None or _tiers_of(cache, module.layer_idx) is tiers else None
-    committed = tiers.committed
-    if not committed:
+    observer = tiers.observe(query) if cache is None or _tiers_of(cache, module.layer_idx) is tiers else None
+    if not (committed := tiers.committed):
         out = original(module, query, *new, attention_mask, *args, **kwargs)[0]
     with torch.no_grad(), precise(query.device):
         if committed:
@@ -356,6 +355,7 @@ def _read(
         elif observer is not None:
             observe(query, new[0], observer, attention_mask, **options)
     _show(current, module, query, key, value, attention_mask, kwargs, out)
+    tiers.heed(query)
     if tiers.scratch is not None:  # no other layer reads these keys and values
         tiers.hold()
     if committed and wants_gradients(query, key, value):

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
 from kvpolicy.errors import CacheError, RecipeError
+from kvpolicy.hf.calibration import calibration_of
 from kvpolicy.hf.calls import PassAware
 from kvpolicy.hf.fingerprint import Origin
 from kvpolicy.hf.layer import TieredLayer, rows_within
@@ -201,7 +202,7 @@ class CompressedCache(PassAware, Cache):
             CacheError: the file is missing, damaged, foreign, or of another model.
             MissingDependencyError: its recipe needs a library that is not installed.
         """
-        return load_cache(path, model, any_model, make_cache)
+        return load_cache(path, model, any_model, _restored)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Keep the first n positions (n > 0), or remove the last -n (n <= 0), in every layer.
@@ -292,9 +293,22 @@ def make_cache(recipe: Any, model_or_config: Any, *, strict: bool = False, **par
     Raises:
         RecipeError: the recipe is not valid, or does not fit the model.
         CacheError: the model can't use the cache, or, with `strict`, nothing would be compressed.
+        CalibrationError: the recipe names a calibration whose file is missing, damaged or of another model.
         MissingDependencyError: the recipe needs a library that is not installed.
     """
     loaded = load_recipe(recipe, **params)
+    return _made(loaded, model_or_config, strict, None)
+
+
+def _restored(recipe: Recipe, model_or_config: Any, fitted: dict[int, dict[str, Tensor]]) -> CompressedCache:
+    """An empty cache with a calibration that was saved in one."""
+    return _made(recipe, model_or_config, False, fitted)
+
+
+def _made(
+    loaded: Recipe, model_or_config: Any, strict: bool, fitted: dict[int, dict[str, Tensor]] | None
+) -> CompressedCache:
+    """`make_cache`, with the tensors of a calibration by layer if its file is not to be read."""
     config = config_of(model_or_config)
     text = config.get_text_config(decoder=True)
     layers = list(DynamicCache(config=config).layers)
@@ -306,25 +320,32 @@ def make_cache(recipe: Any, model_or_config: Any, *, strict: bool = False, **par
     scratch, reading = None if getattr(text, "num_kv_shared_layers", 0) else Scratch(), Reading()
     chosen = {i: loaded.tiers_of(i, len(layers)) for i in compressed}
     check_effect(loaded, layers, chosen, strict)
-    starts: list[tuple[Any, int | None, Step]] = []  # no dict: options of a plugin may not be hashable
+    starts: list[tuple[Any, Step]] = []  # no dict: options of a plugin may not be hashable
+    checked: list[tuple[Any, ...]] = []
     rotary = rotaries(model_or_config, len(layers))
+    fitted = calibration_of(loaded, model_or_config) if fitted is None else fitted
     for i, tiers in chosen.items():
-        dim = head_dim_of(text, i)
-        site = Site(i, len(layers), rotary=rotary[i])
-        start = next((step for known, _, step in starts if known == tiers), None)
-        if not any(known == tiers and dim == checked for known, checked, _ in starts):
+        dim, own, found = head_dim_of(text, i), rotary[i], fitted.get(i, {})
+        heads = next((t.shape[0] for t in found.values() if t.ndim == 2), 1)
+        turned = own is not None and own.interleaved
+        site = Site(i, len(layers), kv_heads=heads, rotary=own, interleaved=turned, fitted=found)
+        tried = (tiers, dim, own is None) in checked
+        if found or not tried:
             try:
-                check_stores(tiers, dim, site)
+                check_stores(tiers, dim, site, tried)
             except RecipeError as error:
                 raise RecipeError(f"recipe {loaded.name}: {error}") from None
-            start = start or Step.first(Placement(tiers))
-            starts.append((tiers, dim, start))
-        assert start is not None
+            checked.append((tiers, dim, own is None))
+        start = next((step for known, step in starts if known == tiers), None)
+        if start is None:
+            start = Step.first(Placement(tiers))
+            starts.append((tiers, start))
         layers[i] = TieredLayer(start, scratch, reading, site)
     uneven = uneven_layers(chosen)
     if not is_attached(model_or_config):
         check_positions(loaded, model_or_config, config, chosen)
-        if uneven is not None:
+        waits = any(start.placement.attends for _, start in starts)  # to be attached
+        if uneven is not None and not waits:
             raise CacheError(uneven)
     for i in compressed:
         layers[i].uneven = uneven

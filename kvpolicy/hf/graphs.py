@@ -274,7 +274,8 @@ def _commit(cache: CompressedCache, device: torch.device) -> None:
     """Let the pending tokens into the tiers, as the layers would one after the other.
 
     Raises:
-        Unusual: some layer holds none, or some places of its stores are empty.
+        Unusual: some layer holds none or waits for queries, or some places of its stores are empty, or scorers see
+            queries.
     """
     tiers = _tiers(cache)
     with torch.no_grad(), precise(device):
@@ -283,6 +284,10 @@ def _commit(cache: CompressedCache, device: torch.device) -> None:
         columns = [layer.columns() for layer in tiers]
     if any(not layer.committed for layer in tiers):
         raise Unusual("layers that hold nothing")
+    if any(layer.wants_queries for layer in tiers):
+        raise Unusual("transforms that are still to be fitted to queries")
+    if any(layer.placement.scores.reads_query(prompting=layer.step.prompt is None) for layer in tiers):
+        raise Unusual("scorers that see queries")
     if any(found.gaps for found in columns):
         raise Unusual("rows or heads that hold different numbers of tokens")
 

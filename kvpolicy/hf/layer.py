@@ -98,10 +98,15 @@ class TieredLayer(DenseAccess, CacheLayerMixin):
         """
         if self.attached:
             return
-        if self.tiers.placement.kinds:
+        if self.tiers.placement.attends:
             raise CacheError(
                 f"policy {self.tiers.attending[0]!r} selects tokens by the attention that they receive, which only an "
                 "attached model shows; use: with kvpolicy.attach(model): ..."
+            )
+        if self.tiers.wants_queries:
+            raise CacheError(
+                f"transform {self.tiers.asking!r} fits keys to the queries that meet them, which only an attached "
+                "model shows; use: with kvpolicy.attach(model): ..."
             )
         if self.tiers.placement.reads_counts:
             raise CacheError(

@@ -7,11 +7,13 @@ from typing import Any
 
 from kvpolicy.errors import CacheError, MissingDependencyError, RecipeError
 from kvpolicy.interfaces.budget import layers_named
+from kvpolicy.interfaces.component import check_answer
+from kvpolicy.interfaces.policy import RankPolicy
 from kvpolicy.interfaces.quantizer import Quantizer
 from kvpolicy.interfaces.site import Site
 from kvpolicy.recipe.load import Recipe
 from kvpolicy.recipe.yaml import path_text
-from kvpolicy.storage.make import try_store
+from kvpolicy.storage.make import make_store, try_store
 
 
 def check_selectors(recipe: Recipe, layers: list[Any], compressed: list[int]) -> None:
@@ -65,15 +67,27 @@ def head_dim_of(text: Any, layer: int) -> int | None:
     return hidden // heads if isinstance(heads, int) and isinstance(hidden, int) and heads else None
 
 
-def check_stores(tiers: Any, dim: int | None, site: Site) -> None:
-    """Encode a few numbers with every quantizer, so that what can't work fails now and by name."""
+def check_stores(tiers: Any, dim: int | None, site: Site, tried: bool = False) -> None:
+    """Encode a few numbers with every quantizer, so that what can't work fails now and by name.
+
+    Where that was `tried` in another layer, it is only asked whether they fit this one, of which a calibration says
+    other things.
+    """
     for number, tier in enumerate(tiers):
+        scorer = tier.policy._scorer() if isinstance(tier.policy, RankPolicy) else None
+        if scorer is not None:
+            try:
+                check_answer(scorer, "check", site)
+            except RecipeError as error:
+                part = path_text(("tiers", number, "policy", "scorer", *error.place))
+                raise RecipeError(f"{part} ({scorer.kind}), layer {site.layer}: {error}") from None
         for side in ("keys", "values"):
             spec = getattr(tier, side)
             if not isinstance(spec, Quantizer):
                 continue
             try:
-                try_store(spec, dim or 64, replace(site, side="keys" if side == "keys" else "values"))
+                here = replace(site, side="keys" if side == "keys" else "values")
+                (make_store if tried else try_store)(spec, dim or 64, here)
             except MissingDependencyError:
                 raise
             except RecipeError as error:

@@ -7,13 +7,14 @@ import warnings
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import torch
 import transformers
 from torch import Tensor, nn
 
 from kvpolicy.errors import CacheError, KvpolicyError, RecipeError
+from kvpolicy.hf.calibration import by_layer, flat
 from kvpolicy.hf.fingerprint import Fingerprint, Origin, blocks_of, differences, fingerprint_of
 from kvpolicy.hf.layer import TieredLayer
 from kvpolicy.hf.model_config import head_dim_of, layer_config
@@ -54,6 +55,9 @@ class Savable(Protocol):
 
 
 C = TypeVar("C", bound=Savable)
+Make: TypeAlias = Callable[[Recipe, Any, dict[int, dict[str, Tensor]]], C]
+CALIBRATION = "calibration."
+"""How the names of tensors begin that a cache was given by a calibration."""
 
 
 OF_A_TOKEN = 1 << 20
@@ -77,6 +81,7 @@ def save_cache(cache: Savable, path: Any) -> None:
             continue
         layers.append(saving.layer(layer.tiers, number))
         save_stores(layer.tiers, number, tensors)
+        tensors.update(flat({number: layer.tiers.site.fitted}, CALIBRATION))
     model = cache.origin.fingerprint()
     header = Header.model_construct(
         recipe=cache.recipe.to_yaml(),
@@ -129,8 +134,9 @@ def _held(layer: Any, seen: int) -> int:
     return min(seen, window - 1) if isinstance(window, int) and window > 1 else seen
 
 
-def load_cache(path: Any, model: Any, any_model: bool, make: Callable[[Recipe, Any], C]) -> C:
-    """Read a cache; see `CompressedCache.load`. `make` makes an empty one of a recipe, for a model."""
+def load_cache(path: Any, model: Any, any_model: bool, make: Make[C]) -> C:
+    """Read a cache; see `CompressedCache.load`. `make` makes an empty one of a recipe, for a model, with what the file
+    holds of a calibration."""
     file, texts, held = read_file(path)
     foreign = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
     try:
@@ -146,10 +152,10 @@ def load_cache(path: Any, model: Any, any_model: bool, make: Callable[[Recipe, A
         raise CacheError(f"{file} is damaged: {text}. Save the cache again") from error
 
 
-def _load(path: Path, header: Header, held: Held, model: Any, any_model: bool, make: Callable[[Recipe, Any], C]) -> C:
+def _load(path: Path, header: Header, held: Held, model: Any, any_model: bool, make: Make[C]) -> C:
     if "extends" in read_text(header.recipe, "its recipe").data:
         raise Damaged("a saved recipe stands alone, found one that extends another")
-    cache = make(load_yaml(header.recipe), model)
+    cache = make(load_yaml(header.recipe), model, by_layer(held.below(CALIBRATION)))
     _check_layers(cache, header, path, any_model)
     _check_examples(cache, held, model, path)
     saved = None if header.model is None else Fingerprint(header.model.config, header.model.weights)

@@ -150,7 +150,7 @@ class Guard:
             )
         coming = self._padding_with(mask, tokens, before, attached)
         own = {i: _kept(x) for i, x in enumerate(self.layers) if not isinstance(x, TieredLayer)}
-        together = self.selects_together and not any(tiers.placement.kinds for tiers in self.tiers)
+        together = self.selects_together and not any(tiers.placement.attends for tiers in self.tiers)
         # Where this may end the prompt, layers wait for their updates, which know how many tokens come.
         ends = tokens == 1 and not self.selects_together and any(tiers._ends_prompt(1) for tiers in self.tiers)
         if (attached and not ends) or together:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, PlainSerializer, PlainValidator, WithJsonSchema
@@ -18,6 +18,7 @@ __all__ = [
     "Budget",
     "ByLayer",
     "LayerBudget",
+    "Pyramid",
     "Window",
     "budget_tokens",
     "find_overlaps",
@@ -171,9 +172,72 @@ class ByLayer:
         return str(self.plain())
 
 
+@dataclass(frozen=True)
+class Pyramid:
+    """Budgets that fall from layer to layer in even steps, the same on average as if all layers had `tokens`.
+
+    The last layer has `(tokens - window) / beta + window`. A layer has no more than the prompt; what the first layers
+    can't use goes to the last. A prompt of less than twice as many tokens has even budgets.
+    """
+
+    tokens: int
+    """Tokens that stay on average, the window included."""
+    window: int = 0
+    """Tokens that each layer has for certain."""
+    beta: int = 20
+    layer: int | None = None
+    layers: int = 1
+
+    def of(self, layer: int, layers: int) -> Pyramid:
+        """The same, of a layer of a model that has `layers` of them."""
+        return replace(self, layer=layer, layers=layers)
+
+    def of_prompt(self, prompt: int) -> int:
+        """Tokens that stay of so many; without a layer, on average."""
+        mean, rest = self.tokens - self.window, prompt - self.window
+        if self.layer is None or self.layers == 1 or prompt < 2 * mean:
+            return self.tokens
+        least = mean // self.beta
+        most = 2 * mean - least
+        if most >= rest:
+            least, most = 2 * mean - rest, rest
+        return most - self.layer * ((most - least) // (self.layers - 1)) + self.window
+
+    def plain(self) -> dict[str, Any]:
+        """As YAML writes it."""
+        return {"kind": "pyramid", "tokens": self.tokens, "window": self.window, "beta": self.beta}
+
+    def __str__(self) -> str:
+        return str(self.plain())
+
+
+def _pyramid(value: Mapping[Any, Any]) -> Pyramid:
+    options = {"window": 0, "beta": 20, **value}
+    del options["kind"]
+    if value["kind"] != "pyramid":
+        raise BudgetError(f"a budget with a kind must be of kind pyramid, found {in_words(value['kind'])}").at("kind")
+    if set(options) != {"tokens", "window", "beta"}:
+        raise BudgetError(
+            "a budget of kind pyramid must have tokens, and may have window and beta, found "
+            f"{', '.join(map(str, value))}"
+        )
+    for name, least in (("tokens", 1), ("window", 0), ("beta", 1)):
+        if type(found := options[name]) is not int or not least <= found <= MOST:
+            raise BudgetError(f"{name} of a pyramid must be an integer from {least} to {MOST}, found {found!r:.40}").at(
+                name
+            )
+    if options["window"] >= options["tokens"]:
+        raise BudgetError(
+            f"the window of a pyramid must be smaller than its tokens, {options['tokens']}, found {options['window']}"
+        ).at("window")
+    return Pyramid(**options)
+
+
 def _by_layer(value: Any) -> Any:
-    if isinstance(value, ByLayer):
+    if isinstance(value, ByLayer | Pyramid):
         return value
+    if isinstance(value, Mapping) and "kind" in value:
+        return _pyramid(value)
     if isinstance(value, list | tuple):
         if not value:
             raise BudgetError("a list of budgets must have one for each layer, found none")
@@ -195,12 +259,13 @@ def _member(place: str | int, value: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    return value.plain() if isinstance(value, ByLayer) else value
+    return value.plain() if isinstance(value, ByLayer | Pyramid) else value
 
 
 _ONE = {"anyOf": _schema(1)}
+_COUNT = {"type": "integer", "minimum": 1}
 LayerBudget = Annotated[
-    int | float | ByLayer,
+    int | float | ByLayer | Pyramid,
     PlainValidator(_by_layer),
     PlainSerializer(_plain),
     WithJsonSchema(
@@ -209,18 +274,32 @@ LayerBudget = Annotated[
                 *_schema(1),
                 {"type": "array", "minItems": 1, "items": _ONE},
                 {"type": "object", "minProperties": 1, "additionalProperties": _ONE},
+                {
+                    "type": "object",
+                    "properties": {
+                        "kind": {"const": "pyramid"},
+                        "tokens": _COUNT,
+                        "window": {**_COUNT, "minimum": 0},
+                        "beta": _COUNT,
+                    },
+                    "required": ["kind", "tokens"],
+                    "additionalProperties": False,
+                },
             ]
         }
     ),
 ]
-"""A `Budget`, a list of one for each layer, or a mapping of layers (`"0"`, `"-1"`, `"2-5"`) to budgets."""
+"""A `Budget`, a list of one for each layer, a mapping of layers (`"0"`, `"-1"`, `"2-5"`) to budgets, or a `Pyramid`:
+`{kind: pyramid, tokens: 2048, window: 32, beta: 20}`."""
 
 
-def budget_tokens(budget: int | float | ByLayer, seen: int) -> int:
+def budget_tokens(budget: int | float | ByLayer | Pyramid, seen: int) -> int:
     """Tokens that `budget` allows after `seen` tokens: itself, or the floored fraction of `seen`, at least 1.
 
     Of budgets by layer it is the first, for pictures; a cache asks `Policy.of_layer` first.
     """
+    if isinstance(budget, Pyramid):
+        return budget.of_prompt(seen)
     if isinstance(budget, ByLayer):
         budget = budget.budgets[0]
     return budget if isinstance(budget, int) else max(1, int(budget * seen))

@@ -7,15 +7,16 @@ waits.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from kvpolicy.errors import PluginError
+from kvpolicy.interfaces.calibrator import Calibrator, Watched
 from kvpolicy.interfaces.component import TRY, Component, call
 from kvpolicy.interfaces.extra import Extra, Grouping
-from kvpolicy.interfaces.quantizer import Affine, AffineQuantizer, TensorQuantizer
+from kvpolicy.interfaces.quantizer import Affine, AffineQuantizer, Quantizer, TensorQuantizer
 from kvpolicy.interfaces.site import Site
 from kvpolicy.interfaces.transform import Transform
 
@@ -25,13 +26,21 @@ __all__ = [
     "calibrated",
     "decoded",
     "encoded",
+    "finished",
     "fitted",
     "fitted_to_error",
+    "multiplied",
+    "needed",
     "part_of",
+    "placed",
     "taken",
     "transformed",
     "versions",
+    "watched",
 ]
+
+
+Q = TypeVar("Q", bound=Quantizer)
 
 
 def versions(tensors: Iterable[Tensor]) -> list[int]:
@@ -49,8 +58,20 @@ def _found(value: Any) -> str:
     return f"{tuple(value.shape)} in {value.dtype} on {value.device}"
 
 
-def calibrated(quantizer: AffineQuantizer, groups: Tensor) -> Affine:
-    """Codes, scale and offset of `groups`, `[groups, group_size]`.
+def placed(quantizer: Q, site: Site) -> Q:
+    """A quantizer for a place in a model.
+
+    Raises:
+        PluginError: it raised, or returned something else.
+    """
+    found = call(quantizer, "at", site)
+    if type(found) is not type(quantizer) or (found is not quantizer and dict(found) != dict(quantizer)):
+        raise _fail(quantizer, f"must give itself or a copy with the same options from at, found {found!r:.80}")
+    return found
+
+
+def calibrated(quantizer: AffineQuantizer, groups: Tensor, count: int) -> Affine:
+    """Codes below `count`, scale and offset of `groups`, `[groups, group_size]`.
 
     Raises:
         PluginError: the quantizer raised, returned something else, or wrote to `groups`.
@@ -77,8 +98,8 @@ def calibrated(quantizer: AffineQuantizer, groups: Tensor) -> Affine:
         raise _fail(quantizer, "must not change the groups that calibrate is given, found them changed")
     if codes.device.type == "cpu" and not torch.compiler.is_compiling():
         largest = int(codes.max()) if codes.numel() else 0
-        if largest >> quantizer.nbits:
-            raise _fail(quantizer, f"must give codes below {2**quantizer.nbits}, found {largest}")
+        if largest >= count:
+            raise _fail(quantizer, f"must give codes below {count}, found {largest}")
     return Affine(codes, scale, offset)
 
 
@@ -133,7 +154,7 @@ def decoded(quantizer: TensorQuantizer, parts: dict[str, Tensor], dtype: torch.d
         PluginError: the quantizer raised, returned something else, or wrote to `parts`.
     """
     before = versions(parts.values())
-    like = next(iter(parts.values()))
+    like = next(t for name, t in parts.items() if quantizer.axes.get(name, "token") == "token")
     shape = (*like.shape[:3], head_dim)
     x = call(quantizer, "decode", dict(parts), dtype)
     if not isinstance(x, Tensor) or x.shape != shape or x.dtype != dtype or x.device != like.device:
@@ -143,14 +164,45 @@ def decoded(quantizer: TensorQuantizer, parts: dict[str, Tensor], dtype: torch.d
     return x
 
 
-def fitted(transform: Transform, x: Tensor, site: Site) -> dict[str, Tensor]:
-    """What a transform keeps of the first tokens.
+def multiplied(quantizer: TensorQuantizer, method: str, x: Tensor, parts: dict[str, Tensor], columns: int) -> Tensor:
+    """What `scores` or `combine` of a quantizer makes of `x`: `[batch, kv_heads, rows, columns]`, float32.
 
     Raises:
-        PluginError: it raised, returned something else, or wrote to `x`.
+        PluginError: it raised, returned something else, or wrote to what it was given.
     """
-    before = versions([x])
-    found = call(transform, "fit", x, None, site)
+    before = versions([x, *parts.values()])
+    shape = (*x.shape[:3], columns)
+    found = call(quantizer, method, x, dict(parts))
+    if not isinstance(found, Tensor) or found.shape != shape or found.dtype != x.dtype or found.device != x.device:
+        raise _fail(
+            quantizer, f"must give {tuple(shape)} in {x.dtype} on {x.device} from {method}, found {_found(found)}"
+        )
+    if versions([x, *parts.values()]) != before:
+        raise _fail(quantizer, f"must not change what {method} is given, found it changed")
+    return found
+
+
+def needed(transform: Transform) -> frozenset[str]:
+    """What a transform must be given.
+
+    Raises:
+        PluginError: it names something that its class does not.
+    """
+    found = call(transform, "needed")
+    if not isinstance(found, frozenset) or not found <= transform.needs:
+        raise _fail(transform, f"must give some of its needs from needed, found {found!r:.80}")
+    return found
+
+
+def fitted(transform: Transform, x: Tensor, queries: Tensor | None, site: Site) -> dict[str, Tensor]:
+    """What a transform keeps of the first tokens, and of the queries if it needs them.
+
+    Raises:
+        PluginError: it raised, returned something else, or wrote to what it was given.
+    """
+    shown = [x] if queries is None or "queries" not in needed(transform) else [x, queries]
+    before = versions(shown)
+    found = call(transform, "fit", x, shown[1] if len(shown) > 1 else None, site)
     if not isinstance(found, dict) or not all(isinstance(name, str) and name.isidentifier() for name in found):
         raise _fail(transform, f"must give named tensors from fit, found {_found(found)}")
     for name, t in found.items():
@@ -161,7 +213,7 @@ def fitted(transform: Transform, x: Tensor, site: Site) -> dict[str, Tensor]:
                 f"must give tensors [batch or 1, kv_heads or 1, ...] of {tuple(x.shape[:2])} on {x.device} from fit, "
                 f"found {name} of {_found(t)}",
             )
-    if versions([x]) != before:
+    if versions(shown) != before:
         raise _fail(transform, "must not change the tensor that fit is given, found it changed")
     return found
 
@@ -175,7 +227,7 @@ def transformed(
         PluginError: it raised, returned something else, or wrote to what it was given.
     """
     before = versions([x, *state.values()])
-    found = call(transform, method, x, state, positions if "positions" in transform.needs else None)
+    found = call(transform, method, x, state, positions)
     return _mapped(transform, method, found, x, state, before)
 
 
@@ -264,3 +316,39 @@ def part_of(extra: Extra, method: str, found: Any, x: Tensor) -> dict[str, Tenso
                 extra, f"must give tensors per {axis} of {tuple(first)} from {method}, found {name} of {_found(t)}"
             )
     return dict(found)
+
+
+def watched(calibrator: Calibrator, given: Watched, state: dict[str, Tensor], turn: int) -> dict[str, Tensor]:
+    """What a calibrator keeps of a layer after a sample, on the CPU.
+
+    Raises:
+        PluginError: it raised, returned something else, or wrote to what it was given.
+    """
+    shown = [given.keys, given.values, *given.gradients.values(), *state.values()]
+    before = versions(shown)
+    found = call(calibrator, "watch", given, state, turn)
+    if not _named(found):
+        raise _fail(calibrator, f"must give named tensors from watch, found {_found(found)}")
+    if versions(shown) != before:
+        raise _fail(calibrator, "must not change what watch is given, found it changed")
+    return {name: t.detach().to("cpu") for name, t in found.items()}
+
+
+def finished(calibrator: Calibrator, state: dict[str, Tensor], site: Site) -> dict[str, Tensor]:
+    """What a calibrator has to say of a layer in the end.
+
+    Raises:
+        PluginError: it raised, or returned something else.
+    """
+    found = call(calibrator, "finish", state, site)
+    sides = ("keys.", "values.", "unrotated.")
+    if not _named(found) or not all(name.startswith(sides) for name in found):
+        raise _fail(calibrator, f"must give tensors named {', '.join(sides)} from finish, found {_found(found)}")
+    for name, t in found.items():
+        if t.is_floating_point() and (t.dtype != torch.float32 or not t.isfinite().all()):
+            raise _fail(calibrator, f"must give finite numbers in float32 from finish, found {name} of {_found(t)}")
+    return {name: t.detach().to("cpu").contiguous() for name, t in found.items()}
+
+
+def _named(found: Any) -> bool:
+    return isinstance(found, dict) and all(isinstance(n, str) and isinstance(t, Tensor) for n, t in found.items())

@@ -18,7 +18,7 @@ from pydantic import (
 )
 
 from kvpolicy.errors import KvpolicyError, PluginError
-from kvpolicy.interfaces.budget import MOST, Budget, ByLayer, LayerBudget, Window, budget_tokens
+from kvpolicy.interfaces.budget import MOST, Budget, ByLayer, LayerBudget, Pyramid, Window, budget_tokens
 
 __all__ = [
     "LIST",
@@ -28,6 +28,7 @@ __all__ = [
     "ByLayer",
     "Component",
     "LayerBudget",
+    "Pyramid",
     "Window",
     "budget_tokens",
     "call",

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["AXES", "Axis", "Extra", "Grouping"]
 
 Axis = Literal["token", "arrival", "store"]
-"""What a tensor has an entry for: each token, each group of tokens that were coded together, or the store."""
+"""What a tensor has an entry for: each token, each arrival of tokens that were coded together, or the store."""
 AXES = ("token", "arrival", "store")
 
 
@@ -70,12 +70,19 @@ class Extra(Component):
         """
         return
 
+    def arrival(self, grouping: Grouping) -> int:
+        """Tokens of an arrival, of those that are coded together; the last may have fewer. 0: all of them.
+
+        By default those that share scales where `grouping.per` is `"channel"`, else all.
+        """
+        return grouping.size if grouping.per == "channel" else 0
+
     def take(self, x: Tensor, grouping: Grouping, site: Site) -> tuple[Tensor, dict[str, Tensor]]:
         """What is to be coded in place of `x`, in its shape and type, and what is kept of it.
 
         Args:
-            x: tokens that arrive together, one group of channels each where `grouping.per` is `"channel"`: `[batch,
-                kv_heads, tokens, head_dim]` in the type of the model. Not to be written to.
+            x: the tokens of an arrival: `[batch, kv_heads, tokens, head_dim]` in the type of the model. Several
+                arrivals of as many tokens may come as rows of a batch. Not to be written to.
             grouping: which numbers of it will share a scale.
             site: where the store stands.
 

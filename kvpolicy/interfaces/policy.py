@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from kvpolicy.errors import PluginError, RecipeError
-from kvpolicy.interfaces.component import MOST, TRY, ByLayer, Component, call
+from kvpolicy.interfaces.component import MOST, TRY, ByLayer, Component, Pyramid, call
 from kvpolicy.interfaces.scorer import Scorer
 from kvpolicy.interfaces.scores import Queries as Queries
 from kvpolicy.interfaces.scores import Scores as Scores
@@ -74,7 +74,7 @@ class Policy(Component):
         """
         own = {}
         for name, option in self:
-            if isinstance(option, ByLayer):
+            if isinstance(option, ByLayer | Pyramid):
                 try:
                     own[name] = option.of(layer, layers)
                 except RecipeError as error:
@@ -362,7 +362,7 @@ class RankPolicy(Policy):
     def _scores(self) -> Scores | None:
         """The attention that is to be summed up, if any is, checked."""
         scorer = self._scorer()
-        if scorer is not None and not scorer._attends:
+        if scorer is not None and not scorer._sums:
             return None
         asked: Component = self if scorer is None else scorer
         try:

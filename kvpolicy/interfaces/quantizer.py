@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field, model_validator
@@ -15,15 +16,18 @@ from kvpolicy.interfaces.site import Site
 from kvpolicy.interfaces.transform import Transform
 
 if TYPE_CHECKING:
-    from torch import Tensor, dtype
+    from torch import Tensor, device, dtype
 
 __all__ = [
     "Affine",
     "AffineQuantizer",
+    "GroupSize",
     "Quantizer",
     "TensorQuantizer",
     "known_grouping",
     "precision_of",
+    "rank_among",
+    "root_mean_square",
     "unit_factor",
 ]
 
@@ -32,6 +36,9 @@ AUTO_PER_CHANNEL = 32
 """Tokens that share a scale per channel with `group_size: auto`."""
 MOST_BITS = 64
 """Bits of the longest number that is cached."""
+
+GroupSize = Annotated[int, Field(ge=1, le=MOST)] | Literal["auto", "half", "head", "arrival"]
+"""Numbers that share a scale, or a word for them."""
 
 
 class Affine(NamedTuple):
@@ -68,6 +75,16 @@ class Quantizer(Component):
         """Raise a `RecipeError` where the options don't fit keys or values of `head_dim` channels; returns nothing."""
         return
 
+    def at(self, site: Site) -> Quantizer:
+        """The quantizer for a place in a model: a copy that knows what a calibration says of it, or itself.
+
+        Each store asks once. A copy must have the same options.
+
+        Raises:
+            RecipeError: the quantizer can't work there.
+        """
+        return self
+
 
 def precision_of(quantizer: Quantizer) -> float:
     """Nominal bits per value.
@@ -90,6 +107,37 @@ def unit_factor(size: Tensor) -> Tensor:
 
     exponent = (size.contiguous().view(int32) >> 23).clamp(max=253)
     return ((254 - exponent) << 23).view(float32)
+
+
+def root_mean_square(groups: Tensor) -> Tensor:
+    """Of float32 numbers `[groups, group_size]`, as `[groups, 1]`; their squares neither overflow nor vanish."""
+    from torch import where
+
+    largest = groups.abs().amax(dim=1, keepdim=True)
+    mean: Tensor = (groups / where(largest > 0, largest, 1.0)).square_().mean(dim=1, keepdim=True)
+    return mean.sqrt_().mul_(largest)
+
+
+@lru_cache(maxsize=64)
+def _held(numbers: tuple[float, ...], device: device) -> Tensor:
+    """Numbers on a device, in float32."""
+    from torch import float32, inference_mode, tensor
+
+    with inference_mode(False):
+        return tensor(numbers, dtype=float32).to(device)
+
+
+def rank_among(x: Tensor, bounds: tuple[float, ...]) -> Tensor:
+    """How many of some ascending float32 numbers each float32 number exceeds, as uint8; nan exceeds none."""
+    from torch import bucketize, isnan, uint8, zeros_like
+
+    if x.device.type == "cpu" and len(bounds) < 32:  # for few, a search costs many times as much
+        found = zeros_like(x, dtype=uint8)
+        for bound in bounds:
+            found.add_((x > bound).view(uint8))
+        return found
+    ranks: Tensor = bucketize(x, _held(bounds, x.device)).to(uint8)
+    return ranks.masked_fill_(isnan(x), 0)
 
 
 class TensorQuantizer(Quantizer):
@@ -126,6 +174,26 @@ class TensorQuantizer(Quantizer):
         the entry of each token, or one for all of them, `[batch, kv_heads, tokens or 1, ...]`.
         """
 
+    def scores(self, rows: Tensor, encoded: dict[str, Tensor]) -> Tensor:
+        """The products of `rows` with keys, which need not be decoded for it: `[batch, kv_heads, rows, tokens]`.
+
+        `rows` is `[batch, kv_heads, rows, head_dim]`, float32 as the answer; `encoded` is as for `decode`. A class that
+        has this and `combine` is asked for them by attention in place of `decode`.
+        """
+        raise NotImplementedError
+
+    def combine(self, weights: Tensor, encoded: dict[str, Tensor]) -> Tensor:
+        """The sums of values, weighted by `weights` of `[batch, kv_heads, rows, tokens]`, float32 as the answer.
+
+        That is `[batch, kv_heads, rows, head_dim]`.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def multiplies(cls) -> bool:
+        """Whether the class has `scores` and `combine`."""
+        return cls.scores is not TensorQuantizer.scores and cls.combine is not TensorQuantizer.combine
+
 
 class AffineQuantizer(Quantizer):
     """A quantizer by integer codes with a scale and an offset per group.
@@ -134,13 +202,13 @@ class AffineQuantizer(Quantizer):
     """
 
     nbits: Literal[1, 2, 3, 4, 8] = Field(4, description="Bits per code.")
-    group_size: Annotated[int, Field(ge=1, le=MOST)] | Literal["auto", "head", "arrival"] = Field(
+    group_size: GroupSize = Field(
         "auto",
         description=(
             "Numbers that share a scale and an offset: channels of a token (per: token) or tokens of a channel "
             "(per: channel). auto: per channel, 32; per token, the largest divisor of head_dim not above 64, or the "
-            "next one above where scales and offsets would need more room than codes. head: as many as head_dim. "
-            "arrival (per: channel only): the tokens that arrive together."
+            "next one above where scales and offsets would need more room than codes. head: as many as head_dim; half: "
+            "half as many. arrival (per: channel only): the tokens that arrive together."
         ),
     )
     per: Literal["token", "channel"] = Field(
@@ -166,7 +234,8 @@ class AffineQuantizer(Quantizer):
     )
 
     offsets: ClassVar[bool] = True
-    """Whether groups have an offset. Without, `calibrate` gives zeros and none is kept."""
+    """Whether groups have an offset. Without, `calibrate` gives zeros and none is kept. A property, where it depends on
+    options."""
     independent: ClassVar[bool] = False
     """Whether `calibrate` gives each group the same whatever it is given besides. Tokens of several layers are then
     coded in one call, and long prompts in several."""
@@ -185,21 +254,22 @@ class AffineQuantizer(Quantizer):
     def _check_options(self) -> AffineQuantizer:
         """For classes that declare these options anew."""
         size = self.group_size
-        fits = size in ("auto", "head", "arrival") if isinstance(size, str) else type(size) is int and size >= 1
+        fits = size in ("auto", "half", "head", "arrival") if isinstance(size, str) else type(size) is int and size >= 1
         fits = fits and type(self.nbits) is int and self.nbits in (1, 2, 3, 4, 8)
         fits = fits and type(self.clip) in (int, float) and 0 < self.clip <= 1
         if not fits or self.per not in ("token", "channel") or self.scale_dtype not in SCALES:
             raise PluginError(
-                f"quantizer {self.kind!r} must have nbits 1, 2, 3, 4 or 8, a group_size that is a number, auto, head "
-                f"or arrival, per token or channel, scale_dtype {', '.join(SCALES)}, and clip above 0 and up to 1, "
-                f"found {self.nbits!r}, {size!r}, {self.per!r}, {self.scale_dtype!r} and {self.clip!r}"
+                f"quantizer {self.kind!r} must have nbits 1, 2, 3, 4 or 8, a group_size that is a number, auto, half, "
+                f"head or arrival, per token or channel, scale_dtype {', '.join(SCALES)}, and clip above 0 and up to "
+                f"1, found {self.nbits!r}, {size!r}, {self.per!r}, {self.scale_dtype!r} and {self.clip!r}"
             )
         return self
 
     def levels(self, site: Site) -> Tensor | None:
-        """What codes stand for before scale and offset: float32 `[2**nbits]`, ascending. None: 0, 1, 2, ...
+        """What codes stand for before scale and offset: float32, ascending. None: 0, 1, 2, ...
 
-        The same each time for a place in a model.
+        There are `2**nbits` or fewer, the same each time for a place in a model; codes beyond them are not used. Levels
+        that lie one apart cost attention no more than None does.
         """
         return None
 

@@ -46,11 +46,17 @@ class Transform(Component):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
-    """What it must be given, of `"positions"`, `"queries"` and `"calibration"`. Without `"positions"`, `forward` and
-    `inverse` are given None for them; with it, `adjoint` is not asked. A store keeps the position of each token then,
-    as int32."""
+    """What it must be given, of `"positions"`, `"queries"` and `"calibration"`.
+
+    Without `"positions"`, `forward` and `inverse` are given None for them; with it, `adjoint` is not asked. A store
+    keeps the position of each token then, as int32. With `"queries"` it serves keys alone, as the first of a list, and
+    only an attached model shows them."""
 
     _role: ClassVar[str] = "transform"
+
+    def needed(self) -> frozenset[str]:
+        """What it must be given with the options that it has: `needs`, or a part of that."""
+        return self.needs
 
     def check(self, site: Site) -> None:
         """Raise a `RecipeError` where the options don't fit a place in a model; returns nothing."""
@@ -61,7 +67,9 @@ class Transform(Component):
 
         Args:
             x: these tokens, in the type of the model: `[batch, kv_heads, tokens, head_dim]`.
-            queries: None.
+            queries: None without `"queries"` in `needed()`. Otherwise the least and the greatest number of each
+                channel, zero counting as one: over the queries that came until now, of all heads that read a KV head,
+                as they meet its keys, without padding. float32 `[batch, kv_heads, 2, head_dim]`.
             site: where the store stands.
 
         Returns:

@@ -11,7 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvpolicy.errors import CacheError
+from kvpolicy.interfaces.checks import needed
 from kvpolicy.interfaces.policy import RankPolicy
+from kvpolicy.interfaces.quantizer import Quantizer
 from kvpolicy.interfaces.site import Site
 from kvpolicy.layer.view import Scratch
 from kvpolicy.placement.attention_scores import Observer
@@ -21,6 +23,8 @@ from kvpolicy.placement.moves import ColumnMap
 from kvpolicy.placement.padding import Padding
 from kvpolicy.placement.step import Step
 from kvpolicy.storage.base import Store
+from kvpolicy.storage.chain import Chain
+from kvpolicy.storage.coded import CodedStore
 
 Ints = NDArray[np.int64]
 SIDES = ("keys", "values")
@@ -66,6 +70,8 @@ class Held:
         specs = [spec for side in SIDES for spec in self.placement.specs[side]]
         self.told_apart = any(spec != "full" for spec in specs) or self.placement.ranks
         """Whether it matters which tokens are padding: not where all is kept as it came."""
+        self.asked_for = self.asking is not None
+        """Whether a transform of keys must see queries."""
         self.clear()
 
     def clear(self) -> None:
@@ -115,7 +121,26 @@ class Held:
     def attending(self) -> list[str]:
         """The policies that must see attention."""
         policies = self.placement.policies
-        return [p.kind for p in policies if isinstance(p, RankPolicy) and p._scores() is not None]
+        ranks = [p for p in policies if isinstance(p, RankPolicy)]
+        asking = [p for p in ranks if (scorer := p._scorer()) is not None and "query" in scorer.needs]
+        return [p.kind for p in ranks if p in asking or p._scores() is not None]
+
+    @property
+    def asking(self) -> str | None:
+        """The transform of keys that must see queries, if there is one."""
+        specs = [spec for spec in self.placement.specs["keys"] if isinstance(spec, Quantizer)]
+        return next((t.kind for spec in specs for t in spec.transforms if "queries" in needed(t)), None)
+
+    def _asking(self) -> list[Chain]:
+        """The transforms of stores that must still see queries."""
+        stores = self.stores.get("keys", [])
+        chains = [store.chain for store in stores if isinstance(store, CodedStore) and store.chain is not None]
+        return [chain for chain in chains if chain.wants_queries]
+
+    @property
+    def wants_queries(self) -> bool:
+        """Whether it must be told of queries, by `heed`."""
+        return self.asked_for and (not self.stores or bool(self._asking()))
 
     @property
     def tells_apart(self) -> bool:

@@ -83,7 +83,7 @@ class LayerCache(Held):
             self.start(keys, values)
         self._check_rows(keys)
         self.commit(keys.shape[2])
-        if self.committed == 0 and keys.shape[2] and not self.placement.kinds:
+        if self.committed == 0 and keys.shape[2] and not self.placement.attends and not self.wants_queries:
             self.add(keys, values)
             return keys, values
         staged = {side: x.detach() if x.requires_grad else x for side, x in (("keys", keys), ("values", values))}
@@ -96,20 +96,49 @@ class LayerCache(Held):
 
     def densified(self) -> dict[str, Tensor]:
         """What the views of `stage` stand for, for models that compute on it."""
-        if self.placement.kinds:
+        if self.placement.attends:
             self.staged = {}
             kinds = ", ".join(map(repr, self.attending))
             raise CacheError(
                 f"policy {kinds} must see attention, and this model computes on keys and values before its attention; "
                 "use a recipe that selects tokens by position"
             )
+        if self.wants_queries:
+            raise CacheError(
+                f"transform {self.asking!r} must see queries, and this model computes on keys and values before its "
+                "attention; use a recipe whose transforms need none"
+            )
         if not self.decoded:
             self.densely = True
             self.decoded = dict(zip(SIDES, self._dense(self.staged, self.scratch), strict=True))
         return self.decoded
 
-    def observe(self) -> Observer | None:
-        """What is to be told of the attention of the tokens of `stage`, if any policy asks for it."""
+    def heed(self, query: Tensor) -> None:
+        """Take note of queries `[batch, heads, queries, head_dim]`, the newest of the tokens of `stage`."""
+        if not self.wants_queries or not self.staged:
+            return
+        queries = query.shape[2]
+        grouped = query.detach().unflatten(1, (self.like["keys"].shape[1], -1)).float()
+        shown = grouped.isfinite()
+        padding = self.reading.padding
+        if padding is not None and padding.before(self.seen):
+            real = torch.from_numpy(padding.real[:, self.seen - queries : self.seen]).to(
+                query.device, non_blocking=True
+            )
+            shown = shown & real[:, None, None, :, None]
+        grouped = torch.where(shown, grouped, 0.0).flatten(2, 3)
+        found = torch.stack([grouped.amin(2).clamp(max=0.0), grouped.amax(2).clamp(min=0.0)], dim=2)
+        for chain in self._asking():
+            chain.heed(found)
+
+    def observe(self, query: Tensor | None = None) -> Observer | None:
+        """What is to be told of the attention of the tokens of `stage`, if any policy asks for it.
+
+        `query` is theirs, `[batch, heads, tokens, head_dim]`; it is kept for scorers that must see it.
+        """
+        asks = self.placement.scores.reads_query(prompting=self.step.prompt is None)
+        if query is not None and self.staged and asks:
+            self.staged["query"] = query.detach()
         if not self.placement.kinds:
             return None
         return self.expect(self.staged["keys"].shape[2])
@@ -146,8 +175,8 @@ class LayerCache(Held):
 
     def _enter(self, new: dict[str, Tensor]) -> None:
         """Take in new tokens, none pending: the newest wait, the others are let into the tiers."""
-        if any(x.dtype != self.like[side].dtype for side, x in new.items()):  # autocast may have changed it
-            new = {side: x.to(self.like[side].dtype) for side, x in new.items()}
+        if any(new[side].dtype != self.like[side].dtype for side in SIDES):  # autocast may have changed it
+            new = {side: x.to(self.like[side if side in SIDES else "keys"].dtype) for side, x in new.items()}
         n = new["keys"].shape[2]
         early = max(n - MAX_PENDING, 0)
         if self.placement.ranks:  # scores speak of an update as a whole, and layers that agree wait for each other

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kvpolicy.interfaces.budget import MOST
 from kvpolicy.interfaces.policy import Scores
 from kvpolicy.placement.padding import Padding
 
@@ -21,7 +22,7 @@ def counted_queries(kind: Scores, mode: str, real: Bools, seen: Sequence[int], s
 
     Args:
         kind: what is asked for.
-        mode: `kind.queries`, or `kind.decode` for a single token.
+        mode: `kind.queries`, or `kind.decode` for a single token; or none.
         real: which of the update's tokens are no padding, `[rows, queries]`.
         seen: real tokens of each row before the update.
         short: whether each query is looked at for itself, since the last of them may yet be taken back.
@@ -29,10 +30,14 @@ def counted_queries(kind: Scores, mode: str, real: Bools, seen: Sequence[int], s
     counted = real.copy()
     if mode == "all":
         return counted
+    if mode == "none":
+        return np.zeros_like(real)
     for row, before in enumerate(seen):
         at = np.flatnonzero(real[row])
         if "probe" in mode:
             counted[row, at] = _probes(kind, len(at), before)
+        if mode == "newest" and not short:
+            counted[row, at[: -kind.newest_of(len(at))]] = False
         if "last" in mode and not short:
             counted[row, np.flatnonzero(counted[row])[:-1]] = False
     return counted
@@ -53,7 +58,7 @@ def _probes(kind: Scores, n: int, seen: int) -> Bools:
 
 def _drawn(kind: Scores, n: int, salt: tuple[int, ...]) -> Bools:
     found = np.zeros(n, dtype=np.bool_)
-    newest = min(n, max(1, int(kind.newest * n)))
+    newest = kind.newest_of(n)
     found[n - newest :] = True
     others = n - newest
     generator = np.random.default_rng([kind.seed, *salt])
@@ -77,25 +82,48 @@ class Counted(NamedTuple):
     """Whether there is one query, which counts for all kinds."""
     queries: list[int]
     """The queries that count for some kind."""
+    windows: list[int]
+    """How many queries count in all, where the newest ones do; else 0."""
+    before: Tensor
+    """Real tokens of each row before the update, `[rows or 1]`."""
 
     @classmethod
-    def of(cls, kinds: Sequence[Scores], tokens: int, seen: int, padding: Padding | None, keep: int) -> Counted:
-        """Of `tokens` new tokens after `seen`; up to `keep` of them their queries are kept apart."""
+    def of(
+        cls, kinds: Sequence[Scores], tokens: int, seen: int, padding: Padding | None, keep: int, over: bool = False
+    ) -> Counted:
+        """Of `tokens` new tokens after `seen`; up to `keep` of them their queries are kept apart.
+
+        None counts if it is `over`.
+        """
         padded = padding is not None and padding.before(seen + tokens)
         real = np.ones((1, tokens), dtype=np.bool_)
         before = [seen]
         if padding is not None and padded:
             real, before = padding.real[:, seen : seen + tokens], padding.count(0, seen)
-        modes = [kind.decode if tokens == 1 and seen else kind.queries for kind in kinds]
+        modes = ["none" if over else kind.decode if tokens == 1 and seen else kind.queries for kind in kinds]
         apart = tokens <= keep
         masks = [counted_queries(kind, mode, real, before, apart) for kind, mode in zip(kinds, modes, strict=True)]
         some = np.flatnonzero(np.any([mask.any(0) for mask in masks], axis=0)).tolist()
         every = tokens == 1 and all(mask.all() for mask in masks)
         replaces = ["last" in mode for mode in modes]
-        return cls(tokens, apart, tuple(kinds), replaces, [torch.from_numpy(mask) for mask in masks], every, some)
+        sizes = [kind.newest_of(MOST) for kind in kinds]
+        windows = [size if mode == "newest" else 0 for size, mode in zip(sizes, modes, strict=True)]
+        found = [torch.from_numpy(mask) for mask in masks]
+        return cls(tokens, apart, tuple(kinds), replaces, found, every, some, windows, torch.tensor(before))
+
+    def window(self, k: int) -> tuple[Tensor, Tensor]:
+        """Of an update's queries the newest ones, `[rows, queries]`, and how much of what was there is left: `[rows]`.
+
+        The newest of those before were summed up, as many as count in all. Some of them are replaced.
+        """
+        mask, size = self.masks[k], self.windows[k]
+        chosen = mask & (mask.flip(1).cumsum(1).flip(1) <= size)
+        left = (size - chosen.sum(1)) / self.before.clamp(min=1, max=size)
+        return chosen, left.clamp(max=1.0)
 
     def select(self, rows: Tensor) -> Counted:
-        return self._replace(masks=[c if len(c) == 1 else c[rows.cpu()] for c in self.masks])
+        before = self.before if len(self.before) == 1 else self.before[rows.cpu()]
+        return self._replace(masks=[c if len(c) == 1 else c[rows.cpu()] for c in self.masks], before=before)
 
     def crop(self, tokens: int) -> Counted:
         masks = [c[:, :tokens] for c in self.masks]
@@ -140,7 +168,9 @@ class Observer:
         if many == 1:
             return first
         masks = [mask if len(mask) == 1 else mask.repeat(many, 1) for mask in first.counted.masks]
-        found = cls(first.counted._replace(masks=masks), first.batch * many, first.heads)
+        before = first.counted.before
+        before = before if len(before) == 1 else before.repeat(many)
+        found = cls(first.counted._replace(masks=masks, before=before), first.batch * many, first.heads)
         found.live, found.held, found.index = first.live, first.held, first.index
         for k, known in enumerate(first.found):
             if known is not None:
@@ -228,7 +258,10 @@ class Observer:
             first = at if at < self.live or counts is not None or self.index is not None else at - self.live + self.held
             values = values[..., first : first + n]
             counts = None if counts is None else counts[..., at : at + n]
-            into = scores[..., 2 * k], scores[..., 2 * k + 1]
+            into, chosen = (scores[..., 2 * k], scores[..., 2 * k + 1]), None
+            if self.counted.windows[k]:
+                chosen, left = (x.to(scores.device, non_blocking=True) for x in self.counted.window(k))
+                scores[..., 2 * k : 2 * k + 2].mul_(left.view(-1, 1, 1, 1))
             if counts is None:
                 values = values.squeeze(2)
                 if self.counted.replaces[k]:
@@ -241,6 +274,8 @@ class Observer:
                 for x, own in zip((values, counts), into, strict=True):
                     own.copy_(torch.where(known, self._last(x, mask), own))
             else:
+                if chosen is not None and self.counted.apart:
+                    values, counts = (x * chosen[:, None, :, None] for x in (values, counts))
                 into[0].add_(values.sum(2))
                 into[1].add_(counts.sum(2))
 

@@ -111,7 +111,8 @@ class Change(NamedTuple):
         rounds = halvings(held, budgets) if policy.among == "pairs" else np.zeros_like(held)
         stay = -(-held // 2**rounds) if policy.among == "pairs" else old + np.minimum(held - old, budgets)
         stay = np.where(now[:, None], np.where(budgets > 0, stay, old), held)
-        return Selection(now, held, budgets, stay, rounds) if (stay < held).any() or policy.among == "arrival" else None
+        competing = policy.among == "arrival" and (held > old).any()
+        return Selection(now, held, budgets, stay, rounds) if competing or (stay < held).any() else None
 
 
 def _budgets(policy: RankPolicy, asked: Ints, prompts: Sequence[int]) -> Ints:

@@ -46,12 +46,17 @@ class ScoreColumns:
         asked = {tier: scores for tier, policy in policies.items() if (scores := policy._scores()) is not None}
         self.kinds: list[Scores] = list(dict.fromkeys(asked.values()))
         """The attention that the policies ask for. Two columns each: its sum, and the queries that saw the token."""
+        self.prompt_only = all(policies[tier].when == "prompt" for tier in asked)
+        """Whether no attention is asked for once the prompt has ended."""
         self.scorer = {tier: policy._scorer() for tier, policy in policies.items()}
         self.features: list[Scorer] = []
         """The scorers that score tokens as they arrive. A column each."""
         for scorer in self.scorer.values():
             if scorer is not None and scorer._on_arrival and scorer not in self.features:
                 self.features.append(scorer)
+        owners = {f: [t for t, s in self.scorer.items() if s == f] for f in self.features}
+        self.once = [f for f, tiers in owners.items() if all(policies[tier].when == "prompt" for tier in tiers)]
+        """Those that no policy asks for once the prompt has ended."""
         self.attention = {tier: 2 * self.kinds.index(scores) for tier, scores in asked.items()}
         """For the tier of each policy that asks for attention the column of its sum."""
         self.kind_of_feature = [
@@ -63,6 +68,10 @@ class ScoreColumns:
         self.judged = 2 * len(self.kinds) + len(self.features) if arrivals else None
         """The column of the tier that a token competed in already, where policies ask for arrivals."""
         self.width = 2 * len(self.kinds) + len(self.features) + arrivals
+
+    def reads_query(self, prompting: bool = True) -> bool:
+        """Whether a scorer must see the queries of what comes, while the prompt goes on or later."""
+        return any("query" in f.needs and (prompting or f not in self.once) for f in self.features)
 
     def feature(self, scorer: Scorer) -> int:
         """The column of one of `features`."""
@@ -128,6 +137,11 @@ class Placement:
     def kinds(self) -> list[Scores]:
         """The attention that policies ask for."""
         return self.scores.kinds
+
+    @property
+    def attends(self) -> bool:
+        """Whether policies ask for what only an attached model shows."""
+        return bool(self.kinds) or self.scores.reads_query()
 
     @property
     def tier_dtype(self) -> torch.dtype:

@@ -13,8 +13,9 @@ from torch import Tensor
 from kvpolicy.interfaces.policy import RankPolicy
 from kvpolicy.interfaces.site import Site
 from kvpolicy.placement.counts import Counts
+from kvpolicy.placement.moves import EMPTY
 from kvpolicy.placement.planner import Placement
-from kvpolicy.placement.selection import best_of_pairs, by_count_read, highest, ranked, scored, shared
+from kvpolicy.placement.selection import best_of_pairs, by_count_read, highest, ranked, scored, scored_again, shared
 from kvpolicy.placement.step import Step
 from kvpolicy.placement.token_table import Candidates
 
@@ -56,7 +57,9 @@ class Ranking:
     def _add_features(self, fresh: Tensor, new: Mapping[str, Tensor], slots: Tensor, site: Site, step: Step) -> None:
         columns = self.placement.scores
         for scorer, at in zip(columns.features, columns.kind_of_feature, strict=True):
-            shown = {**new, "positions": step.in_text(slots), "ages": step.ages(slots)}
+            if step.prompt is not None and scorer in columns.once:
+                continue
+            shown = {**new, "positions": step.in_text(slots), "ages": step.ages(slots), "real": slots >= 0}
             if at is not None:
                 shown |= {"attention": fresh[..., at], "queries": fresh[..., at + 1]}
             found = scored(scorer, shown, site)
@@ -85,14 +88,21 @@ class Ranking:
         scorer, ages = columns.scorer[tier], turn.step.ages(work.positions)
         if scorer is not None and scorer in columns.features:
             assert work.scores is not None
-            return work.scores[..., columns.feature(scorer)]
+            noted = work.scores[..., columns.feature(scorer)]
+            if not scorer._again:
+                return noted
+        else:
+            noted = None
         shown = {"positions": turn.step.in_text(work.positions), "ages": ages}
         if work.scores is not None and (at := columns.attention.get(tier)) is not None:
             shown |= {"attention": work.scores[..., at], "queries": work.scores[..., at + 1]}
         if scorer is None:
             return ranked(policy, shown["attention"], shown["queries"], ages)
-        order = work.positions.argsort(dim=2, stable=True)
-        real = work.positions.gather(2, order) >= 0
+        if noted is not None:
+            return scored_again(scorer, noted, shown, self.sites[0])
+        here = work.target == tier
+        order = work.positions.masked_fill(~here, EMPTY).argsort(dim=2, stable=True)
+        real = here.gather(2, order)
         found = scored(scorer, {name: x.gather(2, order) * real for name, x in shown.items()}, self.sites[0])
         return torch.empty_like(found).scatter_(2, order, found)
 
@@ -118,7 +128,8 @@ class Ranking:
             stays = best_of_pairs(rank, compete, work.positions, chosen.rounds)
             stays &= highest(rank, np.where(chosen.budgets > 0, rank.shape[2], 0))
         else:
-            stays = highest(rank, chosen.budgets)
+            scorer = self.placement.scores.scorer[tier]
+            stays = highest(rank, chosen.budgets, stable=scorer is not None and scorer.pools)
         target.masked_fill_(compete & ~stays, tier + 1)
         if policy.among == "arrival":
             assert work.scores is not None

@@ -13,7 +13,7 @@ from kvpolicy.errors import PluginError
 from kvpolicy.interfaces.checks import versions
 from kvpolicy.interfaces.component import TRY, Component, call
 from kvpolicy.interfaces.policy import RankPolicy
-from kvpolicy.interfaces.scorer import Given, Scorer
+from kvpolicy.interfaces.scorer import BESIDE, Given, Scorer
 from kvpolicy.interfaces.site import Site
 
 Ints = NDArray[np.int64]
@@ -66,13 +66,25 @@ def scored(scorer: Scorer, shown: dict[str, Tensor], site: Site) -> Tensor:
     Raises:
         PluginError: it returns something else, or raises.
     """
-    needs = scorer.needs | ({"ages"} if "positions" in scorer.needs else set())
+    needs = scorer.needs | {beside for name, beside in BESIDE.items() if name in scorer.needs}
     given = {name: x for name, x in shown.items() if name in needs}
     shape = next((x.shape[:3] for name, x in given.items() if name in ("keys", "values")), None)
     shape = next(iter(given.values())).shape if shape is None else shape
     return _checked(
         scorer, "score", (Given(f"scorer {scorer.kind!r}", **given), site), tuple(given.values()), shape
     ).float()
+
+
+def scored_again(scorer: Scorer, noted: Tensor, shown: dict[str, Tensor], site: Site) -> Tensor:
+    """What a scorer makes of what it gave to tokens as they came, of its shape, in float32.
+
+    Raises:
+        PluginError: it returns something else, or raises.
+    """
+    needs = scorer.needs | ({"ages"} if "positions" in scorer.needs else set())
+    given = {name: x for name, x in shown.items() if name in needs}
+    asked = noted, Given(f"scorer {scorer.kind!r}", **given), site
+    return _checked(scorer, "again", asked, (noted, *given.values()), noted.shape).float()
 
 
 def ranked(policy: RankPolicy, attention: Tensor, queries: Tensor, ages: Tensor) -> Tensor:
@@ -92,10 +104,13 @@ def shared(policy: RankPolicy, rank: Tensor) -> Tensor:
     return rank.nan_to_num(nan=LOWEST, posinf=torch.inf, neginf=LOWEST)
 
 
-def highest(rank: Tensor, budgets: Ints) -> Tensor:
-    """True at the highest of each row and head, `budgets` of them: `[rows or 1, heads or 1]`."""
+def highest(rank: Tensor, budgets: Ints, stable: bool = False) -> Tensor:
+    """True at the highest of each row and head, `budgets` of them: `[rows or 1, heads or 1]`.
+
+    `stable`: of equal ones the first. It costs time, and equal ranks are rare where tokens are ranked each for itself.
+    """
     most = max(0, min(int(budgets.max()), rank.shape[2]))
-    best = rank.topk(most, dim=2).indices
+    best = rank.argsort(dim=2, descending=True, stable=True)[..., :most] if stable else rank.topk(most, dim=2).indices
     chosen = torch.zeros_like(rank, dtype=torch.bool)
     if (budgets == budgets.flat[0]).all():
         return chosen.scatter_(2, best, True)

@@ -162,6 +162,8 @@ class Step:
 
     def _ranks(self, before: tuple[State, ...], after: tuple[State, ...]) -> bool:
         policies = [policy for policy in self.placement.policies if isinstance(policy, RankPolicy)]
+        # Where tokens compete as they arrive, none does without a flow.
+        policies = [policy for policy in policies if policy.among != "arrival" or policy.every > 1]
         return any(due(p, a.seen, b.seen, False) for p in policies for a, b in zip(before, after, strict=True))
 
     def scattered(self) -> Step:
@@ -316,7 +318,8 @@ class Step:
         key = "counted", tokens, keep
         known = self._derived.get(key)
         if known is None or known[0] is not padding:
-            found = Counted.of(self.placement.kinds, tokens, self.seen, padding, keep)
+            over = self.placement.scores.prompt_only and self.prompt is not None
+            found = Counted.of(self.placement.kinds, tokens, self.seen, padding, keep, over)
             known = self._derived[key] = padding, found
         counted: Counted = known[1]
         return counted

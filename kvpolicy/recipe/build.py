@@ -18,8 +18,8 @@ from kvpolicy.interfaces.scorer import Scorer
 from kvpolicy.interfaces.transform import Transform
 from kvpolicy.plugins import PluginInfo, Registry, registry
 from kvpolicy.recipe.explain import explain
-from kvpolicy.recipe.inherit import REFERENCE, TOP_KEYS, inherit, parameters
-from kvpolicy.recipe.spec import Recipe, Tier, find_problems
+from kvpolicy.recipe.inherit import BUNDLED, REFERENCE, TOP_KEYS, inherit, parameters
+from kvpolicy.recipe.spec import MOST_LAYERS, Recipe, Tier, find_problems
 from kvpolicy.recipe.yaml import BAD, SPEC_VERSION, Document, Path_, path_text
 from kvpolicy.words import a, clip, in_words, listed, quoted, suggest
 
@@ -99,26 +99,46 @@ class _Builder:
 
     def recipe(self) -> Recipe:
         data = self.data
-        for key in ("name", "summary", "source"):
+        for key in ("name", "summary", "source", "calibration"):
             value = data.get(key, "")
             if value is not BAD and (not isinstance(value, str) or (key == "name" and not value.strip())):
                 self.note((key,), f"{key} must be text, found {in_words(value)}")
+        model_layers = data.get("model_layers")
+        whole = type(model_layers) is int and 1 <= model_layers <= MOST_LAYERS
+        if model_layers is not None and model_layers is not BAD and not whole:
+            found = in_words(model_layers)
+            self.note(("model_layers",), f"model_layers must be a number from 1 to {MOST_LAYERS}, found {found}")
         tiers = self._tiers(data["tiers"], ("tiers",))
         layers = self._layers(data.get("layers"))
         self.document.check()
+        calibration = self._calibration(data.get("calibration", ""))
         recipe = Recipe(
             name=data["name"],
             summary=data.get("summary", ""),
             source=data.get("source", ""),
+            calibration=calibration,
             params=self.values,
+            model_layers=model_layers,
             tiers=_built(tiers),
             layers={key: own if own == "full" else _built(own) for key, own in layers.items()},
         )
         template = {key: self.document.data[key] for key in TOP_KEYS if key in self.document.data and key != "params"}
+        if calibration and ("calibration",) not in self.filled:
+            template["calibration"] = calibration
         params = {"params": self.values} if self.values else {}
         recipe._template = {"version": SPEC_VERSION, **{k: v for k, v in template.items() if k != "tiers"}, **params}
         recipe._template["tiers"] = template["tiers"]
         return recipe
+
+    def _calibration(self, written: str) -> str:
+        """The path of a calibration, which is relative to the recipe where that is a file and says so itself."""
+        name, base = self.filled.get(("calibration",)), self.document.base
+        if not written or base is None or base == BUNDLED or name in self.given:
+            return written
+        path = str(base / written)
+        if name is not None:
+            self.values[name] = path
+        return path
 
     def _layers(self, layers: Any) -> dict[str, Any]:
         if layers is None or layers is BAD:

@@ -13,7 +13,9 @@ from kvpolicy.recipe.yaml import BAD, SPEC_VERSION, Document, read_file
 from kvpolicy.words import clip, in_words, listed, quoted, suggest
 
 BUNDLED = Path(__file__).parent / "bundled"
-TOP_KEYS = ("version", "name", "summary", "source", "extends", "params", "tiers", "layers")
+TOP_KEYS = (
+    "version", "name", "summary", "source", "extends", "calibration", "params", "model_layers", "tiers", "layers",
+)  # fmt: skip
 PLACEMENT = (
     "placement must be removed, a key of version 0.1: tokens are placed as if fed one by one. Where it was update, "
     "give the first tier policy: {kind: residual, length: 128}, as recipe hf-quantized does"
@@ -100,7 +102,7 @@ def _parent(document: Document, root: Path) -> Path | None:
         document.fail(
             ("extends",),
             f"extends must name a bundled recipe or a file relative to this one, found {quoted(name)}"
-            f"{hint}; bundled: {', '.join(names)}",
+            f"{hint}; kvpolicy recipes lists those bundled: {listed(names, 8)}",
         )
     return path
 

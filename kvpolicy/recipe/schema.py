@@ -7,7 +7,7 @@ from typing import Any
 from kvpolicy.interfaces.component import Component
 from kvpolicy.plugins import PluginInfo, Registry, registry
 from kvpolicy.recipe.build import LISTS, ONE
-from kvpolicy.recipe.spec import Recipe, Tier
+from kvpolicy.recipe.spec import MOST_LAYERS, Recipe, Tier
 from kvpolicy.recipe.yaml import SPEC_VERSION
 
 _PARAMETER = {"type": "string", "pattern": r"^\$[A-Za-z_]\w*$", "description": "The value of a parameter."}
@@ -49,11 +49,13 @@ def _top() -> dict[str, Any]:
         "name": {"type": "string", "minLength": 1},
         "summary": {"type": "string"},
         "source": {"type": "string"},
+        "calibration": {"type": "string"},
         "params": {
             "type": "object",
             "propertyNames": {"pattern": r"^[A-Za-z_]\w*$"},
             "additionalProperties": {"type": sorted(_SIMPLE)},
         },
+        "model_layers": {"type": "integer", "minimum": 1, "maximum": MOST_LAYERS},
         "tiers": _TIERS,
         "layers": {
             "type": "object",
@@ -138,4 +140,16 @@ def _or_parameter(described: dict[str, Any]) -> dict[str, Any]:
     outer: dict[str, Any] = {k: described[k] for k in ("title", "description", "default") if k in described}
     inner = {key: value for key, value in described.items() if key not in outer}
     variants = inner["anyOf"] if set(inner) == {"anyOf"} else [inner]
-    return {**outer, "anyOf": [*variants, {"$ref": "#/$defs/parameter"}]}
+    return {**outer, "anyOf": [*map(_parameters_within, variants), {"$ref": "#/$defs/parameter"}]}
+
+
+def _parameters_within(described: dict[str, Any]) -> dict[str, Any]:
+    """The schema of a value whose members may be written `$name`, where it has some."""
+    found = {
+        key: _or_parameter(described[key])
+        for key in ("items", "additionalProperties")
+        if isinstance(described.get(key), dict)
+    }
+    if isinstance(members := described.get("properties"), dict):
+        found["properties"] = {k: v if "const" in v else _or_parameter(v) for k, v in members.items()}
+    return {**described, **found}

@@ -11,7 +11,7 @@ from typing import Any
 from kvpolicy.errors import RecipeError
 from kvpolicy.recipe.inherit import BUNDLED, bundled_names, inherit, parameters
 from kvpolicy.recipe.yaml import Document, parse_scalar, read_file
-from kvpolicy.words import clip, quoted, suggest
+from kvpolicy.words import clip, listed, quoted, suggest
 
 _PARAMS = re.compile(r"(?s)(.+?):((?:[A-Za-z_]\w*\s*=.*)?)")
 _MISPLACED = re.compile(r"(?s)[A-Za-z_]\w*=.*")
@@ -129,7 +129,8 @@ def _find(name: str) -> Document:
             raise RecipeError(f"{clip(name)}: no such file{hint}")
         return read_file(Path(name))
     raise RecipeError(
-        f"no recipe {quoted(name)}{suggest(name, names)}; give a path to a YAML file, or one of {', '.join(names)}"
+        f"no recipe {quoted(name)}{suggest(name, names)}; give a path to a YAML file, or a bundled recipe, which kvpolicy "
+        f"recipes lists: {listed(names, 8)}"
     )
 
 

@@ -135,7 +135,7 @@ class Space:
         data = {**page, "params": {key: value for key, value in values.items() if key in used}}
         if name is not None:
             data["name"] = name
-        return build(Document(data, self.document.file, None, marks), {})
+        return build(Document(data, self.document.file, self.document.base, marks), {})
 
     def plain(self) -> dict[str, Any]:
         """As data of JSON, the same for the same space."""

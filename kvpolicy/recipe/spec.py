@@ -43,6 +43,7 @@ class Tier(BaseModel):
         return {**tier, "keys": plain(self.keys), "values": plain(self.values)}
 
 
+MOST_LAYERS = 9999
 FULL_TIERS = (Tier(keys="full", values="full"),)
 """The tiers of a layer that is kept exactly."""
 
@@ -56,10 +57,22 @@ class Recipe(BaseModel):
     name: str = Field(default="custom", description="Name of the recipe.")
     summary: str = Field(default="", description="What it does, in a sentence or two.")
     source: str = Field(default="", description="Where the method comes from, such as the address of a paper.")
+    calibration: str = Field(
+        default="",
+        description="A file that kvpolicy calibrate made for the model: relative to the folder of the recipe's file, "
+        "but to the working directory where the recipe is a bundled one or the path is given as a parameter.",
+    )
     params: dict[str, str | int | float | bool] = Field(
         default_factory=dict,
         description="Parameters with their values. `$name` stands for one, as the whole value of a key below "
         "tiers and layers.",
+    )
+    model_layers: int | None = Field(
+        default=None,
+        strict=True,
+        ge=1,
+        le=MOST_LAYERS,
+        description="Layers that a model must have: for tiers that were chosen for one model. Without it, any number.",
     )
     tiers: tuple[Tier, ...] = Field(description="Tiers from the newest tokens down.")
     layers: dict[str, Literal["full"] | tuple[Tier, ...]] = Field(
@@ -84,6 +97,8 @@ class Recipe(BaseModel):
         if found:
             problems = dict.fromkeys(found)
             raise RecipeError("\n".join(f"recipe {clip(self.name)}: {problem}" for problem in problems))
+        if self.model_layers is not None:
+            self._resolve(self.model_layers)
         return self
 
     def __eq__(self, other: object) -> bool:
@@ -108,6 +123,11 @@ class Recipe(BaseModel):
         return resolved[layer]
 
     def _resolve(self, layers: int) -> list[tuple[Tier, ...]]:
+        if self.model_layers not in (None, layers):
+            raise RecipeError(
+                f"recipe {clip(self.name)}: the model must have {self.model_layers} layers, for which the recipe was "
+                f"made, found {layers}; use a recipe that was made for this model, or one without model_layers"
+            )
         found: list[tuple[Path_, tuple[Tier, ...]]] = [(("tiers",), self.tiers)] * layers
         used: dict[int, str] = {}
         for key, tiers in self.layers.items():
@@ -144,7 +164,9 @@ class Recipe(BaseModel):
         if self._template is not None and not resolved:
             return dump_yaml(plain(self._template))
         written: dict[str, Any] = {"version": self.version, "name": self.name}
-        written.update({k: getattr(self, k) for k in ("summary", "source") if getattr(self, k)})
+        written.update({k: getattr(self, k) for k in ("summary", "source", "calibration") if getattr(self, k)})
+        if self.model_layers is not None:
+            written["model_layers"] = self.model_layers
         written["tiers"] = [tier.plain() for tier in self.tiers]
         if self.layers:
             written["layers"] = {

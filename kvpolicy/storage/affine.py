@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy.errors import CacheError
-from kvpolicy.interfaces.checks import calibrated
+from kvpolicy.interfaces.checks import calibrated, placed
 from kvpolicy.interfaces.extra import Grouping
 from kvpolicy.interfaces.quantizer import AffineQuantizer, Quantizer
 from kvpolicy.interfaces.site import Site
@@ -38,12 +38,12 @@ class AffineStore(CodedStore):
 
     def __init__(self, quantizer: AffineQuantizer, head_dim: int, site: Site | None = None) -> None:
         super().__init__(quantizer, head_dim, site)
-        self.quantizer = quantizer
+        self.quantizer = quantizer = placed(quantizer, self.site)
         self.group_size = group_size_of(quantizer, head_dim)
         self.by_channel = quantizer.per == "channel"
-        self.levels = levels_of(quantizer, self.site)
+        self.scales = Scales(quantizer, levels_of(quantizer, self.site))
+        self.levels = self.scales.uneven
         """What codes stand for, if not for themselves."""
-        self.scales = Scales(quantizer, self.levels)
         self.numbers = head_dim if self.by_channel else head_dim // self.group_size
         """Scales of a token, or of the channels of a group."""
         self.parts |= {"codes": Pages(), "params": Pages(), "exact": Pages()}
@@ -196,12 +196,12 @@ class AffineStore(CodedStore):
             coded = self.parts["codes"].length
             x = self.chain.forward(x, self._places(coded, coded + n))
         arrivals = n // size if self.by_channel else 1
-        x, beside = self.beside.take(x, arrivals) if self.beside is not None else (x, [])
+        x, beside = self.beside.take(x) if self.beside is not None else (x, [])
         packed, params = self.encode(x, size)
         self.keep(packed, params)
         if self.beside is not None:
             error = self._error(x, packed, params, arrivals) if self.beside.fits else None
-            self.beside.keep(beside, error, x, arrivals)
+            self.beside.keep(beside, error, x)
 
     def encode(self, x: Tensor, size: int) -> tuple[Tensor, Tensor]:
         """Packed codes, and what is kept of scales and offsets, of tokens `[batch, kv_heads, tokens, head_dim]`."""
@@ -210,7 +210,7 @@ class AffineStore(CodedStore):
         if self.quantizer.clip < 1:
             low, high = (bound * self.quantizer.clip for bound in torch.aminmax(groups, dim=1, keepdim=True))
             groups = groups.clamp(low, high)
-        affine = self.scales.rounded(calibrated(self.quantizer, groups), groups)
+        affine = self.scales.rounded(calibrated(self.quantizer, groups, self.scales.codes), groups)
         codes = affine.codes
         if self.by_channel:
             codes = codes.view(batch, heads, n // size, dim, size).transpose(3, 4)

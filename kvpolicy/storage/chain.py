@@ -9,13 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvpolicy.errors import PluginError, RecipeError
-from kvpolicy.interfaces.checks import adjoined, fitted, transformed
+from kvpolicy.errors import CacheError, PluginError, RecipeError
+from kvpolicy.interfaces.checks import adjoined, fitted, needed, transformed
 from kvpolicy.interfaces.component import TRY, check_answer
 from kvpolicy.interfaces.site import Site
 from kvpolicy.interfaces.transform import Transform
+from kvpolicy.storage.late import LateRows
 
-__all__ = ["Chain"]
+__all__ = ["QUERIES", "Chain"]
+
+QUERIES = "transforms.queries"
+"""How what was found of queries is saved, as long as it is of use."""
 
 
 class Chain:
@@ -28,19 +32,44 @@ class Chain:
     def __init__(self, transforms: tuple[Transform, ...], site: Site) -> None:
         for i, transform in enumerate(transforms):
             try:
-                _check_needs(transform, site)
+                _check_needs(transform, site, i)
                 check_answer(transform, "check", site)
             except RecipeError as error:
                 raise error.at("transforms", i) from None
         self.transforms, self.site = transforms, site
-        self.by_position = any("positions" in transform.needs for transform in transforms)
+        needs = [needed(transform) for transform in transforms]
+        self.placed = ["positions" in own for own in needs]
+        """Which of them are given positions."""
+        self.by_position = any(self.placed)
+        self.asks = any("queries" in own for own in needs)
+        """Whether anything that is kept depends on queries."""
+        self.asked: Tensor | None = None
+        """The least and the greatest of each channel of the queries so far, until something was coded."""
         self.state: list[dict[str, Tensor]] = []
         """What each transform keeps: `[batch or 1, kv_heads or 1, ...]`; empty before the first tokens."""
+        self.late = LateRows()
         self._linear: bool | None = None
         self._taken: list[weakref.ref[Tensor]] = []
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_taken": []}
+
+    @property
+    def wants_queries(self) -> bool:
+        """Whether it must still be told of queries."""
+        return self.asks and (not self.state or self.late.rows is not None)
+
+    def heed(self, queries: Tensor) -> None:
+        """Take in the least and the greatest of each channel of some queries, `[batch, kv_heads, 2, head_dim]`."""
+        if not self.wants_queries:
+            return
+        if self.asked is not None:
+            least, greatest = (
+                f(self.asked, queries).select(2, i) for i, f in enumerate((torch.minimum, torch.maximum))
+            )
+            queries = torch.stack([least, greatest], dim=2)
+        with torch.inference_mode(False):
+            self.asked = queries.detach().clone()
 
     @property
     def linear(self) -> bool:
@@ -69,12 +98,21 @@ class Chain:
     def forward(self, x: Tensor, positions: Tensor | None) -> Tensor:
         """What is to be coded of `x`, in its type; the first time what is to be kept is found."""
         y, fresh, state = x.float(), not self.state, list(self.state)
+        if fresh and self.asks and self.asked is None:
+            raise CacheError(
+                f"transform {self.transforms[0].kind!r} must be shown queries before keys are coded, found none; use: "
+                "with kvpolicy.attach(model): ... from the first token on"
+            )
         for i, transform in enumerate(self.transforms):
             if fresh:
-                state.append(fitted(transform, y.to(x.dtype), self.site))
-            y = transformed(transform, "forward", y, state[i], positions)
-        if fresh:
+                state.append(fitted(transform, y.to(x.dtype), self.asked, self.site))
+            elif self.late.rows is not None:
+                state[i] = self.late.chosen(state[i], fitted(transform, y.to(x.dtype), self.asked, self.site))
+            y = transformed(transform, "forward", y, state[i], positions if self.placed[i] else None)
+        if fresh or self.late.rows is not None:
             self._keep(state)
+            self.late.note(x)
+            self.asked = self.asked if self.late.rows is not None else None
         return y.to(x.dtype)
 
     def _keep(self, state: list[dict[str, Tensor]]) -> None:
@@ -110,8 +148,9 @@ class Chain:
     def inverse(self, y: Tensor, positions: Tensor | None) -> Tensor:
         """What the numbers that were coded stand for, in float32."""
         y = y.float()
-        for transform, state in zip(reversed(self.transforms), reversed(self.state), strict=True):
-            y = transformed(transform, "inverse", y, state, positions)
+        for i in reversed(range(len(self.transforms))):
+            places = positions if self.placed[i] else None
+            y = transformed(self.transforms[i], "inverse", y, self.state[i], places)
         return y
 
     def adjoint(self, q: Tensor) -> Tensor:
@@ -153,13 +192,17 @@ class Chain:
     def _fitted_to(self, x: Tensor) -> list[dict[str, tuple[Any, ...]]]:
         """Types and shapes of what each transform keeps of some tokens."""
         places, kinds, y = torch.arange(x.shape[2], device=x.device).view(1, 1, -1), [], x.float()
-        for transform in self.transforms:
-            state = fitted(transform, y.to(x.dtype), self.site)
+        for i, transform in enumerate(self.transforms):
+            state = fitted(transform, y.to(x.dtype), self.asked, self.site)
             kinds.append({name: (t.dtype, *t.shape) for name, t in sorted(state.items())})
-            y = transformed(transform, "forward", y, state, places)
+            y = transformed(transform, "forward", y, state, places if self.placed[i] else None)
         return kinds
 
     def select(self, rows: Tensor) -> None:
+        self.late.select(rows)
+        if self.asked is not None:
+            with torch.inference_mode(False):
+                self.asked = self.asked.index_select(0, rows.to(self.asked.device, non_blocking=True))
         for state in self.state:
             for name, t in state.items():
                 if t.shape[0] > 1:  # one that is the same in all rows stays so
@@ -167,16 +210,22 @@ class Chain:
                         state[name] = t.index_select(0, rows.to(t.device, non_blocking=True))
 
     def to(self, device: torch.device) -> None:
+        self.late.to(device)
+        self.asked = None if self.asked is None else self.asked.to(device, non_blocking=True)
         self.state = [{name: t.to(device, non_blocking=True) for name, t in kept.items()} for kept in self.state]
 
     def bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for kept in self.state for t in kept.values())
+        return sum(t.numel() * t.element_size() for t in self.tensors().values())
 
     def tensors(self) -> dict[str, Tensor]:
-        return {f"transforms.{i}.{name}": t for i, kept in enumerate(self.state) for name, t in kept.items()}
+        asked = {} if self.asked is None or self.state else {QUERIES: self.asked}
+        return asked | {f"transforms.{i}.{name}": t for i, kept in enumerate(self.state) for name, t in kept.items()}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """The inverse of `tensors`, once something was coded."""
+        """The inverse of `tensors`, once something was coded, or else of queries alone."""
+        if QUERIES in tensors:
+            self.asked = tensors[QUERIES]
+            return
         state: list[dict[str, Tensor]] = [{} for _ in self.transforms]
         for name, t in tensors.items():
             _, number, own = name.split(".", 2)
@@ -184,9 +233,20 @@ class Chain:
         self._keep(state)
 
 
-def _check_needs(transform: Transform, site: Site) -> None:
-    for need in sorted(transform.needs - {"positions"}):
-        if need == "queries" or not site.fitted:
-            raise RecipeError(
-                f"transform {transform.kind!r} needs {need}, which no cache can give it yet; use one that needs none"
-            )
+def _check_needs(transform: Transform, site: Site, place: int) -> None:
+    needs = needed(transform)
+    if "queries" in needs and site.side != "keys":
+        raise RecipeError(
+            f"transform {transform.kind!r} needs queries, which meet keys alone, found it at values; write it below "
+            "keys"
+        )
+    if "queries" in needs and place:
+        raise RecipeError(
+            f"transform {transform.kind!r} needs queries as they come and must be the first of its list, found {place} "
+            "before it; exchange them"
+        )
+    if "calibration" in needs and not site.fitted:
+        raise RecipeError(
+            f"transform {transform.kind!r} needs a calibration, and the recipe names none; make one by kvpolicy "
+            "calibrate METHOD --model DIR --text FILE --out CALIBRATION, and write calibration: CALIBRATION"
+        )

@@ -14,7 +14,7 @@ from kvpolicy.interfaces.extra import Grouping
 from kvpolicy.interfaces.quantizer import Quantizer
 from kvpolicy.interfaces.site import Site
 from kvpolicy.storage.base import Ints, Store
-from kvpolicy.storage.beside import EXTRAS, Beside, Parts
+from kvpolicy.storage.beside import EXTRAS, Beside, Runs
 from kvpolicy.storage.chain import Chain
 from kvpolicy.storage.named_parts import NamedParts
 from kvpolicy.storage.pages import Pages
@@ -33,7 +33,7 @@ class Aside(NamedTuple):
 
     places: Tensor | None
     """Their positions, where transforms need them."""
-    parts: Parts | None
+    parts: Runs | None
     """What extras keep of them."""
 
 
@@ -137,6 +137,8 @@ class CodedStore(Store):
         super().differ_by_head(row_heads)
         for kept in self._kept:
             kept.differ_by_head(row_heads)
+        if self.chain is not None:
+            self.chain.late.apart = True
 
     def select(self, rows: Tensor) -> None:
         super().select(rows)

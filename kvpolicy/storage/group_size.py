@@ -15,6 +15,10 @@ def group_size_of(quantizer: AffineQuantizer, head_dim: int) -> int:
     size = quantizer.group_size
     if size == "head":
         return head_dim
+    if size == "half":
+        if head_dim % 2:
+            raise RecipeError(f"group_size: half must go with an even head_dim, found {head_dim}; use auto or head")
+        return head_dim // 2
     if (known := known_grouping(quantizer)) is not None:
         if known.per == "token" and head_dim % known.size:
             raise RecipeError(

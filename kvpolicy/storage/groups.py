@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -48,6 +48,21 @@ class Groups:
     def of(self, index: Ints) -> Ints:
         """The groups of the tokens at `index`, where groups are neighbours."""
         return np.searchsorted(np.cumsum(self.sizes), index, side="right")
+
+    def runs(self, first: int, last: int) -> Iterator[tuple[int, int, int]]:
+        """The tokens from `first` to `last`, cut where groups of other lengths begin: the first, the last + 1, groups.
+
+        A group that is cut by an end is one by itself. Of use where groups are neighbours.
+        """
+        if first == last:
+            return
+        lowest, highest = (int(self.of(np.asarray(at))) for at in (first, last - 1))
+        ends = np.cumsum(self.sizes[: highest + 1])[lowest:]
+        cuts = np.concatenate([[first], ends[:-1], [last]])
+        lengths = np.diff(cuts)
+        starts = np.flatnonzero(np.diff(lengths, prepend=-1))
+        for start, end in zip(starts.tolist(), [*starts[1:].tolist(), len(lengths)], strict=True):
+            yield int(cuts[start]), int(cuts[end]), end - start
 
     def drop(self, index: Ints) -> Ints:
         """Remove the tokens at `index`, ascending; returns the groups that are gone with them."""

@@ -41,8 +41,10 @@ def try_store(quantizer: Quantizer, head_dim: int, site: Site | None = None) -> 
     store = make_store(quantizer, head_dim, site)
     assert store is not None
     with torch.no_grad():
-        x = torch.linspace(-1.0, 1.0, 128 * head_dim, device="cpu").view(1, 1, 128, head_dim)
+        heads = 1 if site is None else site.kv_heads
+        x = torch.linspace(-1.0, 1.0, heads * 128 * head_dim, device="cpu").view(1, heads, 128, head_dim)
         if isinstance(store, CodedStore) and store.chain is not None:
+            store.chain.heed(x[:, :, :: x.shape[2] - 1])
             store.chain.check_state(x)
         for part, places in zip(x.split([96, 32], dim=2), torch.arange(128).split([96, 32]), strict=True):
             store.append(part, None, places)

@@ -129,6 +129,16 @@ class NamedParts:
             found |= {name: gather_tokens(part.all(), groups) for name, part in self._of("arrival")}
         return self._shaped(found)
 
+    def slice_of_arrivals(self, first: int, last: int, arrivals: int) -> dict[str, Tensor]:
+        """The tensors of the tokens from `first` to `last`, which are of so many arrivals: an entry for each of these.
+
+        Of use where arrivals are neighbours.
+        """
+        at = int(self.groups.of(np.asarray(first)))
+        found = {name: part.slice(first, last) for name, part in self._of("token")}
+        found |= {name: part.slice(at, at + arrivals) for name, part in self._of("arrival")}
+        return self._shaped(found)
+
     def take(self, index: Ints) -> dict[str, Tensor]:
         """The tensors of the tokens at `index` (ascending)."""
         found = {name: part.take(index) for name, part in self._of("token")}

@@ -23,18 +23,18 @@ def levels_of(quantizer: AffineQuantizer, site: Site) -> Tensor | None:
     """What the codes of a quantizer stand for, or None: the codes themselves.
 
     Raises:
-        PluginError: that is no ascending float32 tensor with an entry for each code.
+        PluginError: that is no ascending float32 tensor with as many entries as there are codes, or fewer.
     """
     found = call(quantizer, "levels", site)
     if found is None:
         return None
     count = 2**quantizer.nbits
-    fits = isinstance(found, Tensor) and found.dtype == torch.float32 and found.shape == (count,)
+    fits = isinstance(found, Tensor) and found.dtype == torch.float32 and found.ndim == 1 and 1 < len(found) <= count
     if not fits or not found.isfinite().all() or not (found.diff() > 0).all():
         shown = f"{tuple(found.shape)} in {found.dtype}" if isinstance(found, Tensor) else type(found).__name__
         raise PluginError(
-            f"quantizer {quantizer.kind!r} must give {count} ascending numbers in float32 from levels, found {shown}. "
-            f"{TRY}"
+            f"quantizer {quantizer.kind!r} must give 2 to {count} ascending numbers in float32 from levels, found "
+            f"{shown}. {TRY}"
         )
     levels: Tensor = found.detach().cpu().clone()
     return levels
@@ -48,6 +48,13 @@ class Scales:
 
     def __init__(self, quantizer: AffineQuantizer, levels: Tensor | None) -> None:
         self.quantizer, self.levels = quantizer, levels
+        even = levels is not None and bool((levels.diff() == 1).all())
+        self.uneven = None if even or levels is None else _filled(levels, 2**quantizer.nbits)
+        """What each code stands for, if levels don't lie one apart: else they are codes, and an offset in scales."""
+        self.origin = float(levels[0]) if levels is not None and even else 0.0
+        """That offset."""
+        self.codes = 2**quantizer.nbits if levels is None else len(levels)
+        """How many there are."""
         self.small = quantizer.scale_dtype in ("float8_e4m3", "e8m0")
         """Whether scales have 8 bits."""
 
@@ -74,13 +81,14 @@ class Scales:
             top = 2**self.quantizer.nbits - 1 if self.levels is None else float(self.levels[-1])
             # Whatever the offset lost is to be within the levels still.
             scale = _e4m3(scale + (affine.offset - offset) / max(top, 1e-3), up=True).float()
+        same = (scale == affine.scale) & (offset == affine.offset)  # then the quantizer knows better where ties go
         x = (groups.float() - offset) / torch.where(scale > 0, scale, 1.0)
         if self.levels is None:
             codes = x.round().clamp(0, 2**self.quantizer.nbits - 1).nan_to_num(0)
         else:
             levels = self.levels.to(x.device)
             codes = torch.bucketize(x.nan_to_num(0), (levels[1:] + levels[:-1]) / 2)
-        return Affine(codes.to(torch.uint8), scale, offset)
+        return Affine(torch.where(same, affine.codes, codes.to(torch.uint8)), scale, offset)
 
     def join(self, scale: Tensor, offset: Tensor, dtype: torch.dtype) -> Tensor:
         """What is kept of scales and offsets `[..., numbers]`, in float32, of numbers of type `dtype`."""
@@ -96,7 +104,11 @@ class Scales:
         return torch.cat(parts, dim=-1) if self.quantizer.offsets else parts[0]
 
     def split(self, params: Tensor, numbers: int) -> tuple[Tensor, Tensor]:
-        """Scales and offsets `[..., numbers]` of what `join` gave; zeros where there are no offsets."""
+        """Scales and offsets `[..., numbers]` of what `join` gave, the offsets of codes; zeros where there are none."""
+        scale, offset = self._kept(params, numbers)
+        return scale, offset + scale.float() * self.origin if self.origin else offset
+
+    def _kept(self, params: Tensor, numbers: int) -> tuple[Tensor, Tensor]:
         if not self.small and self.quantizer.offsets:
             scale, offset = params.chunk(2, dim=-1)
             return scale, offset
@@ -116,19 +128,24 @@ class Scales:
         if self.small:
             found = self.split(params, numbers)
             scale, offset = (x.permute(3, 0, 1, 2).contiguous().unsqueeze(3) for x in found)
-            return scale, offset if self.quantizer.offsets else None
+            return scale, offset if self.quantizer.offsets or self.origin else None
         both = params.permute(3, 0, 1, 2).contiguous().unsqueeze(3)
         both = both if both.dtype == torch.float32 else both.float()
         if not self.quantizer.offsets:
-            return both, None
+            return both, both * self.origin if self.origin else None
         scale, offset = both.chunk(2)
-        return scale, offset
+        return scale, offset + scale * self.origin if self.origin else offset
 
     def share(self, params: Tensor, numbers: int) -> Fraction:
         """The part of what is kept that scales are."""
         if not self.quantizer.offsets:
             return Fraction(1)
         return Fraction(numbers, params.shape[-1]) if self.small else Fraction(1, 2)
+
+
+def _filled(levels: Tensor, count: int) -> Tensor:
+    """Levels for so many codes; those that are not used, of which only a damaged file can have any, are the last."""
+    return torch.cat([levels, levels[-1:].expand(count - len(levels))])
 
 
 def _read(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -242,7 +242,7 @@ def test_schema_is_json() -> None:
 def test_plugins_lists_kind_distribution_version_file_and_options() -> None:
     result = run("plugins")
     assert result.returncode == 0, result.stderr
-    (line,) = (line for line in result.stdout.splitlines() if " log " in line)
+    (line,) = (line for line in result.stdout.splitlines() if line.startswith("policy") and " log " in line)
     for part in ("policy", "kvpolicy", kvpolicy.__version__, "kvpolicy_log.py", "budget=42"):
         assert part in line
 

@@ -12,11 +12,9 @@ from typing import Any
 
 import pytest
 
-optuna = pytest.importorskip("optuna")
+pytest.importorskip("optuna")
 
 import torch
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
 from searched import SMALL, SPACE, text
 from transformers import DynamicCache
 from typer.testing import CliRunner
@@ -154,6 +152,10 @@ def test_no_recipe_within_the_budget(given: Given, tmp_path: Path) -> None:
 
 def test_a_search_that_was_killed_goes_on(given: Given, tmp_path: Path, counted: list[Any]) -> None:
     """Killed within the third trial: a running trial is left behind; besides half a line and a lock."""
+    from optuna import load_study
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
     out = tmp_path / "out"
     child = os.fork()
     if child == 0:
@@ -181,7 +183,7 @@ def test_a_search_that_was_killed_goes_on(given: Given, tmp_path: Path, counted:
     assert len(result.trials) == 6
     assert len(counted) == finished - 4 + held  # the two trials that were finished before were not run again
     assert len({json.dumps(trial.drawn) for trial in result.trials}) == 6
-    study = optuna.load_study(study_name="tune", storage=JournalStorage(JournalFileBackend(str(journal))))
+    study = load_study(study_name="tune", storage=JournalStorage(JournalFileBackend(str(journal))))
     states = [trial.state.name for trial in study.get_trials(deepcopy=False)]
     assert states.count("FAIL") == 1
     assert "RUNNING" not in states

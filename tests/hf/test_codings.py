@@ -11,11 +11,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kvpolicy_fp4 import MxFp4, NvFp4
+from kvpolicy_fp8 import Fp8
 from kvpolicy_hadamard import Hadamard
 from kvpolicy_int import Int
+from kvpolicy_lloyd_max import LloydMax, SplitLloydMax
 from kvpolicy_nf4 import Nf4
 from kvpolicy_scale import Scale
+from kvpolicy_sketch import Sketch
 from kvpolicy_sparse import Sparse
+from kvpolicy_ternary import Ternary
 from layers import HEAD_DIM, Layer, random_tokens
 from models import ids, tiny
 from per_head import reference
@@ -135,6 +140,7 @@ EXTRAS: list[tuple[Extra, ...]] = [
     (Sparse(count=3), MeanError()),
     (MeanError(),),
     (Sparse(share=0.3),),
+    (Sketch(),),
 ]
 CHAINS: list[tuple[Transform, ...]] = [
     (),
@@ -150,13 +156,19 @@ def stores(draw: st.DrawFn) -> Any:
     per = draw(st.sampled_from(["token", "channel"]))
     size = draw(st.sampled_from([8, 16, "head"] if per == "token" else [4, 8]))
     nbits = draw(st.sampled_from([1, 2, 3, 4, 8]))
-    kind = draw(st.sampled_from([Int, Cubes, Nf4, Book]))
-    if kind is Book:
-        return Book(transforms=draw(st.sampled_from(CHAINS)), extras=draw(st.sampled_from(EXTRAS)))
+    kind = draw(st.sampled_from([Int, Cubes, Nf4, Book, LloydMax, SplitLloydMax, Ternary, Fp8, MxFp4, NvFp4]))
+    if kind in (Book, SplitLloydMax):
+        return kind(transforms=draw(st.sampled_from(CHAINS)), extras=draw(st.sampled_from(EXTRAS)))
+    if kind is Ternary:
+        return Ternary(group_size=8, transforms=draw(st.sampled_from(CHAINS)), extras=draw(st.sampled_from(EXTRAS)))
     options = {"per": per, "group_size": size, "transforms": draw(st.sampled_from(CHAINS))}
     options |= {"extras": draw(st.sampled_from(EXTRAS))}
-    options |= {"scale_dtype": draw(st.sampled_from(["model", "float32", "float8_e4m3", "e8m0"]))}
-    return kind(nbits=4 if kind is Nf4 else nbits, clip=draw(st.sampled_from([1.0, 0.8])), **options)
+    if kind not in (MxFp4, NvFp4):
+        options |= {"scale_dtype": draw(st.sampled_from(["model", "float32", "float8_e4m3", "e8m0"]))}
+    widths = {Nf4: 4, MxFp4: 4, NvFp4: 4, Fp8: 8, LloydMax: nbits % 5 or 1}
+    ranges: list[dict[str, Any]] = [{"clip": 1.0}, {"clip": 0.8}]
+    ranges += [{"range": "rms"}, {"range": "percentiles", "percentile": 90.0}] if kind is Int else []
+    return kind(nbits=widths.get(kind, nbits), **draw(st.sampled_from(ranges)), **options)
 
 
 @st.composite

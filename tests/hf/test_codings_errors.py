@@ -10,7 +10,7 @@ from kvpolicy_hadamard import Hadamard
 from kvpolicy_int import Int
 from layers import HEAD_DIM, Layer
 
-from kvpolicy import load_recipe
+from kvpolicy import Site, load_recipe
 from kvpolicy.errors import PluginError, RecipeError
 from kvpolicy.recipe.load import load_yaml
 from kvpolicy.storage.make import make_store
@@ -23,10 +23,10 @@ def test_what_a_transform_needs_and_nobody_has_is_refused_by_name() -> None:
     class Wants(Hadamard):
         needs: ClassVar[frozenset[str]] = frozenset({"calibration"})
 
-    for transform, word in ((Asks(), "queries"), (Wants(), "calibration")):
+    for transform, side, word in ((Asks(), "values", "queries"), (Wants(), "keys", "a calibration")):
         recipe = load_recipe({"tiers": [{"store": Int(transforms=(transform,))}]})
         with pytest.raises(
-            RecipeError, match=rf"tiers\[0\]\.keys\.transforms\[0\], layer 0: transform 'hadamard' needs {word}"
+            RecipeError, match=rf"tiers\[0\]\.{side}\.transforms\[0\], layer 0: transform 'hadamard' needs {word}"
         ):
             Layer(recipe)
 
@@ -93,3 +93,20 @@ def test_transforms_are_parameters_and_are_written_again() -> None:
     assert recipe.tiers[0].keys.transforms == (Hadamard(), Hadamard(seed=3))  # type: ignore[union-attr]
     for resolved in (False, True):
         assert load_yaml(recipe.to_yaml(resolved=resolved)).tiers == recipe.tiers
+
+
+def test_a_rotation_of_an_odd_number_of_channels_would_do_nothing() -> None:
+    with pytest.raises(RecipeError, match=r"hadamard needs an even head_dim, found 9"):
+        make_store(Int(nbits=4, group_size="head", transforms=(Hadamard(),)), 9)
+
+
+@pytest.mark.parametrize("channels", [80, 96, 112, 20])
+@pytest.mark.parametrize("seed", [None, 3])
+def test_a_rotation_of_any_even_number_of_channels_is_orthonormal(channels: int, seed: int | None) -> None:
+    transform, x = Hadamard(seed=seed), torch.eye(channels, dtype=torch.float64)[None, None]
+    state = transform.fit(x, None, Site())
+    matrix = transform.forward(x, state, None)
+    torch.testing.assert_close(matrix @ matrix.transpose(2, 3), x)
+    block = channels & -channels
+    assert (matrix.abs() > 0).sum() == channels * block
+    torch.testing.assert_close(matrix.abs().amax(), torch.tensor(block**-0.5, dtype=torch.float64))

@@ -9,11 +9,10 @@ import pytest
 import torch
 from layers import Layer, random_tokens
 from models import ids, tiny
-from recipes import BY_POSITION
+from recipes import BY_POSITION, DISTINCT
 from words import CACHE
 
 from kvpolicy import CompressedCache, attach, load_recipe, make_cache
-from kvpolicy.recipe.load import bundled_names
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
@@ -33,7 +32,7 @@ def options(name: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["even", "padded"])
-@pytest.mark.parametrize("name", [name for name in bundled_names() if name != "full"])
+@pytest.mark.parametrize("name", [name for name in DISTINCT if name != "full"])
 def test_a_layer_attends_and_holds_what_it_does_on_a_cpu(name: str, padded: bool) -> None:
     query, keys, values = random_tokens(330, 3, batch=2)
     real = torch.ones(2, 330, dtype=torch.bool)
@@ -90,7 +89,7 @@ def test_padded_generation_saving_and_beams(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["even", "padded"])
-@pytest.mark.parametrize("name", bundled_names())
+@pytest.mark.parametrize("name", DISTINCT)
 def test_a_decode_step_waits_for_nothing(name: str, padded: bool) -> None:
     model = tiny("llama", torch.bfloat16).to(DEVICE)
     mask = torch.ones(2, 200, dtype=torch.long, device=DEVICE)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from models import build, ids, llama, tiny
-from recipes import NAMED, named
+from recipes import DISTINCT, NAMED, named
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from saved import rewritten
@@ -23,7 +23,7 @@ from words import CACHE
 from kvpolicy import CompressedCache, Recipe, attach, load_recipe, make_cache
 from kvpolicy.errors import CacheError
 from kvpolicy.interfaces.policy import RankPolicy
-from kvpolicy.recipe.load import bundled_names, load_yaml
+from kvpolicy.recipe.load import load_yaml
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -67,7 +67,7 @@ def test_round_trip(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     assert torch.equal(logits(model, loaded), logits(model, cache))
 
 
-@pytest.mark.parametrize("name", bundled_names())
+@pytest.mark.parametrize("name", DISTINCT)
 def test_bundled_recipes_with_parameters_survive(name: str, tmp_path: Path) -> None:
     model = llama(64, 4, 2, torch.float32)
     params = {"window": 20} if name in ("logquant", "streaming-llm", "balanced") else {}

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from models import ids, llama
+from recipes import DISTINCT
 from safetensors.torch import load_file
 from saved import rewritten
 from transformers import PreTrainedModel
@@ -15,7 +16,6 @@ from words import CACHE
 
 from kvpolicy import CompressedCache, attach, make_cache
 from kvpolicy.errors import CacheError
-from kvpolicy.recipe.load import bundled_names
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -30,7 +30,7 @@ def logits(model: PreTrainedModel, cache: CompressedCache, steps: int) -> torch.
     return torch.stack([model(ids(1, batch=2, seed=50 + t), **{CACHE: cache}).logits for t in range(steps)])
 
 
-@pytest.mark.parametrize("name", [name for name in bundled_names() if name != "full"])
+@pytest.mark.parametrize("name", [name for name in DISTINCT if name != "full"])
 def test_padded_batches_survive(name: str, tmp_path: Path) -> None:
     model = llama(64, 4, 2, torch.float32)
     mask = torch.ones(2, 150, dtype=torch.long)

@@ -119,7 +119,17 @@ def test_options_out_of_range_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "levels", [torch.zeros(15), torch.arange(16), torch.zeros(16), torch.arange(16).float().flip(0), [0.0] * 16, 3]
+    "levels",
+    [
+        torch.zeros(15),
+        torch.zeros(1),
+        torch.arange(17.0),
+        torch.arange(16),
+        torch.zeros(16),
+        torch.arange(16).float().flip(0),
+        [0.0] * 16,
+        3,
+    ],
 )
 def test_levels_that_are_none_are_refused_by_name(levels: Any) -> None:
     class Wrong(Nf4):
@@ -128,5 +138,7 @@ def test_levels_that_are_none_are_refused_by_name(levels: Any) -> None:
         def levels(self, site: Site) -> Any:
             return levels
 
-    with pytest.raises(PluginError, match="quantizer 'wrong' must give 16 ascending numbers in float32 from levels"):
+    with pytest.raises(
+        PluginError, match="quantizer 'wrong' must give 2 to 16 ascending numbers in float32 from levels"
+    ):
         make_store(Wrong(), 64)

@@ -7,15 +7,15 @@ from typing import Any, ClassVar, Literal
 
 import pytest
 import torch
+import transformers
 from models import ids, tiny
+from recipes import DISTINCT
 from torch import Tensor
 from words import CACHE
 
 import kvpolicy
 from kvpolicy import CompressedCache, attach, load_recipe, make_cache
 from kvpolicy.errors import CacheError, PluginError, RecipeError
-from kvpolicy.interfaces.policy import RankPolicy
-from kvpolicy.recipe.load import bundled_names
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +69,7 @@ def test_a_cache_is_saved_and_goes_on(when: str, tmp_path: Path) -> None:
     assert cache.memory().total("scores") > 0
 
 
-@pytest.mark.parametrize("name", bundled_names())
+@pytest.mark.parametrize("name", DISTINCT)
 def test_a_cache_may_be_made_before_its_model_is_attached_or_after(name: str) -> None:
     model, tokens = tiny("llama"), ids(80)
     early = make_cache(name, model)
@@ -77,7 +77,7 @@ def test_a_cache_may_be_made_before_its_model_is_attached_or_after(name: str) ->
         late = make_cache(name, model)
         found = [decoded(model, cache, tokens, 60) for cache in (early, late)]
     assert torch.equal(*found)
-    attends = any(isinstance(tier.policy, RankPolicy) and tier.policy._scores() for tier in load_recipe(name).tiers)
+    attends = early.layers[0].tiers.attending if name != "full" else []
     for made in (early, late):
         made.reset()
         if attends:
@@ -185,3 +185,69 @@ def test_a_scorer_of_attention_sees_tokens_in_order_on_an_attached_model() -> No
 def test_options_that_can_not_be_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         recipe(**options)
+
+
+def expected(pre: Tensor, keys: Tensor, values: Tensor, rotary: Any, future: int, sinks: int) -> Tensor:
+    """What Expected Attention ranks tokens by, `[kv_heads, tokens]`, of one row in float64, by matrices."""
+    kv_heads, n, dim = keys.shape
+    positions = torch.arange(n, n + future)
+    cos, sin = (x[0].double() for x in rotary(torch.zeros(1), positions[None]))
+    swap = torch.zeros(dim, dim, dtype=torch.float64)
+    for i in range(dim // 2):
+        swap[i, i + dim // 2], swap[i + dim // 2, i] = -1.0, 1.0
+    turn = torch.stack([torch.diag(c) + torch.diag(s) @ swap for c, s in zip(cos, sin, strict=True)]).mean(0)
+    ranks = []
+    for h in range(kv_heads):
+        shares = []
+        for query in pre.unflatten(0, (kv_heads, -1))[h]:
+            own = query[sinks:].double()
+            mean, spread = turn @ own.mean(0), turn @ torch.cov(own.T, correction=0) @ turn.T
+            k = keys[h, sinks:].double()
+            shares.append((k @ mean / dim**0.5 + torch.einsum("ni,ij,nj->n", k, spread, k) / (2 * dim)).softmax(0))
+        ranks.append(torch.stack(shares).mean(0) * values[h, sinks:].double().norm(dim=-1))
+    return torch.stack(ranks)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("pads", [(0, 0), (0, 23)])
+def test_expected_attention_keeps_what_the_formula_keeps(family: str, pads: tuple[int, int]) -> None:
+    model, tokens, prompt = tiny(family), ids(91, batch=2, seed=3), 90
+    mask = torch.ones(2, 91, dtype=torch.long)
+    for row, pad in enumerate(pads):
+        mask[row, :pad] = 0
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    cache = make_cache("expected-attention:keep=0.3,future=40", model)
+    with attach(model):
+        for at in (slice(0, prompt), slice(prompt, 91)):
+            shown = {"attention_mask": mask[:, : at.stop], "position_ids": places[:, at]}
+            model(tokens[:, at], **shown, **{CACHE: cache})
+    asked: list[Tensor] = []
+    for layer in model.model.layers:
+        last = getattr(layer.self_attn, "q_norm", layer.self_attn.q_proj)
+        last.register_forward_hook(lambda _, __, out: asked.append(out))
+    for row, pad in enumerate(pads):
+        asked.clear()
+        exact = transformers.DynamicCache(config=model.config)
+        model(tokens[row : row + 1, pad:prompt], **{CACHE: exact})
+        for i, own in enumerate(exact.layers):
+            pre = asked[i][0].view(prompt - pad, -1, own.keys.shape[3]).transpose(0, 1)
+            ranks = expected(pre, own.keys[0], own.values[0], model.model.rotary_emb, 40, 4)
+            count = int(0.3 * (prompt - pad))
+            for h in range(len(ranks)):
+                best = {pad + 4 + j for j in ranks[h].topk(count - 4).indices.tolist()}
+                positions = cache.positions(i).positions[row, h]
+                assert set(positions[positions >= 0].tolist()) == {*range(pad, pad + 4), *best, prompt}
+
+
+def test_queries_are_not_kept_once_the_prompt_has_ended() -> None:
+    model, tokens = tiny("llama"), ids(80)
+    cache = make_cache("expected-attention:keep=0.5", model)
+    with attach(model):
+        model(tokens[:, :30], **{CACHE: cache})
+        assert "query" in cache.layers[0].tiers.pending
+        cache.crop(20)
+        assert cache.layers[0].tiers.pending["query"].shape[2] == 20
+        model(tokens[:, 20:60], **{CACHE: cache})
+        for t in range(60, 63):
+            model(tokens[:, t : t + 1], **{CACHE: cache})
+            assert "query" not in cache.layers[0].tiers.pending

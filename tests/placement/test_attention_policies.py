@@ -78,12 +78,15 @@ def zipcache_prompt(name: str, attention: Tensor, chosen: Tensor) -> Tensor:
     return probed.mean(1).sum(1) / seen.clamp(min=1)
 
 
-@pytest.mark.parametrize("prompt", [200, 1000])
-@pytest.mark.parametrize("name", ["zipcache", "zipcache-code"])
+@pytest.mark.parametrize(("name", "prompt"), [("zipcache", 200), ("zipcache", 1000), ("zipcache-code", 250)])
 def test_zipcache_assigns_a_prompt_as_the_formulas_do(name: str, prompt: int) -> None:
-    query, keys, values = random_tokens(prompt, 2)
+    tokens = random_tokens(prompt + 1, 2)
+    query, keys, values = (x[:, :, :prompt] for x in tokens)
     layer = Layer(name)
     layer(query, keys, values)
+    if name == "zipcache-code":
+        assert [len(tier) for tier in layer.held()[0][0]] == [prompt, 0, 0], "the prompt goes on"
+        layer(*(x[:, :, prompt:] for x in tokens))
     kind = layer.tiers.placement.kinds[0]
     chosen = probes(kind, prompt, 0)
     assert chosen.sum() == 2 * int(0.05 * prompt)
@@ -91,19 +94,18 @@ def test_zipcache_assigns_a_prompt_as_the_formulas_do(name: str, prompt: int) ->
     saliency = zipcache_prompt(name, weights(query, keys, 0), chosen)
     low = int(0.4 * prompt)
     for h, (exact, high, rest) in enumerate(layer.held()[0]):
-        assert not exact
+        assert exact == ([prompt] if name == "zipcache-code" else [])
         assert len(rest) == low
         assert set(rest) == set(saliency[h].topk(low, largest=False).indices.tolist())
         assert len(high) == prompt - low
 
 
-@pytest.mark.parametrize("name", ["zipcache", "zipcache-code"])
 def test_zipcache_goes_on_as_the_formulas_restricted_to_descent(
-    name: str, record_property: Any, capsys: pytest.CaptureFixture[str]
+    record_property: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prompt, steps = 300, 300
     query, keys, values = random_tokens(prompt + steps, 3)
-    layer = Layer(name)
+    layer = Layer("zipcache")
     layer(query[:, :, :prompt], keys[:, :, :prompt], values[:, :, :prompt])
     kind = layer.tiers.placement.kinds[0]
     attention, chosen = weights(query[:, :, :prompt], keys[:, :, :prompt], 0), probes(kind, prompt, 0)
@@ -120,9 +122,7 @@ def test_zipcache_goes_on_as_the_formulas_restricted_to_descent(
         layer(*(x[:, :, new : new + 1] for x in (query, keys, values)))
         attended = weights(query[:, :, new : new + 1], stored, new)
         assert order[0] == list(range(seen))
-        if name == "zipcache-code":
-            sums[:, :seen], counts[:seen] = attended.sum(1)[:, 0], 1
-        elif probes(kind, 1, new)[0]:
+        if probes(kind, 1, new)[0]:
             sums[:, :seen] += attended.mean(1)[:, 0]
             counts[:seen] += 1
         if seen % 100:
@@ -136,8 +136,36 @@ def test_zipcache_goes_on_as_the_formulas_restricted_to_descent(
             assert set(held[1]) == high[h]
     record_property("would_have_risen", risen)
     with capsys.disabled():
-        print(f"\n{name}: {risen} tokens of {2 * (400 + 500 + 600)} would have risen from 2 to 4 bits")
+        print(f"\nzipcache: {risen} tokens of {2 * (400 + 500 + 600)} would have risen from 2 to 4 bits")
     assert risen > 0
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_zipcache_code_selects_each_hundred_after_the_prompt_among_itself(chunked: bool) -> None:
+    """The official code's `prompt_length` grows by 100 with each selection, and only what comes after it competes."""
+    prompt, steps = 250, 230
+    query, keys, values = random_tokens(prompt + steps, 3)
+    layer = Layer("zipcache-code")
+    for first, last in itertools.pairwise([0, *([90] if chunked else []), prompt]):
+        layer(*(x[:, :, first:last] for x in (query, keys, values)))
+    settled: list[tuple[set[int], set[int]]] = []
+    for seen in range(prompt + 1, prompt + steps + 1):
+        new = seen - 1
+        stored = torch.cat([layer.cache.dense(0)[0], keys[:, :, new : new + 1]], dim=2)
+        layer(*(x[:, :, new : new + 1] for x in (query, keys, values)))
+        found = [(set(held[1]), set(held[2])) for held in layer.held()[0]]
+        waiting = [held[0] for held in layer.held()[0]]
+        assert waiting == [list(range(seen - (seen - prompt) % 100, seen))] * 2
+        if seen == prompt + 1:
+            settled = found
+            assert all(len(low) == int(0.4 * prompt) for _, low in found)
+        elif (seen - prompt) % 100 == 0:
+            attended = weights(query[:, :, new : new + 1], stored, new).sum(1)[:, 0, prompt:seen]
+            hundred = attended[:, -100:]
+            for h, (high, low) in enumerate(settled):
+                lowest = {seen - 100 + int(i) for i in hundred[h].topk(40, largest=False).indices}
+                settled[h] = high | set(range(seen - 100, seen)) - lowest, low | lowest
+        assert found == settled
 
 
 @pytest.mark.parametrize("queries", ["all", "probe"])

@@ -307,7 +307,8 @@ SHELL = {
     "kivi:nbits=2,nbits=4": "'nbits' twice",
     "kivi:nbits=[2]": "must be a number, a word or true/false, found a list",
     "kivi:nbits={": "not valid YAML",
-    "kiwi": "no recipe 'kiwi' (did you mean 'kivi'?); give a path to a YAML file, or one of atom,",
+    "kiwi": "no recipe 'kiwi' (did you mean 'kivi'?); give a path to a YAML file, or a bundled recipe, which kvpolicy "
+    "recipes lists: adakv,",
     "kiwi:nbits=2": "no recipe 'kiwi' (did you mean 'kivi'?)",
     "nowhere/mine.yaml:nbits=2": "nowhere/mine.yaml: no such file",
     "": "no recipe ''",

@@ -104,6 +104,15 @@ def test_a_bundled_recipe_is_searched_by_its_parameters(tmp_path: Path) -> None:
     assert recipe.name == "two"
 
 
+def test_a_calibration_is_relative_to_the_space(tmp_path: Path) -> None:
+    file = tmp_path / "two.yaml"
+    page = "recipe: {calibration: own.safetensors, tiers: [{store: {kind: int, nbits: $nbits}}]}"
+    file.write_text(f"{page}\nsearch: {{nbits: [2, 4]}}\n")
+    recipe = load_space(file).recipe({"nbits": 1})
+    assert recipe.calibration == str(tmp_path / "own.safetensors")
+    assert load_yaml(recipe.to_yaml()) == recipe  # wherever it is written to
+
+
 def test_ranges_are_whole_numbers_if_all_of_theirs_are() -> None:
     rng = random.Random(0)
     steps = Range.model_validate({"from": 16, "to": 64, "step": 16})

@@ -66,6 +66,12 @@ class GoodTensors(TensorQuantizer):
     def decode(self, encoded: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
         return encoded["half"].to(dtype)
 
+    def scores(self, rows: Tensor, encoded: dict[str, Tensor]) -> Tensor:
+        return rows @ encoded["half"].to(rows.dtype).transpose(2, 3)
+
+    def combine(self, weights: Tensor, encoded: dict[str, Tensor]) -> Tensor:
+        return weights @ encoded["half"].to(weights.dtype)
+
 
 class GoodPolicy(Policy):
     """Keeps the newest tokens."""

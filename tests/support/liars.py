@@ -43,6 +43,7 @@ def _tensors() -> dict[str, Liar]:
     named, must = r"must give named tensors from encode", r"must give tensors \[batch, kv_heads, tokens, \.\.\.\]"
     back = r"must give \(1, [12], \d+, \d+\) in torch\.\w+ on cpu from decode"
     same = "must give the same tensors each time"
+    product = r"must give .* in torch.float32 on cpu from scores"
     cases: dict[str, tuple[str, dict[str, Any]]] = {
         "encode gives a list": (named, {"encode": encoded(lambda e: list(e.values()))}),
         "encode gives nothing": (named, {"encode": encoded(lambda e: {})}),
@@ -78,6 +79,18 @@ def _tensors() -> dict[str, Liar]:
         "decode is random": ("", {"decode": given(lambda x: x + 1e-3 * torch.rand_like(x))}),
         "decode gives nan": ("", {"decode": given(lambda x: x * torch.nan)}),
         "decode is far off": ("", {"decode": given(lambda x: x * -1)}),
+        "scores is one token short": (product, {"scores": changing(lambda x: x[..., 1:], base.scores)}),
+        "scores in float64": (product, {"scores": changing(lambda x: x.double(), base.scores)}),
+        "scores gives None": (product, {"scores": changing(lambda x: None, base.scores)}),
+        "scores of others": ("", {"scores": changing(lambda x: x * 1.1, base.scores)}),
+        "scores raises": ("scores must not fail, found IndexError", {"scores": raising(IndexError("far"))}),
+        "scores writes": ("must not change what scores is given", {"scores": writing_first(base.scores)}),
+        "combine is one channel short": (
+            r"must give .* in torch.float32 on cpu from combine",
+            {"combine": changing(lambda x: x[..., 1:], base.combine)},
+        ),
+        "combine is of others": ("", {"combine": changing(lambda x: x + 1, base.combine)}),
+        "combine writes": ("must not change what combine is given", {"combine": writing_first(base.combine)}),
     }
     return {name: lying(base, run, **methods) for name, (run, methods) in cases.items()}
 
@@ -242,6 +255,7 @@ def _transforms() -> dict[str, Liar]:
 
     cases: dict[str, tuple[str, dict[str, Any]]] = {
         "forward gives nan": ("", {"forward": changing(nan, forward)}),
+        "needs more than it says": ("must give some of its needs", {"needed": lambda self: frozenset({"positions"})}),
         "forward gives inf": ("", {"forward": changing(lambda x: x / 0.0, forward)}),
         "forward of zeros gives nan": ("", {"fit": lambda self, x, q, site: {"sizes": x.abs().mean(2, keepdim=True)}}),
         "inverse gives nan": ("", {"inverse": changing(nan, inverse)}),
@@ -329,6 +343,7 @@ def _extras() -> dict[str, Liar]:
         ),
         "take gives half": ("must give .* from take", {"take": changing(lambda f: f[0], take)}),
         "check_grouping answers": ("must refuse by a RecipeError", {"check_grouping": lambda self, grouping: False}),
+        "arrival is no number": ("must give a number of tokens", {"arrival": lambda self, grouping: True}),
         "add raises": ("add must not fail, found KeyError", {"add": raising(KeyError("mean"))}),
     }
     return {f"extra: {name}": lying(GoodExtra, run, **methods) for name, (run, methods) in cases.items()}

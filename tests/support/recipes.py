@@ -10,12 +10,22 @@ from kvpolicy import Recipe, load_recipe
 from kvpolicy.interfaces.policy import RankPolicy
 from kvpolicy.recipe.load import bundled_names
 
-__all__ = ["BY_POSITION", "NAMED", "named", "one_lossy_store", "recipes"]
+__all__ = ["BY_POSITION", "DISTINCT", "NAMED", "UNCALIBRATED", "named", "one_lossy_store", "recipes"]
 
-BY_POSITION = [
-    name for name in bundled_names() if not any(isinstance(t.policy, RankPolicy) for t in load_recipe(name).tiers)
-]
-"""The bundled recipes that a model can use without being attached, too."""
+ALIKE = ("turboquant", "turboquant-3.5", "turboquant-prod", "quarot", "fp8", "mxfp4", "nvfp4", "nf4")
+"""Recipes of one tier, whose tokens lie and move as those of `atom` or `turboquant-2.5`."""
+VARIANTS = (
+    "gear-l", "gear-kcvt", "gear-code", "qaq", "adakv", "pyramidkv", "tova", "key-norm", "expected-attention",
+    "logquant-attention", "logquant-jitter",
+)  # fmt: skip
+"""Recipes whose stores and moves are those of another (gear, zipcache, snapkv, logquant), with other options. What they
+select has tests of its own."""
+UNCALIBRATED = [name for name in bundled_names() if not load_recipe(name).calibration]
+"""The bundled recipes that need no calibration; the others are tested with calibrations of their models."""
+DISTINCT = [name for name in UNCALIBRATED if load_recipe(name).model_layers is None and name not in (*ALIKE, *VARIANTS)]
+"""The bundled recipes for models of any number of layers, without those like another: what runs models takes time."""
+BY_POSITION = [name for name in DISTINCT if not any(isinstance(t.policy, RankPolicy) for t in load_recipe(name).tiers)]
+"""Of these, those that a model can use without being attached, too."""
 
 
 def recent(window: float, flush: int = 1) -> dict[str, Any]:

@@ -87,6 +87,7 @@ class Served:
         if first:
             if observer is not None:
                 observe(query, keys, observer, shown)
+            tiers.heed(query)
             tiers.hold()
             return None
         if mask is not None:

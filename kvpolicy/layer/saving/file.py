@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from uuid import uuid4
@@ -175,7 +176,7 @@ def _check_format(texts: dict[str, str], what: str) -> None:
         )
 
 
-def checksum(texts: dict[str, str], tensors: dict[str, Tensor]) -> str:
+def checksum(texts: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
     """Over all entries of a header but the checksum's own, and all tensors."""
     digest = hashlib.sha256(json.dumps({**texts, "checksum": ""}, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
@@ -188,9 +189,20 @@ def checksum(texts: dict[str, str], tensors: dict[str, Tensor]) -> str:
 def write_file(path: Any, header: Header, tensors: dict[str, Tensor]) -> None:
     """Write a file under another name and rename it, so that an interruption leaves the old file, or none."""
     path = _path(path)
+    try:
+        replace_file(path, header.as_text(), tensors)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CacheError(f"the cache could not be written to {str(path)[:300]}: {str(error)[:200]}") from None
+
+
+def replace_file(path: Path, texts: dict[str, str], tensors: Mapping[str, Tensor]) -> None:
+    """Write safetensors with these entries of the header, and a checksum, in the place of what is there, if anything.
+
+    Raises:
+        OSError, ValueError, SafetensorError: it can't be written. What was there is there still.
+    """
     tensors = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-    texts = header.as_text()
-    texts["checksum"] = checksum(texts, tensors)
+    texts = {**texts, "checksum": checksum(texts, tensors)}
     beside: Path | None = None
     try:
         target = Path(os.path.realpath(path))  # of a link the file that it leads to
@@ -204,8 +216,6 @@ def write_file(path: Any, header: Header, tensors: dict[str, Tensor]) -> None:
             shutil.copymode(target, beside)
         os.replace(beside, target)
         beside = None
-    except (OSError, ValueError, SafetensorError) as error:
-        raise CacheError(f"the cache could not be written to {str(path)[:300]}: {str(error)[:200]}") from None
     finally:
         if beside is not None:
             beside.unlink(missing_ok=True)

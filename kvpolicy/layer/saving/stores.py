@@ -14,6 +14,7 @@ from kvpolicy.layer.saving.file import Damaged, Held
 from kvpolicy.storage.affine import AffineStore
 from kvpolicy.storage.base import LARGE, Store
 from kvpolicy.storage.beside import EXTRAS
+from kvpolicy.storage.chain import QUERIES
 from kvpolicy.storage.coded import POSITIONS, CodedStore
 from kvpolicy.storage.exact import ExactStore
 from kvpolicy.storage.make import make_store
@@ -75,12 +76,16 @@ def _formats(spec: Any, store: Store, like: Tensor, parts: dict[str, Tensor]) ->
     assert sample is not None
     if _lines(store) is not None:
         sample.differ_by_head((1, 1))
-    sample.append(torch.zeros((1, 1, n, like.shape[3]), dtype=like.dtype), None, torch.arange(n))
+    if isinstance(sample, CodedStore) and sample.chain is not None:
+        sample.chain.heed(torch.ones((1, like.shape[1], 2, like.shape[3])))
+    sample.append(torch.zeros((1, like.shape[1], n, like.shape[3]), dtype=like.dtype), None, torch.arange(n))
     formats: Formats = {
         name: (t.dtype, tuple(t.shape[2 + (not _of_store(sample, name)) :])) for name, t in sample.tensors().items()
     }
     if isinstance(store, AffineStore) and store.by_channel:
         formats["exact"] = exact
+    if isinstance(store, CodedStore) and store.chain is not None and store.chain.asks:
+        formats[QUERIES] = torch.float32, (2, like.shape[3])
     return formats
 
 
@@ -128,9 +133,11 @@ def _check(parts: dict[str, Tensor], store: Store, like: Tensor, formats: Format
 
 def _check_state(parts: dict[str, Tensor], formats: Formats, store: Store) -> None:
     """What transforms keep is there once anything was coded, and of numbers."""
-    expected = {name for name in formats if _of_store(store, name)}
-    found = {name for name in parts if _of_store(store, name)}
-    if found != expected and (found or any(name not in ("exact", POSITIONS, "sizes") for name in parts)):
+    expected = {name for name in formats if _of_store(store, name) and name != QUERIES}
+    found = {name for name in parts if _of_store(store, name) and name != QUERIES}
+    if QUERIES in parts and (found or not parts[QUERIES].isfinite().all()):
+        raise CacheError(f"{QUERIES} must be finite and stand where nothing is coded yet")
+    if found != expected and (found or any(name not in ("exact", POSITIONS, QUERIES, "sizes") for name in parts)):
         raise CacheError(f"what its transforms keep must be {sorted(expected)}, found {sorted(found)}")
     beside, kept = ({n for n in x if n.startswith(EXTRAS) and ":" not in n} for x in (formats, parts))
     if kept and kept != beside:
