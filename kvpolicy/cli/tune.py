@@ -36,7 +36,10 @@ def tune(
         bool, typer.Option("--unattached", help="Decode the stores for the model's own attention at each step.")
     ] = False,
 ) -> None:
-    """Search a space of recipes for little KL at few bits, with Optuna (pip install 'kvpolicy[tune]')."""
+    """Search a space of recipes for little KL at few bits. Needs Optuna, which the extra `tune` brings.
+
+    Interrupted, it goes on when it is started again with the same words.
+    """
     silence_transformers()
     directory = f"{Path(space).stem}-tuned" if out is None else out
     options: dict[str, Any] = {

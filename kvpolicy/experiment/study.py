@@ -21,6 +21,8 @@ POPULATION = 20
 """Of NSGA-II."""
 RECORD = "record"
 """The attribute of a trial that holds what kvpolicy knows of it."""
+SEEDS = 1 << 32
+"""numpy takes no greater ones."""
 _SHOWN = 3
 """Differences of two spaces that an error names."""
 
@@ -60,7 +62,7 @@ def open_study(directory: Path | None, about: dict[str, Any], bits: float | None
             for trial in before:
                 if trial.state == optuna.trial.TrialState.RUNNING:  # was killed
                     study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
-            study.sampler = _sampler(bits, seed + len(before))
+            study.sampler = _sampler(bits, (seed + len(before)) % SEEDS)
             yield study
     except OSError as error:
         raise CompareError(f"{directory}: the study can't be read or written: {error}") from error
