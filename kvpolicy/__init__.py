@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kvpolicy.experiment.calibration import calibrate as calibrate
     from kvpolicy.experiment.comparison import compare as compare
+    from kvpolicy.experiment.tune import tune as tune
     from kvpolicy.hf.attach import Attached as Attached
     from kvpolicy.hf.attach import attach as attach
     from kvpolicy.hf.cache import CompressedCache as CompressedCache
@@ -67,6 +68,7 @@ __all__ = [
     "hookimpl",
     "load_recipe",
     "make_cache",
+    "tune",
 ]
 
 # Loaded at first use: torch and transformers take seconds, and `kvpolicy --help` needs neither.
@@ -99,6 +101,7 @@ _HOMES = {
     "hookimpl": "hookspecs",
     "load_recipe": "recipe.load",
     "make_cache": "hf.cache",
+    "tune": "experiment.tune",
 }
 
 

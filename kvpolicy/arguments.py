@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
-from importlib.metadata import entry_points
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from typing import Any
 
-from kvpolicy.errors import CalibrationError, CompareError
+from kvpolicy.errors import CalibrationError, CompareError, MissingDependencyError
 from kvpolicy.words import clip, in_words, quoted, suggest
 
 RESULTS = ("samples.jsonl", "summary.json", "comparison.png", "attention.png")
@@ -20,6 +22,9 @@ MAX_PROMPT = 1 << 24
 """Characters of a prompt for a model that names no bound."""
 MAX_TEXT = 1 << 30
 """Bytes of a text that a model is calibrated on."""
+MAX_SEARCHED = 1 << 24
+"""Tokens of prompts that a search reads, all samples together."""
+OLDEST_OPTUNA = 4
 _PICTURES = (
     "avif", "eps", "gif", "jpeg", "jpg", "pdf", "pgf", "png", "ps", "raw", "rgba", "svg", "svgz", "tif", "tiff", "webp",
 )  # fmt: skip
@@ -120,23 +125,78 @@ def check_results(path: Path, overwrite: bool) -> Path:
     Raises:
         CompareError: it is no directory, can't be made or written, or holds an earlier comparison.
     """
+    check_directory(path)
+    earlier = [file for file in RESULTS if (path / file).exists()]
+    if earlier and not overwrite:
+        raise CompareError(
+            f"{clip(str(path), 300)}: the directory must not hold an earlier comparison, found {earlier[0]}; "
+            "choose another directory, or replace it (overwrite=True, on the shell --overwrite)"
+        )
+    return path
+
+
+def check_directory(path: Path) -> None:
+    """Refuse early a directory that can't be made or written; nothing is touched yet.
+
+    Raises:
+        CompareError: saying why.
+    """
     name = clip(str(path), 300)
     try:
         if path.exists() and not path.is_dir():
             raise CompareError(f"{name}: the results go into a directory, found a file; choose another name")
-        earlier = [file for file in RESULTS if (path / file).exists()]
         above = next((home for home in (path, *path.parents) if home.exists()), None)
         if above is not None and not (above.is_dir() and os.access(above, os.W_OK | os.X_OK)):
             what = "directory that can't be written" if above.is_dir() else "file"
             raise CompareError(f"{name}: the results can't be written there: {clip(str(above))} is a {what}")
     except (OSError, ValueError) as error:
         raise CompareError(f"{name}: the results can't be written there: {_reason(error)}") from error
-    if earlier and not overwrite:
+
+
+def check_search(settings: Mapping[str, Any]) -> None:
+    """Arguments of `tune` that are of the wrong kind, or out of range for every model.
+
+    Args:
+        settings: trials, tokens, samples, seed, held_out, bits and out, as `tune` takes them.
+
+    Raises:
+        CompareError: naming the argument.
+    """
+    least = {"trials": 1, "tokens": 1, "samples": 2, "seed": 0}
+    for name, bound in least.items():
+        value = settings[name]
+        if isinstance(value, bool) or not isinstance(value, int) or value < bound:
+            raise CompareError(f"{name} must be an integer of at least {bound}, found {in_words(value)}")
+    if settings["samples"] * settings["tokens"] > MAX_SEARCHED:
+        found = f"{in_words(settings['samples'])} times {in_words(settings['tokens'])}; ask for fewer samples"
+        raise CompareError(f"samples times tokens must be at most {MAX_SEARCHED:,}, found {found}")
+    share, bits, out = settings["held_out"], settings["bits"], settings["out"]
+    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < 1:
         raise CompareError(
-            f"{name}: the directory must not hold an earlier comparison, found {earlier[0]}; "
-            "choose another directory, or replace it (overwrite=True, on the shell --overwrite)"
+            f"held_out, the share of samples that is kept for the report (on the shell --held-out), must lie between 0 "
+            f"and 1, found {in_words(share)}"
         )
-    return path
+    if bits is not None and (isinstance(bits, bool) or not isinstance(bits, int | float) or not 0 < bits < math.inf):
+        raise CompareError(f"bits, the most effective bits per value, must be a number above 0, found {in_words(bits)}")
+    if out is not None and (not isinstance(out, str | os.PathLike) or not os.fspath(out)):
+        raise CompareError(f"out must be the path of a directory, found {in_words(out)}")
+
+
+def check_optuna() -> None:
+    """Refuse to search where Optuna is missing or too old.
+
+    Raises:
+        MissingDependencyError: saying how it is installed.
+    """
+    try:
+        found = version("optuna")
+    except PackageNotFoundError:
+        found = ""
+    if not found or not found.split(".")[0].isdigit() or int(found.split(".")[0]) < OLDEST_OPTUNA:
+        state = f"found {clip(found)}" if found else "which is not installed"
+        raise MissingDependencyError(
+            f"kvpolicy tune needs Optuna {OLDEST_OPTUNA} or newer, {state}; pip install 'kvpolicy[tune]'"
+        )
 
 
 def check_calibration(samples: Any, tokens: Any, text: Any, out: Path, overwrite: bool) -> str:

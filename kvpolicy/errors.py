@@ -35,7 +35,7 @@ class PluginError(KvpolicyError):
 
 
 class MissingDependencyError(PluginError):
-    """A recipe needs an optional library that is not installed."""
+    """A recipe or a command needs an optional library that is not installed."""
 
 
 class CacheError(KvpolicyError):
@@ -51,4 +51,4 @@ class TaskError(KvpolicyError):
 
 
 class CompareError(KvpolicyError):
-    """A comparison can't be run as asked."""
+    """A comparison or a search can't be run as asked."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from kvpolicy.cli.output import silence_transformers, warner
+from kvpolicy.cli.output import show_result, silence_transformers, warner
 
 
 def compare(
@@ -58,7 +58,7 @@ def compare(
         except KeyboardInterrupt:
             typer.echo(f"interrupted{_kept(out)}", err=True)
             raise typer.Exit(130) from None
-    _print(result)
+    show_result(result)
     if out is not None:
         from kvpolicy.arguments import RESULTS
 
@@ -103,16 +103,3 @@ def _kept(out: str | None) -> str:
     except OSError:
         rows = 0
     return f"; finished rows in {out}/samples.jsonl: {rows}" if rows else ""
-
-
-def _print(result: Any) -> None:
-    from rich.console import Console
-    from rich.text import Text
-
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=result.width)
-    for table in result.tables():
-        console.print(table)
-        console.print()
-    console.print(Text(result.notes()), width=min(console.width, 120))

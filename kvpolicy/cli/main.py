@@ -18,6 +18,7 @@ from kvpolicy.cli.plugins import plugins
 from kvpolicy.cli.recipes import recipes
 from kvpolicy.cli.schema import schema
 from kvpolicy.cli.show import show
+from kvpolicy.cli.tune import tune
 from kvpolicy.cli.validate import validate
 from kvpolicy.errors import KvpolicyError
 from kvpolicy.words import clip
@@ -48,7 +49,7 @@ def _options(
 
 
 TAKES_RECIPES = ("show", "validate", "compare", "generate")
-for command in (recipes, show, validate, schema, plugins, compare, generate, calibrate, env):
+for command in (recipes, show, validate, schema, plugins, compare, tune, generate, calibrate, env):
     # Words too many reach the command, which says how parameters are written.
     spare = {"allow_extra_args": command in (show, generate)}
     app.command(context_settings=spare)(command)

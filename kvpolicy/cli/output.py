@@ -29,6 +29,20 @@ def new_table(title: str, *columns: str) -> Any:
     return table
 
 
+def show_result(result: Any) -> None:
+    """Print the tables of a comparison or a search, and how they are to be read."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=result.width)
+    for table in result.tables():
+        console.print(table)
+        console.print()
+    console.print(Text(result.notes()), width=min(console.width, 120))
+
+
 def show_error(text: str) -> None:
     """Write a line for each problem to stderr."""
     for line in text.splitlines():

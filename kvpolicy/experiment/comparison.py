@@ -88,11 +88,11 @@ def compare(
     check_name(name)
     recipes = _recipes(arms)
     check_size(name, n, tokens)
-    check_room(tokens, _limit(model))
+    check_room(tokens, limit_of(model))
     samples = load_task(name, n, seed, tokens)
-    model, tokenizer, shown = _model(model, tokenizer, device)
+    model, tokenizer, shown = load_given(model, tokenizer, device)
     items = encode(samples, tokenizer, model.config)
-    settings = {"task": name, "n": len(items), "seed": seed, "tokens": tokens, **_about(model, shown)}
+    settings = {"task": name, "n": len(items), "seed": seed, "tokens": tokens, **about(model, shown)}
     with attached(model, attach) as reads:
         caches = {name: _cache(name, recipe, model, reads) for name, recipe in recipes.items()}
         result = Comparison(recipes, [], {**settings, "attached": reads, "errors": errors})
@@ -111,20 +111,25 @@ def compare(
 
 def _cache(name: str, recipe: Recipe, model: Any, attached: bool) -> Any:
     try:
-        cache = make_cache(recipe, model)
-        for layer in cache.layers:
-            if isinstance(layer, TieredLayer) and not attached:
-                layer.check_attached()
-        return cache
+        return fitting_cache(recipe, model, attached)
     except KvpolicyError as error:
         raise type(error)(f"arm {quoted(name)}: {error}") from None
+
+
+def fitting_cache(recipe: Recipe, model: Any, attached: bool) -> Any:
+    """A cache for a model that is attached or not; refused where the recipe needs one that is."""
+    cache = make_cache(recipe, model)
+    for layer in cache.layers:
+        if isinstance(layer, TieredLayer) and not attached:
+            layer.check_attached()
+    return cache
 
 
 def _run(
     runner: Runner, caches: dict[str, Any], items: list[Encoded], result: Comparison, file: IO[str] | None, show: bool
 ) -> None:
     exact, warned = make_cache("full", runner.model), False
-    with runner.ready(), _progress(len(items) * (len(caches) + 1), show) as advance:
+    with runner.ready(), progress_bar(len(items) * (len(caches) + 1), show) as advance:
         _guard("the exact cache", lambda: runner.warm_up(copy.deepcopy(exact)))
         for number, item in enumerate(items):
             advance(f"sample {number + 1} of {len(items)}: exact cache", 0)
@@ -168,15 +173,16 @@ def _guard(what: str, call: Any) -> Any:
     try:
         return call()
     except Exception as error:
-        raise CompareError(f"{what}: the model can't be run: {_cause(error)}") from error
+        raise CompareError(f"{what}: the model can't be run: {cause_of(error)}") from error
 
 
-def _cause(error: Exception) -> str:
+def cause_of(error: Exception) -> str:
+    """An error in a line; of one that was not raised on purpose its type, too."""
     return str(error) if isinstance(error, KvpolicyError) else f"{type(error).__name__}: {error}"
 
 
 def _fail(result: Comparison, name: str, number: int, error: Exception) -> None:
-    result.failures[name] = f"sample {number}: {_cause(error)}"
+    result.failures[name] = f"sample {number}: {cause_of(error)}"
     if len(result.failures) == len(result.arms):
         every = "; ".join(f"{arm}, {cause}" for arm, cause in result.failures.items())
         raise CompareError(f"every arm failed: {every}") from error
@@ -211,13 +217,14 @@ def _label(source: Any, recipe: Recipe) -> str:
     return os.fspath(source) if isinstance(source, str | os.PathLike) else recipe.name
 
 
-def _limit(model: Any) -> int | None:
+def limit_of(model: Any) -> int | None:
+    """The positions of a model that is given as `compare` takes it, where its config says how many."""
     if model is None or isinstance(model, str | os.PathLike):
         return check_model(model)
     return positions_of(model) if hasattr(getattr(model, "config", None), "get_text_config") else None
 
 
-def _model(model: Any, tokenizer: Any, device: str | None) -> tuple[Any, Any, str]:
+def load_given(model: Any, tokenizer: Any, device: str | None) -> tuple[Any, Any, str]:
     """Model, tokenizer, and what the model is called."""
     if model is None or isinstance(model, str | os.PathLike):
         loaded, found = load_model(model, device)
@@ -236,7 +243,8 @@ def _model(model: Any, tokenizer: Any, device: str | None) -> tuple[Any, Any, st
     return model, tokenizer, str(getattr(model.config, "name_or_path", "") or type(model).__name__)
 
 
-def _about(model: Any, shown: str) -> dict[str, Any]:
+def about(model: Any, shown: str) -> dict[str, Any]:
+    """A model and the versions of libraries, as results name them."""
     import torch
     import transformers
 
@@ -269,7 +277,7 @@ def _rows_file(directory: Path | None) -> Iterator[IO[str] | None]:
 
 
 @contextmanager
-def _progress(total: int, show: bool) -> Iterator[Any]:
+def progress_bar(total: int, show: bool) -> Iterator[Any]:
     """A function of what is under way, and how many runs were finished."""
     if not show:
         yield lambda text, done: None

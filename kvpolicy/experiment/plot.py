@@ -1,4 +1,4 @@
-"""The picture of a comparison: quality against effective bits, one labelled point per arm."""
+"""Pictures of quality against effective bits: of a comparison, one labelled point per arm, and of a search."""
 
 from __future__ import annotations
 
@@ -67,6 +67,50 @@ def plot_comparison(panels: Panels, title: str, path: Path) -> Path:
     figure.set_layout_engine("none")
     for axes, points in ((left, panels.score), (right, panels.divergence)):
         _label(axes, points, canvas.get_renderer())
+    return write_picture(figure, path)
+
+
+def plot_front(
+    points: Sequence[Point], behind: Sequence[tuple[float, float]], budget: float | None, title: str, path: Path
+) -> Path:
+    """Draw divergence from the exact cache against effective bits: what a search found, and what it tried.
+
+    Args:
+        points: what was found, with confidence intervals.
+        behind: bits and divergence of trials.
+        budget: the most bits, if there is a bound.
+        title: of the picture; how bars and dots are to be read is added.
+        path: where the picture goes; its ending says the format.
+
+    Raises:
+        CompareError: the ending is unknown, or the file can't be written.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    check_ending(path)
+    figure = Figure(figsize=(8.5, 5.6), layout="constrained", dpi=144)
+    canvas = FigureCanvasAgg(figure)
+    said = "named: held-out samples, bars are 95% confidence intervals; grey: trials, on the samples tuned on"
+    figure.suptitle(f"{title}\n{said}", fontsize="medium", parse_math=False)
+    axes = figure.add_subplot()
+    _draw_divergence(axes, points)
+    every = [*points, *(Point("", bits, kl, kl, kl, False) for bits, kl in behind)]
+    _scale_divergence(axes, every)
+    axes.plot([p.bits for p in every], [p.mean for p in every], ".", color="0.75", markersize=4, zorder=0)
+    # Linear: what a search finds lies close together.
+    low, high = min(p.bits for p in every), max(p.bits for p in every)
+    room = max(high - low, 0.5) * 0.08
+    axes.set_xscale("linear")
+    axes.set_xlim(low - room, high + room)
+    axes.xaxis.set_major_locator(MaxNLocator(10))
+    axes.set_xlabel("effective bits per key or value")
+    if budget is not None:
+        axes.axvline(budget, color=_GREY, linewidth=1, linestyle="--", zorder=0)
+    canvas.draw()
+    figure.set_layout_engine("none")
+    _label(axes, points, canvas.get_renderer())
     return write_picture(figure, path)
 
 

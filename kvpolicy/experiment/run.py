@@ -139,9 +139,7 @@ class Runner:
             times.append(seconds)
             peak = max(peak, cache.memory().bytes)
         memory = cache.memory()
-        log_probs = torch.stack(rows).float().log_softmax(-1)
-        if torch.isnan(log_probs).any():
-            raise CompareError("the model's logits must be numbers, found nan")
+        log_probs = _log_probs(rows)
         generated = self._greedy(log_probs.argmax(-1).tolist(), item, fresh)
         text = self._decode(item.prompt, generated)
         return Run(
@@ -157,6 +155,12 @@ class Runner:
             sum(times),
             None if watcher is None else watcher.result(),
         )
+
+    def predictions(self, cache: CompressedCache, prompt: list[int], answer: list[int]) -> Tensor:
+        """Log-probabilities `[answer tokens, vocabulary]`: prefill at once, then the answer token by token."""
+        rows = [self._step(prompt, cache)[0]]
+        rows += [self._step([token], cache)[0] for token in answer[:-1]]
+        return _log_probs(rows)
 
     def _step(
         self, tokens: list[int], cache: CompressedCache, watcher: Watcher | None = None, measure: bool = False
@@ -206,6 +210,13 @@ class Runner:
             getattr(torch, self.device.type).synchronize()
 
 
+def _log_probs(rows: list[Tensor]) -> Tensor:
+    log_probs = torch.stack(rows).float().log_softmax(-1)
+    if torch.isnan(log_probs).any():
+        raise CompareError("the model's logits must be numbers, found nan")
+    return log_probs
+
+
 def _ends(model: Any, tokenizer: Any) -> set[int]:
     config = getattr(model, "generation_config", None)
     ends: set[int] = set()
@@ -244,7 +255,7 @@ def row(number: int, arm: str, item: Encoded, run: Run, exact: Run) -> dict[str,
     """
     nll, exact_nll = _nll(run, item), _nll(exact, item)
     read = len(nll) - 1
-    kl = _divergence(exact.log_probs, run.log_probs)
+    kl = divergence(exact.log_probs, run.log_probs)
     same = (exact.log_probs.argmax(-1) == run.log_probs.argmax(-1)).float().tolist()
     if not all(map(math.isfinite, [*nll, *exact_nll, *kl])):
         raise CompareError("the predictions must be finite, found a token of the answer with probability 0")
@@ -289,7 +300,7 @@ def _nll(run: Run, item: Encoded) -> list[float]:
     return found
 
 
-def _divergence(exact: Tensor, other: Tensor) -> list[float]:
+def divergence(exact: Tensor, other: Tensor) -> list[float]:
     """KL(exact || other) in nats, of each step."""
     terms = torch.where(exact > -torch.inf, exact.exp() * (exact - other), 0.0)
     found: list[float] = terms.sum(-1).clamp(min=0).tolist()

@@ -26,6 +26,7 @@ MAX_PROBLEMS = 100
 """Problems of a recipe that one error tells."""
 Path_: TypeAlias = tuple[str | int, ...]
 _TAG = "tag:yaml.org,2002:"
+IS = "a recipe is a mapping with keys such as name and tiers"
 _TOO_DEEP = f"a recipe nests at most {MAX_DEPTH} levels"
 
 
@@ -94,8 +95,8 @@ class Document:
         raise AssertionError("a problem was noted")
 
 
-def read_file(path: Path) -> Document:
-    """The document in a file."""
+def read_file(path: Path, is_: str = IS) -> Document:
+    """The document in a file; `is_` says of one that is no mapping what it should be."""
     file, name = str(path), clip(str(path), 300)
     try:
         if path.is_dir():
@@ -117,26 +118,26 @@ def read_file(path: Path) -> Document:
         raise RecipeError(
             f"{name}:{line}: a recipe is a text file in UTF-8, found byte 0x{raw[error.start]:02x}"
         ) from error
-    document = read_text(text, file)
+    document = read_text(text, file, is_)
     document.base = path.resolve().parent
     return document
 
 
-def read_text(text: str, file: str) -> Document:
+def read_text(text: str, file: str, is_: str = IS) -> Document:
     """The document in a string; `file` names it in errors."""
     name = clip(file, 300)
     if len(text) > MAX_BYTES:
         raise RecipeError(f"{name}: a recipe has at most {MAX_BYTES} bytes, found {len(text)} characters")
     node = _compose(text, name)
     if node is None:
-        raise RecipeError(f"{name}: a recipe is a mapping with keys such as name and tiers, found an empty file")
+        raise RecipeError(f"{name}: {is_}, found an empty file")
     reader = _Reader(file)
     data = reader.read(node, ())
     if isinstance(data, dict):
         return Document(data, file, None, reader.marks, reader.problems.problems)
     reader.problems.check()
     line, kind = node.start_mark.line + 1, "nothing (null)" if data is None else in_words(data)
-    raise RecipeError(f"{name}:{line}: a recipe is a mapping with keys such as name and tiers, found {kind}")
+    raise RecipeError(f"{name}:{line}: {is_}, found {kind}")
 
 
 def _compose(text: str, file: str) -> Node | None:

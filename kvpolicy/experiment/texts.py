@@ -1,0 +1,134 @@
+"""Samples cut from texts: a prompt of some tokens and the tokens that follow it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvpolicy.arguments import CHARACTERS_PER_POSITION
+from kvpolicy.errors import TaskError
+from kvpolicy.words import clip, in_words
+
+ANSWER = 64
+"""Tokens of an answer, fed one by one. The first is predicted by the prefill, which reads nothing stored."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """A sample in the tokens of a model."""
+
+    prompt: list[int]
+    answer: list[int]
+    file: str
+
+
+@dataclass(frozen=True)
+class Split:
+    """Samples that a search sees, and those that its report is made of."""
+
+    tuned: list[Span]
+    held_out: list[Span]
+
+    def digest(self) -> str:
+        """A hash of all tokens and of the split."""
+        found = hashlib.sha256()
+        for spans in (self.tuned, self.held_out):
+            found.update(str([(span.prompt, span.answer) for span in spans]).encode())
+        return found.hexdigest()
+
+
+def text_files(text: Any) -> list[Path]:
+    """The files that are given as one path or several.
+
+    Raises:
+        TaskError: there is none, one is given twice, or is no readable file.
+    """
+    given = [text] if isinstance(text, str | os.PathLike) else text
+    if not isinstance(given, Iterable) or not all(isinstance(item, str | os.PathLike) for item in given):
+        raise TaskError(f"text must be the path of a file or a list of such, found {in_words(text)}")
+    files = [Path(item) for item in given]
+    if not files:
+        raise TaskError("a search needs a text to cut samples from, found none; name a file (on the shell --text FILE)")
+    seen: dict[Path, Path] = {}
+    for file in files:
+        name = clip(str(file), 300)
+        try:
+            if not file.is_file():
+                found = "a directory" if file.is_dir() else "no such file" if not file.exists() else "something else"
+                raise TaskError(f"{name}: a text must be a readable file, found {found}; check the path")
+            with file.open("rb"):
+                real = file.resolve()
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            raise TaskError(f"{name}: a text must be a readable file, found {reason!r}; check the path") from error
+        if real in seen:
+            raise TaskError(f"{name}: a text may be given once, found it twice; leave one out")
+        seen[real] = file
+    return files
+
+
+def cut(files: Sequence[Path], tokenizer: Any, tokens: int, samples: int, held_out: float) -> Split:
+    """Samples that don't overlap, evenly spread over the texts; those held out are spread among the others.
+
+    Args:
+        files: texts in UTF-8; of a long one only a beginning is read that surely holds enough tokens.
+        tokenizer: of the model. What it puts before a text, such as a first token, stands before each prompt.
+        tokens: tokens of a prompt.
+        samples: all of them.
+        held_out: the share of them that the search does not see, from 0 to 1; each part has a sample at least.
+
+    Raises:
+        TaskError: a file is no text, or all together are shorter than asked.
+    """
+    before = _before(tokenizer)
+    prompt = max(tokens - len(before), 1)
+    most = samples * (prompt + ANSWER) * CHARACTERS_PER_POSITION
+    spans: dict[tuple[int, ...], Span] = {}
+    for file in files:
+        ids = list(tokenizer(_read(file, most), add_special_tokens=False, verbose=False)["input_ids"])
+        for start in range(0, len(ids) - prompt - ANSWER + 1, prompt + ANSWER):
+            part = ids[start : start + prompt + ANSWER]
+            spans.setdefault(tuple(part), Span([*before, *part[:prompt]], part[prompt:], str(file)))
+    found = list(spans.values())
+    if len(found) < samples:
+        raise TaskError(
+            f"the texts must hold {samples} different samples of {tokens} + {ANSWER} tokens, found {len(found)}; give "
+            "longer texts, or ask for fewer samples (--samples) or shorter ones (--tokens)"
+        )
+    chosen = [found[i * len(found) // samples] for i in range(samples)]
+    kept = min(max(round(held_out * samples), 1), samples - 1)
+    away = [(i + 1) * kept // samples > i * kept // samples for i in range(samples)]
+    return Split(
+        [span for span, held in zip(chosen, away, strict=True) if not held],
+        [span for span, held in zip(chosen, away, strict=True) if held],
+    )
+
+
+def _before(tokenizer: Any) -> list[int]:
+    """The tokens that a tokenizer puts before a text."""
+    plain = list(tokenizer("a", add_special_tokens=False)["input_ids"])
+    whole = list(tokenizer("a")["input_ids"])
+    return whole[: whole.index(plain[0])] if plain and plain[0] in whole else []
+
+
+def _read(file: Path, most: int) -> str:
+    name = clip(str(file), 300)
+    try:
+        with file.open("rb") as stream:
+            raw = stream.read(most + 1)
+            more = bool(stream.read(1))
+    except OSError as error:
+        raise TaskError(f"{name}: the text can't be read: {error.strerror or error}; check the file") from error
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        if more and error.start > len(raw) - 4:  # cut within a character
+            return raw[: error.start].decode("utf-8-sig")
+        line = raw[: error.start].count(b"\n") + 1
+        raise TaskError(
+            f"{name}, line {line}: must be UTF-8 text, found the byte 0x{raw[error.start]:02x}; save the file as UTF-8"
+        ) from error
