@@ -68,7 +68,7 @@ def check_effect(recipe: Recipe, layers: list[Any], chosen: dict[int, Any], stri
     )
     if strict:
         raise CacheError(message)
-    warnings.warn(message, UserWarning, stacklevel=3)
+    warnings.warn(message, UserWarning, stacklevel=4)
 
 
 def _compresses(tiers: Any) -> bool:

@@ -102,7 +102,8 @@ def test_planning_as_one_changes_nothing(recipe: int, ops: Any, batch: int, padd
             patch.setattr(joint, "key_of", lambda planner, observer: None)
             expected, never = ran(model, RECIPES[recipe], ops, batch, padded)
     assert never == 0
-    assert together > 0 or [op for op, _ in ops].count("token") < 3
+    decodes = "".join("t" if op == "token" else "-" for op, _ in ops)
+    assert together > 0 or "tttt" not in decodes  # a step at which both layers had tokens to let in
     for x, y in zip(found, expected, strict=True):
         assert x.shape == y.shape
         assert torch.equal(x, y)

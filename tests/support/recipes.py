@@ -12,7 +12,7 @@ from kvpolicy.recipe.load import bundled_names
 
 __all__ = ["BY_POSITION", "DISTINCT", "NAMED", "UNCALIBRATED", "named", "one_lossy_store", "recipes"]
 
-ALIKE = ("turboquant", "turboquant-3.5", "turboquant-prod", "quarot", "fp8", "mxfp4", "nvfp4", "nf4")
+ALIKE = ("best-2bit", "turboquant", "turboquant-3.5", "turboquant-prod", "quarot", "fp8", "mxfp4", "nvfp4", "nf4")
 """Recipes of one tier, whose tokens lie and move as those of `atom` or `turboquant-2.5`."""
 VARIANTS = (
     "gear-l", "gear-kcvt", "gear-code", "qaq", "adakv", "pyramidkv", "tova", "key-norm", "expected-attention",
