@@ -129,8 +129,8 @@ def _find(name: str) -> Document:
             raise RecipeError(f"{clip(name)}: no such file{hint}")
         return read_file(Path(name))
     raise RecipeError(
-        f"no recipe {quoted(name)}{suggest(name, names)}; give a path to a YAML file, or a bundled recipe, which kvpolicy "
-        f"recipes lists: {listed(names, 8)}"
+        f"no recipe {quoted(name)}{suggest(name, names)}; give a path to a YAML file, or a bundled recipe, which "
+        f"kvpolicy recipes lists: {listed(names, 8)}"
     )
 
 
