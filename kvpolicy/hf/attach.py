@@ -34,6 +34,7 @@ from kvpolicy.recipe.load import Recipe, load_recipe
 
 SERVED = ("sdpa", "eager")
 _reading = passes.reading
+OPTIONS = (("scaling", "scaling"), ("softcap", "softcap"), ("sinks", "s_aux"))
 _eager: WeakKeyDictionary[type, tuple[str, str]] = WeakKeyDictionary()
 """Where the eager function is that a class of attention modules names."""
 
@@ -47,8 +48,7 @@ def attach(model: Any, recipe: Any = None, *, graphs: bool | None = None, **para
         model: a transformers decoder model.
         recipe: what `load_recipe` takes. Calls that bring no cache get a fresh one of this recipe.
         graphs: replay decode steps as CUDA graphs; None: where the model is on an NVIDIA GPU. The results are the same.
-            A step that is no single token on such a GPU, or has a mask that hides tokens, runs as it would without;
-            `Attached.graphs.reasons` counts why.
+            A step that can't be replayed runs as it would without; `Attached.graphs.reasons` counts why.
         **params: parameters of the recipe.
 
     Returns:
@@ -333,9 +333,7 @@ def _read(
     if attention_mask is not None and attention_mask is nothing_hidden.get():
         attention_mask = None
     assert isinstance(tiers, LayerCache)
-    options = {
-        name: kwargs.get(given) for name, given in (("scaling", "scaling"), ("softcap", "softcap"), ("sinks", "s_aux"))
-    }
+    options = {name: kwargs.get(given) for name, given in OPTIONS}
     if not query.shape[2]:
         return query.new_empty((query.shape[0], 0, query.shape[1], value.shape[3])), None
     if tiers.densely and attention_mask is not None and attention_mask.shape[-1] != tiers.seen:
