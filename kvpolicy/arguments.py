@@ -216,6 +216,9 @@ def check_calibration(samples: Any, tokens: Any, text: Any, out: Path, overwrite
         if out.is_dir() or not out.parent.is_dir() or not os.access(out.parent, os.W_OK | os.X_OK):
             what = "a directory of that name" if out.is_dir() else "no directory that it could be written to"
             raise CalibrationError(f"{name}: the calibration goes into a file, found {what}; name another (--out)")
+        known = out.exists() and isinstance(text, str | os.PathLike) and os.path.exists(text)
+        if known and os.path.samefile(out, text):
+            raise CalibrationError(f"{name}: must be another file than the text, found the same; name another (--out)")
         if out.exists() and not overwrite:
             raise CalibrationError(
                 f"{name}: there must be no such file yet, found one; name another (--out), or replace it "

@@ -48,6 +48,7 @@ class Sketch(Extra):
 
     kind: Literal["sketch"] = "sketch"
     additive: ClassVar[bool] = True
+    unbiased: ClassVar[bool] = True
     bits: int = Field(1, ge=1, le=8, description="Projections for each channel of a head, of which each is a bit.")
     seed: int = Field(0, ge=0, le=2**31 - 1, description="Which projections are drawn.")
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from kvpolicy.errors import CompareError, KvpolicyError
+from kvpolicy.errors import CalibrationError, CompareError, KvpolicyError, MissingDependencyError
 from kvpolicy.experiment.comparison import cause_of
 from kvpolicy.experiment.study import RECORD, set_constraint
 from kvpolicy.recipe.space import Choices, Drawn, Range, Space
@@ -164,6 +164,8 @@ class Search:
                 bits.append(width)
                 if state := self._given_up(trial, Trial(trial.number, drawn, "", kl, bits)):
                     break
+        except (CalibrationError, MissingDependencyError):  # nothing of the combination: mended, it would run
+            raise
         except KvpolicyError as error:
             state, cause = "refused", str(error).partition("\n")[0]
         except OSError:

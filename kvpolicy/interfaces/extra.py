@@ -57,6 +57,9 @@ class Extra(Component):
     """Whether `add` adds the same whatever stands in `out`. Then attention reads the codes as they lie, and
     `add_scores` and `add_values` add to that; otherwise keys and values are decoded block by block."""
 
+    unbiased: ClassVar[bool] = False
+    """Whether it makes products right on average, which it may pay for: with up to twice the squared error."""
+
     _role: ClassVar[str] = "extra"
 
     def check(self, site: Site) -> None:

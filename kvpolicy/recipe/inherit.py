@@ -74,7 +74,21 @@ def _read(child: Document, path: Path) -> Document:
         child.check()
         raise
     parent.problems = child.problems | parent.problems
+    if parent.base is not None and parent.base != BUNDLED:
+        _anchor(parent, parent.base)
     return parent
+
+
+def _anchor(document: Document, folder: Path) -> None:
+    """The calibration that a file names lies beside that file, whatever extends it."""
+    written, params = document.data.get("calibration"), document.data.get("params")
+    if not isinstance(written, str) or not written:
+        return
+    name = written.removeprefix("$")
+    if name == written:
+        document.data = {**document.data, "calibration": str(folder / written)}
+    elif isinstance(params, dict) and isinstance(params.get(name), str):
+        document.data = {**document.data, "params": {**params, name: str(folder / params[name])}}
 
 
 def _parent(document: Document, root: Path) -> Path | None:

@@ -27,7 +27,7 @@ class LateRows:
 
         The device is asked, but only then.
         """
-        if not self.apart or x.shape[0] == 1:
+        if not self.apart or (x.shape[0] == 1 and self.rows is None):
             return
         rows = ~(x != 0).flatten(1).any(1)
         rows = rows if self.rows is None else rows & self.rows
@@ -38,7 +38,9 @@ class LateRows:
         rows = self.rows
         if rows is None:
             return dict(kept)
-        each = {name: t.shape[0] > 1 and name in found and found[name].shape == t.shape for name, t in kept.items()}
+        each = {
+            name: t.shape[0] == len(rows) and name in found and found[name].shape == t.shape for name, t in kept.items()
+        }
         return {
             name: torch.where(rows.view(-1, *[1] * (t.ndim - 1)), found[name], t) if each[name] else t
             for name, t in kept.items()

@@ -190,3 +190,16 @@ def test_any_recipe_survives_yaml(uppers: list[Any], last: Any, summary: str, na
     recipe = load_recipe({"name": name, "summary": summary, "tiers": tiers, "layers": layers})
     assert load_yaml(recipe.to_yaml()) == recipe
     assert load_yaml(recipe.to_yaml(resolved=True)) == recipe
+
+
+@pytest.mark.parametrize("written", ["mine.safetensors", "$file"])
+def test_the_calibration_of_a_file_lies_beside_it_whatever_extends_it(tmp_path: Path, written: str) -> None:
+    (tmp_path / "sub").mkdir()
+    params = "params: {file: mine.safetensors}\n" if written == "$file" else ""
+    (tmp_path / "sub" / "base.yaml").write_text(
+        f"calibration: {written}\n{params}tiers: [{{store: {{kind: int, nbits: 4, scale_dtype: model}}}}]\n"
+    )
+    (tmp_path / "child.yaml").write_text("extends: sub/base.yaml\n")
+    expected = str(tmp_path / "sub" / "mine.safetensors")
+    assert load_recipe(tmp_path / "sub" / "base.yaml").calibration == expected
+    assert load_recipe(tmp_path / "child.yaml").calibration == expected

@@ -11,6 +11,7 @@ from kvpolicy.errors import CacheError, MissingDependencyError, PluginError
 from kvpolicy.interfaces.quantizer import AffineQuantizer
 from kvpolicy.layer.layer import LayerCache
 from kvpolicy.layer.saving.file import Damaged, Held
+from kvpolicy.placement.per_head import PerHeadPlacement
 from kvpolicy.storage.affine import AffineStore
 from kvpolicy.storage.base import LARGE, Store
 from kvpolicy.storage.beside import EXTRAS
@@ -55,8 +56,24 @@ def fill_stores(tiers: LayerCache, number: int, held: Held, device: torch.device
                 expected = tiers.planner.length(side, s)
                 if store.length != expected:
                     raise CacheError(f"it must hold {expected} tokens, found {store.length}")
+                _mark_late(tiers, side, s, store)  # last: what was tried above must not be taken for its tokens
             except CacheError as error:
                 raise Damaged(f"layer {number}, {side}, store {s}: {error}") from None
+
+
+def _mark_late(tiers: LayerCache, side: str, s: int, store: Store) -> None:
+    """Rows without a token in a store: what it keeps of first tokens is to be found for them once some come."""
+    planner = tiers.planner
+    if not isinstance(planner, PerHeadPlacement) or not isinstance(store, CodedStore) or not store.length:
+        return
+    table = planner.tables[side if side in planner.tables else "keys"][s]
+    assert table is not None
+    none = (table.positions < 0).flatten(1).all(1)
+    if len(none) > 1 and bool(none.any()):
+        if store.chain is not None and store.chain.state:
+            store.chain.late.rows = none
+        if isinstance(store, NamedStore) and store.named.kept:
+            store.late.rows = none
 
 
 def _formats(spec: Any, store: Store, like: Tensor, parts: dict[str, Tensor]) -> Formats:
