@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 
 from kvpolicy import calibrate, load_recipe, make_cache
+from kvpolicy.arguments import check_calibration
 from kvpolicy.errors import CalibrationError, PluginError, RecipeError
 from kvpolicy.experiment.calibration import PARTIAL, Run, _tokens
 from kvpolicy.experiment.observation import Observed
@@ -295,3 +296,11 @@ def test_derivatives_in_half_precision_are_those_in_full() -> None:
     for half in found[1:]:
         assert torch.nn.functional.cosine_similarity(half.flatten(), found[0].flatten(), dim=0) > 0.95
         assert 0.9 < float(half.norm() / found[0].norm()) < 1.1
+
+
+def test_the_text_is_never_replaced(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("import os\n" * 50)
+    with pytest.raises(CalibrationError, match="must be another file than the text"):
+        check_calibration(2, 64, text, text, True)
+    assert text.read_text() == "import os\n" * 50
