@@ -180,14 +180,14 @@ class TensorQuantizer(Quantizer):
         `rows` is `[batch, kv_heads, rows, head_dim]`, float32 as the answer; `encoded` is as for `decode`. A class that
         has this and `combine` is asked for them by attention in place of `decode`.
         """
-        raise NotImplementedError
+        return rows @ self.decode(encoded, rows.dtype).transpose(2, 3)
 
     def combine(self, weights: Tensor, encoded: dict[str, Tensor]) -> Tensor:
         """The sums of values, weighted by `weights` of `[batch, kv_heads, rows, tokens]`, float32 as the answer.
 
         That is `[batch, kv_heads, rows, head_dim]`.
         """
-        raise NotImplementedError
+        return weights @ self.decode(encoded, weights.dtype)
 
     @classmethod
     def multiplies(cls) -> bool:
