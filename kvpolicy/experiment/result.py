@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import os
@@ -11,12 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from kvpolicy.errors import CompareError
 from kvpolicy.experiment.attention_distance import Distances
+from kvpolicy.experiment.printed import Printed
 from kvpolicy.words import in_words
 
 if TYPE_CHECKING:
@@ -83,7 +82,7 @@ def _student(freedom: int) -> float:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Printed):
     """The result of `compare`: one row per arm and sample, and what follows from them."""
 
     arms: dict[str, Recipe]
@@ -272,21 +271,6 @@ class Comparison:
     def _name(self, arm: str) -> Text:
         n = self.diverged(arm)[1]
         return Text(arm if n == self.settings["n"] else f"{arm} ({n} of {self.settings['n']} samples)")
-
-    @property
-    def width(self) -> int:
-        """Columns that the tables need."""
-        console = Console(width=4096)
-        return max(120, *(console.measure(table).maximum for table in self.tables()))
-
-    def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=self.width, color_system=None)
-        for table in self.tables():
-            console.print(table)
-        console.print(Text(self.notes()), width=120)
-        file = console.file
-        assert isinstance(file, io.StringIO)
-        return file.getvalue().rstrip()
 
     def write_summary(self, path: str | os.PathLike[str]) -> Path:
         """Write `summary` as JSON."""

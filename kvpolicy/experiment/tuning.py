@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
@@ -11,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from kvpolicy.errors import CompareError
+from kvpolicy.experiment.printed import Printed
 from kvpolicy.experiment.result import Estimate
 from kvpolicy.experiment.search import Trial
 from kvpolicy.experiment.study import write_text
@@ -48,7 +47,7 @@ class Found:
 
 
 @dataclass(frozen=True)
-class Tuning:
+class Tuning(Printed):
     """The result of `tune`."""
 
     found: list[Found]
@@ -160,21 +159,6 @@ class Tuning:
 
     def _states(self) -> dict[str, int]:
         return dict(Counter(trial.state for trial in self.trials))
-
-    @property
-    def width(self) -> int:
-        """Columns that the tables need."""
-        console = Console(width=4096)
-        return max(120, *(console.measure(table).maximum for table in self.tables()))
-
-    def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=self.width, color_system=None)
-        for table in self.tables():
-            console.print(table)
-        console.print(Text(self.notes()), width=120)
-        file = console.file
-        assert isinstance(file, io.StringIO)
-        return file.getvalue().rstrip()
 
 
 def _shown(value: Any) -> str:
