@@ -199,6 +199,21 @@ def check_optuna() -> None:
         )
 
 
+CALIBRATION = "kvpolicy-calibration"
+"""The format of a calibration, by its file's header."""
+
+
+def _is_calibration(path: Path) -> bool:
+    """Whether a file is what `calibrate` writes, going by its header."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return bool((file.metadata() or {}).get("format") == CALIBRATION)
+    except SafetensorError:
+        return False
+
+
 def check_calibration(samples: Any, tokens: Any, text: Any, out: Path, overwrite: bool) -> str:
     """Arguments of `calibrate` that can't be right for any model; nothing is written yet.
 
@@ -219,6 +234,8 @@ def check_calibration(samples: Any, tokens: Any, text: Any, out: Path, overwrite
         known = out.exists() and isinstance(text, str | os.PathLike) and os.path.exists(text)
         if known and os.path.samefile(out, text):
             raise CalibrationError(f"{name}: must be another file than the text, found the same; name another (--out)")
+        if out.exists() and overwrite and not _is_calibration(out):
+            raise CalibrationError(f"{name}: only a calibration is replaced, found another file; name another (--out)")
         if out.exists() and not overwrite:
             raise CalibrationError(
                 f"{name}: there must be no such file yet, found one; name another (--out), or replace it "

@@ -15,6 +15,7 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from kvpolicy.arguments import CALIBRATION
 from kvpolicy.errors import CalibrationError
 from kvpolicy.hf.fingerprint import Fingerprint, differences, fingerprint_of
 from kvpolicy.layer.saving.file import checksum, replace_file
@@ -23,7 +24,7 @@ from kvpolicy.words import clip, quoted
 
 __all__ = ["Calibration", "by_layer", "calibration_of", "flat", "read_calibration", "write_calibration"]
 
-FORMAT, FORMAT_VERSION = "kvpolicy-calibration", "1"
+FORMAT, FORMAT_VERSION = CALIBRATION, "1"
 READABLE = (torch.float32, torch.int16, torch.int32, torch.int64)
 
 

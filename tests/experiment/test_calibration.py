@@ -304,3 +304,14 @@ def test_the_text_is_never_replaced(tmp_path: Path) -> None:
     with pytest.raises(CalibrationError, match="must be another file than the text"):
         check_calibration(2, 64, text, text, True)
     assert text.read_text() == "import os\n" * 50
+
+
+def test_only_a_calibration_is_replaced(tmp_path: Path) -> None:
+    text, model = tmp_path / "text.txt", tmp_path / "model.safetensors"
+    text.write_text("import os\n" * 50)
+    save_file({"weight": torch.ones(2)}, model)
+    for out in (model, tmp_path / "notes.txt"):
+        out.touch()
+        with pytest.raises(CalibrationError, match="only a calibration is replaced, found another file"):
+            check_calibration(2, 64, text, out, True)
+    assert load_file(model)["weight"].tolist() == [1.0, 1.0]
