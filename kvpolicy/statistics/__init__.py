@@ -1,0 +1,1 @@
+"""Rows of experiments, and what follows from them."""
