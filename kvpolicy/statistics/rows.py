@@ -16,8 +16,8 @@ class Row:
     sample: str
     """Names the sample within its task; the rows of one sample in several arms are a pair."""
     metrics: Mapping[str, float] = field(default_factory=dict)
-    """Finite numbers by name: `score` in [0, 1], `kl` and `nll` in nats a token, `bits`, bytes, seconds. One that a sample
-    does not have is absent."""
+    """Finite numbers by name: `score` in [0, 1], `kl` and `nll` in nats a token, `bits`, bytes, seconds. A metric that
+    a sample does not have is absent."""
     document: str | None = None
     """Samples that share a document are not independent; None: the sample stands for itself."""
     facts: Mapping[str, Any] = field(default_factory=dict)
