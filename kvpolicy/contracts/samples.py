@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, get_args, get_origin
 
@@ -26,7 +27,7 @@ from kvpolicy.interfaces.transform import Transform
 from kvpolicy.plugins import PluginInfo, registry
 
 C = TypeVar("C", bound=Component)
-NUMBERS = (0, 1, 2, 3, 7, 32, 0.3, 0.9, True, False)
+NUMBERS = (0, 1, 2, 3, 7, 32, 0.3, 0.9)
 Ints = NDArray[np.int64]
 
 
@@ -49,14 +50,20 @@ class Block(Policy):
         return np.arange(len(positions)) >= len(positions) // self.size * self.size
 
 
-def _choices(annotation: Any) -> list[Any]:
-    """Values to try for an option, by its type."""
+def _words(annotation: Any) -> list[Any]:
+    """Every value of an option of few values."""
     if get_origin(annotation) is Literal:
         return list(get_args(annotation))
-    parts = get_args(annotation)
-    if parts:
-        return list(itertools.chain.from_iterable(_choices(part) for part in parts))
-    return list(NUMBERS) if annotation in (int, float, bool) else []
+    if annotation is bool:
+        return [True, False]
+    return list(itertools.chain.from_iterable(_words(part) for part in get_args(annotation)))
+
+
+def _numeric(annotation: Any) -> bool:
+    """Whether an option takes numbers of its own choice."""
+    if get_origin(annotation) is Literal:
+        return False
+    return annotation in (int, float) or any(map(_numeric, get_args(annotation)))
 
 
 def required_options(cls: type[Component]) -> dict[str, Any]:
@@ -66,21 +73,27 @@ def required_options(cls: type[Component]) -> dict[str, Any]:
 
 
 def _variants(cls: type[C]) -> Iterator[C]:
-    """The defaults, then variations of one option that the class accepts."""
+    """The defaults, then variations of one option that the class accepts: every word, and of numbers three."""
     base = required_options(cls)
-    seen: set[str] = set()
-    tries: list[dict[str, Any]] = [base]
+    tries: list[list[dict[str, Any]]] = [[base]]
     for name, field in cls.model_fields.items():
         if name != "kind":
-            tries += [{**base, name: value} for value in [*(field.examples or []), *_choices(field.annotation)]]
+            tries += [[{**base, name: value} for value in [*(field.examples or []), *_words(field.annotation)]]]
+            tries += [[{**base, name: value} for value in NUMBERS] if _numeric(field.annotation) else []]
+    seen: set[str] = set()
+    for i, options in enumerate(tries):
+        made = list(_accepted(cls, options))
+        few = made if i % 2 or len(made) < 4 else [made[0], made[len(made) // 2], made[-1]]
+        for variant in few:
+            if repr(variant) not in seen:
+                seen.add(repr(variant))
+                yield variant
+
+
+def _accepted(cls: type[C], tries: list[dict[str, Any]]) -> Iterator[C]:
     for options in tries:
-        try:
-            made = cls.model_validate(options, strict=True)
-        except Exception:  # whether the defaults work is a test of its own
-            continue
-        if repr(made) not in seen:
-            seen.add(repr(made))
-            yield made
+        with suppress(Exception):  # whether the defaults work is a test of its own
+            yield cls.model_validate(options, strict=True)
 
 
 def _params(known: dict[str, PluginInfo[Any]]) -> list[Any]:
@@ -105,12 +118,18 @@ def scorers() -> list[Scorer]:
     return _params(registry().scorers)
 
 
+def _told_apart_by(component: Component) -> set[str]:
+    """The options that are not at their defaults."""
+    fields = type(component).model_fields
+    return {name for name, value in component if name != "kind" and value != fields[name].default}
+
+
 def quantizers() -> list[Quantizer]:
     """Quantizers to try; affine ones also per channel, in every width."""
     made: dict[str, Quantizer] = {}
     for quantizer in _params(registry().quantizers):
         tries = [quantizer]
-        if isinstance(quantizer, AffineQuantizer):
+        if isinstance(quantizer, AffineQuantizer) and _told_apart_by(quantizer) <= {"nbits", "group_size"}:
             tries.append(quantizer.model_copy(update={"per": "channel"}))
         for tried in tries:
             try:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 from safetensors import safe_open
@@ -139,8 +138,7 @@ def stop_never(told: list[tuple[int, int]]) -> Any:
 
 def test_from_the_shell(tmp_path: Path) -> None:
     words = ["calibrate", "skvq", "--text", str(texts(tmp_path)), "--samples", "2", "--tokens", "64", "--device", "cpu"]
-    run = [sys.executable, "-m", "kvpolicy", *words]
-    result = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, check=False)
+    result = forked.kvpolicy(*words, cwd=tmp_path)
     assert (result.returncode, result.stdout) == (0, ""), result.stderr
     assert "wrote skvq.safetensors" in result.stderr
     made, _ = read_calibration(tmp_path / "skvq.safetensors")
@@ -150,7 +148,7 @@ def test_from_the_shell(tmp_path: Path) -> None:
     assert sorted(calibration_of(load_recipe("skvq", calibration=str(tmp_path / "skvq.safetensors")), model)) == list(
         range(model.config.num_hidden_layers)
     )
-    again = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, check=False)
+    again = forked.kvpolicy(*words, cwd=tmp_path)
     assert again.returncode == 2
     assert "there must be no such file yet, found one" in again.stderr
 

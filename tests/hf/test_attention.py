@@ -55,14 +55,19 @@ def check(model: PreTrainedModel, name: str, tokens: torch.Tensor, prompt: int, 
 
 
 def check_each(model: PreTrainedModel, name: str, tokens: torch.Tensor, prompt: int, tolerance: float) -> None:
-    """`check`, each step from one and the same cache: so no code is on the other side of a boundary by rounding."""
+    """`check`, each step from one and the same cache: so no code is on the other side of a boundary by rounding.
+
+    Of single steps every fifth is compared.
+    """
     cache = cache_for(name, model)
     cuts = [0, prompt, prompt + 20, *range(prompt + 21, tokens.shape[1] + 1)]
     for a, b in itertools.pairwise(cuts):
-        expected = model(tokens[:, a:b], **{CACHE: copy.deepcopy(cache)}).logits
+        compared = b - a > 1 or a % 5 == 0
+        expected = model(tokens[:, a:b], **{CACHE: copy.deepcopy(cache)}).logits if compared else None
         with attach(model):
             found = model(tokens[:, a:b], **{CACHE: cache}).logits
-        assert (found - expected).abs().max() <= tolerance * expected.abs().max()
+        if expected is not None:
+            assert (found - expected).abs().max() <= tolerance * expected.abs().max()
 
 
 @pytest.mark.parametrize("name", BY_POSITION)
@@ -73,7 +78,7 @@ def test_every_recipe_over_300_steps(name: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", ["logquant", "kivi", "logquant-evict"])
 def test_every_family(family: str, name: str) -> None:
-    check_each(tiny(family), name, ids(400, batch=2), 70, 1e-4)
+    check_each(tiny(family), name, ids(320, batch=2), 70, 1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
