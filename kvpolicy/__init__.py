@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from kvpolicy.interfaces.quantizer import AffineQuantizer as AffineQuantizer
     from kvpolicy.interfaces.quantizer import Quantizer as Quantizer
     from kvpolicy.interfaces.quantizer import TensorQuantizer as TensorQuantizer
+    from kvpolicy.interfaces.reader import Reader as Reader
     from kvpolicy.interfaces.scorer import Given as Given
     from kvpolicy.interfaces.scorer import Scorer as Scorer
     from kvpolicy.interfaces.scores import Scores as Scores
@@ -54,6 +55,7 @@ __all__ = [
     "Policy",
     "Quantizer",
     "RankPolicy",
+    "Reader",
     "Recipe",
     "Scorer",
     "Scores",
@@ -88,6 +90,7 @@ _HOMES = {
     "Policy": "interfaces.policy",
     "Quantizer": "interfaces.quantizer",
     "RankPolicy": "interfaces.policy",
+    "Reader": "interfaces.reader",
     "Recipe": "recipe.load",
     "Scorer": "interfaces.scorer",
     "Scores": "interfaces.scores",

@@ -9,6 +9,7 @@ from kvpolicy.interfaces.calibrator import Calibrator
 from kvpolicy.interfaces.extra import Extra
 from kvpolicy.interfaces.policy import Policy
 from kvpolicy.interfaces.quantizer import Quantizer
+from kvpolicy.interfaces.reader import Reader
 from kvpolicy.interfaces.scorer import Scorer
 from kvpolicy.interfaces.transform import Transform
 
@@ -20,6 +21,7 @@ __all__ = [
     "kvpolicy_extras",
     "kvpolicy_policies",
     "kvpolicy_quantizers",
+    "kvpolicy_readers",
     "kvpolicy_scorers",
     "kvpolicy_transforms",
 ]
@@ -43,6 +45,12 @@ def kvpolicy_quantizers() -> list[type[Quantizer]]:
 @hookspec
 def kvpolicy_scorers() -> list[type[Scorer]]:
     """The scorers of this plugin, as classes."""
+    raise AssertionError("a specification is not called")
+
+
+@hookspec
+def kvpolicy_readers() -> list[type[Reader]]:
+    """The readers of this plugin, as classes: what a query reads of the last tier."""
     raise AssertionError("a specification is not called")
 
 

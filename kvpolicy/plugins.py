@@ -32,6 +32,7 @@ from kvpolicy.interfaces.component import Component
 from kvpolicy.interfaces.extra import AXES, Extra
 from kvpolicy.interfaces.policy import Policy
 from kvpolicy.interfaces.quantizer import AffineQuantizer, Quantizer, TensorQuantizer
+from kvpolicy.interfaces.reader import Reader
 from kvpolicy.interfaces.scorer import SHOWN, Scorer
 from kvpolicy.interfaces.transform import NEEDS, Transform
 from kvpolicy.words import a, clip, listed, quoted, suggest
@@ -44,6 +45,7 @@ C = TypeVar("C", bound=Component)
 HOOKS: dict[str, tuple[str, type[Component]]] = {
     "policy": ("policies", Policy),
     "scorer": ("scorers", Scorer),
+    "reader": ("readers", Reader),
     "quantizer": ("quantizers", Quantizer),
     "transform": ("transforms", Transform),
     "extra": ("extras", Extra),
@@ -95,6 +97,7 @@ class Registry:
 
     policies: dict[str, PluginInfo[Policy]] = field(default_factory=dict)
     scorers: dict[str, PluginInfo[Scorer]] = field(default_factory=dict)
+    readers: dict[str, PluginInfo[Reader]] = field(default_factory=dict)
     quantizers: dict[str, PluginInfo[Quantizer]] = field(default_factory=dict)
     transforms: dict[str, PluginInfo[Transform]] = field(default_factory=dict)
     extras: dict[str, PluginInfo[Extra]] = field(default_factory=dict)

@@ -113,6 +113,11 @@ def scorers() -> str:
     return _options("scorer")
 
 
+def readers() -> str:
+    """The built-in readers and their options."""
+    return _options("reader")
+
+
 def quantizers() -> str:
     """The built-in quantizers and their options."""
     return _options("quantizer")
@@ -206,6 +211,7 @@ GENERATED: dict[str, Callable[[], str]] = {
     "tier-fields": tier_fields,
     "policies": policies,
     "scorers": scorers,
+    "readers": readers,
     "quantizers": quantizers,
     "transforms": transforms,
     "extras": extras,

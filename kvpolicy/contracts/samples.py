@@ -20,6 +20,7 @@ from kvpolicy.interfaces.component import Component, check_answer
 from kvpolicy.interfaces.extra import Extra
 from kvpolicy.interfaces.policy import Policy
 from kvpolicy.interfaces.quantizer import AffineQuantizer, Quantizer
+from kvpolicy.interfaces.reader import Reader
 from kvpolicy.interfaces.scorer import Scorer
 from kvpolicy.interfaces.site import Site
 from kvpolicy.interfaces.transform import Transform
@@ -103,6 +104,11 @@ def policies() -> list[Policy]:
 def scorers() -> list[Scorer]:
     """Scorers to try."""
     return _params(registry().scorers)
+
+
+def readers() -> list[Reader]:
+    """Readers to try."""
+    return _params(registry().readers)
 
 
 def quantizers() -> list[Quantizer]:

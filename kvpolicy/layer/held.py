@@ -15,6 +15,7 @@ from kvpolicy.interfaces.checks import needed
 from kvpolicy.interfaces.policy import RankPolicy
 from kvpolicy.interfaces.quantizer import Quantizer
 from kvpolicy.interfaces.site import Site
+from kvpolicy.layer.paging import PageTable
 from kvpolicy.layer.view import Scratch
 from kvpolicy.placement.attention_scores import Observer
 from kvpolicy.placement.by_position import ByPosition
@@ -68,7 +69,7 @@ class Held:
         self.first, self.scratch, self.reading = start, scratch, reading
         self.placement = start.placement
         specs = [spec for side in SIDES for spec in self.placement.specs[side]]
-        self.told_apart = any(spec != "full" for spec in specs) or self.placement.ranks
+        self.told_apart = any(spec != "full" for spec in specs) or self.placement.tabled
         """Whether it matters which tokens are padding: not where all is kept as it came."""
         self.asked_for = self.asking is not None
         """Whether a transform of keys must see queries."""
@@ -76,6 +77,9 @@ class Held:
 
     def clear(self) -> None:
         self.broken = True
+        reader = self.placement.reader
+        self.page_table = None if reader is None else PageTable(reader)
+        """The pages of the last tier, where a reader chooses among them."""
         self.planner: Planner[Any] = ByPosition(self.first)
         """Where the tokens are that were let in, and what moves."""
         self.observer: Observer | None = None
@@ -146,7 +150,7 @@ class Held:
     def tells_apart(self) -> bool:
         """Whether rows, or heads that policies look at, have places of their own."""
         padded = self.padding is not None and self.padding.before(self.padding.length)
-        return padded or self.placement.ranks
+        return padded or self.placement.tabled
 
     def site_of(self, side: str) -> Site:
         """Where the stores of a side stand."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from kvpolicy.errors import CacheError
 from kvpolicy.layer.held import PENDING, SIDES, Held, Positions
 from kvpolicy.layer.mover import move
+from kvpolicy.layer.paging import PageTable
 from kvpolicy.layer.view import View
 from kvpolicy.placement import joint
 from kvpolicy.placement.attention_scores import Counted, Observer
@@ -96,6 +97,12 @@ class LayerCache(Held):
 
     def densified(self) -> dict[str, Tensor]:
         """What the views of `stage` stand for, for models that compute on it."""
+        if self.placement.reader is not None:
+            self.staged = {}
+            raise CacheError(
+                f"reader {self.placement.reader.kind!r} must see queries, and this model computes on keys and values "
+                "before its attention; use a recipe without read"
+            )
         if self.placement.attends:
             self.staged = {}
             kinds = ", ".join(map(repr, self.attending))
@@ -200,6 +207,8 @@ class LayerCache(Held):
     def finish(self, new: dict[str, Tensor], moves: AllMoves, later: Later | None = None) -> None:
         """Let new tokens in as planned; what `later` codes is not in its store yet."""
         move(self.stores, new, moves, later)
+        if moves["keys"][-1].leaving is not None:
+            self._forget_pages()
         self.observer = None
 
     def revert(self, length: int) -> bool:
@@ -235,6 +244,18 @@ class LayerCache(Held):
                 self.planner = planner
         assert isinstance(self.planner, PerHeadPlacement)
         return self.planner
+
+    def pages(self) -> PageTable | None:
+        """The pages of the last tier, as its store is now, if a reader chooses among them."""
+        table, stores = self.page_table, self.stores.get("keys")
+        if table is None or not stores or stores[-1] is None:
+            return None
+        table.refresh(stores[-1], self.by_head(), self.site_of("keys"), self.like["keys"].dtype)
+        return table
+
+    def _forget_pages(self) -> None:
+        if self.page_table is not None:
+            self.page_table.forget()
 
     def dense(self) -> tuple[Tensor, Tensor]:
         """All keys and values held, decoded, in token order; tensors of their own.
@@ -273,12 +294,14 @@ class LayerCache(Held):
             self.pending, self.observer = {}, None
             if length < self.committed:
                 move(self.stores, self.like, self.planner.crop(length))
+                self._forget_pages()
 
     def select(self, rows: Tensor) -> None:
         """Keep the batch rows `rows`, in that order, repeats included."""
         self.check_whole()
         self.hold()
         with self._changing():
+            self._forget_pages()
             self.planner.select_rows(rows)
             for stores in self.stores.values():
                 for store in stores:
@@ -296,6 +319,7 @@ class LayerCache(Held):
             for store in stores:
                 if store is not None:
                     store.to(device)
+        self._forget_pages()
         self.planner.to(device)
         if self.observer is not None:
             self.observer.to(device)

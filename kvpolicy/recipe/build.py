@@ -14,6 +14,7 @@ from kvpolicy.interfaces.component import Component
 from kvpolicy.interfaces.extra import Extra
 from kvpolicy.interfaces.policy import Policy
 from kvpolicy.interfaces.quantizer import Quantizer
+from kvpolicy.interfaces.reader import Reader
 from kvpolicy.interfaces.scorer import Scorer
 from kvpolicy.interfaces.transform import Transform
 from kvpolicy.plugins import PluginInfo, Registry, registry
@@ -27,7 +28,8 @@ LISTS: dict[str, type[Component]] = {"transforms": Transform, "extras": Extra}
 """Options of quantizers that are lists of other plugins."""
 ONE: dict[str, type[Component]] = {"scorer": Scorer}
 """Options of policies that are another plugin."""
-TIER_KEYS = ("policy", "store", "keys", "values")
+TIER_KEYS = ("policy", "store", "keys", "values", "read")
+STORES = ("store", "keys", "values")
 STORE = "a store must be full, evict or a mapping with a quantizer's kind"
 LAYER = "a layer must have a list of tiers or full"
 
@@ -49,6 +51,7 @@ class _Row(NamedTuple):
     policy: Any
     keys: Any
     values: Any
+    read: Any = None
 
 
 class _Builder:
@@ -186,14 +189,16 @@ class _Builder:
         sides = [side for side in ("keys", "values") if side in tier]
         whole = len(sides) == (0 if "store" in tier else 2)
         if not whole and not unknown:
-            given = ", ".join(key for key in TIER_KEYS[1:] if key in tier) or "none of them"
+            given = ", ".join(key for key in STORES if key in tier) or "none of them"
             self.note(path, f"a tier must have either store, or keys and values, found {given}")
         raw = tier.get("policy")
         policy = None if raw is None else self._component(raw, (*path, "policy"), Policy)
-        stores = {name: self._store(tier[name], (*path, name)) for name in TIER_KEYS[1:] if name in tier}
+        stores = {name: self._store(tier[name], (*path, name)) for name in STORES if name in tier}
+        read = self._member(tier["read"], (*path, "read"), Reader) if tier.get("read") is not None else None
         if not whole:
-            return _Row(policy, BAD, BAD)
-        return _Row(policy, *(stores.get(side, stores.get("store")) for side in ("keys", "values")))
+            return _Row(policy, BAD, BAD, read)
+        keys, values = (stores.get(side, stores.get("store")) for side in ("keys", "values"))
+        return _Row(policy, keys, values, read)
 
     def _where_it_belongs(self, key: str) -> str:
         """What to do with a key of a tier that is one of a plugin."""
@@ -229,7 +234,7 @@ class _Builder:
         if isinstance(value, base) or value is BAD:
             return value
         if not isinstance(value, dict):
-            either = "a kind or " if base in (*LISTS.values(), *ONE.values()) else ""
+            either = "a kind or " if base in (*LISTS.values(), *ONE.values(), Reader) else ""
             hint = ""
             if isinstance(value, str):
                 hint = f"; write {{kind: {value}}}" if value in known else self.plugins.instead(what, value)
@@ -306,7 +311,7 @@ class _Builder:
 
 
 def _built(rows: Sequence[_Row]) -> tuple[Tier, ...]:
-    return tuple(Tier(policy=row.policy, keys=row.keys, values=row.values) for row in rows)
+    return tuple(Tier(policy=row.policy, keys=row.keys, values=row.values, read=row.read) for row in rows)
 
 
 def _kind_elsewhere(value: dict[str, Any], known: Collection[str]) -> str:

@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from kvpolicy import Affine, AffineQuantizer, Extra, Policy, RankPolicy, Scores, TensorQuantizer, Transform
+from kvpolicy import Affine, AffineQuantizer, Extra, Policy, RankPolicy, Reader, Scores, TensorQuantizer, Transform
 from kvpolicy.interfaces.component import Component
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "GoodExtra",
     "GoodPolicy",
     "GoodRank",
+    "GoodReader",
     "GoodTensors",
     "GoodTransform",
     "Liar",
@@ -114,6 +115,23 @@ class GoodTransform(Transform):
 
     def adjoint(self, q: Tensor, state: Any) -> Any:
         return q * state["sizes"].to(q.dtype)
+
+
+class GoodReader(Reader):
+    """Reads the pages whose mean key is nearest."""
+
+    kind: str = "liar"
+    page: int = 8
+    budget: int = 16
+
+    def count(self) -> Any:
+        return Reader.count(self)
+
+    def summarize(self, keys: Tensor, real: Tensor, site: Any) -> Any:
+        return {"mean": keys.float().sum(3) / real.sum(3).clamp(min=1).unsqueeze(3)}
+
+    def score(self, query: Tensor, summary: Any, site: Any) -> Any:
+        return query @ summary["mean"].transpose(2, 3)
 
 
 class GoodExtra(Extra):
