@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from kvpolicy.interfaces.calibrator import Watched as Watched
     from kvpolicy.interfaces.extra import Extra as Extra
     from kvpolicy.interfaces.extra import Grouping as Grouping
+    from kvpolicy.interfaces.merger import Merger as Merger
+    from kvpolicy.interfaces.merger import Tokens as Tokens
     from kvpolicy.interfaces.policy import Policy as Policy
     from kvpolicy.interfaces.policy import RankPolicy as RankPolicy
     from kvpolicy.interfaces.quantizer import Affine as Affine
@@ -51,6 +53,7 @@ __all__ = [
     "Extra",
     "Given",
     "Grouping",
+    "Merger",
     "Part",
     "Policy",
     "Quantizer",
@@ -61,6 +64,7 @@ __all__ = [
     "Scores",
     "Site",
     "TensorQuantizer",
+    "Tokens",
     "Transform",
     "Watched",
     "__version__",
@@ -90,7 +94,9 @@ _HOMES = {
     "Policy": "interfaces.policy",
     "Quantizer": "interfaces.quantizer",
     "RankPolicy": "interfaces.policy",
+    "Merger": "interfaces.merger",
     "Reader": "interfaces.reader",
+    "Tokens": "interfaces.merger",
     "Recipe": "recipe.load",
     "Scorer": "interfaces.scorer",
     "Scores": "interfaces.scores",

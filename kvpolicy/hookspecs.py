@@ -7,6 +7,7 @@ import pluggy
 from kvpolicy.interfaces.backend import Backend
 from kvpolicy.interfaces.calibrator import Calibrator
 from kvpolicy.interfaces.extra import Extra
+from kvpolicy.interfaces.merger import Merger
 from kvpolicy.interfaces.policy import Policy
 from kvpolicy.interfaces.quantizer import Quantizer
 from kvpolicy.interfaces.reader import Reader
@@ -19,6 +20,7 @@ __all__ = [
     "kvpolicy_backends",
     "kvpolicy_calibrators",
     "kvpolicy_extras",
+    "kvpolicy_mergers",
     "kvpolicy_policies",
     "kvpolicy_quantizers",
     "kvpolicy_readers",
@@ -51,6 +53,12 @@ def kvpolicy_scorers() -> list[type[Scorer]]:
 @hookspec
 def kvpolicy_readers() -> list[type[Reader]]:
     """The readers of this plugin, as classes: what a query reads of the last tier."""
+    raise AssertionError("a specification is not called")
+
+
+@hookspec
+def kvpolicy_mergers() -> list[type[Merger]]:
+    """The mergers of this plugin, as classes: what becomes of values that are dropped."""
     raise AssertionError("a specification is not called")
 
 

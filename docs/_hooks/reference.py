@@ -118,6 +118,11 @@ def readers() -> str:
     return _options("reader")
 
 
+def mergers() -> str:
+    """The built-in mergers and their options."""
+    return _options("merger")
+
+
 def quantizers() -> str:
     """The built-in quantizers and their options."""
     return _options("quantizer")
@@ -212,6 +217,7 @@ GENERATED: dict[str, Callable[[], str]] = {
     "policies": policies,
     "scorers": scorers,
     "readers": readers,
+    "mergers": mergers,
     "quantizers": quantizers,
     "transforms": transforms,
     "extras": extras,

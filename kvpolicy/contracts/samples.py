@@ -18,6 +18,7 @@ from kvpolicy.interfaces.calibrator import Calibrator, Watched
 from kvpolicy.interfaces.checks import finished, watched
 from kvpolicy.interfaces.component import Component, check_answer
 from kvpolicy.interfaces.extra import Extra
+from kvpolicy.interfaces.merger import Merger
 from kvpolicy.interfaces.policy import Policy
 from kvpolicy.interfaces.quantizer import AffineQuantizer, Quantizer
 from kvpolicy.interfaces.reader import Reader
@@ -109,6 +110,11 @@ def scorers() -> list[Scorer]:
 def readers() -> list[Reader]:
     """Readers to try."""
     return _params(registry().readers)
+
+
+def mergers() -> list[Merger]:
+    """Mergers to try."""
+    return _params(registry().mergers)
 
 
 def quantizers() -> list[Quantizer]:

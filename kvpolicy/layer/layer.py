@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kvpolicy.errors import CacheError
 from kvpolicy.layer.held import PENDING, SIDES, Held, Positions
+from kvpolicy.layer.merging import merge
 from kvpolicy.layer.mover import move
 from kvpolicy.layer.paging import PageTable
 from kvpolicy.layer.view import View
@@ -231,7 +232,14 @@ class LayerCache(Held):
     def _let_in(self, new: dict[str, Tensor]) -> None:
         turn = self.begin(new)
         select([self.planner], [turn])
-        self.finish(new, self.planner.moves(turn))
+        self.finish(new, self._moves(turn, new))
+
+    def _moves(self, turn: Any, new: dict[str, Tensor]) -> AllMoves:
+        """What moves as planned; values that are dropped are merged, `new` with them."""
+        merger, stores = self.placement.merger, self.stores["values"]
+        if merger is not None and stores[0] is not None:
+            merge(merger, self.placement, turn, stores[0], new, self.site_of("values"))
+        return self.planner.moves(turn)
 
     def by_head(self) -> PerHeadPlacement:
         """From now on each row, and each head that policies look at, has places of its own."""
@@ -388,4 +396,5 @@ def _planned(group: Sequence[LayerCache], ends: bool) -> list[AllMoves]:
     turns = [layer.planner.end_prompt() if ends else layer.begin(layer.pending) for layer in group]
     if group[0].placement.ranks:
         select([layer.planner for layer in group], turns)
-    return [layer.planner.moves(turn) for layer, turn in zip(group, turns, strict=True)]
+    every = zip(group, turns, strict=True)
+    return [layer._moves(turn, layer.like if ends else layer.pending) for layer, turn in every]

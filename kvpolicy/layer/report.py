@@ -215,7 +215,8 @@ def _words(tier: Any) -> str:
     policy = "the rest" if tier.policy is None else _component(tier.policy)
     keys, values = (_component(getattr(tier, side)) for side in ("keys", "values"))
     words = f"{policy}: {keys}" if keys == values else f"{policy}: keys {keys}, values {values}"
-    return words if tier.read is None else f"{words}, read by {_component(tier.read)}"
+    words = words if tier.read is None else f"{words}, read by {_component(tier.read)}"
+    return words if tier.merge is None else f"{words}, values merged by {_component(tier.merge)}"
 
 
 def _component(spec: Any) -> str:

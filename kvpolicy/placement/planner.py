@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from kvpolicy.interfaces.merger import Merger
 from kvpolicy.interfaces.policy import NEVER, Policy, RankPolicy
 from kvpolicy.interfaces.reader import Reader
 from kvpolicy.interfaces.scorer import Scorer
@@ -126,6 +127,8 @@ class Placement:
         self.ranked = min(ranks, default=len(self.policies) - 1)
         """The first tier that ranks its tokens; the tiers above it are placed by position alone."""
         self.ranks = bool(ranks)
+        self.merger: Merger | None = getattr(tiers[-1], "merge", None)
+        """Who adds the values of what is dropped to those that stay."""
         self.tabled = self.ranks or self.reader is not None
         """Whether each row has places of its own in any case."""
         self.by_head = any(policy.share == "head" for policy in ranks.values())

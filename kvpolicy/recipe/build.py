@@ -12,6 +12,7 @@ from kvpolicy.errors import RecipeError
 from kvpolicy.interfaces.budget import find_overlaps
 from kvpolicy.interfaces.component import Component
 from kvpolicy.interfaces.extra import Extra
+from kvpolicy.interfaces.merger import Merger
 from kvpolicy.interfaces.policy import Policy
 from kvpolicy.interfaces.quantizer import Quantizer
 from kvpolicy.interfaces.reader import Reader
@@ -28,8 +29,10 @@ LISTS: dict[str, type[Component]] = {"transforms": Transform, "extras": Extra}
 """Options of quantizers that are lists of other plugins."""
 ONE: dict[str, type[Component]] = {"scorer": Scorer}
 """Options of policies that are another plugin."""
-TIER_KEYS = ("policy", "store", "keys", "values", "read")
+TIER_KEYS = ("policy", "store", "keys", "values", "read", "merge")
 STORES = ("store", "keys", "values")
+OF_TIER: dict[str, type[Component]] = {"read": Reader, "merge": Merger}
+"""Keys of a tier that are a plugin each."""
 STORE = "a store must be full, evict or a mapping with a quantizer's kind"
 LAYER = "a layer must have a list of tiers or full"
 
@@ -52,6 +55,7 @@ class _Row(NamedTuple):
     keys: Any
     values: Any
     read: Any = None
+    merge: Any = None
 
 
 class _Builder:
@@ -194,11 +198,12 @@ class _Builder:
         raw = tier.get("policy")
         policy = None if raw is None else self._component(raw, (*path, "policy"), Policy)
         stores = {name: self._store(tier[name], (*path, name)) for name in STORES if name in tier}
-        read = self._member(tier["read"], (*path, "read"), Reader) if tier.get("read") is not None else None
+        named = {key: base for key, base in OF_TIER.items() if tier.get(key) is not None}
+        more = {key: self._member(tier[key], (*path, key), base) for key, base in named.items()}
         if not whole:
-            return _Row(policy, BAD, BAD, read)
+            return _Row(policy, BAD, BAD, **more)
         keys, values = (stores.get(side, stores.get("store")) for side in ("keys", "values"))
-        return _Row(policy, keys, values, read)
+        return _Row(policy, keys, values, **more)
 
     def _where_it_belongs(self, key: str) -> str:
         """What to do with a key of a tier that is one of a plugin."""
@@ -234,7 +239,7 @@ class _Builder:
         if isinstance(value, base) or value is BAD:
             return value
         if not isinstance(value, dict):
-            either = "a kind or " if base in (*LISTS.values(), *ONE.values(), Reader) else ""
+            either = "a kind or " if base in (*LISTS.values(), *ONE.values(), *OF_TIER.values()) else ""
             hint = ""
             if isinstance(value, str):
                 hint = f"; write {{kind: {value}}}" if value in known else self.plugins.instead(what, value)
@@ -311,7 +316,7 @@ class _Builder:
 
 
 def _built(rows: Sequence[_Row]) -> tuple[Tier, ...]:
-    return tuple(Tier(policy=row.policy, keys=row.keys, values=row.values, read=row.read) for row in rows)
+    return tuple(Tier(**row._asdict()) for row in rows)
 
 
 def _kind_elsewhere(value: dict[str, Any], known: Collection[str]) -> str:

@@ -19,7 +19,7 @@ def recipe_schema(plugins: Registry | None = None) -> dict[str, Any]:
     """A JSON schema (draft 2020-12) that editors can use, with every installed kind and its options."""
     plugins = registry() if plugins is None else plugins
     definitions: dict[str, Any] = {"parameter": _PARAMETER}
-    for what in ("scorer", "transform", "extra", "reader"):
+    for what in ("scorer", "transform", "extra", "reader", "merger"):
         known = plugins.known(what)
         kinds = _word_or_parameter(sorted(known))
         definitions[what] = _by_type("object", _union(what, known, definitions), kinds)
@@ -83,6 +83,7 @@ def _tier() -> dict[str, Any]:
             "store": both,
             **sides,
             "read": {"$ref": "#/$defs/reader", "description": Tier.model_fields["read"].description},
+            "merge": {"$ref": "#/$defs/merger", "description": Tier.model_fields["merge"].description},
         },
         "additionalProperties": False,
         **_unless("store", {"required": ["keys", "values"]}, {"properties": {"keys": never, "values": never}}),

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, InstanceOf, PrivateAttr, Seri
 from kvpolicy.errors import RecipeError
 from kvpolicy.interfaces.budget import find_overlaps, layers_named
 from kvpolicy.interfaces.component import Component, check_answer
+from kvpolicy.interfaces.merger import Merger
 from kvpolicy.interfaces.policy import Policy, RankPolicy
 from kvpolicy.interfaces.quantizer import AffineQuantizer, Quantizer, known_grouping, precision_of
 from kvpolicy.interfaces.reader import Reader
@@ -36,6 +37,10 @@ class Tier(BaseModel):
         description="Of the last tier: who chooses which of its tokens each query of a decode step reads. All by "
         "default.",
     )
+    merge: SerializeAsAny[InstanceOf[Merger]] | None = Field(
+        default=None,
+        description="Of the last tier, with store: evict: who adds the values of what is dropped to those that stay.",
+    )
 
     def of_layer(self, layer: int, layers: int) -> Tier:
         """With the options that a layer of a model of `layers` layers has of its own."""
@@ -45,10 +50,10 @@ class Tier(BaseModel):
     def plain(self) -> dict[str, Any]:
         """As YAML writes it, every option spelt out."""
         tier: dict[str, Any] = {} if self.policy is None else {"policy": plain(self.policy)}
-        read = {} if self.read is None else {"read": plain(self.read)}
+        more = {n: plain(own) for n in ("read", "merge") if (own := getattr(self, n)) is not None}
         if self.keys == self.values:
-            return {**tier, "store": plain(self.keys), **read}
-        return {**tier, "keys": plain(self.keys), "values": plain(self.values), **read}
+            return {**tier, "store": plain(self.keys), **more}
+        return {**tier, "keys": plain(self.keys), "values": plain(self.values), **more}
 
 
 MOST_LAYERS = 9999
@@ -202,6 +207,8 @@ class _TierLike(Protocol):
     def values(self) -> Any: ...
     @property
     def read(self) -> Any: ...
+    @property
+    def merge(self) -> Any: ...
 
 
 def find_problems(tiers: Sequence[_TierLike]) -> Iterator[tuple[Path_, str]]:
@@ -224,6 +231,7 @@ def find_problems(tiers: Sequence[_TierLike]) -> Iterator[tuple[Path_, str]]:
         for side in ("keys", "values"):
             yield from _store_problems(tiers, i, side)
     yield from _reader_problems(tiers)
+    yield from _merger_problems(tiers)
     if len(tiers) == 1 and tiers[0].keys == tiers[0].values == "evict":
         yield (0,), "the only tier must not evict: nothing would be kept"
 
@@ -258,6 +266,32 @@ def _reader_problems(tiers: Sequence[_TierLike]) -> Iterator[tuple[Path_, str]]:
                 "its own tier alone, found others; give keys and values other stores in the same tier",
             )
             return
+
+
+def _merger_problems(tiers: Sequence[_TierLike]) -> Iterator[tuple[Path_, str]]:
+    """What is wrong where a tier names who merges what is dropped."""
+    for i, tier in enumerate(tiers):
+        if tier.merge in (None, BAD):
+            continue
+        if i < len(tiers) - 1 or tier.keys != "evict":
+            yield (
+                (i, "merge"),
+                "merge must stand in the last tier, with store: evict, found it elsewhere; move it there",
+            )
+            continue
+        stores = [store for t in tiers[:-1] for store in (t.keys, t.values) if store is not BAD]
+        if any(store != "full" for store in stores):
+            found = next(_name(store) for store in stores if store != "full")
+            yield (i, "merge"), f"merge must stand below exact tiers alone, found {found}; use store: full there"
+        policy = tiers[i - 1].policy if i else None
+        ranks = isinstance(policy, RankPolicy) and policy._scores() is not None and policy.share == "head"
+        if not ranks and policy is not BAD:
+            kind = None if policy is None else policy.kind
+            yield (
+                (i, "merge"),
+                "merge must stand below a policy by attention that selects for each head, from which it takes the "
+                f"attention received, found {kind!r}; use policy attention with share: head",
+            )
 
 
 def _asks_attention(policy: RankPolicy) -> bool:

@@ -11,12 +11,24 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from kvpolicy import Affine, AffineQuantizer, Extra, Policy, RankPolicy, Reader, Scores, TensorQuantizer, Transform
+from kvpolicy import (
+    Affine,
+    AffineQuantizer,
+    Extra,
+    Merger,
+    Policy,
+    RankPolicy,
+    Reader,
+    Scores,
+    TensorQuantizer,
+    Transform,
+)
 from kvpolicy.interfaces.component import Component
 
 __all__ = [
     "Good",
     "GoodExtra",
+    "GoodMerger",
     "GoodPolicy",
     "GoodRank",
     "GoodReader",
@@ -132,6 +144,16 @@ class GoodReader(Reader):
 
     def score(self, query: Tensor, summary: Any, site: Any) -> Any:
         return query @ summary["mean"].transpose(2, 3)
+
+
+class GoodMerger(Merger):
+    """Adds a dropped value to all that stay, in equal parts."""
+
+    kind: str = "liar"
+
+    def shares(self, gone: Any, kept: Any, site: Any) -> Any:
+        real = (kept.positions >= 0).float().unsqueeze(2)
+        return (real / real.sum(3, keepdim=True).clamp(min=1)).expand(-1, -1, gone.positions.shape[2], -1)
 
 
 class GoodExtra(Extra):

@@ -22,7 +22,7 @@ from honest import (
     raising,
     writing_first,
 )
-from reader_liars import READERS
+from reader_liars import MERGERS, READERS
 from torch import Tensor
 
 from kvpolicy import Affine, Policy, RankPolicy, Scores
@@ -358,4 +358,5 @@ LIARS: dict[str, Liar] = {
     **_transforms(),
     **_extras(),
     **READERS,
+    **MERGERS,
 }

@@ -1,13 +1,13 @@
-"""Readers that misbehave, each in one way, and what is to notice it."""
+"""Readers and mergers that misbehave, each in one way, and what is to notice it."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from honest import GoodReader, Liar, changing, counted, lying, raising, writing_first
+from honest import GoodMerger, GoodReader, Liar, changing, counted, lying, raising, writing_first
 
-__all__ = ["READERS"]
+__all__ = ["MERGERS", "READERS"]
 
 
 def _readers() -> dict[str, Liar]:
@@ -57,4 +57,29 @@ def _readers() -> dict[str, Liar]:
     return {f"reader: {name}": lying(GoodReader, run, **methods) for name, (run, methods) in cases.items()}
 
 
+def _mergers() -> dict[str, Liar]:
+    shares, wanted = GoodMerger.shares, "shares must return a float tensor"
+    cases: dict[str, tuple[str, dict[str, Any]]] = {
+        "one too few": (wanted, {"shares": changing(lambda f: f[..., 1:], shares)}),
+        "integers": (wanted, {"shares": changing(lambda f: f.long(), shares)}),
+        "no tensor": (wanted, {"shares": lambda self, g, k, s: None}),
+        "writes": (
+            "shares must leave its arguments",
+            {"shares": lambda self, g, k, s: shares(self, g, k._replace(attention=k.attention.add_(1)), s)},
+        ),
+        "raises": ("shares must not fail, found KeyError", {"shares": raising(KeyError("keys"))}),
+        "changes": ("", {"shares": lambda self, g, k, s: shares(self, g, k, s) * torch.rand(())}),
+        "nan": ("", {"shares": changing(lambda f: f * torch.nan, shares)}),
+        "mixes rows": ("", {"shares": changing(lambda f: f.cumsum(0), shares)}),
+        "mixes dropped": ("", {"shares": changing(lambda f: f.cumsum(2), shares)}),
+        "minds the order": ("", {"shares": changing(lambda f: f.cumsum(3), shares)}),
+        "minds absent tokens": (
+            "",
+            {"shares": lambda self, g, k, s: shares(self, g, k, s) * k.attention.sum(2)[..., None, None]},
+        ),
+    }
+    return {f"merger: {name}": lying(GoodMerger, run, **methods) for name, (run, methods) in cases.items()}
+
+
 READERS = _readers()
+MERGERS = _mergers()
