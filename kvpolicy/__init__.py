@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from kvpolicy.hf.attach import attach as attach
     from kvpolicy.hf.cache import CompressedCache as CompressedCache
     from kvpolicy.hf.cache import make_cache as make_cache
+    from kvpolicy.hf.prepare import prepare as prepare
     from kvpolicy.hookspecs import hookimpl as hookimpl
     from kvpolicy.interfaces.backend import AttentionOptions as AttentionOptions
     from kvpolicy.interfaces.backend import AttentionSpec as AttentionSpec
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from kvpolicy.interfaces.merger import Tokens as Tokens
     from kvpolicy.interfaces.policy import Policy as Policy
     from kvpolicy.interfaces.policy import RankPolicy as RankPolicy
+    from kvpolicy.interfaces.prompt_scorer import PromptScorer as PromptScorer
     from kvpolicy.interfaces.quantizer import Affine as Affine
     from kvpolicy.interfaces.quantizer import AffineQuantizer as AffineQuantizer
     from kvpolicy.interfaces.quantizer import Quantizer as Quantizer
@@ -56,6 +58,7 @@ __all__ = [
     "Merger",
     "Part",
     "Policy",
+    "PromptScorer",
     "Quantizer",
     "RankPolicy",
     "Reader",
@@ -74,6 +77,7 @@ __all__ = [
     "hookimpl",
     "load_recipe",
     "make_cache",
+    "prepare",
     "tune",
 ]
 
@@ -95,6 +99,7 @@ _HOMES = {
     "Quantizer": "interfaces.quantizer",
     "RankPolicy": "interfaces.policy",
     "Merger": "interfaces.merger",
+    "PromptScorer": "interfaces.prompt_scorer",
     "Reader": "interfaces.reader",
     "Tokens": "interfaces.merger",
     "Recipe": "recipe.load",
@@ -110,6 +115,7 @@ _HOMES = {
     "hookimpl": "hookspecs",
     "load_recipe": "recipe.load",
     "make_cache": "hf.cache",
+    "prepare": "hf.prepare",
     "tune": "experiment.tune",
 }
 

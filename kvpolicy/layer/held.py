@@ -88,6 +88,8 @@ class Held:
         self.like: dict[str, Tensor] = {}
         self.staged: dict[str, Tensor] = {}
         self.decoded: dict[str, Tensor] = {}
+        self.told: Tensor | None = None
+        """What the tokens of the prompt score, where a scorer must be told that: `[batch, kv_heads, tokens]`."""
         self.densely = False
         self.backends: tuple[str, ...] = ()
         """Who computed attention last."""
@@ -173,6 +175,26 @@ class Held:
             raise CacheError(
                 f"an update must have the rows of the cache, {rows}, found {keys.shape[0]}; use batch_select_indices "
                 "or batch_repeat_interleave, or another cache"
+            )
+
+    def forget_pages(self) -> None:
+        """What is known of pages no longer holds; it is made anew when it is read."""
+        if self.page_table is not None:
+            self.page_table.forget()
+
+    def check_told(self, keys: Tensor) -> None:
+        """Refuse tokens of a prompt whose scores are unknown.
+
+        Raises:
+            CacheError: a scorer must be told of them.
+        """
+        scorer, end = self.placement.scores.told, self.seen + keys.shape[2]
+        if scorer is None or self.step.prompt is not None:
+            return
+        if self.told is None or self.told.shape != (*keys.shape[:2], end):
+            raise CacheError(
+                f"scorer {scorer.kind!r} must have the prompt read again before it is kept, found an update without; "
+                "use kvpolicy.prepare(model, cache, input_ids), and then generate"
             )
 
     def check_whole(self) -> None:

@@ -73,6 +73,7 @@ class LayerCache(Held):
         if not self.stores:
             self.start(keys, values)
         self._check_rows(keys)
+        self.check_told(keys)
         self.commit(keys.shape[2])
         new = {"keys": keys, "values": values}
         dense = (keys, values) if self.committed == 0 else self._dense(new, self.scratch)
@@ -84,6 +85,7 @@ class LayerCache(Held):
         if not self.stores:
             self.start(keys, values)
         self._check_rows(keys)
+        self.check_told(keys)
         self.commit(keys.shape[2])
         if self.committed == 0 and keys.shape[2] and not self.placement.attends and not self.wants_queries:
             self.add(keys, values)
@@ -186,6 +188,8 @@ class LayerCache(Held):
         if any(new[side].dtype != self.like[side].dtype for side in SIDES):  # autocast may have changed it
             new = {side: x.to(self.like[side if side in SIDES else "keys"].dtype) for side, x in new.items()}
         n = new["keys"].shape[2]
+        if self.told is not None and self.step.prompt is None:
+            new = {**new, "told": self.told[:, :, self.committed :].to(new["keys"].device)}
         early = max(n - MAX_PENDING, 0)
         if self.placement.ranks:  # scores speak of an update as a whole, and layers that agree wait for each other
             most = MAX_APART if self.placement.kinds else MAX_PENDING
@@ -209,7 +213,7 @@ class LayerCache(Held):
         """Let new tokens in as planned; what `later` codes is not in its store yet."""
         move(self.stores, new, moves, later)
         if moves["keys"][-1].leaving is not None:
-            self._forget_pages()
+            self.forget_pages()
         self.observer = None
 
     def revert(self, length: int) -> bool:
@@ -261,10 +265,6 @@ class LayerCache(Held):
         table.refresh(stores[-1], self.by_head(), self.site_of("keys"), self.like["keys"].dtype)
         return table
 
-    def _forget_pages(self) -> None:
-        if self.page_table is not None:
-            self.page_table.forget()
-
     def dense(self) -> tuple[Tensor, Tensor]:
         """All keys and values held, decoded, in token order; tensors of their own.
 
@@ -302,14 +302,14 @@ class LayerCache(Held):
             self.pending, self.observer = {}, None
             if length < self.committed:
                 move(self.stores, self.like, self.planner.crop(length))
-                self._forget_pages()
+                self.forget_pages()
 
     def select(self, rows: Tensor) -> None:
         """Keep the batch rows `rows`, in that order, repeats included."""
         self.check_whole()
         self.hold()
         with self._changing():
-            self._forget_pages()
+            self.forget_pages()
             self.planner.select_rows(rows)
             for stores in self.stores.values():
                 for store in stores:
@@ -327,7 +327,7 @@ class LayerCache(Held):
             for store in stores:
                 if store is not None:
                     store.to(device)
-        self._forget_pages()
+        self.forget_pages()
         self.planner.to(device)
         if self.observer is not None:
             self.observer.to(device)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from kvpolicy.interfaces.merger import Merger
 from kvpolicy.interfaces.policy import NEVER, Policy, RankPolicy
+from kvpolicy.interfaces.prompt_scorer import PromptScorer
 from kvpolicy.interfaces.reader import Reader
 from kvpolicy.interfaces.scorer import Scorer
 from kvpolicy.interfaces.scores import Scores
@@ -66,6 +67,8 @@ class ScoreColumns:
             for feature in self.features
         ]
         """The column of the attention that each of `features` asks for."""
+        self.told = next((f for f in self.features if isinstance(f, PromptScorer)), None)
+        """The scorer that must be told of the prompt's scores."""
         arrivals = any(policy.among == "arrival" for policy in policies.values())
         self.judged = 2 * len(self.kinds) + len(self.features) if arrivals else None
         """The column of the tier that a token competed in already, where policies ask for arrivals."""
