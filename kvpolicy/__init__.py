@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from kvpolicy.hf.attach import attach as attach
     from kvpolicy.hf.cache import CompressedCache as CompressedCache
     from kvpolicy.hf.cache import make_cache as make_cache
+    from kvpolicy.hf.prepare import prepare as prepare
     from kvpolicy.hookspecs import hookimpl as hookimpl
     from kvpolicy.interfaces.backend import AttentionOptions as AttentionOptions
     from kvpolicy.interfaces.backend import AttentionSpec as AttentionSpec
@@ -22,12 +23,16 @@ if TYPE_CHECKING:
     from kvpolicy.interfaces.calibrator import Watched as Watched
     from kvpolicy.interfaces.extra import Extra as Extra
     from kvpolicy.interfaces.extra import Grouping as Grouping
+    from kvpolicy.interfaces.merger import Merger as Merger
+    from kvpolicy.interfaces.merger import Tokens as Tokens
     from kvpolicy.interfaces.policy import Policy as Policy
     from kvpolicy.interfaces.policy import RankPolicy as RankPolicy
+    from kvpolicy.interfaces.prompt_scorer import PromptScorer as PromptScorer
     from kvpolicy.interfaces.quantizer import Affine as Affine
     from kvpolicy.interfaces.quantizer import AffineQuantizer as AffineQuantizer
     from kvpolicy.interfaces.quantizer import Quantizer as Quantizer
     from kvpolicy.interfaces.quantizer import TensorQuantizer as TensorQuantizer
+    from kvpolicy.interfaces.reader import Reader as Reader
     from kvpolicy.interfaces.scorer import Given as Given
     from kvpolicy.interfaces.scorer import Scorer as Scorer
     from kvpolicy.interfaces.scores import Scores as Scores
@@ -50,15 +55,19 @@ __all__ = [
     "Extra",
     "Given",
     "Grouping",
+    "Merger",
     "Part",
     "Policy",
+    "PromptScorer",
     "Quantizer",
     "RankPolicy",
+    "Reader",
     "Recipe",
     "Scorer",
     "Scores",
     "Site",
     "TensorQuantizer",
+    "Tokens",
     "Transform",
     "Watched",
     "__version__",
@@ -68,6 +77,7 @@ __all__ = [
     "hookimpl",
     "load_recipe",
     "make_cache",
+    "prepare",
     "tune",
 ]
 
@@ -88,6 +98,10 @@ _HOMES = {
     "Policy": "interfaces.policy",
     "Quantizer": "interfaces.quantizer",
     "RankPolicy": "interfaces.policy",
+    "Merger": "interfaces.merger",
+    "PromptScorer": "interfaces.prompt_scorer",
+    "Reader": "interfaces.reader",
+    "Tokens": "interfaces.merger",
     "Recipe": "recipe.load",
     "Scorer": "interfaces.scorer",
     "Scores": "interfaces.scores",
@@ -101,6 +115,7 @@ _HOMES = {
     "hookimpl": "hookspecs",
     "load_recipe": "recipe.load",
     "make_cache": "hf.cache",
+    "prepare": "hf.prepare",
     "tune": "experiment.tune",
 }
 

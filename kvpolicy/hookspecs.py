@@ -7,8 +7,10 @@ import pluggy
 from kvpolicy.interfaces.backend import Backend
 from kvpolicy.interfaces.calibrator import Calibrator
 from kvpolicy.interfaces.extra import Extra
+from kvpolicy.interfaces.merger import Merger
 from kvpolicy.interfaces.policy import Policy
 from kvpolicy.interfaces.quantizer import Quantizer
+from kvpolicy.interfaces.reader import Reader
 from kvpolicy.interfaces.scorer import Scorer
 from kvpolicy.interfaces.transform import Transform
 
@@ -18,8 +20,10 @@ __all__ = [
     "kvpolicy_backends",
     "kvpolicy_calibrators",
     "kvpolicy_extras",
+    "kvpolicy_mergers",
     "kvpolicy_policies",
     "kvpolicy_quantizers",
+    "kvpolicy_readers",
     "kvpolicy_scorers",
     "kvpolicy_transforms",
 ]
@@ -43,6 +47,18 @@ def kvpolicy_quantizers() -> list[type[Quantizer]]:
 @hookspec
 def kvpolicy_scorers() -> list[type[Scorer]]:
     """The scorers of this plugin, as classes."""
+    raise AssertionError("a specification is not called")
+
+
+@hookspec
+def kvpolicy_readers() -> list[type[Reader]]:
+    """The readers of this plugin, as classes: what a query reads of the last tier."""
+    raise AssertionError("a specification is not called")
+
+
+@hookspec
+def kvpolicy_mergers() -> list[type[Merger]]:
+    """The mergers of this plugin, as classes: what becomes of values that are dropped."""
     raise AssertionError("a specification is not called")
 
 

@@ -30,8 +30,10 @@ from kvpolicy.interfaces.calibrator import SHOWN as WATCHED
 from kvpolicy.interfaces.calibrator import Calibrator
 from kvpolicy.interfaces.component import Component
 from kvpolicy.interfaces.extra import AXES, Extra
+from kvpolicy.interfaces.merger import Merger
 from kvpolicy.interfaces.policy import Policy
 from kvpolicy.interfaces.quantizer import AffineQuantizer, Quantizer, TensorQuantizer
+from kvpolicy.interfaces.reader import Reader
 from kvpolicy.interfaces.scorer import SHOWN, Scorer
 from kvpolicy.interfaces.transform import NEEDS, Transform
 from kvpolicy.words import a, clip, listed, quoted, suggest
@@ -44,6 +46,8 @@ C = TypeVar("C", bound=Component)
 HOOKS: dict[str, tuple[str, type[Component]]] = {
     "policy": ("policies", Policy),
     "scorer": ("scorers", Scorer),
+    "reader": ("readers", Reader),
+    "merger": ("mergers", Merger),
     "quantizer": ("quantizers", Quantizer),
     "transform": ("transforms", Transform),
     "extra": ("extras", Extra),
@@ -95,6 +99,8 @@ class Registry:
 
     policies: dict[str, PluginInfo[Policy]] = field(default_factory=dict)
     scorers: dict[str, PluginInfo[Scorer]] = field(default_factory=dict)
+    readers: dict[str, PluginInfo[Reader]] = field(default_factory=dict)
+    mergers: dict[str, PluginInfo[Merger]] = field(default_factory=dict)
     quantizers: dict[str, PluginInfo[Quantizer]] = field(default_factory=dict)
     transforms: dict[str, PluginInfo[Transform]] = field(default_factory=dict)
     extras: dict[str, PluginInfo[Extra]] = field(default_factory=dict)

@@ -113,6 +113,16 @@ def scorers() -> str:
     return _options("scorer")
 
 
+def readers() -> str:
+    """The built-in readers and their options."""
+    return _options("reader")
+
+
+def mergers() -> str:
+    """The built-in mergers and their options."""
+    return _options("merger")
+
+
 def quantizers() -> str:
     """The built-in quantizers and their options."""
     return _options("quantizer")
@@ -206,6 +216,8 @@ GENERATED: dict[str, Callable[[], str]] = {
     "tier-fields": tier_fields,
     "policies": policies,
     "scorers": scorers,
+    "readers": readers,
+    "mergers": mergers,
     "quantizers": quantizers,
     "transforms": transforms,
     "extras": extras,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from kvpolicy.attention.backend import assigned, computed, merged
 from kvpolicy.attention.mask import Queries, as_mask
+from kvpolicy.attention.reading import read
 from kvpolicy.attention.reference import REFERENCE, SCORES, only_new, weights
 from kvpolicy.interfaces.backend import AttentionOptions, Part, StoreView
 from kvpolicy.layer.layer import LayerCache
@@ -55,13 +57,16 @@ def attend(
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     options = AttentionOptions(scale, softcap, sinks, observer, alone=True)
     shown = as_mask(mask, tiers.committed + new[0].shape[2], new[0].shape[1])
-    pieces = assigned(query, whole(tiers, new), shown, options, tiers.step.by_head)
+    pages = read(tiers, query, shown, scale, softcap) if tiers.page_table is not None else None
+    part = whole(tiers, new) if pages is None else above(tiers, new)
+    pieces = assigned(query, part, shown, options, tiers.step.by_head)
     tiers.backends = tuple(dict.fromkeys(backend.kind for backend, _ in pieces))
-    if len(pieces) == 1 and pieces[0][0] is REFERENCE:
+    if len(pieces) == 1 and pieces[0][0] is REFERENCE and pages is None:
         return _as_asked(REFERENCE.output(query, pieces[0][1], shown, options), query)
-    found = []
+    found = [] if pages is None else [pages]
+    alone = len(pieces) == 1 and pages is None
     for number, (backend, part) in enumerate(pieces):
-        own = options if len(pieces) == 1 else AttentionOptions(scale, softcap, None if number else sinks)
+        own = options if alone else AttentionOptions(scale, softcap, None if number else sinks)
         found.append(computed(backend, query, part, shown, own))
     return _as_asked(merged(found)[0], query)
 
@@ -81,6 +86,15 @@ def whole(tiers: LayerCache, new: tuple[Tensor, Tensor]) -> Part:
         sides.append(tuple([StoreView(s, at, own) for s, at, own in stores if s is not None and s.length]))
     heads, dim = new[1].shape[1], new[1].shape[3]
     return Part(sides[0], sides[1], columns.width, columns.gaps, columns.positions, heads, dim, new)
+
+
+def above(tiers: LayerCache, new: tuple[Tensor, Tensor]) -> Part:
+    """What a layer holds above its last tier, whose columns are the last, and the tokens that are coming in."""
+    every = whole(tiers, new)
+    last = tiers.stores["keys"][-1]
+    width = every.width - (0 if last is None else last.length)
+    keys, values = (tuple([v for v in side if v.columns != width]) for side in (every.keys, every.values))
+    return replace(every, keys=keys, values=values, width=width, positions=lambda: every.positions()[..., :width])
 
 
 def observe(

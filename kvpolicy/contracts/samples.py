@@ -19,8 +19,10 @@ from kvpolicy.interfaces.calibrator import Calibrator, Watched
 from kvpolicy.interfaces.checks import finished, watched
 from kvpolicy.interfaces.component import Component, check_answer
 from kvpolicy.interfaces.extra import Extra
+from kvpolicy.interfaces.merger import Merger
 from kvpolicy.interfaces.policy import Policy
 from kvpolicy.interfaces.quantizer import AffineQuantizer, Quantizer
+from kvpolicy.interfaces.reader import Reader
 from kvpolicy.interfaces.scorer import Scorer
 from kvpolicy.interfaces.site import Site
 from kvpolicy.interfaces.transform import Transform
@@ -122,6 +124,16 @@ def _told_apart_by(component: Component) -> set[str]:
     """The options that are not at their defaults."""
     fields = type(component).model_fields
     return {name for name, value in component if name != "kind" and value != fields[name].default}
+
+
+def readers() -> list[Reader]:
+    """Readers to try."""
+    return _params(registry().readers)
+
+
+def mergers() -> list[Merger]:
+    """Mergers to try."""
+    return _params(registry().mergers)
 
 
 def quantizers() -> list[Quantizer]:

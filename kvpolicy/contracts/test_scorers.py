@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kvpolicy.contracts.samples import name_of, scorers, tensor
 from kvpolicy.errors import MissingDependencyError
+from kvpolicy.interfaces.prompt_scorer import PromptScorer, noted, settled, spans_of
 from kvpolicy.interfaces.scorer import BESIDE, Scorer
 from kvpolicy.interfaces.scores import Scores
 from kvpolicy.interfaces.site import Site
@@ -44,6 +45,7 @@ def _shown(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         "values": tensor((BATCH, HEADS, TOKENS, DIM), dtype, seed=1),
         "query": tensor((BATCH, HEADS * GROUPS, TOKENS, DIM), dtype, seed=2),
         "real": torch.ones(BATCH, HEADS, TOKENS, dtype=torch.bool),
+        "told": torch.rand(BATCH, HEADS, TOKENS, generator=generator),
         "attention": torch.rand(BATCH, HEADS, TOKENS, generator=generator) * 20,
         "queries": torch.randint(0, 30, (BATCH, HEADS, TOKENS), generator=generator).float(),
         "positions": positions,
@@ -151,3 +153,26 @@ def test_what_it_noted_is_scored_again_token_by_token(scorer: Scorer) -> None:
         for index in torch.arange(TOKENS).split([1, 30, 19])
     ]
     torch.testing.assert_close(torch.cat(parts, dim=2), found, msg="a score must depend on its token alone")
+
+
+@EVERY
+def test_a_prompt_read_again_is_scored_span_by_span(scorer: Scorer) -> None:
+    if not isinstance(scorer, PromptScorer):
+        pytest.skip("it needs no prompt read again")
+    spans = spans_of(scorer, TOKENS)
+    assert spans == spans_of(scorer, TOKENS), "spans must be the same each time"
+    keys = tensor((1, HEADS, TOKENS + spans[0][1] - spans[0][0] + 3, DIM), torch.float32)
+    query = tensor((1, HEADS * GROUPS, spans[0][1] - spans[0][0] + 3, DIM), torch.float32, seed=1)
+    before = keys.clone(), query.clone()
+    found = noted(scorer, query, keys, spans[0], DIM**-0.5, SITE)
+    assert torch.equal(found, noted(scorer, query, keys, spans[0], DIM**-0.5, SITE)), "note must be the same each time"
+    order = torch.tensor([3, 1, 0, 2])
+    wide = (order.unsqueeze(1) * GROUPS + torch.arange(GROUPS)).flatten()
+    moved = noted(scorer, query[:, wide], keys[:, order], spans[0], DIM**-0.5, SITE)
+    torch.testing.assert_close(moved, found[:, order], msg="heads may stand in any order")
+    layers = {layer: torch.rand(1, HEADS, TOKENS, generator=torch.Generator().manual_seed(layer)) for layer in (0, 3)}
+    kept = {layer: x.clone() for layer, x in layers.items()}
+    assert not any(x.isnan().any() for x in settled(scorer, layers).values())
+    assert all(torch.equal(x, kept[layer]) for layer, x in layers.items()), "settle must not change what it is given"
+    assert torch.equal(before[0], keys)
+    assert torch.equal(before[1], query)

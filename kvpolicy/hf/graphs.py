@@ -284,6 +284,8 @@ def _commit(cache: CompressedCache, device: torch.device) -> None:
         columns = [layer.columns() for layer in tiers]
     if any(not layer.committed for layer in tiers):
         raise Unusual("layers that hold nothing")
+    if any(layer.page_table is not None for layer in tiers):
+        raise Unusual("readers, which choose pages by the query")
     if any(layer.wants_queries for layer in tiers):
         raise Unusual("transforms that are still to be fitted to queries")
     if any(layer.placement.scores.reads_query(prompting=layer.step.prompt is None) for layer in tiers):

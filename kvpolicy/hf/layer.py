@@ -103,6 +103,11 @@ class TieredLayer(DenseAccess, CacheLayerMixin):
                 f"policy {self.tiers.attending[0]!r} selects tokens by the attention that they receive, which only an "
                 "attached model shows; use: with kvpolicy.attach(model): ..."
             )
+        if self.tiers.placement.reader is not None:
+            raise CacheError(
+                f"reader {self.tiers.placement.reader.kind!r} chooses by each query what it reads, which only an "
+                "attached model shows; use: with kvpolicy.attach(model): ..."
+            )
         if self.tiers.wants_queries:
             raise CacheError(
                 f"transform {self.tiers.asking!r} fits keys to the queries that meet them, which only an attached "

@@ -81,6 +81,14 @@ def check_stores(tiers: Any, dim: int | None, site: Site, tried: bool = False) -
             except RecipeError as error:
                 part = path_text(("tiers", number, "policy", "scorer", *error.place))
                 raise RecipeError(f"{part} ({scorer.kind}), layer {site.layer}: {error}") from None
+        for name in ("read", "merge"):
+            if (own := getattr(tier, name)) is None:
+                continue
+            try:
+                check_answer(own, "check", site)
+            except RecipeError as error:
+                part = path_text(("tiers", number, name, *error.place))
+                raise RecipeError(f"{part} ({own.kind}), layer {site.layer}: {error}") from None
         for side in ("keys", "values"):
             spec = getattr(tier, side)
             if not isinstance(spec, Quantizer):

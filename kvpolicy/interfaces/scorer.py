@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SHOWN", "Given", "Scorer"]
 
-SHOWN = frozenset({"keys", "values", "query", "attention", "queries", "positions"})
+SHOWN = frozenset({"keys", "values", "query", "told", "attention", "queries", "positions"})
 """What a scorer may ask for."""
 BESIDE = {"positions": "ages", "query": "real"}
 """What comes with some of it."""
@@ -39,6 +39,8 @@ class Given:
     head_dim]`, the heads of a KV head side by side. Of layers that leave queries out it is the newest ones'."""
     real: Tensor
     """Comes with `query`: which tokens are no padding, `[batch, kv_heads or 1, tokens]`."""
+    told: Tensor
+    """What the cache was told of the tokens of the prompt, `[batch, kv_heads, tokens]`; see `PromptScorer`."""
     attention: Tensor
     """Attention received, summed over the queries that `Scorer.scores` counts: `[batch, kv_heads or 1, tokens]`, in
     float32; a mean over the heads where all of them select the same tokens."""
@@ -143,7 +145,7 @@ class Scorer(Component):
     @property
     def _on_arrival(self) -> bool:
         """Whether it scores tokens once, as they come."""
-        return bool(self.needs & {"keys", "values", "query"})
+        return bool(self.needs & {"keys", "values", "query", "told"})
 
     @property
     def _sums(self) -> bool:

@@ -15,6 +15,7 @@ from kvpolicy.interfaces.checks import needed
 from kvpolicy.interfaces.policy import RankPolicy
 from kvpolicy.interfaces.quantizer import Quantizer
 from kvpolicy.interfaces.site import Site
+from kvpolicy.layer.paging import PageTable
 from kvpolicy.layer.view import Scratch
 from kvpolicy.placement.attention_scores import Observer
 from kvpolicy.placement.by_position import ByPosition
@@ -68,7 +69,7 @@ class Held:
         self.first, self.scratch, self.reading = start, scratch, reading
         self.placement = start.placement
         specs = [spec for side in SIDES for spec in self.placement.specs[side]]
-        self.told_apart = any(spec != "full" for spec in specs) or self.placement.ranks
+        self.told_apart = any(spec != "full" for spec in specs) or self.placement.tabled
         """Whether it matters which tokens are padding: not where all is kept as it came."""
         self.asked_for = self.asking is not None
         """Whether a transform of keys must see queries."""
@@ -76,6 +77,9 @@ class Held:
 
     def clear(self) -> None:
         self.broken = True
+        reader = self.placement.reader
+        self.page_table = None if reader is None else PageTable(reader)
+        """The pages of the last tier, where a reader chooses among them."""
         self.planner: Planner[Any] = ByPosition(self.first)
         """Where the tokens are that were let in, and what moves."""
         self.observer: Observer | None = None
@@ -84,6 +88,8 @@ class Held:
         self.like: dict[str, Tensor] = {}
         self.staged: dict[str, Tensor] = {}
         self.decoded: dict[str, Tensor] = {}
+        self.told: Tensor | None = None
+        """What the tokens of the prompt score, where a scorer must be told that: `[batch, kv_heads, tokens]`."""
         self.densely = False
         self.backends: tuple[str, ...] = ()
         """Who computed attention last."""
@@ -146,7 +152,7 @@ class Held:
     def tells_apart(self) -> bool:
         """Whether rows, or heads that policies look at, have places of their own."""
         padded = self.padding is not None and self.padding.before(self.padding.length)
-        return padded or self.placement.ranks
+        return padded or self.placement.tabled
 
     def site_of(self, side: str) -> Site:
         """Where the stores of a side stand."""
@@ -169,6 +175,26 @@ class Held:
             raise CacheError(
                 f"an update must have the rows of the cache, {rows}, found {keys.shape[0]}; use batch_select_indices "
                 "or batch_repeat_interleave, or another cache"
+            )
+
+    def forget_pages(self) -> None:
+        """What is known of pages no longer holds; it is made anew when it is read."""
+        if self.page_table is not None:
+            self.page_table.forget()
+
+    def check_told(self, keys: Tensor) -> None:
+        """Refuse tokens of a prompt whose scores are unknown.
+
+        Raises:
+            CacheError: a scorer must be told of them.
+        """
+        scorer, end = self.placement.scores.told, self.seen + keys.shape[2]
+        if scorer is None or self.step.prompt is not None:
+            return
+        if self.told is None or self.told.shape != (*keys.shape[:2], end):
+            raise CacheError(
+                f"scorer {scorer.kind!r} must have the prompt read again before it is kept, found an update without; "
+                "use kvpolicy.prepare(model, cache, input_ids), and then generate"
             )
 
     def check_whole(self) -> None:

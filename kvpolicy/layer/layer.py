@@ -12,7 +12,9 @@ from torch import Tensor
 
 from kvpolicy.errors import CacheError
 from kvpolicy.layer.held import PENDING, SIDES, Held, Positions
+from kvpolicy.layer.merging import merge
 from kvpolicy.layer.mover import move
+from kvpolicy.layer.paging import PageTable
 from kvpolicy.layer.view import View
 from kvpolicy.placement import joint
 from kvpolicy.placement.attention_scores import Counted, Observer
@@ -71,6 +73,7 @@ class LayerCache(Held):
         if not self.stores:
             self.start(keys, values)
         self._check_rows(keys)
+        self.check_told(keys)
         self.commit(keys.shape[2])
         new = {"keys": keys, "values": values}
         dense = (keys, values) if self.committed == 0 else self._dense(new, self.scratch)
@@ -82,6 +85,7 @@ class LayerCache(Held):
         if not self.stores:
             self.start(keys, values)
         self._check_rows(keys)
+        self.check_told(keys)
         self.commit(keys.shape[2])
         if self.committed == 0 and keys.shape[2] and not self.placement.attends and not self.wants_queries:
             self.add(keys, values)
@@ -96,6 +100,12 @@ class LayerCache(Held):
 
     def densified(self) -> dict[str, Tensor]:
         """What the views of `stage` stand for, for models that compute on it."""
+        if self.placement.reader is not None:
+            self.staged = {}
+            raise CacheError(
+                f"reader {self.placement.reader.kind!r} must see queries, and this model computes on keys and values "
+                "before its attention; use a recipe without read"
+            )
         if self.placement.attends:
             self.staged = {}
             kinds = ", ".join(map(repr, self.attending))
@@ -178,6 +188,8 @@ class LayerCache(Held):
         if any(new[side].dtype != self.like[side].dtype for side in SIDES):  # autocast may have changed it
             new = {side: x.to(self.like[side if side in SIDES else "keys"].dtype) for side, x in new.items()}
         n = new["keys"].shape[2]
+        if self.told is not None and self.step.prompt is None:
+            new = {**new, "told": self.told[:, :, self.committed :].to(new["keys"].device)}
         early = max(n - MAX_PENDING, 0)
         if self.placement.ranks:  # scores speak of an update as a whole, and layers that agree wait for each other
             most = MAX_APART if self.placement.kinds else MAX_PENDING
@@ -200,6 +212,8 @@ class LayerCache(Held):
     def finish(self, new: dict[str, Tensor], moves: AllMoves, later: Later | None = None) -> None:
         """Let new tokens in as planned; what `later` codes is not in its store yet."""
         move(self.stores, new, moves, later)
+        if moves["keys"][-1].leaving is not None:
+            self.forget_pages()
         self.observer = None
 
     def revert(self, length: int) -> bool:
@@ -222,7 +236,14 @@ class LayerCache(Held):
     def _let_in(self, new: dict[str, Tensor]) -> None:
         turn = self.begin(new)
         select([self.planner], [turn])
-        self.finish(new, self.planner.moves(turn))
+        self.finish(new, self._moves(turn, new))
+
+    def _moves(self, turn: Any, new: dict[str, Tensor]) -> AllMoves:
+        """What moves as planned; values that are dropped are merged, `new` with them."""
+        merger, stores = self.placement.merger, self.stores["values"]
+        if merger is not None and stores[0] is not None:
+            merge(merger, self.placement, turn, stores[0], new, self.site_of("values"))
+        return self.planner.moves(turn)
 
     def by_head(self) -> PerHeadPlacement:
         """From now on each row, and each head that policies look at, has places of its own."""
@@ -235,6 +256,14 @@ class LayerCache(Held):
                 self.planner = planner
         assert isinstance(self.planner, PerHeadPlacement)
         return self.planner
+
+    def pages(self) -> PageTable | None:
+        """The pages of the last tier, as its store is now, if a reader chooses among them."""
+        table, stores = self.page_table, self.stores.get("keys")
+        if table is None or not stores or stores[-1] is None:
+            return None
+        table.refresh(stores[-1], self.by_head(), self.site_of("keys"), self.like["keys"].dtype)
+        return table
 
     def dense(self) -> tuple[Tensor, Tensor]:
         """All keys and values held, decoded, in token order; tensors of their own.
@@ -273,12 +302,14 @@ class LayerCache(Held):
             self.pending, self.observer = {}, None
             if length < self.committed:
                 move(self.stores, self.like, self.planner.crop(length))
+                self.forget_pages()
 
     def select(self, rows: Tensor) -> None:
         """Keep the batch rows `rows`, in that order, repeats included."""
         self.check_whole()
         self.hold()
         with self._changing():
+            self.forget_pages()
             self.planner.select_rows(rows)
             for stores in self.stores.values():
                 for store in stores:
@@ -296,6 +327,7 @@ class LayerCache(Held):
             for store in stores:
                 if store is not None:
                     store.to(device)
+        self.forget_pages()
         self.planner.to(device)
         if self.observer is not None:
             self.observer.to(device)
@@ -364,4 +396,5 @@ def _planned(group: Sequence[LayerCache], ends: bool) -> list[AllMoves]:
     turns = [layer.planner.end_prompt() if ends else layer.begin(layer.pending) for layer in group]
     if group[0].placement.ranks:
         select([layer.planner for layer in group], turns)
-    return [layer.planner.moves(turn) for layer, turn in zip(group, turns, strict=True)]
+    every = zip(group, turns, strict=True)
+    return [layer._moves(turn, layer.like if ends else layer.pending) for layer, turn in every]

@@ -113,6 +113,8 @@ class LayerSummary:
     tiers: tuple[str, ...]
     """Each tier in words: its policy, and how keys and values are stored."""
     tokens: int
+    read: int | None = None
+    """Of these the tokens that each query of a decode step reads at most, where a reader chooses."""
 
 
 @dataclass(frozen=True)
@@ -126,12 +128,18 @@ class Summary:
 
     def __str__(self) -> str:
         table = Table(title=f"recipe {self.recipe}")
-        for name in ("layer", "kept by", "tiers", "tokens"):
+        chosen = any(x.read is not None for x in self.layers)
+        for name in ("layer", "kept by", "tiers", "tokens", *(["read"] if chosen else [])):
             table.add_column(name)
-        for (kept, tiers, tokens), group in groupby(self.layers, lambda x: (x.type, x.tiers, x.tokens)):
+        for (kept, tiers, *counts), group in groupby(self.layers, lambda x: (x.type, x.tiers, x.tokens, x.read)):
             numbers = [x.layer for x in group]
             shown = str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}"
-            table.add_row(shown, kept, "\n".join(tiers), str(tokens))
+            table.add_row(
+                shown,
+                kept,
+                "\n".join(tiers),
+                *(str(n) if n is not None else str(counts[0]) for n in counts[: 1 + chosen]),
+            )
         return "\n".join([_render(table), *self.notes])
 
 
@@ -196,13 +204,19 @@ def _store_memory(tiers: LayerCache, number: int, side: str, s: int) -> StoreMem
     if tiers.step.by_head:
         used = {part: used.get(part, 0) + beside.get(part, 0) for part in PARTS}
         reserved -= used["indices"]
+    if side == "keys" and s == len(tiers.stores[side]) - 1 and (pages := tiers.pages()) is not None:
+        more = pages.bytes(tiers.committed)
+        reserved += more.pop("reserved", 0)
+        used = {part: used.get(part, 0) + more.get(part, 0) for part in PARTS}
     return StoreMemory(number, side, covers, store.length, **used, reserved=reserved)
 
 
 def _words(tier: Any) -> str:
     policy = "the rest" if tier.policy is None else _component(tier.policy)
     keys, values = (_component(getattr(tier, side)) for side in ("keys", "values"))
-    return f"{policy}: {keys}" if keys == values else f"{policy}: keys {keys}, values {values}"
+    words = f"{policy}: {keys}" if keys == values else f"{policy}: keys {keys}, values {values}"
+    words = words if tier.read is None else f"{words}, read by {_component(tier.read)}"
+    return words if tier.merge is None else f"{words}, values merged by {_component(tier.merge)}"
 
 
 def _component(spec: Any) -> str:
@@ -217,4 +231,8 @@ def describe(number: int, layer: LayerCache, tiers: Sequence[Any]) -> LayerSumma
     kept = "kvpolicy, dense: the model computes on keys and values" if layer.densely else "kvpolicy"
     if layer.backends and not layer.densely:
         kept = f"kvpolicy, attention by {' and '.join(layer.backends)}"
-    return LayerSummary(number, kept, tuple(map(_words, tiers)), layer.held_after_commit())
+    tokens, read = layer.held_after_commit(), None
+    if (pages := layer.pages()) is not None and pages.pages_of(layer.committed) * pages.reader.page > pages.most:
+        last = layer.stores["keys"][-1]
+        read = tokens - max(0, (0 if last is None else last.length) - pages.most)
+    return LayerSummary(number, kept, tuple(map(_words, tiers)), tokens, read)

@@ -137,6 +137,24 @@ class HeldPerHead(Planner[Turn]):
         }
         return ColumnMap(where["keys"], where["values"], seen + 1, True, lambda: present(self._of("keys"), seen))
 
+    def in_last(self, first: int) -> Tensor:
+        """Of the tokens of the last store, from place `first` on, the positions among the real ones of their rows.
+
+        `[batch, kv_heads or 1, places]`, `EMPTY` where no token is.
+        """
+        table = self.tables["keys"][-1]
+        assert table is not None
+        slots = table.positions[..., first:]
+        return self.step.in_text(slots).masked_fill(slots < 0, EMPTY)
+
+    def slots_of_last(self, places: Tensor) -> Tensor:
+        """The slots of the tokens at some places of the last store, `[batch, kv_heads, any, tokens]`."""
+        table = self.tables["keys"][-1]
+        assert table is not None
+        index = places.clamp(min=0).long().flatten(2)
+        slots: Tensor = table.positions.expand(-1, index.shape[1], -1).gather(2, index).unflatten(2, places.shape[2:])
+        return slots
+
     def _of(self, side: str) -> list[TokenTable]:
         return [t for t in self.tables[side] if t is not None]
 

@@ -78,7 +78,11 @@ def _joins(placement: Placement) -> bool:
     columns = placement.scores
     asked = [scorer for tier, _ in ranks if (scorer := columns.scorer[tier]) is not None]
     alone = any(policy._reads_counts or policy.share == "model" for _, policy in ranks)
-    return not alone and all(scorer in columns.features and not scorer._again for scorer in asked)
+    return (
+        placement.merger is None
+        and not alone
+        and all(scorer in columns.features and not scorer._again for scorer in asked)
+    )
 
 
 def joined(members: Sequence[PerHeadPlacement]) -> Joint:

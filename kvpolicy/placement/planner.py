@@ -13,7 +13,10 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from kvpolicy.interfaces.merger import Merger
 from kvpolicy.interfaces.policy import NEVER, Policy, RankPolicy
+from kvpolicy.interfaces.prompt_scorer import PromptScorer
+from kvpolicy.interfaces.reader import Reader
 from kvpolicy.interfaces.scorer import Scorer
 from kvpolicy.interfaces.scores import Scores
 from kvpolicy.placement.moves import NEW, NOTHING, AllMoves, Arrival, Moves
@@ -64,6 +67,8 @@ class ScoreColumns:
             for feature in self.features
         ]
         """The column of the attention that each of `features` asks for."""
+        self.told = next((f for f in self.features if isinstance(f, PromptScorer)), None)
+        """The scorer that must be told of the prompt's scores."""
         arrivals = any(policy.among == "arrival" for policy in policies.values())
         self.judged = 2 * len(self.kinds) + len(self.features) if arrivals else None
         """The column of the tier that a token competed in already, where policies ask for arrivals."""
@@ -111,8 +116,11 @@ class Placement:
     def __init__(self, tiers: Sequence[TierLike]) -> None:
         self.policies = [tier.policy for tier in tiers]
         self.specs = {side: [getattr(tier, side) for tier in tiers] for side in ("keys", "values")}
+        self.reader: Reader | None = getattr(tiers[-1], "read", None)
+        """Who chooses what is read of the last tier, if not all is: then that has stores of its own."""
+        apart = {0} if self.reader is None else {0, len(tiers) - 1}
         self.first_tier = {
-            side: [i for i, spec in enumerate(specs) if i == 0 or spec != specs[i - 1]]
+            side: [i for i, spec in enumerate(specs) if i in apart or spec != specs[i - 1]]
             for side, specs in self.specs.items()
         }
         self.alike = self.specs["keys"] == self.specs["values"]
@@ -122,6 +130,10 @@ class Placement:
         self.ranked = min(ranks, default=len(self.policies) - 1)
         """The first tier that ranks its tokens; the tiers above it are placed by position alone."""
         self.ranks = bool(ranks)
+        self.merger: Merger | None = getattr(tiers[-1], "merge", None)
+        """Who adds the values of what is dropped to those that stay."""
+        self.tabled = self.ranks or self.reader is not None
+        """Whether each row has places of its own in any case."""
         self.by_head = any(policy.share == "head" for policy in ranks.values())
         self.shared = any(policy.share == "model" for policy in ranks.values())
         self.shares = len({policy.share for policy in ranks.values()})

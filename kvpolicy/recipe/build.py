@@ -12,8 +12,10 @@ from kvpolicy.errors import RecipeError
 from kvpolicy.interfaces.budget import find_overlaps
 from kvpolicy.interfaces.component import Component
 from kvpolicy.interfaces.extra import Extra
+from kvpolicy.interfaces.merger import Merger
 from kvpolicy.interfaces.policy import Policy
 from kvpolicy.interfaces.quantizer import Quantizer
+from kvpolicy.interfaces.reader import Reader
 from kvpolicy.interfaces.scorer import Scorer
 from kvpolicy.interfaces.transform import Transform
 from kvpolicy.plugins import PluginInfo, Registry, registry
@@ -27,7 +29,10 @@ LISTS: dict[str, type[Component]] = {"transforms": Transform, "extras": Extra}
 """Options of quantizers that are lists of other plugins."""
 ONE: dict[str, type[Component]] = {"scorer": Scorer}
 """Options of policies that are another plugin."""
-TIER_KEYS = ("policy", "store", "keys", "values")
+TIER_KEYS = ("policy", "store", "keys", "values", "read", "merge")
+STORES = ("store", "keys", "values")
+OF_TIER: dict[str, type[Component]] = {"read": Reader, "merge": Merger}
+"""Keys of a tier that are a plugin each."""
 STORE = "a store must be full, evict or a mapping with a quantizer's kind"
 LAYER = "a layer must have a list of tiers or full"
 
@@ -49,6 +54,8 @@ class _Row(NamedTuple):
     policy: Any
     keys: Any
     values: Any
+    read: Any = None
+    merge: Any = None
 
 
 class _Builder:
@@ -186,14 +193,17 @@ class _Builder:
         sides = [side for side in ("keys", "values") if side in tier]
         whole = len(sides) == (0 if "store" in tier else 2)
         if not whole and not unknown:
-            given = ", ".join(key for key in TIER_KEYS[1:] if key in tier) or "none of them"
+            given = ", ".join(key for key in STORES if key in tier) or "none of them"
             self.note(path, f"a tier must have either store, or keys and values, found {given}")
         raw = tier.get("policy")
         policy = None if raw is None else self._component(raw, (*path, "policy"), Policy)
-        stores = {name: self._store(tier[name], (*path, name)) for name in TIER_KEYS[1:] if name in tier}
+        stores = {name: self._store(tier[name], (*path, name)) for name in STORES if name in tier}
+        named = {key: base for key, base in OF_TIER.items() if tier.get(key) is not None}
+        more = {key: self._member(tier[key], (*path, key), base) for key, base in named.items()}
         if not whole:
-            return _Row(policy, BAD, BAD)
-        return _Row(policy, *(stores.get(side, stores.get("store")) for side in ("keys", "values")))
+            return _Row(policy, BAD, BAD, **more)
+        keys, values = (stores.get(side, stores.get("store")) for side in ("keys", "values"))
+        return _Row(policy, keys, values, **more)
 
     def _where_it_belongs(self, key: str) -> str:
         """What to do with a key of a tier that is one of a plugin."""
@@ -229,7 +239,7 @@ class _Builder:
         if isinstance(value, base) or value is BAD:
             return value
         if not isinstance(value, dict):
-            either = "a kind or " if base in (*LISTS.values(), *ONE.values()) else ""
+            either = "a kind or " if base in (*LISTS.values(), *ONE.values(), *OF_TIER.values()) else ""
             hint = ""
             if isinstance(value, str):
                 hint = f"; write {{kind: {value}}}" if value in known else self.plugins.instead(what, value)
@@ -306,7 +316,7 @@ class _Builder:
 
 
 def _built(rows: Sequence[_Row]) -> tuple[Tier, ...]:
-    return tuple(Tier(policy=row.policy, keys=row.keys, values=row.values) for row in rows)
+    return tuple(Tier(**row._asdict()) for row in rows)
 
 
 def _kind_elsewhere(value: dict[str, Any], known: Collection[str]) -> str:

@@ -19,7 +19,7 @@ def recipe_schema(plugins: Registry | None = None) -> dict[str, Any]:
     """A JSON schema (draft 2020-12) that editors can use, with every installed kind and its options."""
     plugins = registry() if plugins is None else plugins
     definitions: dict[str, Any] = {"parameter": _PARAMETER}
-    for what in ("scorer", "transform", "extra"):
+    for what in ("scorer", "transform", "extra", "reader", "merger"):
         known = plugins.known(what)
         kinds = _word_or_parameter(sorted(known))
         definitions[what] = _by_type("object", _union(what, known, definitions), kinds)
@@ -82,6 +82,8 @@ def _tier() -> dict[str, Any]:
             "policy": {**policy, "description": Tier.model_fields["policy"].description},
             "store": both,
             **sides,
+            "read": {"$ref": "#/$defs/reader", "description": Tier.model_fields["read"].description},
+            "merge": {"$ref": "#/$defs/merger", "description": Tier.model_fields["merge"].description},
         },
         "additionalProperties": False,
         **_unless("store", {"required": ["keys", "values"]}, {"properties": {"keys": never, "values": never}}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, InstanceOf, PrivateAttr, SerializeAsAny, model_validator
@@ -10,8 +11,10 @@ from pydantic import BaseModel, ConfigDict, Field, InstanceOf, PrivateAttr, Seri
 from kvpolicy.errors import RecipeError
 from kvpolicy.interfaces.budget import find_overlaps, layers_named
 from kvpolicy.interfaces.component import Component, check_answer
+from kvpolicy.interfaces.merger import Merger
 from kvpolicy.interfaces.policy import Policy, RankPolicy
 from kvpolicy.interfaces.quantizer import AffineQuantizer, Quantizer, known_grouping, precision_of
+from kvpolicy.interfaces.reader import Reader
 from kvpolicy.recipe.yaml import BAD, SPEC_VERSION, Path_, dump_yaml, path_text
 from kvpolicy.words import clip
 
@@ -29,6 +32,15 @@ class Tier(BaseModel):
     )
     keys: Store = Field(description="How keys are stored: full, evict, or a quantizer.")
     values: Store = Field(description="How values are stored: full, evict, or a quantizer.")
+    read: SerializeAsAny[InstanceOf[Reader]] | None = Field(
+        default=None,
+        description="Of the last tier: who chooses which of its tokens each query of a decode step reads. All by "
+        "default.",
+    )
+    merge: SerializeAsAny[InstanceOf[Merger]] | None = Field(
+        default=None,
+        description="Of the last tier, with store: evict: who adds the values of what is dropped to those that stay.",
+    )
 
     def of_layer(self, layer: int, layers: int) -> Tier:
         """With the options that a layer of a model of `layers` layers has of its own."""
@@ -38,9 +50,10 @@ class Tier(BaseModel):
     def plain(self) -> dict[str, Any]:
         """As YAML writes it, every option spelt out."""
         tier: dict[str, Any] = {} if self.policy is None else {"policy": plain(self.policy)}
+        more = {n: plain(own) for n in ("read", "merge") if (own := getattr(self, n)) is not None}
         if self.keys == self.values:
-            return {**tier, "store": plain(self.keys)}
-        return {**tier, "keys": plain(self.keys), "values": plain(self.values)}
+            return {**tier, "store": plain(self.keys), **more}
+        return {**tier, "keys": plain(self.keys), "values": plain(self.values), **more}
 
 
 MOST_LAYERS = 9999
@@ -192,6 +205,10 @@ class _TierLike(Protocol):
     def keys(self) -> Any: ...
     @property
     def values(self) -> Any: ...
+    @property
+    def read(self) -> Any: ...
+    @property
+    def merge(self) -> Any: ...
 
 
 def find_problems(tiers: Sequence[_TierLike]) -> Iterator[tuple[Path_, str]]:
@@ -213,8 +230,73 @@ def find_problems(tiers: Sequence[_TierLike]) -> Iterator[tuple[Path_, str]]:
             yield (i, "policy"), clash
         for side in ("keys", "values"):
             yield from _store_problems(tiers, i, side)
+    yield from _reader_problems(tiers)
+    yield from _merger_problems(tiers)
     if len(tiers) == 1 and tiers[0].keys == tiers[0].values == "evict":
         yield (0,), "the only tier must not evict: nothing would be kept"
+
+
+def _reader_problems(tiers: Sequence[_TierLike]) -> Iterator[tuple[Path_, str]]:
+    """What is wrong where a tier names who reads it."""
+    for i, tier in enumerate(tiers[:-1]):
+        if tier.read is not None:
+            last = f"found it in tier {i} of {len(tiers)}; move it to the last tier"
+            yield (i, "read"), f"read must stand in the last tier, from which no token descends, {last}"
+    *above, last_tier = tiers
+    if last_tier.read in (None, BAD):
+        return
+    path = (len(above), "read")
+    if last_tier.keys == "evict":
+        yield path, "read must stand in a tier that holds tokens, found store: evict; remove one of them"
+    for tier in above:
+        if isinstance(tier.policy, RankPolicy) and _asks_attention(tier.policy):
+            yield (
+                path,
+                "read must stand below policies that need no attention, since what is not read receives none, found "
+                f"{tier.policy.kind!r}; select by position, or by keys or values",
+            )
+    whole = [t for t in tiers if BAD not in (t.keys, t.values)]
+    for one, other in pairwise(whole):
+        same = [one.keys == other.keys, one.values == other.values]
+        coded = other is last_tier and all(same) and (other.keys, other.values) != ("full", "full")
+        if same[0] != same[1] or coded:
+            yield (
+                path,
+                "read must go with keys and values that change their stores in the same tiers, and with quantizers of "
+                "its own tier alone, found others; give keys and values other stores in the same tier",
+            )
+            return
+
+
+def _merger_problems(tiers: Sequence[_TierLike]) -> Iterator[tuple[Path_, str]]:
+    """What is wrong where a tier names who merges what is dropped."""
+    for i, tier in enumerate(tiers):
+        if tier.merge in (None, BAD):
+            continue
+        if i < len(tiers) - 1 or tier.keys != "evict":
+            yield (
+                (i, "merge"),
+                "merge must stand in the last tier, with store: evict, found it elsewhere; move it there",
+            )
+            continue
+        stores = [store for t in tiers[:-1] for store in (t.keys, t.values) if store is not BAD]
+        if any(store != "full" for store in stores):
+            found = next(_name(store) for store in stores if store != "full")
+            yield (i, "merge"), f"merge must stand below exact tiers alone, found {found}; use store: full there"
+        policy = tiers[i - 1].policy if i else None
+        ranks = isinstance(policy, RankPolicy) and policy._scores() is not None and policy.share == "head"
+        if not ranks and policy is not BAD:
+            kind = None if policy is None else policy.kind
+            yield (
+                (i, "merge"),
+                "merge must stand below a policy by attention that selects for each head, from which it takes the "
+                f"attention received, found {kind!r}; use policy attention with share: head",
+            )
+
+
+def _asks_attention(policy: RankPolicy) -> bool:
+    scorer = policy._scorer()
+    return policy._scores() is not None or (scorer is not None and "query" in scorer.needs)
 
 
 def _store_problems(tiers: Sequence[_TierLike], i: int, side: str) -> Iterator[tuple[Path_, str]]:

@@ -297,6 +297,8 @@ def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
 
 
 def _gathered(x: Tensor, index: Tensor) -> Tensor:
+    if x.shape[1] < index.shape[1]:  # kept once for all heads
+        x = x.expand(-1, index.shape[1], -1, -1)
     if _one_by_one(x, index):
         return x.gather(2, index.long().unsqueeze(3).expand(*x.shape[:2], -1, x.shape[3]))
     return x.flatten(0, 2).index_select(0, _flat(index, x)).view(*x.shape[:2], -1, x.shape[3])

@@ -12,7 +12,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from honest import Good, GoodExtra, GoodPolicy, GoodRank, GoodTensors, GoodTransform, lying, raising
+from honest import (
+    Good,
+    GoodExtra,
+    GoodMerger,
+    GoodPolicy,
+    GoodRank,
+    GoodReader,
+    GoodTensors,
+    GoodTransform,
+    lying,
+    raising,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kvpolicy_hadamard import Hadamard
@@ -21,7 +32,7 @@ from kvpolicy_scale import Scale
 from layers import HEAD_DIM, Layer, random_tokens
 from liars import LIARS
 
-from kvpolicy import Extra, Policy, RankPolicy, Scores, Transform
+from kvpolicy import Extra, Merger, Policy, RankPolicy, Reader, Scores, Transform
 from kvpolicy.errors import KvpolicyError, MissingDependencyError, PluginError, RecipeError
 from kvpolicy.interfaces.component import Component
 from kvpolicy.interfaces.policy import NEVER
@@ -37,12 +48,14 @@ GOOD = {
     "rank": GoodRank,
     "transform": GoodTransform,
     "extra": GoodExtra,
+    "reader": GoodReader,
+    "merger": GoodMerger,
 }
 
 
 def contract_tests(component: Component) -> Iterator[Callable[[], None]]:
     """The contract suite's tests of one plugin."""
-    bases = [Policy, RankPolicy, Quantizer, AffineQuantizer, Transform, Extra]
+    bases = [Policy, RankPolicy, Quantizer, AffineQuantizer, Transform, Extra, Reader, Merger]
     kinds = {base.__name__: base for base in bases}
     what = component._role
     module = import_module(f"kvpolicy.contracts.test_{HOOKS[what][0]}")
@@ -61,6 +74,11 @@ def run(component: Component) -> None:
     if isinstance(component, Transform | Extra):
         component = Int(nbits=4, group_size=8, **{HOOKS[component._role][0]: (component,)})
     below = {"policy": component, "store": "full"} if isinstance(component, Policy) else {"store": component}
+    if isinstance(component, Reader):
+        below = {"store": Int(nbits=8, group_size=8), "read": component}
+    if isinstance(component, Merger):
+        full = {"policy": {"kind": "attention", "budget": 6}, "store": "full"}
+        below = {"store": "evict", "merge": component}
     layer = Layer({"tiers": [full, below, *([last] if isinstance(component, Policy) else [])]})
     for step, n in enumerate((40, *(1,) * 8, 30)):
         layer(*random_tokens(n, step))

@@ -127,7 +127,7 @@ BROKEN = {
     "exits": ("raise SystemExit(3)", "SystemExit: 3"),
     "no hook": (
         "x = 1",
-        "it gives no policy and no scorer and no quantizer and no transform and no extra",
+        "it gives no policy and no scorer and no reader and no merger and no quantizer and no transform and no extra",
     ),
     "hook raises": (
         "import kvpolicy\n@kvpolicy.hookimpl\ndef kvpolicy_policies():\n    return 1 / 0",

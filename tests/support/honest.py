@@ -11,14 +11,27 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from kvpolicy import Affine, AffineQuantizer, Extra, Policy, RankPolicy, Scores, TensorQuantizer, Transform
+from kvpolicy import (
+    Affine,
+    AffineQuantizer,
+    Extra,
+    Merger,
+    Policy,
+    RankPolicy,
+    Reader,
+    Scores,
+    TensorQuantizer,
+    Transform,
+)
 from kvpolicy.interfaces.component import Component
 
 __all__ = [
     "Good",
     "GoodExtra",
+    "GoodMerger",
     "GoodPolicy",
     "GoodRank",
+    "GoodReader",
     "GoodTensors",
     "GoodTransform",
     "Liar",
@@ -114,6 +127,33 @@ class GoodTransform(Transform):
 
     def adjoint(self, q: Tensor, state: Any) -> Any:
         return q * state["sizes"].to(q.dtype)
+
+
+class GoodReader(Reader):
+    """Reads the pages whose mean key is nearest."""
+
+    kind: str = "liar"
+    page: int = 8
+    budget: int = 16
+
+    def count(self) -> Any:
+        return Reader.count(self)
+
+    def summarize(self, keys: Tensor, real: Tensor, site: Any) -> Any:
+        return {"mean": keys.float().sum(3) / real.sum(3).clamp(min=1).unsqueeze(3)}
+
+    def score(self, query: Tensor, summary: Any, site: Any) -> Any:
+        return query @ summary["mean"].transpose(2, 3)
+
+
+class GoodMerger(Merger):
+    """Adds a dropped value to all that stay, in equal parts."""
+
+    kind: str = "liar"
+
+    def shares(self, gone: Any, kept: Any, site: Any) -> Any:
+        real = (kept.positions >= 0).float().unsqueeze(2)
+        return (real / real.sum(3, keepdim=True).clamp(min=1)).expand(-1, -1, gone.positions.shape[2], -1)
 
 
 class GoodExtra(Extra):

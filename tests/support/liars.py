@@ -22,6 +22,7 @@ from honest import (
     raising,
     writing_first,
 )
+from reader_liars import MERGERS, READERS
 from torch import Tensor
 
 from kvpolicy import Affine, Policy, RankPolicy, Scores
@@ -349,4 +350,13 @@ def _extras() -> dict[str, Liar]:
     return {f"extra: {name}": lying(GoodExtra, run, **methods) for name, (run, methods) in cases.items()}
 
 
-LIARS: dict[str, Liar] = {**_tensors(), **_affine(), **_policies(), **_ranks(), **_transforms(), **_extras()}
+LIARS: dict[str, Liar] = {
+    **_tensors(),
+    **_affine(),
+    **_policies(),
+    **_ranks(),
+    **_transforms(),
+    **_extras(),
+    **READERS,
+    **MERGERS,
+}

@@ -16,7 +16,7 @@ ALIKE = ("best-2bit", "turboquant", "turboquant-3.5", "turboquant-prod", "quarot
 """Recipes of one tier, whose tokens lie and move as those of `atom` or `turboquant-2.5`."""
 VARIANTS = (
     "gear-l", "gear-kcvt", "gear-code", "qaq", "adakv", "pyramidkv", "tova", "key-norm", "expected-attention",
-    "logquant-attention", "logquant-jitter",
+    "logquant-attention", "logquant-jitter", "quest", "cam", "kvzip",
 )  # fmt: skip
 """Recipes whose stores and moves are those of another (gear, zipcache, snapkv, logquant), with other options. What they
 select has tests of its own."""

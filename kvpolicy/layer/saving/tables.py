@@ -105,8 +105,10 @@ class Filling:
         if number >= len(self.states):
             raise Damaged(f"it must go by one of {len(self.states)} states, found {number}")
         entry = self.states[number]
-        if placement.ranks or (tiers.padding is not None and tiers.padding.before(entry.seen)):
-            raise Damaged("rows that are padded, or ranked, must have tables of their own, found one state")
+        if placement.tabled or (tiers.padding is not None and tiers.padding.before(entry.seen)):
+            raise Damaged(
+                "rows that are padded, ranked or read by pages must have tables of their own, found one state"
+            )
         step = self._once(
             "state",
             number,
@@ -118,7 +120,7 @@ class Filling:
 
     def _per_head(self, tiers: LayerCache, number: int, entry: PerHeadEntry) -> None:
         placement, padding = tiers.placement, tiers.padding
-        if padding is None and not placement.ranks:
+        if padding is None and not placement.tabled:
             raise Damaged("rows must have the same tokens where none is padded, found tables")
         planner = tiers.by_head()
         rows = planner.shape[0]
