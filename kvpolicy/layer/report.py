@@ -29,6 +29,8 @@ class StoreMemory:
     tiers: tuple[int, ...]
     """The tiers whose tokens it holds; empty for layers of transformers' own."""
     tokens: int
+    """Tokens of each row and KV head: of the one that holds most; or, where each takes no more room than it needs, of
+    all in the mean, rounded up."""
     codes: int = 0
     scales: int = 0
     zeros: int = 0
@@ -196,7 +198,7 @@ def _store_memory(tiers: LayerCache, number: int, side: str, s: int) -> StoreMem
     if tiers.step.by_head:
         used = {part: used.get(part, 0) + beside.get(part, 0) for part in PARTS}
         reserved -= used["indices"]
-    return StoreMemory(number, side, covers, store.length, **used, reserved=reserved)
+    return StoreMemory(number, side, covers, store.tokens, **used, reserved=reserved)
 
 
 def _words(tier: Any) -> str:
