@@ -82,11 +82,13 @@ class Pages:
 
     @property
     def marks(self) -> tuple[tuple[int, ...], list[int]]:
-        """Where its tokens lie, for what reads memory itself: start, length and the tokens of each page; the address of
-        each page. Not to be written to."""
+        """Where its tokens lie, for what reads memory itself: start, length, the tokens of a `Front` and of each page;
+        the addresses of a `Front` and its bounds, and of each page. Not to be written to."""
         if self._marks is None:
             sizes = [page.shape[2] for page in self.pages]
-            self._marks = (self.start, self.length, *sizes), [page.data_ptr() for page in self.pages]
+            front = [] if self.front is None else [self.front.flat, self.front.bounds]
+            addresses = [x.data_ptr() for x in (*front, *self.pages)]
+            self._marks = (self.start, self.length, self._before, *sizes), addresses
         return self._marks
 
     def append(self, x: Tensor) -> None:

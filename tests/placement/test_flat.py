@@ -21,7 +21,7 @@ from kvpolicy import CompressedCache, attach, load_recipe, make_cache
 from kvpolicy.errors import CacheError
 from kvpolicy.placement import per_head
 from kvpolicy.storage import front
-from kvpolicy.storage.make import make_store, may_be_flat
+from kvpolicy.storage.make import make_store
 
 PROMPT = 120
 ADAKV = "adakv:capacity=40,window=8,floor=0.1"
@@ -151,3 +151,96 @@ def test_room_is_that_of_the_tokens_held_and_the_model_gives_the_same(
         assert a.exact + a.codes <= b.exact + b.codes
         if a.tiers == (0,):
             assert a.exact == 4 * 32 * tokens_of(cache, a.layer, range(1))
+
+
+def attended(query: Tensor, keys: Tensor, values: Tensor, held: list[list[set[int]]]) -> Tensor:
+    """What one query attends to, `[batch, heads, head_dim]`, of the tokens that each row and KV head holds."""
+    out = torch.empty(*query.shape[:2], HEAD_DIM, dtype=torch.float64)
+    for r, row in enumerate(held):
+        for h, own in enumerate(row):
+            at = sorted(own)
+            k, v = (x[r, h, at].double() for x in (keys, values))
+            for g in range(2):
+                out[r, 2 * h + g] = (k @ query[r, 2 * h + g].double() / HEAD_DIM**0.5).softmax(0) @ v
+    return out
+
+
+def test_attention_is_that_of_the_tokens_each_head_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    query, keys, values = random_tokens(PROMPT + 6, 3, batch=2)
+    keys[:, 0] *= 3.0  # so that the heads differ in how much their attention is spread
+    layer = Layer("adakv", capacity=60, window=16, floor=0.0)
+    wide, old = [0], front.Front.slice
+
+    def slice_(own: front.Front, first: int, last: int) -> Tensor:
+        wide.append(last - first if own.flat.shape[1] == HEAD_DIM else 0)  # keys and values
+        return old(own, first, last)
+
+    monkeypatch.setattr(front.Front, "slice", slice_)
+    monkeypatch.setattr(front, "AT_ONCE", 1)
+    for first, last in [(0, PROMPT), *((i, i + 1) for i in range(PROMPT, PROMPT + 6))]:
+        found = layer(*(x[:, :, first:last] for x in (query, keys, values)))
+        held = [[set(tiers[0]) for tiers in row] for row in layer.held()]
+        if first:
+            expected = attended(query[:, :, first], keys, values, held)
+            torch.testing.assert_close(found[:, 0].double(), expected, rtol=1e-4, atol=1e-5)
+    store = layer.tiers.stores["keys"][0]
+    assert store.front.length > 64
+    assert max(wide) <= 64, "as many tokens at once as a block has"
+    assert len(store.front.flat) == 2 * 2 * 60
+
+
+@pytest.mark.parametrize(
+    "spec", [{"kind": "fp8"}, {"kind": "lloyd_max", "nbits": 3}, {**FOUR, "transforms": ["hadamard"]}]
+)
+def test_stores_decode_what_stays(spec: dict[str, Any]) -> None:
+    store = make_store(load_recipe({"tiers": [{"store": spec}]}).tiers[0].keys, 64)
+    assert store is not None
+    store.differ_by_head((2, 3))
+    x, more = torch.randn(2, 3, 50, 64), torch.randn(2, 3, 5, 64)
+    store.append(x)
+    counts = torch.tensor([[20, 0, 7], [1, 50, 30]])
+    places = torch.stack([torch.randperm(50) for _ in range(6)]).view(2, 3, 50)
+    before = torch.cat([block for _, block in store.decoded(1 << 20, x.dtype)], 2)
+    store.flatten(places, counts.numpy())
+    store.append(more)
+    assert store.format.endswith("+flat")
+    assert store.length == 55
+    assert store.tokens == 18 + 5
+    for own in (store, copy.deepcopy(store)):
+        after = torch.cat([block for _, block in own.decoded(16, x.dtype)], 2)
+        taken = own.gather(torch.arange(55).expand(2, 3, -1), x.dtype)
+        for r in range(2):
+            for h in range(3):
+                n = int(counts[r, h])
+                assert torch.equal(after[r, h, :n], before[r, h, places[r, h, :n]])
+                assert torch.equal(taken[r, h, :n], after[r, h, :n])
+                assert torch.equal(taken[r, h, 50:], after[r, h, 50:])
+
+
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("0.table.keys.0.flat", lambda x: x + 1),
+        ("0.table.keys.0.flat", lambda x: x.flip(1)),
+        ("0.table.keys.0.flat", lambda x: x.long()),
+        ("0.keys.0.exact.flat", lambda x: x[1:]),
+        ("0.keys.0.exact.flat", lambda x: x[:, 1:]),
+        ("0.table.keys.0.positions.flat", lambda x: x * 0),
+        ("0.keys.0.exact.flat", None),
+    ],
+)
+def test_damaged_files_are_found(name: str, changed: Callable[[Tensor], Tensor] | None, tmp_path: Path) -> None:
+    model = tiny("llama")
+    with attach(model):
+        cache = make_cache(ADAKV, model)
+        model(ids(PROMPT), **{CACHE: cache})
+        model(ids(1), **{CACHE: cache})
+    cache.save(tmp_path / "cache")
+    assert name in load_file(tmp_path / "cache")
+
+    def damaged(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        x = tensors.pop(name)
+        return tensors if changed is None else {**tensors, name: changed(x).contiguous()}
+
+    with pytest.raises(CacheError, match="damaged"):
+        CompressedCache.load(rewritten(tmp_path / "cache", damaged), model)
