@@ -1,7 +1,8 @@
 """The planner of a layer whose tokens differ by row or KV head: padded batches, and policies that rank tokens.
 
 Tiers that select by position place each row as if it were alone. Tiers that rank their tokens come below them and
-select by row and head. Stores stay rectangular: where a row or head has fewer tokens than another its places are empty.
+select by row and head. Places are a rectangle: where a row or head has fewer tokens than another some are empty. Once the
+device has said how many tokens stay, these places take no room.
 How many tokens are where is arithmetic on the host; which ones is known to the device alone, and nobody waits for it.
 """
 

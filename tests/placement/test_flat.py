@@ -46,7 +46,6 @@ RECIPES = {
     "adakv": ADAKV,
     "int": shared_out(FOUR),
     "nf4": shared_out({"kind": "nf4"}),
-    "scaled": shared_out({**FOUR, "transforms": ["scale"]}),
     "threshold": shared_out(FOUR, heads="even", budget=0.1, threshold=0.034),
     "again": shared_out("evict", when="every", every=16),
 }
