@@ -173,6 +173,7 @@ def _load(path: Path, header: Header, held: Held, model: Any, any_model: bool, m
         layer.lazy_initialization(*examples)
         filling.layer(layer.tiers, number, entry)
         fill_stores(layer.tiers, number, held, device)
+        layer.tiers.settle()
     filling.finish()
     _check_whole(cache)
     return cache

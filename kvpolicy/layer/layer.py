@@ -245,6 +245,11 @@ class LayerCache(Held):
             merge(merger, self.placement, turn, stores[0], new, self.site_of("values"))
         return self.planner.moves(turn)
 
+    def settle(self) -> None:
+        """Once all was restored: rows and heads take no more room than they took as it was saved."""
+        if isinstance(self.planner, PerHeadPlacement):
+            move(self.stores, self.like, self.planner.settle())
+
     def by_head(self) -> PerHeadPlacement:
         """From now on each row, and each head that policies look at, has places of its own."""
         if not isinstance(self.planner, PerHeadPlacement):

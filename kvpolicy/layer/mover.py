@@ -34,7 +34,7 @@ def move(stores: Stores, new: dict[str, Tensor], moves: AllMoves, later: Later |
             places = _positions(m.arrivals) if store.by_position else [None] * len(parts)
             for x, positions in zip(parts, places, strict=True):
                 empty = _partial(store, m.empty[0], x.shape[2])
-                if later is not None and m.leaving is None and isinstance(store, AffineStore):
+                if later is not None and m.leaving is None and m.flat is None and isinstance(store, AffineStore):
                     store.append(x, empty, positions, later)
                 else:
                     store.append(x, empty, positions)
@@ -43,6 +43,8 @@ def move(stores: Stores, new: dict[str, Tensor], moves: AllMoves, later: Later |
                 store.remove(m.leaving, _partial(store, m.empty[1], 0))
             elif m.leaving is not None:
                 store.drop(m.leaving)
+            if m.flat is not None:
+                store.flatten(*m.flat)
 
 
 def _partial(store: Store, empty: Tensor | None, arriving: int) -> Tensor | None:

@@ -29,6 +29,8 @@ class StoreMemory:
     tiers: tuple[int, ...]
     """The tiers whose tokens it holds; empty for layers of transformers' own."""
     tokens: int
+    """Tokens of each row and KV head: of the one that holds most; or, where each takes no more room than it needs, of
+    all in the mean, rounded up."""
     codes: int = 0
     scales: int = 0
     zeros: int = 0
@@ -208,7 +210,7 @@ def _store_memory(tiers: LayerCache, number: int, side: str, s: int) -> StoreMem
         more = pages.bytes(tiers.committed)
         reserved += more.pop("reserved", 0)
         used = {part: used.get(part, 0) + more.get(part, 0) for part in PARTS}
-    return StoreMemory(number, side, covers, store.length, **used, reserved=reserved)
+    return StoreMemory(number, side, covers, store.tokens, **used, reserved=reserved)
 
 
 def _words(tier: Any) -> str:

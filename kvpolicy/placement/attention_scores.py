@@ -155,6 +155,11 @@ class Observer:
         return self.counted.tokens
 
     @property
+    def told(self) -> bool:
+        """Whether it was told of any query that counts."""
+        return any(x is not None for x in self.found)
+
+    @property
     def kind(self) -> Hashable:
         """What observers have in common that can be stacked."""
         shapes = tuple(x if x is None else (x[0].shape, x[1] is None) for x in self.found)

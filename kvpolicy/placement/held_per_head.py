@@ -102,6 +102,10 @@ class HeldPerHead(Planner[Turn]):
         """The tables of keys whose tokens may still descend; they come before the others."""
         return [t for s, t in enumerate(self._alike.own["keys"]) if t is not None and self.movable("keys", s)]
 
+    def table(self, side: str, store: int) -> TokenTable | None:
+        """What there is to be read of a store; None: it holds nothing."""
+        return self.tables[side if side in self.tables else "keys"][store]
+
     def _table(self, side: str, store: int) -> TokenTable | None:
         tables = self._alike.own
         return tables[side if side in tables else "keys"][store]
@@ -195,7 +199,8 @@ class HeldPerHead(Planner[Turn]):
         for side in self.tables:
             for s, own in enumerate(self.tables[side]):
                 if own is not None:
-                    own.gaps = bool((self._held(side, s) < self._counted(side, s)).any())
+                    # Rows may have been taken out of longer ones.
+                    own.gaps = bool((self._held(side, s) < own.length).any())
 
     def _held(self, side: str, s: int) -> Ints:
         covers = self.placement.tiers_of_store(side, s)

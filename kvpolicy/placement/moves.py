@@ -41,6 +41,13 @@ class Arrival(NamedTuple):
     """Arrivals of one run in sequence are one group where `group_size: arrival`."""
 
 
+class Flat(NamedTuple):
+    """The tokens of a store that stay, where rows and heads have different numbers of them; see `Store.flatten`."""
+
+    places: Tensor
+    counts: Ints
+
+
 class Moves(NamedTuple):
     """What one store does in an update: tokens arrive, then others leave."""
 
@@ -49,6 +56,8 @@ class Moves(NamedTuple):
     """Indices of the tokens that it gives up, ascending, those that arrive included; `Leaving`: by row and head."""
     empty: tuple[Tensor | None, Tensor | None] = (None, None)
     """Places that hold no token, `[batch, kv_heads or 1, places]`, after the arrivals and before tokens leave."""
+    flat: Flat | None = None
+    """What stays in the end, if rows and heads are to take no more room than each needs."""
 
 
 NOTHING = Moves([], None)

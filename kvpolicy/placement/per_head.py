@@ -1,7 +1,8 @@
 """The planner of a layer whose tokens differ by row or KV head: padded batches, and policies that rank tokens.
 
 Tiers that select by position place each row as if it were alone. Tiers that rank their tokens come below them and
-select by row and head. Stores stay rectangular: where a row or head has fewer tokens than another its places are empty.
+select by row and head. Places are a rectangle: where a row or head has fewer tokens than another some are empty. Once
+the device has said how many tokens stay, these places take no room.
 How many tokens are where is arithmetic on the host; which ones is known to the device alone, and nobody waits for it.
 """
 
@@ -22,6 +23,7 @@ from kvpolicy.placement.padding import Padding
 from kvpolicy.placement.ranking import Ranking, Turn
 from kvpolicy.placement.step import Step
 from kvpolicy.placement.token_table import Candidates, TokenTable, indices_of
+from kvpolicy.storage.make import may_be_flat
 from kvpolicy.storage.pages import gather_tokens
 
 Ints = NDArray[np.int64]
@@ -86,10 +88,11 @@ class PerHeadPlacement(HeldPerHead):
         if not self.placement.scores.width:
             return None
         fresh = torch.zeros((*self.shape, n, self.placement.scores.width), device=self.device)
-        if seen is not None:
+        if seen is not None and seen.told:
             at = 0
             for table in self.live():
                 if table.scores is not None:
+                    table.lift()
                     seen.add(table.scores, at, table.length)
                 at += table.length
             seen.add(fresh, at, n)
@@ -168,6 +171,7 @@ class PerHeadPlacement(HeldPerHead):
             inside = (work.target >= covers.start) & (work.target < covers.stop)
             if s in work.live:
                 first, end = work.bounds[work.live.index(s)], work.bounds[work.live.index(s) + 1]
+                table.lift()
                 table.tiers.copy_(work.target[..., first:end])
                 table.positions.masked_fill_(~inside[..., first:end], EMPTY)
                 if (judged := self.placement.scores.judged) is not None and table.scores is not None:
@@ -176,16 +180,34 @@ class PerHeadPlacement(HeldPerHead):
                 inside[..., first:end] = False
             arrivals = [self._arrive(side, s, turn, work, inside, most)] if most else []
             length = int(held.max())
-            table.gaps = bool((held < length).any())
             came = self._empty(side, s, table)
             leaving = None
-            if table.length > length:
+            if turn.known and self._flattens(side, s, table, held, turn.step.ended):
+                plans.append(Moves(arrivals, None, (came, None), table.flatten(held)))
+                continue
+            table.gaps = bool((held < (length if table.flat is None else table.length)).any())
+            if table.length > length and table.flat is None:
                 leaving = table.surplus(table.length - length)
                 plans.append(Moves(arrivals, leaving, (came, came)))
                 table.remove(leaving)
             else:
                 plans.append(Moves(arrivals, None, (came, None)))
         return plans
+
+    def may_be_flat(self, side: str, s: int) -> bool:
+        """Whether rows and heads can take no more room than each needs in the stores of a table."""
+        sides = ("keys", "values") if self.aligned else (side,)
+        return all(may_be_flat(self.placement.store_spec(name, s)) for name in sides)
+
+    def _flattens(self, side: str, s: int, table: TokenTable, held: Ints, ended: bool) -> bool:
+        """Whether rows and heads, which hold so many tokens, are to take no more room than that.
+
+        At the end of a prompt; later once an eighth is empty, so that it is seldom done.
+        """
+        if not self.may_be_flat(side, s):
+            return False
+        empty = table.room - int(np.broadcast_to(held, self.shape).sum())
+        return empty > (0 if ended else table.room // 8)
 
     def _grouped(self, side: str, s: int) -> bool:
         """Whether a store groups neighbouring tokens, so that their order counts and empty places widen no group."""
@@ -232,11 +254,26 @@ class PerHeadPlacement(HeldPerHead):
             and last < min(covers.stop, self.placement.ranked)
         )
 
+    def settle(self) -> AllMoves:
+        """Of stores whose rows and heads are to take no more room than each needs: let it be so."""
+        found: AllMoves = {}
+        for side, tables in self.tables.items():
+            found[side] = [
+                NOTHING if t is None or t.flat is None else self._settled(side, s, t) for s, t in enumerate(tables)
+            ]
+        if self.aligned:
+            found["values"] = found["keys"]
+        return found
+
+    def _settled(self, side: str, s: int, table: TokenTable) -> Moves:
+        return Moves([], None, (None, None), table.flatten(self._held(side, s)))
+
     def crop(self, length: int) -> AllMoves:
         self.part()
         self.step = self.step.crop(length)
         for table in self._all():
             if table.length:
+                table.lift()
                 table.positions.masked_fill_(table.positions >= length, EMPTY)
         self.recount()
         found: AllMoves = {}
@@ -244,12 +281,16 @@ class PerHeadPlacement(HeldPerHead):
             plans = found[side] = []
             for s, own in enumerate(tables):
                 held = self._counted(side, s)
+                if own is not None and own.flat is not None:
+                    plans.append(self._settled(side, s, own))
+                    continue
                 if own is None or own.length == held:
                     plans.append(NOTHING)
                     continue
                 came = self._empty(side, s, own)
                 leaving = own.surplus(own.length - held)
                 own.remove(leaving)
+                own.gaps = bool((self._held(side, s) < held).any())
                 plans.append(Moves([], leaving, (came, came)))
         if self.aligned:
             found["values"] = found["keys"]

@@ -151,9 +151,10 @@ class Step:
         )
 
     def _flows(self, before: tuple[State, ...], after: tuple[State, ...]) -> bool:
-        """Whether any token left a tier that selects by position, or there is none."""
-        if not self.placement.ranked:
-            return True
+        """Whether any token left a tier that selects by position; if there is none, whether several came to a row."""
+        placement = self.placement
+        if not placement.ranked:
+            return not placement.ranks or any(a.seen > b.seen + 1 for b, a in zip(before, after, strict=True))
         return any(
             len(b.tiers[0]) != len(a.tiers[0]) + b.seen - a.seen
             or any(len(x) != len(y) for x, y in zip(a.tiers[1:], b.tiers[1:], strict=False))
@@ -162,8 +163,9 @@ class Step:
 
     def _ranks(self, before: tuple[State, ...], after: tuple[State, ...]) -> bool:
         policies = [policy for policy in self.placement.policies if isinstance(policy, RankPolicy)]
-        # Where tokens compete as they arrive, none does without a flow.
-        policies = [policy for policy in policies if policy.among != "arrival" or policy.every > 1]
+        # Where tokens compete as they arrive, none does without a flow, but in the first tier.
+        if self.placement.ranked:
+            policies = [policy for policy in policies if policy.among != "arrival" or policy.every > 1]
         return any(due(p, a.seen, b.seen, False) for p in policies for a, b in zip(before, after, strict=True))
 
     def scattered(self) -> Step:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from kvpolicy.placement.moves import EMPTY
+from kvpolicy.placement.moves import EMPTY, Flat, Ints
+from kvpolicy.storage.front import Front
 from kvpolicy.storage.pages import Leaving, Pages
 
 
@@ -29,6 +31,7 @@ class TokenTable:
     """Position and tier of each token of a store, by row and head, and the attention it received.
 
     Positions are slots of the padded text. All rows and heads have the same number of places; a place may be `EMPTY`.
+    What is read is a view to be written to, but of a table with a `front`: `lift` it first.
     """
 
     def __init__(self, shape: tuple[int, int], device: torch.device, scored: bool, tier_dtype: torch.dtype) -> None:
@@ -36,6 +39,23 @@ class TokenTable:
         self.parts = {name: Pages(whole=True) for name in ("positions", "tiers", *(["scores"] if scored else []))}
         self.gaps = False
         """Whether some place may be empty."""
+        self.flat: Ints | None = None
+        """How many tokens each row and head has of the first ones in the store, `[batch, kv_heads or 1]`, once each
+        takes no more room than it needs; `front` is then what this table has of them, unless it was lifted."""
+        self.wide = 0
+        """Places that these are of, of each row and head."""
+
+    @property
+    def front(self) -> Front | None:
+        """The first tokens, where rows and heads of the table take no more room than each needs."""
+        return self.parts["positions"].front
+
+    @property
+    def room(self) -> int:
+        """Tokens of all rows and heads for which the store has room."""
+        if self.flat is None:
+            return self.shape[0] * self.shape[1] * self.length
+        return int((self.flat + self.length - self.wide).sum())
 
     @classmethod
     def stacked(cls, tables: Sequence[TokenTable]) -> TokenTable:
@@ -62,7 +82,36 @@ class TokenTable:
         part = self.parts[name]
         if not part.length:
             return torch.empty((*self.shape, 0), dtype=dtype, device=self.device)
-        return part.all().squeeze(3)
+        return self._filled(part.all(), EMPTY if name == "positions" else torch.iinfo(dtype).max).squeeze(3)
+
+    def _filled(self, x: Tensor, absent: int) -> Tensor:
+        """What was read, `[batch, kv_heads or 1, places, width]`, with `absent` in places without room."""
+        if self.front is None:
+            return x
+        counts = self.front.bounds[1].view(*self.shape, 1)
+        places = torch.arange(x.shape[2], device=x.device)
+        gone = (places >= counts) & (places < self.front.length)
+        return x.masked_fill(gone.unsqueeze(3), absent)
+
+    def flatten(self, counts: Ints) -> Flat:
+        """Let rows and heads, which hold so many tokens, take no more room than that; returns what stays."""
+        counts = np.broadcast_to(counts, self.shape)
+        places = indices_of(self.positions != EMPTY, int(counts.max()))
+        for part in self.parts.values():
+            part.flatten(places, counts)
+        self.gaps = bool((counts < counts.max()).any())
+        self.flat, self.wide = counts if places.shape[2] else None, places.shape[2]
+        return Flat(places, counts)
+
+    def lift(self) -> None:
+        """Give all places room, so that what is read can be written to."""
+        if self.front is not None:
+            known = {"positions": self.positions, "tiers": self.tiers, "scores": self.scores}
+            for name, part in self.parts.items():
+                part.lift()
+                x = known[name]
+                assert x is not None
+                part.all().copy_(x.view_as(part.all()))
 
     @property
     def positions(self) -> Tensor:
@@ -78,7 +127,13 @@ class TokenTable:
     def scores(self) -> Tensor | None:
         """`[batch, kv_heads or 1, places, 2 x kinds]`, or None."""
         part = self.parts.get("scores")
-        return part.all() if part is not None and part.length else None
+        return self._filled(part.all(), 0) if part is not None and part.length else None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that is held, by name, for saving: `[batch, kv_heads or 1, places, width]`."""
+        scores = self.scores
+        own = {"positions": self.positions.unsqueeze(3), "tiers": self.tiers.unsqueeze(3)}
+        return own if scores is None else {**own, "scores": scores}
 
     def append(self, positions: Tensor, tiers: Tensor, scores: Tensor | None) -> None:
         self.parts["positions"].append(positions.to(torch.int32).unsqueeze(3))
@@ -99,6 +154,7 @@ class TokenTable:
 
     def select(self, rows: Tensor) -> None:
         self.shape = (len(rows), self.shape[1])
+        self.flat = self.flat[rows.cpu().numpy()] if self.flat is not None else None
         for part in self.parts.values():
             part.select(rows)
 
@@ -110,7 +166,8 @@ class TokenTable:
     def bytes(self) -> dict[str, int]:
         """Bytes used, by what they hold: indices and scores."""
         used = {name: part.used() for name, part in self.parts.items()}
-        return {"indices": used["positions"] + used["tiers"], "scores": used.get("scores", 0)}
+        bounds = sum(part.bounds() for part in self.parts.values())
+        return {"indices": used["positions"] + used["tiers"] + bounds, "scores": used.get("scores", 0)}
 
     def reserved(self) -> int:
         return sum(part.reserved() for part in self.parts.values())

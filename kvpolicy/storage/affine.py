@@ -72,9 +72,9 @@ class AffineStore(CodedStore):
 
     @property
     def format(self) -> str:
-        if self.levels is None and self.chain is None and self.beside is None:
+        if self.levels is None and self.chain is None and self.beside is None and self.front is None:
             return "affine"
-        more = {"levels": self.levels, "transforms": self.chain, "extras": self.beside}
+        more = {"levels": self.levels, "transforms": self.chain, "extras": self.beside, "flat": self.front}
         return "+".join(["affine", *(name for name, found in more.items() if found is not None)])
 
     @property

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvpolicy.errors import CacheError
+from kvpolicy.storage.front import Front
 from kvpolicy.storage.pages import Leaving, Pages
 
 Ints = NDArray[np.int64]
@@ -31,12 +32,26 @@ class Store(ABC):
     @property
     @abstractmethod
     def format(self) -> str:
-        """What is kept, in words that backends of attention look at: `exact`, `affine`, `affine+levels` and so on."""
+        """What is kept, in words that backends of attention look at: `exact`, `affine`, `affine+levels` and so on.
+
+        It ends in `+flat` where rows and heads lie one after the other.
+        """
 
     @property
     def by_position(self) -> bool:
         """Whether `append` must be given positions."""
         return False
+
+    @property
+    def front(self) -> Front | None:
+        """The tokens of rows and heads of different length, if they lie one row and head after the other."""
+        return next((part.front for part in self.parts.values() if part.front is not None), None)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens held, by row and head; rounded up, the mean where each takes no more room than its own."""
+        front = self.front
+        return self.length if front is None else self.length - front.length + -(-len(front.flat) // front.counts.size)
 
     @property
     def waiting(self) -> int | None:
@@ -136,6 +151,17 @@ class Store(ABC):
         leaving = Leaving.of(leaving, self.length)
         for part in self.parts.values():
             part.remove(leaving)
+
+    def flatten(self, places: Tensor, counts: Ints) -> None:
+        """Keep the tokens at some places, each row and head as many as it has, and no room for more.
+
+        Args:
+            places: which are kept, in order, as many as the row and head that has most: `[batch, kv_heads or 1,
+                tokens]`.
+            counts: how many of these, `[batch or 1, kv_heads or 1]`.
+        """
+        for part in self.parts.values():
+            part.flatten(places, counts)
 
     def select(self, rows: Tensor) -> None:
         for part in self.parts.values():

@@ -157,6 +157,8 @@ class CodedStore(Store):
     def _own_bytes(self) -> dict[str, int]:
         """Bytes of positions, and of what transforms keep."""
         own = {"indices": self.parts[POSITIONS].used()} if self.by_position else {}
+        if self.front is not None:
+            own["indices"] = own.get("indices", 0) + sum(part.bounds() for part in self.parts.values())
         if self.beside is not None:
             beside = self.beside.kept
             own["indices"] = own.get("indices", 0) + sum(kept.used_by_groups() for kept in beside)

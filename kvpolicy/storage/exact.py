@@ -19,7 +19,7 @@ class ExactStore(Store):
 
     @property
     def format(self) -> str:
-        return "exact"
+        return "exact" if self.front is None else "exact+flat"
 
     @property
     def length(self) -> int:
@@ -41,4 +41,4 @@ class ExactStore(Store):
         return self.parts["exact"].gather(index)
 
     def bytes(self) -> dict[str, int]:
-        return {"exact": self.parts["exact"].used()}
+        return {"exact": self.parts["exact"].used(), "indices": self.parts["exact"].bounds()}

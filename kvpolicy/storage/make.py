@@ -32,6 +32,17 @@ def make_store(spec: Quantizer | str, head_dim: int, site: Site | None = None) -
     return NamedStore(spec, head_dim, site) if isinstance(spec, TensorQuantizer) else ExactStore()
 
 
+def may_be_flat(spec: Quantizer | str) -> bool:
+    """Whether rows and heads of a store can take as much room as each has tokens: not if tokens share what is kept.
+
+    Those of a group per channel do, those of an arrival, and those that extras look at together.
+    """
+    if not isinstance(spec, Quantizer):
+        return spec == "full"
+    axes = spec.axes.values() if isinstance(spec, TensorQuantizer) else ()
+    return not spec.extras and "arrival" not in axes and getattr(spec, "per", "token") == "token"
+
+
 def try_store(quantizer: Quantizer, head_dim: int, site: Site | None = None) -> None:
     """Encode and decode a few numbers, so that a quantizer that can't work fails at once and by name.
 

@@ -12,6 +12,7 @@ from kvpolicy.interfaces.quantizer import TensorQuantizer
 from kvpolicy.interfaces.site import Site
 from kvpolicy.storage.base import Ints
 from kvpolicy.storage.coded import Aside, CodedStore
+from kvpolicy.storage.front import Front
 from kvpolicy.storage.late import LateRows
 from kvpolicy.storage.named_parts import NamedParts
 from kvpolicy.storage.pages import Leaving
@@ -41,7 +42,11 @@ class NamedStore(CodedStore):
 
     @property
     def format(self) -> str:
-        return self.quantizer.kind
+        return self.quantizer.kind if self.front is None else f"{self.quantizer.kind}+flat"
+
+    @property
+    def front(self) -> Front | None:
+        return next((part.front for part in self.named.parts.values() if part.front is not None), None)
 
     @property
     def length(self) -> int:
@@ -94,6 +99,10 @@ class NamedStore(CodedStore):
         for kept in self._kept:
             kept.remove(leaving)
 
+    def flatten(self, places: Tensor, counts: Ints) -> None:
+        super().flatten(places, counts)
+        self.named.flatten(places, counts)
+
     def drop(self, index: Ints) -> None:
         for part in self.parts.values():
             part.drop(index)
@@ -124,6 +133,8 @@ class NamedStore(CodedStore):
 
     def bytes(self) -> dict[str, int]:
         own = self._own_bytes()
+        if self.front is not None:
+            own["indices"] = own.get("indices", 0) + sum(part.bounds() for part in self.named.parts.values())
         if self.named.arriving:
             own["indices"] = own.get("indices", 0) + self.named.used_by_groups()
         return {"codes": self.named.used(), **own}

@@ -112,6 +112,12 @@ class NamedParts:
         if self.arriving:
             self.groups.remove(leaving, [part for _, part in self._of("arrival")])
 
+    def flatten(self, places: Tensor, counts: Ints) -> None:
+        """Keep the tokens at some places, as `Store.flatten`. Of use where nothing is kept per arrival."""
+        for _, part in self._of("token"):
+            part.flatten(places, counts)
+        self.length = places.shape[2]
+
     def differ_by_head(self, row_heads: tuple[int, int]) -> None:
         """From now on tokens differ by row or head."""
         for part in self.parts.values():

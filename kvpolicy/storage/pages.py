@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -9,6 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from kvpolicy.storage.front import Front, widest_view
 
 Ints = NDArray[np.int64]
 
@@ -45,11 +48,13 @@ class Pages:
 
     Growth allocates a page and copies nothing but a few tokens: up to 1,024 are kept in one page, which is copied as it
     grows. Tokens that leave from the front or the back free whole pages.
-    With `whole` there is one page, copied as it grows, whose tokens may be taken and removed head by head.
+    With `whole` there is one page, copied as it grows, whose tokens may be taken and removed head by head. Rows and
+    heads of different length may then have their first tokens in a `Front`; what comes after it stands in the page.
     """
 
     def __init__(self, whole: bool = False) -> None:
         self.whole = whole
+        self.front: Front | None = None
         self.pages: list[Tensor] = []
         self.start = 0
         self.length = 0
@@ -62,7 +67,7 @@ class Pages:
         copied = Pages(self.whole)
         # Outside inference mode, so that the copy can be continued anywhere.
         with torch.inference_mode(False):
-            copied.pages = [page.clone() for page in self.pages]
+            copied.pages, copied.front = [page.clone() for page in self.pages], copy.deepcopy(self.front)
         copied.start, copied.length = self.start, self.length
         return copied
 
@@ -71,21 +76,29 @@ class Pages:
         return sum(page.shape[2] for page in self.pages)
 
     @property
+    def _before(self) -> int:
+        """Tokens before the first page."""
+        return self.front.length if self.front is not None else 0
+
+    @property
     def marks(self) -> tuple[tuple[int, ...], list[int]]:
-        """Where its tokens lie, for what reads memory itself: start, length and the tokens of each page; the address of
-        each page. Not to be written to."""
+        """Where its tokens lie, for what reads memory itself: start, length, the tokens of a `Front` and of each page;
+        the addresses of a `Front` and its bounds, and of each page. Not to be written to."""
         if self._marks is None:
             sizes = [page.shape[2] for page in self.pages]
-            self._marks = (self.start, self.length, *sizes), [page.data_ptr() for page in self.pages]
+            front = [] if self.front is None else [self.front.flat, self.front.bounds]
+            addresses = [x.data_ptr() for x in (*front, *self.pages)]
+            self._marks = (self.start, self.length, self._before, *sizes), addresses
         return self._marks
 
     def append(self, x: Tensor) -> None:
         self._marks = None
         done, n = 0, x.shape[2]
         while done < n:
-            free = self.capacity - self.start - self.length
-            if free == 0 and (self.whole or (0 < self.length + n - done <= LARGEST and self.pages)):
-                self._regrow(x, self.length + n - done)
+            held = self.length - self._before
+            free = self.capacity - self.start - held
+            if free == 0 and (self.whole or (0 < held + n - done <= LARGEST and self.pages)):
+                self._regrow(x, held + n - done)
                 continue
             if free == 0:
                 most = at_once(x)
@@ -107,7 +120,7 @@ class Pages:
             more = max(tokens // 8, 8) if self.whole else max(tokens // 4, SMALLEST)
             shape = (*like.shape[:2], tokens + more, like.shape[3])
             page = torch.empty(shape, dtype=like.dtype, device=like.device)
-        for offset, block in self.blocks():
+        for offset, block in self._in_pages():
             page[:, :, offset : offset + block.shape[2]] = block
         self.pages, self.start = [page], 0
 
@@ -115,7 +128,29 @@ class Pages:
         """From now on one page."""
         self.whole = True
         if self.pages:
-            self._regrow(self.pages[0], self.length)
+            self._regrow(self.pages[0], self.length - self._before)
+
+    def flatten(self, places: Tensor, counts: Ints) -> None:
+        """Of a `whole` tensor keep the tokens at `places`, each row and head as many as `counts` says: in a `Front`.
+
+        Shapes as of `Front.of`. `places` has as many as the row and head that keeps most.
+        """
+        if not places.shape[2]:
+            self.lift()
+            self._truncate(0)
+        if not self.length:
+            return
+        like, x = self.pages[0], self.pages[0] if self.front is None else self.all()
+        self.front, self.pages = Front.of(x, places, counts), []
+        self.length = self.front.length
+        self._regrow(like, 0)
+
+    def lift(self) -> None:
+        """Take tokens out of the `Front`: places that are empty are there again."""
+        if self.front is not None:
+            x = self.all()
+            self.front, self.pages, self.length = None, [], 0
+            self.append(x)
 
     @classmethod
     def stacked(cls, parts: Sequence[Pages]) -> Pages:
@@ -138,32 +173,49 @@ class Pages:
         return out
 
     def all(self) -> Tensor:
-        """A view of all tokens of a `whole` tensor that is not empty."""
-        return self.pages[0][:, :, : self.length]
+        """A view of all tokens of a `whole` tensor that is not empty; a copy, where some are in a `Front`."""
+        return self.pages[0][:, :, : self.length] if self.front is None else self.slice(0, self.length)
 
     def gather(self, index: Tensor) -> Tensor:
         """Of a `whole` tensor the tokens at `index`, `[batch or 1, kv_heads or 1, tokens]`, copied."""
-        return gather_tokens(self.pages[0], index)
+        if self.front is None:
+            return gather_tokens(self.pages[0], index)
+        index = index.expand(*self.front.counts.shape, -1)
+        found, before = self.front.gather(index), self.front.length
+        if self.length > before:
+            x = gather_tokens(self.pages[0], (index - before).clamp(0, self.length - before - 1))
+            found = torch.where((index >= before).unsqueeze(3), widest_view(x), widest_view(found)).view(found.dtype)
+        return found
 
     def remove(self, leaving: Leaving | Tensor) -> None:
         """Of a `whole` tensor remove tokens: those at an index `[batch or 1, kv_heads or 1, tokens]`, ascending.
 
         The last tokens move into the places that become free.
         """
+        self.lift()
         leaving = Leaving.of(leaving, self.length)
         kept = self.length - leaving.places.shape[2]
         if kept:
-            words = _widest_view(self.pages[0])
+            words = widest_view(self.pages[0])
             _put(words, leaving.places, _gathered(words, leaving.last))
         self._truncate(kept)
         if self.pages and self.pages[0].shape[2] > 4 * max(kept, SMALLEST):
             self._regrow(self.pages[0], kept)
 
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
-        """Views of all tokens in order, with the index of the first of each."""
-        offset, start = 0, self.start
+        """Views of all tokens in order, with the index of the first of each. Those of a `Front` are copies."""
+        before = self._before
+        if self.front is not None:
+            for first in range(0, before, self.front.block):
+                yield first, self.front.slice(first, min(first + self.front.block, before))
+        for offset, block in self._in_pages():
+            yield before + offset, block
+
+    def _in_pages(self) -> Iterator[tuple[int, Tensor]]:
+        """Views of the tokens in pages."""
+        offset, start, held = 0, self.start, self.length - self._before
         for page in self.pages:
-            n = min(page.shape[2] - start, self.length - offset)
+            n = min(page.shape[2] - start, held - offset)
             if n > 0:
                 yield offset, page if n == page.shape[2] else page[:, :, start : start + n]
                 offset += n
@@ -171,8 +223,11 @@ class Pages:
 
     def slice(self, begin: int, end: int) -> Tensor:
         """Tokens `begin` to `end`: a view where they lie in one page."""
-        parts = []
-        for offset, block in self.blocks():
+        parts, before = [], self._before
+        if self.front is not None and begin < before:
+            parts.append(self.front.slice(begin, min(end, before)))
+        for offset, block in self._in_pages():
+            offset += before
             lo, hi = max(begin - offset, 0), min(end - offset, block.shape[2])
             if lo < hi:
                 parts.append(block if hi - lo == block.shape[2] else block[:, :, lo:hi])
@@ -185,15 +240,15 @@ class Pages:
         if highest - lowest + 1 == len(index):
             return window.clone()
         chosen = torch.from_numpy(index - lowest).to(window.device, non_blocking=True)
-        return _widest_view(window).index_select(2, chosen).view(window.dtype)
+        return widest_view(window).index_select(2, chosen).view(window.dtype)
 
     def scatter_between(self, index: Tensor, n: int) -> Tensor:
         """A tensor of `n` tokens whose token `index[i]` is token i of this; the others are undefined."""
         page = self.pages[0]
         out = page.new_empty((*page.shape[:2], n, page.shape[3]))
-        words = _widest_view(out)
+        words = widest_view(out)
         for offset, block in self.blocks():
-            words.index_copy_(2, index[offset : offset + block.shape[2]], _widest_view(block))
+            words.index_copy_(2, index[offset : offset + block.shape[2]], widest_view(block))
         return out
 
     def drop(self, index: Ints) -> None:
@@ -201,6 +256,7 @@ class Pages:
         n = len(index)
         if n == 0:
             return
+        self.lift()
         first, last = int(index[0]), int(index[-1])
         if first == self.length - n:
             self._truncate(first)
@@ -240,22 +296,30 @@ class Pages:
     def select(self, rows: Tensor) -> None:
         """Keep the batch rows `rows`, in that order, repeats included."""
         self._marks = None
+        self.front = self.front.select(rows) if self.front is not None else None
         with torch.inference_mode(False):
             self.pages = [
-                _widest_view(p).index_select(0, rows.to(p.device, non_blocking=True)).view(p.dtype) for p in self.pages
+                widest_view(p).index_select(0, rows.to(p.device, non_blocking=True)).view(p.dtype) for p in self.pages
             ]
 
     def to(self, device: torch.device) -> None:
         self._marks = None
+        self.front = self.front.to(device) if self.front is not None else None
         self.pages = [page.to(device, non_blocking=True) for page in self.pages]
 
     def used(self) -> int:
         """Bytes of the tokens held."""
-        return sum(block.numel() * block.element_size() for _, block in self.blocks())
+        own = self.front.flat.nbytes if self.front is not None else 0
+        return own + sum(block.nbytes for _, block in self._in_pages())
+
+    def bounds(self) -> int:
+        """Bytes of what says where each row and head begins in a `Front`."""
+        return self.front.bounds.nbytes if self.front is not None else 0
 
     def reserved(self) -> int:
-        """Bytes of all pages."""
-        return sum(page.numel() * page.element_size() for page in self.pages)
+        """Bytes of all pages, and of a `Front`."""
+        own = self.front.flat.nbytes + self.bounds() if self.front is not None else 0
+        return own + sum(page.nbytes for page in self.pages)
 
 
 def forget_unused(groups: Pages, kept: list[Pages], most: int) -> int:
@@ -293,7 +357,7 @@ def at_once(like: Tensor) -> int:
 
 def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
     """Of `x`, `[batch, kv_heads, tokens, width]`, the tokens at `index`, `[batch or 1, kv_heads or 1, tokens]`."""
-    return _gathered(_widest_view(x.contiguous()), index).view(x.dtype)
+    return _gathered(widest_view(x.contiguous()), index).view(x.dtype)
 
 
 def _gathered(x: Tensor, index: Tensor) -> Tensor:
@@ -329,15 +393,3 @@ def _survivors(index: Tensor, kept: int) -> Tensor:
     leaves = torch.zeros((*index.shape[:2], n + 1), dtype=torch.int8, device=index.device)
     leaves.scatter_(2, torch.where(index >= kept, index - kept, n).long(), 1)
     return leaves[:, :, :n].argsort(dim=2, stable=True) + kept
-
-
-def _widest_view(x: Tensor) -> Tensor:
-    """`x` as the widest integers that fit its last dimension: fewer elements to copy, and bytes whatever their type.
-
-    Not all types (float8, for one) can be copied by index as what they are.
-    """
-    size, item = x.shape[-1] * x.element_size(), x.element_size()
-    for dtype in (torch.int64, torch.int32, torch.int16, torch.uint8):
-        if size and size % dtype.itemsize == 0 and min(item, 8) <= dtype.itemsize:
-            return x.view(dtype)
-    return x

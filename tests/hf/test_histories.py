@@ -102,7 +102,7 @@ class History:
         parts = list(random_tokens(n, self.seed, self.batch))
         first, spread = self.seen, self.layer.tiers.step.by_head
         committed = copy.deepcopy(self.layer)  # what an update attends is what it commits
-        committed.cache.commit()
+        committed.tiers.commit(n)
         expected = reference(committed, parts[0], (parts[1], parts[2]), real, first) if first else None
         found = self.layer(*parts, real)
         # What waits is committed row by row once padding comes: groups of channels then hold other tokens.

@@ -90,13 +90,13 @@ def test_bytes_are_those_of_the_tensors_held(name: str, dtype: torch.dtype) -> N
     assert memory.bits_per_value == 8 * memory.bytes / memory.values
 
 
-@pytest.mark.parametrize("name", ["h2o", "zipcache", "mikv", "logquant", "kivi", "streaming-llm"])
+@pytest.mark.parametrize("name", ["h2o", "zipcache", "mikv", "logquant", "kivi", "streaming-llm", "adakv"])
 def test_bytes_of_tables_and_scores_are_those_of_the_tensors_held(name: str) -> None:
     model = tiny("llama")
     mask = torch.ones(2, 300, dtype=torch.long)
     mask[1, :90] = 0
     with attach(model):
-        cache = make_cache(name, model, **({"group_size": 16} if name == "kivi" else {}))
+        cache = make_cache(name, model, **{"kivi": {"group_size": 16}, "adakv": {"capacity": 100}}.get(name, {}))
         model(ids(300, 2), **{CACHE: cache}, attention_mask=mask)
         for t in range(40):
             model(ids(1, 2, seed=t), **{CACHE: cache})
@@ -106,7 +106,7 @@ def test_bytes_of_tables_and_scores_are_those_of_the_tensors_held(name: str) -> 
     tensors = sum(n for at, n in held.items() if at not in layouts)
     assert tensors == sum(s.reserved + s.indices for s in memory.stores)
     assert sum(layouts.values()) == memory.scratch
-    assert (memory.total("scores") > 0) == (name in ("h2o", "zipcache", "mikv"))
+    assert (memory.total("scores") > 0) == (name in ("h2o", "zipcache", "mikv", "adakv"))
     assert memory.bytes <= memory.reserved <= 1.6 * memory.bytes
 
 

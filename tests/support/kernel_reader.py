@@ -77,10 +77,18 @@ class Reader:
         ]
         return torch.stack(found).double()
 
+    def place(self, page: int, row: int, head: int) -> int:
+        """Where the tokens of a row and head begin in a page."""
+        by_row, by_head = self.strides[page]
+        if by_row >= 0:
+            return self.pages[page] + row * by_row + head * by_head
+        starts = read(self.pages[-by_row], self.header.numbers[0] * (row + 1), torch.int32)
+        return self.pages[page] + int(starts[row * self.header.numbers[0] + head]) * by_head
+
     def side(self, numbers: tuple[int, ...], name: str, tokens: int, dim: int, row: int, head: int) -> Tensor:
         """Keys or values of a run, `[tokens, dim]`."""
         data, params, offset, params_offset, token, group = numbers
-        at = self.pages[data] + row * self.strides[data][0] + head * self.strides[data][1] + offset
+        at = self.place(data, row, head) + offset
         if name.startswith("Exact"):
             dtype = torch.bfloat16 if self.variant.bfloat else torch.float16
             return torch.stack([read(at + t * token, dim, dtype) for t in range(tokens)]).double()
@@ -88,17 +96,17 @@ class Reader:
         width, by_channel = packed_width(dim, bits), name.startswith("Channel")
         codes = unpack(read(at, tokens * width, torch.uint8).view(tokens, width), bits, dim).double()
         if name.startswith("Group"):
-            at = self.pages[params] + row * self.strides[params][0] + head * self.strides[params][1] + params_offset
+            at = self.place(params, row, head) + params_offset
             of = read(at, tokens, torch.int32).long()
             assert of.max() <= group >> 8
             group &= 255
-            at = self.pages[group] + row * self.strides[group][0] + head * self.strides[group][1] + token
+            at = self.place(group, row, head) + token
             lines = int(of.max()) + 1
             scale, shift = read(at, lines * 2 * dim, NUMBERS[number]).view(lines, 2, dim).double()[of].unbind(1)
             return codes * scale + shift
         assert token == width
         (size,) = sizes
-        at = self.pages[params] + row * self.strides[params][0] + head * self.strides[params][1] + params_offset
+        at = self.place(params, row, head) + params_offset
         groups = dim if by_channel else dim // size
         if number >= 4:
             scale = read(at, tokens * groups, NUMBERS[number - 4]).view(tokens, groups).double()

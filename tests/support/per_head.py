@@ -35,7 +35,11 @@ def recipes(draw: st.DrawFn) -> Recipe:
     )
     policies = draw(st.lists(above, max_size=2))
     select = draw(st.sampled_from([["head", "head"], ["layer", "head"], ["layer", "layer"], ["model", "layer"]]))
+    uneven = draw(st.booleans())
     for finest in select[: draw(st.integers(0 if policies else 1, 2))]:
+        if uneven:
+            policies.append(draw(_uneven()))
+            continue
         policies.append(
             {
                 "kind": "attention",
@@ -59,6 +63,22 @@ def recipes(draw: st.DrawFn) -> Recipe:
     for tier, policy in zip(tiers, policies, strict=False):
         tier["policy"] = policy
     return load_recipe({"tiers": tiers})
+
+
+@st.composite
+def _uneven(draw: st.DrawFn) -> dict[str, Any]:
+    """A policy whose heads keep different numbers of tokens."""
+    scorer = draw(st.sampled_from(["key_norm", {"kind": "window_attention", "window": 4, "pool": "none"}]))
+    policy = {"kind": "rank", "scorer": scorer}
+    policy |= draw(st.sampled_from([{"when": "prompt"}, {"when": "prompt"}, {"every": 10}, {"every": 1}]))
+    if draw(st.integers(0, 4)) == 0:
+        return {**policy, "threshold": -3.9 if scorer == "key_norm" else 0.05}
+    return {
+        **policy,
+        "heads": "scores",
+        "floor": draw(st.sampled_from([0.0, 0.2])),
+        "budget": draw(st.sampled_from([8, 0.4])),
+    }
 
 
 def reference(layer: Layer, query: Tensor, new: tuple[Tensor, Tensor], real: Tensor, first: int) -> Tensor:

@@ -22,7 +22,7 @@ from kvpolicy.interfaces.backend import AttentionOptions, AttentionSpec, Backend
 HEAD_DIMS = (64, 80, 96, 128, 256)
 MOST_ROWS = 256
 """Query rows of a KV head (queries x query heads) at most; with more it is faster to decode the tokens once."""
-FORMATS = {"exact", "affine", "affine+transforms"}
+FORMATS = {kind + flat for kind in ("exact", "affine", "affine+transforms") for flat in ("", "+flat")}
 PLANS = 256
 """Plans that are kept: one for each step of the last ones, and each kind of layer."""
 _plans: dict[Any, Plan | str] = {}

@@ -158,7 +158,7 @@ def lay_out(part: Part, like: Tensor) -> Laid:
                 own.append(number)
                 space = len(own)
             found.extend(_placed(_pieces(view.store, space, len(pages), like), view))
-            pages.extend(_strides(view.store))
+            pages.extend(_strides(view.store, len(pages)))
         sides.append(sorted(found, key=lambda piece: piece.at))
     if max(map(len, maps)) >= MAPS:
         raise Declined(f"more than {MAPS - 1} stores of a side with transforms")
@@ -177,8 +177,16 @@ def lay_out(part: Part, like: Tensor) -> Laid:
     return Laid(runs, pages, maps)
 
 
-def _strides(store: Any) -> Iterator[bytes]:
+def _strides(store: Any, first: int) -> Iterator[bytes]:
+    """Bytes from row to row and head to head of each page; `first` is the number of the first."""
     for pages in pages_of(store):
+        front = pages.front
+        if front is not None:
+            if front.length > front.counts.max():
+                raise Declined("empty places of rows that were taken out")
+            yield PAGE.pack(-(first + 1), front.flat.shape[1] * front.flat.element_size())
+            yield PAGE.pack(0, 0)
+        first += _count(pages)
         for page in pages.pages:
             _, own, size, width = page.shape
             head = size * width * page.element_size()
@@ -189,9 +197,17 @@ def _new_piece(x: Tensor, at: int, page: int) -> Piece:
     return Piece(at, x.shape[2], EXACT, 0, page, 0, x.element_size() * x.stride(2))
 
 
+def _count(pages: Pages) -> int:
+    """How many pages kernels count: those of a `Front` are its tokens, and where each row and head begins."""
+    return len(pages.pages) + (0 if pages.front is None else 2)
+
+
 def _blocks(pages: Pages, first: int) -> Iterator[tuple[int, int, int, int]]:
     """Of each page with tokens: the index of its first, how many, the number of the page, the bytes before them."""
     at, start = 0, pages.start
+    if pages.front is not None:
+        yield 0, pages.front.length, first, 0
+        at, first = pages.front.length, first + 2
     for number, page in enumerate(pages.pages, first):
         n = min(page.shape[2] - start, pages.length - at)
         if n > 0:
@@ -219,14 +235,14 @@ def _pieces(store: Any, space: int, first: int, like: Tensor) -> Iterator[Piece]
                 raise Declined("groups of tokens that are no neighbours, or not whole")
             yield from _by_channel(codes, params, form, space, first)
         else:
-            scales = _blocks(params, first + len(codes.pages))
+            scales = _blocks(params, first + _count(codes))
             for (at, n, page, offset), (_, same, own, own_offset) in zip(_blocks(codes, first), scales, strict=True):
                 assert n == same
                 yield Piece(at, n, form, space, page, offset, form.row, own, own_offset)
     exact = every[-1]
     if exact.pages and exact.pages[0].dtype != like.dtype:
         raise Declined(f"exact tokens in {exact.pages[0].dtype}, queries in {like.dtype}")
-    for at, n, page, offset in _blocks(exact, first + sum(len(pages.pages) for pages in every[:-1])):
+    for at, n, page, offset in _blocks(exact, first + sum(map(_count, every[:-1]))):
         width = exact.pages[0].shape[3] * exact.pages[0].element_size()
         yield Piece(coded + at, n, EXACT, 0, page, offset, width)
 

@@ -181,9 +181,13 @@ template <int ROW> struct Plain {
   static __device__ __forceinline__ constexpr int place(int t, int o) { return t * ROW + o; }
 };
 
-// The tokens of a row and head in a page.
+// The tokens of a row and head in a page; where these lie one after the other, from the token on that another page says.
 __device__ __forceinline__ const u8* place(const Plan& plan, int page, int offset, const Warp& w) {
   const Page& at = plan.layout.pages[page];
+  if (at.row < 0) {
+    const int first = ((const int*)plan.pages[-at.row])[w.row * plan.kv_heads + w.head];
+    return plan.pages[page] + first * at.head + offset;
+  }
   return plan.pages[page] + w.row * at.row + w.head * at.head + offset;
 }
 

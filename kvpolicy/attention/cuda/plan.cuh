@@ -28,7 +28,7 @@ struct Kind {
   int query, space;                // which queries it takes, and which output its values add to
 };
 struct Page {
-  i64 row, head;  // bytes from row to row, and from head to head
+  i64 row, head;  // bytes from row to row, and from head to head; or minus a page that says where these begin, and bytes of a token
 };
 struct Layout {
   Kind kinds[KINDS];

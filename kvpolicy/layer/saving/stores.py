@@ -11,6 +11,7 @@ from kvpolicy.errors import CacheError, MissingDependencyError, PluginError
 from kvpolicy.interfaces.quantizer import AffineQuantizer
 from kvpolicy.layer.layer import LayerCache
 from kvpolicy.layer.saving.file import Damaged, Held
+from kvpolicy.layer.saving.flat import Ints, packed, unpacked
 from kvpolicy.placement.per_head import PerHeadPlacement
 from kvpolicy.storage.affine import AffineStore
 from kvpolicy.storage.base import LARGE, Store
@@ -31,8 +32,11 @@ def save_stores(tiers: LayerCache, number: int, tensors: dict[str, Tensor]) -> N
     for side, like in tiers.like.items():
         tensors[f"{number}.{side}.like"] = like
         for s, store in enumerate(tiers.stores[side]):
-            for name, tensor in (store.tensors() if store is not None else {}).items():
-                tensors[f"{number}.{side}.{s}.{name}"] = tensor
+            held = store.tensors() if store is not None else {}
+            counts = _flat(tiers, side, s)
+            if store is not None and counts is not None:
+                held |= packed({name: x for name, x in held.items() if not _of_store(store, name)}, counts)
+            tensors |= {f"{number}.{side}.{s}.{name}": x for name, x in held.items()}
 
 
 def fill_stores(tiers: LayerCache, number: int, held: Held, device: torch.device) -> None:
@@ -43,6 +47,8 @@ def fill_stores(tiers: LayerCache, number: int, held: Held, device: torch.device
                 continue
             parts, like = held.below(f"{number}.{side}.{s}."), tiers.like[side]
             try:
+                counts = _flat(tiers, side, s)
+                parts = parts if counts is None else unpacked(parts, counts)
                 _check(parts, store, like, _formats(tiers.placement.store_spec(side, s), store, like, parts))
                 store.restore(
                     {name: t if name == "sizes" or name.endswith(SIZES) else t.to(device) for name, t in parts.items()}
@@ -61,12 +67,19 @@ def fill_stores(tiers: LayerCache, number: int, held: Held, device: torch.device
                 raise Damaged(f"layer {number}, {side}, store {s}: {error}") from None
 
 
+def _flat(tiers: LayerCache, side: str, s: int) -> Ints | None:
+    """How many of the first tokens of a store each row and head has, where they take no more room than these need."""
+    planner = tiers.planner
+    table = planner.table(side, s) if isinstance(planner, PerHeadPlacement) else None
+    return None if table is None else table.flat
+
+
 def _mark_late(tiers: LayerCache, side: str, s: int, store: Store) -> None:
     """Rows without a token in a store: what it keeps of first tokens is to be found for them once some come."""
     planner = tiers.planner
     if not isinstance(planner, PerHeadPlacement) or not isinstance(store, CodedStore) or not store.length:
         return
-    table = planner.tables[side if side in planner.tables else "keys"][s]
+    table = planner.table(side, s)
     assert table is not None
     none = (table.positions < 0).flatten(1).all(1)
     if len(none) > 1 and bool(none.any()):

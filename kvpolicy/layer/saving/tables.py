@@ -12,7 +12,9 @@ from torch import Tensor
 
 from kvpolicy.layer.layer import LayerCache
 from kvpolicy.layer.saving.file import Damaged, Held, PerHeadEntry, StateEntry, TiersEntry
+from kvpolicy.layer.saving.flat import COUNTS, counts_in, packed, unpacked
 from kvpolicy.placement.by_position import ByPosition
+from kvpolicy.placement.moves import EMPTY
 from kvpolicy.placement.padding import Padding
 from kvpolicy.placement.per_head import PerHeadPlacement
 from kvpolicy.placement.planner import Placement, State
@@ -74,9 +76,10 @@ class Saving:
                 self.tensors[f"state.rows.{group}.{r}"] = torch.tensor([row.seen])
                 self._add(f"state.rows.{group}.{r}.tier.", row.tiers[: planner.placement.ranked])
         for side, s, table in _tables(planner):
-            for name, part in table.parts.items():
-                if part.length:
-                    self.tensors[f"{number}.table.{side}.{s}.{name}"] = part.all()
+            held = table.tensors() if table.length else {}
+            if table.flat is not None:
+                held = {**packed(held, table.flat), COUNTS: torch.from_numpy(table.flat.astype(np.int32))}
+            self.tensors |= {f"{number}.table.{side}.{s}.{name}": x for name, x in held.items()}
         prompt = step.seen if step.prompt is None else step.prompt
         going_on = step.prompt is None
         return PerHeadEntry(rows=group, count=len(step.rows), seen=step.seen, prompt=prompt, prompting=going_on)
@@ -137,7 +140,12 @@ class Filling:
         step = self._once("rows", entry.rows, placement, entry, make)
         saved: Tables = {side: [] for side in planner.tables}
         for side, s, table in _tables(planner):
-            parts = _parts(self.held.below(f"{number}.table.{side}.{s}."), table, placement.scores.width)
+            own = self.held.below(f"{number}.table.{side}.{s}.")
+            table.flat = counts_in(own, table.shape)
+            if table.flat is not None and not planner.may_be_flat(side, s):
+                raise Damaged("rows and heads that share groups of tokens must take as much room as the longest")
+            own = own if table.flat is None else unpacked(own, table.flat, EMPTY)
+            parts = _parts(own, table, placement.scores.width)
             saved[side].append((placement.tiers_of_store(side, s), parts))
             if parts["positions"].shape[2]:
                 moved = {name: x.to(table.device) for name, x in parts.items()}

@@ -52,6 +52,17 @@ def test_groups_per_channel_that_rows_hold_otherwise() -> None:
     served("balanced").check((250, 1, 2), pad=37)
 
 
+@pytest.mark.parametrize("rest", ["evict", token(4, 32)])
+@pytest.mark.parametrize("pad", [0, 37])
+def test_heads_of_different_length(rest: Any, pad: int) -> None:
+    policy = {"kind": "rank", "scorer": "key_norm", "heads": "scores", "floor": 0.1, "budget": 60, "when": "prompt"}
+    case = served({"tiers": [{"policy": policy, "store": "full"}, {"store": rest}]})
+    case.bias[:, 0] *= 1.1  # whose keys are longer, so that fewer stay
+    case.check((213, 1, 1, 3), pad=pad)
+    for store in case.tiers.stores["keys"]:
+        assert store is None or store.front is not None
+
+
 @pytest.mark.parametrize("mask", [some, additive])
 @pytest.mark.parametrize("name", ["logquant", "kivi"])
 def test_masks(name: str, mask: Any) -> None:
