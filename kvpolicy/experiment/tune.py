@@ -13,13 +13,15 @@ from torch import Tensor
 
 from kvpolicy.arguments import check_directory, check_optuna, check_room, check_search
 from kvpolicy.errors import CompareError
-from kvpolicy.experiment.comparison import about, cause_of, fitting_cache, limit_of, load_given, progress_bar
+from kvpolicy.experiment.comparison import fitting_cache, limit_of, progress_bar
+from kvpolicy.experiment.prepared import about, load_given
 from kvpolicy.experiment.result import estimate
 from kvpolicy.experiment.run import Runner, divergence
 from kvpolicy.experiment.search import Search, Trial
 from kvpolicy.experiment.study import open_study
 from kvpolicy.experiment.texts import ANSWER, Span, Split, cut, text_files
 from kvpolicy.experiment.tuning import Found, Tuning
+from kvpolicy.experiment.work import cause_of
 from kvpolicy.hf.cache import make_cache
 from kvpolicy.hf.fingerprint import fingerprint_of
 from kvpolicy.hf.models import attached, one_thread, positions_of
