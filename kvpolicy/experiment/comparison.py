@@ -111,29 +111,37 @@ def compare(
         TaskError: a task is unknown, or its file is not valid.
     """
     given = {
-        "model": os.fspath(model) if isinstance(model, str | os.PathLike) else None,
-        "device": device, "n": n, "tokens": tokens, "baseline": baseline, "aa": aa, "batch": batch, "attach": attach,
-        "seeds": None if seed is None else [seed],
-        "metrics": None if metrics is None else list(metrics),
-        "margins": None if margins is None else dict(margins),
-        "tasks": None if tasks is None else [x if isinstance(x, str) else dict(x) for x in tasks],
+        "model": model, "task": task, "tasks": tasks, "n": n, "seed": seed, "tokens": tokens, "metrics": metrics,
+        "margins": margins, "baseline": baseline, "aa": aa, "batch": batch, "device": device, "attach": attach,
+        "errors": errors,
     }  # fmt: skip
-    check_comparison(
-        16 if n is None else n, 0 if seed is None else seed, tokens, "lines" if task is None else task, out
-    )
-    if task is not None:
-        if tasks is not None:
-            raise CompareError("task and tasks say the same, found both; give one of them")
-        given["tasks"] = [os.fspath(task)]
-    if not errors and metrics is None:
-        given["metrics"] = [name for name in METRICS if name not in ATTENTION]
-    loaded = None if isinstance(model, str | os.PathLike) else model
-    experiment, recipes = load_experiment(arms, **{key: value for key, value in given.items() if value is not None})
-    check_experiment(experiment, loaded)
+    n, seed, task = 16 if n is None else n, 0 if seed is None else seed, "lines" if task is None else task
+    check_comparison(n, seed, tokens, task, out)
+    experiment, recipes, loaded = declare(arms, **given)
     return run_experiment(
         experiment, recipes, model=loaded, tokenizer=tokenizer, out=None if out is None else Path(out),
         overwrite=overwrite, retry=retry, progress=progress, command=command,
     )  # fmt: skip
+
+
+def declare(
+    arms: Any, *, model: Any = None, seed: int | None = None, task: Any = None, errors: bool = True, **given: Any
+) -> tuple[Experiment, dict[str, Recipe], Any]:
+    """The experiment that arguments of `compare` declare, its recipes, and the model if that is an object."""
+    if task is not None and given.get("tasks") is not None:
+        raise CompareError("task and tasks say the same, found both; give one of them")
+    if task is not None:
+        given["tasks"] = [os.fspath(task)]
+    if not errors and given.get("metrics") is None:
+        given["metrics"] = [name for name in METRICS if name not in ATTENTION]
+    by_path = isinstance(model, str | os.PathLike)
+    given |= {"model": os.fspath(model) if by_path else None, "seeds": None if seed is None else [seed]}
+    for name, kind in (("metrics", list), ("tasks", list), ("margins", dict)):
+        given[name] = None if given.get(name) is None else kind(given[name])
+    experiment, recipes = load_experiment(arms, **{key: value for key, value in given.items() if value is not None})
+    loaded = None if by_path else model
+    check_experiment(experiment, loaded)
+    return experiment, recipes, loaded
 
 
 def check_experiment(experiment: Experiment, model: Any = None) -> None:
@@ -234,9 +242,11 @@ def _run(ready: Prepared, caches: dict[str, Any], store: Store, retry: bool, sho
         _warm_up(runner, caches[EXACT])
         for number, (unit, wanted) in enumerate(pending):
             where = f"{_named(unit)}, {number + 1} of {len(pending)}"
-            for finished in worker.run(
-                unit, wanted, lambda arm, n, at=where: advance(f"{at}: {arm}" if arm else "", n)
-            ):
+
+            def said(arm: str, n: int, at: str = where) -> None:
+                advance(f"{at}: {arm}" if arm else "", n)
+
+            for finished in worker.run(unit, wanted, said):
                 store.add(finished.row, finished.attention)
                 _warn_of(finished.row, failing)
 

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 def write_results(result: Comparison, directory: Path) -> None:
     """Write the pictures of a comparison. What can't be written is a warning: the rows and the table are safe."""
-    parts: dict[str, Callable[[], Any]] = {"comparison.png": lambda: result.plot(directory / "comparison.png")}
+    parts: dict[str, Callable[[], Any]] = {}
+    if any(row["score"] is not None for row in result.rows):
+        parts["comparison.png"] = lambda: result.plot(directory / "comparison.png")
     if result.distances.layers:
         parts["attention.png"] = lambda: result.plot_attention(directory / "attention.png")
     for name, write in parts.items():

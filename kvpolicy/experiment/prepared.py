@@ -150,7 +150,7 @@ def prepare(
 
 def _described(experiment: Experiment, items: Sequence[Item]) -> dict[str, Any]:
     """The tasks as results name them; where there is one, also by the words of `compare`."""
-    tasks = []
+    tasks: list[dict[str, Any]] = []
     for task in experiment.tasks:
         label = experiment.label(task)
         tokens = task.tokens if task.tokens is not None else experiment.tokens

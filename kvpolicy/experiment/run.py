@@ -272,7 +272,7 @@ def _ends(model: Any, tokenizer: Any) -> set[int]:
     return ends
 
 
-def unlikely(number: int, item: Encoded, exact: Run, tokenizer: Any) -> str | None:
+def unlikely(number: str, item: Encoded, exact: Run, tokenizer: Any) -> str | None:
     """What to say of an answer that the model would not give with the exact cache; None if there is nothing.
 
     Of the tokens below e^-8 the last one is named. Not for `code`, whose answers are text cut off somewhere, and where

@@ -51,7 +51,7 @@ class Together:
             peak = max(peak, memory.bytes)
         found = [log_probs_of([x[i] for x in steps[: len(item.answer)]]) for i, item in enumerate(items)]
         texts = None if fresh is None else self._greedy(found, items, *fresh)
-        share = _Shares(memory, feed.real)
+        share = _Shares(memory, feed.real, feed.mask.shape[1])
         runs = []
         for i, item in enumerate(items):
             generated = None if texts is None else texts[i]
@@ -149,11 +149,10 @@ class _Feed:
 
 
 class _Shares:
-    """How the bytes of a batch are shared by its rows, which hold `real` tokens each."""
+    """How the bytes of a batch of some width are shared by its rows, which hold `real` tokens each."""
 
-    def __init__(self, memory: Any, real: Sequence[int]) -> None:
+    def __init__(self, memory: Any, real: Sequence[int], width: int) -> None:
         total = sum(real)
         self.of = [n / total for n in real]
-        widths = max(real)
-        filled = total / (len(real) * widths)
+        filled = total / (len(real) * width)
         self.values, self.exact = memory.values * filled, memory.exact_bytes * filled

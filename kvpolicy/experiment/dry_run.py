@@ -1,0 +1,142 @@
+"""What an experiment would run, how long that would take, and what so many samples can show."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from rich.table import Table
+
+from kvpolicy.errors import CompareError
+from kvpolicy.experiment.comparison import declare, fitting_cache
+from kvpolicy.experiment.experiment import AGAIN, ATTENTION, EXACT
+from kvpolicy.experiment.prepared import Prepared, draw, prepare
+from kvpolicy.experiment.printed import Printed
+from kvpolicy.experiment.run import Runner
+from kvpolicy.experiment.work import cause_of
+from kvpolicy.hf.models import attached, one_thread
+
+POWER, LEVEL = 0.8, 0.05
+
+
+@dataclass(frozen=True)
+class DryRun(Printed):
+    """What `compare --dry-run` prints."""
+
+    arms: tuple[str, ...]
+    """The exact cache first."""
+    tasks: Mapping[str, tuple[int, float]]
+    """Of each task the samples, and the mean of their tokens."""
+    seconds: float | None
+    """What all of it takes, estimated from one sample; None where that could not be run."""
+    cause: str = ""
+    """Why not."""
+
+    @property
+    def rows(self) -> int:
+        """Rows that would be made."""
+        return len(self.arms) * sum(n for n, _ in self.tasks.values())
+
+    def tables(self) -> list[Any]:
+        """A rich table: each task with its samples, and the smallest difference that they can show."""
+        table = Table(title="would run", title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        table.add_column("task", overflow="fold")
+        columns = ("samples", "tokens\neach", "rows", "smallest\ndifference", "right or\nwrong")
+        for column in columns:
+            table.add_column(column, justify="right", no_wrap=True)
+        for task, (n, tokens) in self.tasks.items():
+            effect, flips = smallest_effect(n), fewest_flips(n)
+            table.add_row(
+                task,
+                str(n),
+                f"{tokens:,.0f}",
+                str(n * len(self.arms)),
+                "-" if effect is None else f"{effect:.2f} sd",
+                "-" if flips is None else f"{100 * flips / n:.0f} points",
+            )
+        return [table]
+
+    def notes(self) -> str:
+        """How long it takes, and how the table is to be read."""
+        time_ = f"unknown: {self.cause}" if self.seconds is None else f"about {_duration(self.seconds)}"
+        return (
+            f"arms: {', '.join(self.arms)}\nrows: {self.rows}; time: {time_}\n"
+            f"Smallest difference: what a paired test at the {LEVEL:.0%} level finds with {POWER:.0%} power, in "
+            "standard deviations (sd) of the differences between two arms. Right or wrong: the least difference that "
+            "McNemar's exact test can call significant, all samples that differ differing one way. Neither corrects "
+            "for several arms."
+        )
+
+
+def dry_run(arms: Any, **given: Any) -> DryRun:
+    """What `compare` would do with these arguments. The model is loaded, and one sample runs with two arms.
+
+    Raises:
+        CompareError: an argument is not valid.
+        RecipeError: a recipe is not valid, or does not fit the model.
+        TaskError: a task is unknown, or its file is not valid.
+    """
+    experiment, recipes, loaded = declare(arms, **given)
+    ready = prepare(experiment, recipes, draw(experiment), loaded)
+    tasks: dict[str, tuple[int, float]] = {}
+    for task in dict.fromkeys(item.planned.task for item in ready.items):
+        sizes = [_size(item.encoded) for item in ready.items if item.planned.task == task]
+        tasks[task] = len(sizes), sum(sizes) / len(sizes)
+    try:
+        seconds, cause = _estimate(ready), ""
+    except CompareError:
+        raise
+    except Exception as error:
+        seconds, cause = None, cause_of(error)
+    return DryRun(tuple(ready.all_arms()), tasks, seconds, cause)
+
+
+def _size(encoded: Any) -> int:
+    return len(encoded.prompt) + len(encoded.answer)
+
+
+def _estimate(ready: Prepared) -> float:
+    """Seconds of all rows: those of the first sample with the exact cache and one arm, scaled by tokens."""
+    arms = ready.all_arms()
+    with ExitStack() as stack:
+        reads = stack.enter_context(attached(ready.model, ready.experiment.attach))
+        caches = {name: fitting_cache(recipe, ready.model, reads) for name, recipe in arms.items()}
+        stack.enter_context(one_thread(ready.bundled))
+        measures = set(ready.experiment.measures)
+        runner = Runner(ready.model, ready.tokenizer, bool(measures & set(ATTENTION)) and reads, "score" in measures)
+        stack.enter_context(runner.ready())
+        runner.warm_up(copy.deepcopy(caches[EXACT]))
+        others = [name for name in arms if name not in (EXACT, AGAIN)]
+        first, spent = ready.items[0].encoded, []
+        for name in (EXACT, others[-1]):
+            start = time.perf_counter()
+            runner.run(copy.deepcopy(caches[name]), first)
+            spent.append(time.perf_counter() - start)
+    scale = sum(_size(item.encoded) for item in ready.items) / _size(first)
+    return (spent[0] + spent[1] * (len(arms) - 1)) * scale / ready.experiment.batch
+
+
+def smallest_effect(n: int) -> float | None:
+    """The least mean difference that a paired test finds, in standard deviations; None for fewer than 3 samples."""
+    if n < 3:
+        return None
+    from statsmodels.stats.power import TTestPower
+
+    return float(TTestPower().solve_power(nobs=n, alpha=LEVEL, power=POWER))
+
+
+def fewest_flips(n: int) -> int | None:
+    """The fewest samples that must change, all one way, for McNemar's exact test; None if all of them are too few."""
+    fewest = math.ceil(1 - math.log2(LEVEL))
+    return fewest if fewest <= n else None
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(seconds, 1):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
