@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from kvpolicy.cli.model_options import takes_model
 from kvpolicy.cli.output import show_result, silence_transformers, warner
 
 
+@takes_model
 def compare(
     arms: Annotated[list[str], typer.Argument(metavar="ARM...", help="Recipes, NAME:key=value,...; `full` is exact.")],
-    model: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="A local Hugging Face model directory; default: the bundled one.")
-    ] = None,
+    model: Any,
     task: Annotated[
         str, typer.Option(help="lines, arithmetic, code, or a .jsonl file whose rows carry prompt and answer.")
     ] = "lines",
@@ -26,7 +26,6 @@ def compare(
         str | None, typer.Option(metavar="DIR", help="Write samples.jsonl, summary.json and pictures here.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier comparison in --out.")] = False,
-    device: Annotated[str | None, typer.Option(help="Such as cpu or cuda:1; default: CUDA if there is one.")] = None,
     unattached: Annotated[
         bool, typer.Option("--unattached", help="Decode the stores for the model's own attention at each step.")
     ] = False,
@@ -38,7 +37,7 @@ def compare(
     silence_transformers()
     with warnings.catch_warnings():
         warnings.showwarning = warner()
-        _check_comparison(arms, model, task, n, seed, tokens, out, overwrite, device)
+        _check_comparison(arms, model, task, n, seed, tokens, out, overwrite)
         from kvpolicy.experiment.comparison import compare as run
 
         try:
@@ -51,7 +50,6 @@ def compare(
                 tokens=tokens,
                 out=out,
                 overwrite=overwrite,
-                device=device,
                 attach=not unattached,
                 errors=not no_errors,
             )
@@ -70,26 +68,24 @@ def compare(
 
 def _check_comparison(
     arms: list[str],
-    model: Path | None,
+    model: Any,
     task: str,
     n: int,
     seed: int,
     tokens: int | None,
     out: str | None,
     overwrite: bool,
-    device: str | None,
 ) -> None:
     """Refuse what can't be right before torch is loaded, which takes seconds."""
-    from kvpolicy.arguments import check_comparison, check_device, check_results, check_room
+    from kvpolicy.arguments import check_comparison, check_results, check_room
     from kvpolicy.experiment.tasks import TASKS, check_name, check_size, load_task
-    from kvpolicy.hf.models import check_model
+    from kvpolicy.hf.source import check_model
     from kvpolicy.recipe.source import check_sources
 
     check_comparison(n, seed, tokens, task, out)
     check_sources(arms)
     check_name(task)
     check_size(task, n, tokens)
-    check_device(device)
     check_room(tokens, check_model(model))
     if out is not None:
         check_results(Path(out), overwrite)

@@ -19,7 +19,8 @@ from kvpolicy.experiment.run import Encoded, Run, Runner, encode, row, unlikely
 from kvpolicy.experiment.tasks import check_name, check_size, load_task
 from kvpolicy.hf.cache import make_cache
 from kvpolicy.hf.layer import TieredLayer
-from kvpolicy.hf.models import attached, check_model, load_model, one_thread, positions_of
+from kvpolicy.hf.models import attached, load_model, one_thread, positions_of
+from kvpolicy.hf.source import check_model, is_bundled, source_of
 from kvpolicy.recipe.load import Recipe, load_recipe
 from kvpolicy.recipe.source import refuse_misplaced
 from kvpolicy.words import in_words, quoted
@@ -56,8 +57,9 @@ def compare(
 
     Args:
         arms: recipes, each as `load_recipe` takes it; a mapping gives them names of its own.
-        model: a causal language model of transformers, or the path of a local model directory; by default the
-            bundled model. Its training mode is restored.
+        model: a causal language model of transformers, whose training mode is restored; or a directory, an id of the
+            Hugging Face hub, a GGUF file, or a `ModelSource`, which also says dtype and devices; by default the
+            bundled model.
         tokenizer: the tokenizer of a model given as an object.
         task: `lines`, `arithmetic`, `code`, or the path of a JSON Lines file with `prompt` and `answer`.
         n: samples; fewer if the file has fewer rows.
@@ -66,7 +68,7 @@ def compare(
         out: directory for samples.jsonl (one row per arm and sample, appended as they are made), summary.json,
             comparison.png, and attention.png where attention was watched.
         overwrite: replace what an earlier comparison left in `out`.
-        device: where a model given by its path is loaded, such as `cpu`; by default CUDA where there is one.
+        device: where a model given by its name is loaded, such as `cpu`; by default CUDA where there is one.
         progress: show a progress bar on stderr.
         attach: let the model read the compressed stores directly, as `kvpolicy.attach` does, and detach it in the end.
             A model that can't be attached runs unattached, with a warning; one that is attached already stays so.
@@ -84,7 +86,7 @@ def compare(
     """
     check_comparison(n, seed, tokens, task, out)
     directory = None if out is None else check_results(Path(out), overwrite)
-    bundled, name = model is None, os.fspath(task)
+    bundled, name = is_bundled(model), os.fspath(task)
     check_name(name)
     recipes = _recipes(arms)
     check_size(name, n, tokens)
@@ -219,26 +221,26 @@ def _label(source: Any, recipe: Recipe) -> str:
 
 def limit_of(model: Any) -> int | None:
     """The positions of a model that is given as `compare` takes it, where its config says how many."""
-    if model is None or isinstance(model, str | os.PathLike):
-        return check_model(model)
+    if (source := source_of(model)) is not None:
+        return check_model(source)
     return positions_of(model) if hasattr(getattr(model, "config", None), "get_text_config") else None
 
 
 def load_given(model: Any, tokenizer: Any, device: str | None) -> tuple[Any, Any, str]:
     """Model, tokenizer, and what the model is called."""
-    if model is None or isinstance(model, str | os.PathLike):
-        loaded, found = load_model(model, device)
-        return loaded, tokenizer if tokenizer is not None else found, "bundled" if model is None else str(model)
+    if (source := source_of(model, device)) is not None:
+        loaded, found = load_model(source)
+        return loaded, tokenizer if tokenizer is not None else found, source.shown
     if device is not None:
-        raise CompareError(f"device {device!r} is for a model given by its path; move a model of your own by model.to")
+        raise CompareError(f"device {device!r} is for a model given by its name; move a model of your own by model.to")
     if not hasattr(model, "config") or not callable(model):
         raise CompareError(
-            f"model must be a causal language model of transformers or the path of one, found {type(model).__name__}"
+            f"model must be a causal language model of transformers or the name of one, found {type(model).__name__}"
         )
     if tokenizer is None:
         raise CompareError(
             "a model given as an object needs its tokenizer, found none; pass tokenizer=..., "
-            "or the path of the model directory as model"
+            "or the name of the model as model"
         )
     return model, tokenizer, str(getattr(model.config, "name_or_path", "") or type(model).__name__)
 
