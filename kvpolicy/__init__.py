@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from kvpolicy.hf.attach import attach as attach
     from kvpolicy.hf.cache import CompressedCache as CompressedCache
     from kvpolicy.hf.cache import make_cache as make_cache
+    from kvpolicy.hf.source import ModelSource as ModelSource
     from kvpolicy.hookspecs import hookimpl as hookimpl
     from kvpolicy.interfaces.backend import AttentionOptions as AttentionOptions
     from kvpolicy.interfaces.backend import AttentionSpec as AttentionSpec
@@ -50,6 +51,7 @@ __all__ = [
     "Extra",
     "Given",
     "Grouping",
+    "ModelSource",
     "Part",
     "Policy",
     "Quantizer",
@@ -85,6 +87,7 @@ _HOMES = {
     "Extra": "interfaces.extra",
     "Given": "interfaces.scorer",
     "Grouping": "interfaces.extra",
+    "ModelSource": "hf.source",
     "Policy": "interfaces.policy",
     "Quantizer": "interfaces.quantizer",
     "RankPolicy": "interfaces.policy",

@@ -11,10 +11,12 @@ from typing import Annotated, Any
 
 import typer
 
+from kvpolicy.cli.model_options import takes_model
 from kvpolicy.cli.output import show_result, silence_transformers, warner
 from kvpolicy.errors import KvpolicyError
 
 
+@takes_model
 def compare(
     arms: Annotated[
         list[str],
@@ -22,9 +24,7 @@ def compare(
             metavar="ARM...", help="Recipes, NAME:key=value,...; `full` is exact. Or the YAML file of an experiment."
         ),
     ],
-    model: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="A local Hugging Face model directory; default: the bundled one.")
-    ] = None,
+    model: Any,
     task: Annotated[
         list[str] | None,
         typer.Option(
@@ -55,7 +55,6 @@ def compare(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would run, how long, and what so many samples can show.")
     ] = False,
-    device: Annotated[str | None, typer.Option(help="Such as cpu or cuda:1; default: CUDA if there is one.")] = None,
     unattached: Annotated[
         bool, typer.Option("--unattached", help="Decode the stores for the model's own attention at each step.")
     ] = False,
@@ -67,10 +66,10 @@ def compare(
     silence_transformers()
     with warnings.catch_warnings():
         warnings.showwarning = warner()
-        _check_comparison(arms, model, task, n, seed, tokens, out, device)
+        _check_comparison(arms, model, task, n, seed, tokens, out)
         given: dict[str, Any] = {
             "model": model, "tasks": task, "n": n, "seed": seed, "tokens": tokens, "metrics": metric, "batch": batch,
-            "aa": aa or None, "device": device, "attach": False if unattached else None, "errors": not no_errors,
+            "aa": aa or None, "attach": False if unattached else None, "errors": not no_errors,
         }  # fmt: skip
         source: Any = arms[0] if len(arms) == 1 else arms
         if dry_run:
@@ -151,24 +150,22 @@ def _show_files(out: str) -> None:
 
 def _check_comparison(
     arms: list[str],
-    model: Path | None,
+    model: Any,
     tasks: list[str] | None,
     n: int | None,
     seed: int | None,
     tokens: int | None,
     out: str | None,
-    device: str | None,
 ) -> None:
     """Refuse what can't be right before torch is loaded, which takes seconds."""
-    from kvpolicy.arguments import check_comparison, check_device, check_directory, check_room
+    from kvpolicy.arguments import check_comparison, check_directory, check_room
     from kvpolicy.experiment.experiment import is_experiment
     from kvpolicy.experiment.tasks import TASKS, check_name, check_size, load_task
-    from kvpolicy.hf.models import check_model
+    from kvpolicy.hf.source import check_model
     from kvpolicy.recipe.source import check_sources
 
     n, seed = 16 if n is None else n, 0 if seed is None else seed
     check_comparison(n, seed, tokens, "lines", out)
-    check_device(device)
     if out is not None:
         check_directory(Path(out))
     files = [arm for arm in arms if is_experiment(arm)]

@@ -18,7 +18,7 @@ def schema(kind: Annotated[str, typer.Argument(help="Of what: recipe or experime
     if kind not in KINDS:
         raise CompareError(f"a schema is one of {' or '.join(KINDS)}, found {quoted(kind)}{suggest(kind, KINDS)}")
     if kind == "experiment":
-        from kvpolicy.experiment.experiment import experiment_schema as made
+        from kvpolicy.experiment.schema import experiment_schema as made
     else:
         from kvpolicy.recipe.schema import recipe_schema as made
     typer.echo(json.dumps(made(), indent=2))

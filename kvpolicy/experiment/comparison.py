@@ -23,7 +23,8 @@ from kvpolicy.experiment.tasks import check_name, check_size
 from kvpolicy.experiment.work import NO_EXACT, Item, Worker, cause_of, missing, units
 from kvpolicy.hf.cache import make_cache
 from kvpolicy.hf.layer import TieredLayer
-from kvpolicy.hf.models import attached, check_model, one_thread, positions_of
+from kvpolicy.hf.models import attached, one_thread, positions_of
+from kvpolicy.hf.source import ModelSource, check_model, source_of
 from kvpolicy.recipe.load import Recipe
 from kvpolicy.statistics.rows import Row
 from kvpolicy.words import clip, quoted
@@ -73,8 +74,9 @@ def compare(
     Args:
         arms: recipes, each as `load_recipe` takes it; a mapping gives them names of its own. Or an experiment: the path
             of its YAML file, a mapping like it, or an `Experiment`; arguments below then count before what it says.
-        model: a causal language model of transformers, or the path of a local model directory; by default the
-            bundled model. Its training mode is restored.
+        model: a causal language model of transformers, whose training mode is restored; or a directory, an id of the
+            Hugging Face hub, a GGUF file, or a `ModelSource`, which also says dtype and devices; by default the
+            bundled model.
         tokenizer: the tokenizer of a model given as an object.
         task: `lines`, `arithmetic`, `code`, or the path of a JSON Lines file with `prompt` and `answer`. By default
             `lines`.
@@ -92,7 +94,7 @@ def compare(
             pictures.
         overwrite: replace what `out` holds, once the new run has its first row.
         retry: run samples again that failed in an earlier run.
-        device: where a model given by its path is loaded, such as `cpu`; by default CUDA where there is one.
+        device: where a model given by its name is loaded, such as `cpu`; by default CUDA where there is one.
         progress: show a progress bar on stderr.
         attach: let the model read the compressed stores directly, as `kvpolicy.attach` does, and detach it in the end;
             by default yes. A model that can't be attached runs unattached, with a warning; one that is attached
@@ -134,14 +136,26 @@ def declare(
         given["tasks"] = [os.fspath(task)]
     if not errors and given.get("metrics") is None:
         given["metrics"] = [name for name in METRICS if name not in ATTENTION]
-    by_path = isinstance(model, str | os.PathLike)
-    given |= {"model": os.fspath(model) if by_path else None, "seeds": None if seed is None else [seed]}
+    source = source_of(model, given.get("device"))
+    given |= {} if source is None else _words_of(source)
+    given["seeds"] = None if seed is None else [seed]
     for name, kind in (("metrics", list), ("tasks", list), ("margins", dict)):
         given[name] = None if given.get(name) is None else kind(given[name])
     experiment, recipes = load_experiment(arms, **{key: value for key, value in given.items() if value is not None})
-    loaded = None if by_path else model
+    loaded = model if source is None else None
     check_experiment(experiment, loaded)
     return experiment, recipes, loaded
+
+
+def _words_of(source: ModelSource) -> dict[str, Any]:
+    """What a source says, as keys of an experiment."""
+    said = {**vars(source), "model": source.name}
+    del said["name"]
+    return {
+        key: os.fspath(value) if isinstance(value, os.PathLike) else value
+        for key, value in said.items()
+        if value not in (None, False)
+    }
 
 
 def check_experiment(experiment: Experiment, model: Any = None) -> None:
@@ -151,7 +165,7 @@ def check_experiment(experiment: Experiment, model: Any = None) -> None:
         CompareError: a length does not fit the model.
         TaskError: a task is unknown, or too large.
     """
-    limit = limit_of(experiment.model if model is None else model)
+    limit = limit_of(experiment.source if model is None else model)
     for task in experiment.tasks:
         tokens = experiment.tokens if task.tokens is None else task.tokens
         check_name(task.task)
@@ -277,8 +291,8 @@ def _warm_up(runner: Runner, cache: Any) -> None:
 
 def limit_of(model: Any) -> int | None:
     """The positions of a model that is given as `compare` takes it, where its config says how many."""
-    if model is None or isinstance(model, str | os.PathLike):
-        return check_model(model)
+    if (source := source_of(model)) is not None:
+        return check_model(source)
     return positions_of(model) if hasattr(getattr(model, "config", None), "get_text_config") else None
 
 

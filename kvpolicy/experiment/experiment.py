@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from kvpolicy.errors import CompareError, KvpolicyError, RecipeError
+from kvpolicy.hf.source import ModelSource
 from kvpolicy.recipe.build import build
 from kvpolicy.recipe.load import Recipe, load_recipe
 from kvpolicy.recipe.source import refuse_misplaced
@@ -99,8 +100,22 @@ class Task(_Declared):
 class Experiment(_Declared):
     """Arms and tasks, and how they are run. Made by `load_experiment`."""
 
-    model: str | None = Field(default=None, description="A model directory; by default the bundled model.")
+    model: str | None = Field(
+        default=None,
+        description="A directory, an id of the Hugging Face hub, or a GGUF file; by default the bundled one.",
+    )
+    revision: str | None = Field(default=None, description="A branch, tag or commit of a model of the hub.")
+    tokenizer: str | None = Field(default=None, description="Where the tokenizer comes from; by default the model.")
+    dtype: Literal["auto", "bfloat16", "float16", "float32", "float64"] | None = Field(
+        default=None, description="Of the weights; by default their own."
+    )
     device: str | None = Field(default=None, description="Such as cpu or cuda:1; by default CUDA where there is one.")
+    device_map: str | dict[str, Any] | None = Field(
+        default=None, description="In the place of a device: auto, or which module goes where."
+    )
+    trust_remote_code: bool = Field(
+        default=False, description="Run code that comes with the model. Not in a file: given on the shell or in a call."
+    )
     arms: list[Arm] = Field(min_length=1, description="Recipes. A word is a bundled name or a file, with parameters.")
     tasks: list[Task] = Field(default=[Task(task="lines")], min_length=1, description="What the arms run on.")
     n: int = Field(default=16, ge=1, description="Samples of each task and seed, the same for every arm.")
@@ -145,6 +160,13 @@ class Experiment(_Declared):
         return task.task if len(same) == 1 or tokens is None else f"{task.task}:tokens={tokens}"
 
     @property
+    def source(self) -> ModelSource:
+        """The model, which is given by its name."""
+        return ModelSource(
+            self.model, self.dtype, self.device, self.device_map, self.trust_remote_code, self.revision, self.tokenizer
+        )
+
+    @property
     def measures(self) -> tuple[str, ...]:
         """The metrics, those left out that a batch can't tell."""
         if self.metrics is not None:
@@ -178,6 +200,8 @@ def load_experiment(source: Any, **given: Any) -> tuple[Experiment, dict[str, Re
         experiment, document = source.model_copy(update=given), None
     elif is_experiment(source):
         document = read_file(Path(source), IS)
+        if document.data.get("trust_remote_code"):
+            document.fail(("trust_remote_code",), "must be given on the shell or in a call, found it in a file")
         experiment = _validated({**document.data, **given}, document, frozenset(given))
     elif isinstance(source, Mapping) and isinstance(source.get("arms"), list | tuple):
         document = read_mapping(source)
@@ -251,7 +275,8 @@ def _problem(problem: Any) -> str:
         return str(context["error"])
     message = problem["msg"].removeprefix("Input should be ").removeprefix("Input should ")
     if kind == "literal_error":
-        return f"must be one of {context['expected']}, found {found}{suggest(str(problem.get('input')), METRICS)}"
+        allowed = str(context["expected"]).replace("'", "").replace(" or ", ", ").split(", ")
+        return f"must be one of {listed(allowed)}, found {found}{suggest(str(problem.get('input')), allowed)}"
     return f"must be {message[0].lower()}{message[1:]}, found {found}"
 
 
@@ -358,23 +383,3 @@ def is_exact(recipe: Any) -> bool:
     return all(
         tiers == "full" or all(tier.keys == "full" and tier.values == "full" for tier in tiers) for tiers in lists
     )
-
-
-def experiment_schema() -> dict[str, Any]:
-    """A JSON schema (draft 2020-12) of experiments, with recipes written in them."""
-    from kvpolicy.recipe.schema import recipe_schema
-
-    schema, recipe = Experiment.model_json_schema(), recipe_schema()
-    inline = {key: recipe[key] for key in ("type", "properties", "additionalProperties", "if", "else")}
-    definitions = {**schema.pop("$defs"), **recipe["$defs"], "recipe": inline}
-    described = definitions["Arm"]["properties"]["recipe"]
-    definitions["Arm"]["properties"]["recipe"] = {
-        **described,
-        "anyOf": [{"type": "string"}, {"$ref": "#/$defs/recipe"}],
-    }
-    words = {"type": "string", "minLength": 1}
-    whole = {"required": ["tiers"]}
-    arm = {"if": words, "else": {"if": whole, "then": {"$ref": "#/$defs/recipe"}, "else": {"$ref": "#/$defs/Arm"}}}
-    schema["properties"]["arms"]["items"] = arm
-    schema["properties"]["tasks"]["items"] = {"if": {"type": "string"}, "then": words, "else": {"$ref": "#/$defs/Task"}}
-    return {"$schema": recipe["$schema"], **schema, "title": "kvpolicy experiment", "$defs": definitions}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from kvpolicy.experiment.tasks import load_task
 from kvpolicy.experiment.work import Item
 from kvpolicy.hf.fingerprint import fingerprint_of
 from kvpolicy.hf.models import load_model
+from kvpolicy.hf.source import source_of
 from kvpolicy.recipe.load import Recipe, load_recipe
 from kvpolicy.recipe.yaml import dump_yaml
 
@@ -122,8 +122,8 @@ def prepare(
         CompareError: the model can't be loaded, or a sample does not fit it.
     """
     bundled = model is None and experiment.model is None
-    given = experiment.model if model is None else model
-    loaded, tokenizer, shown = load_given(given, tokenizer, experiment.device)
+    given, device = (experiment.source, None) if model is None else (model, experiment.device)
+    loaded, tokenizer, shown = load_given(given, tokenizer, device)
     encoded = encode([sample for _, sample in drawn], tokenizer, loaded.config)
     items = [Item(planned, found) for (planned, _), found in zip(drawn, encoded, strict=True)]
     found = fingerprint_of(loaded)
@@ -178,19 +178,19 @@ def declared_again(experiment: Experiment, recipes: dict[str, Recipe]) -> str:
 
 def load_given(model: Any, tokenizer: Any, device: str | None) -> tuple[Any, Any, str]:
     """Model, tokenizer, and what the model is called."""
-    if model is None or isinstance(model, str | os.PathLike):
-        loaded, found = load_model(model, device)
-        return loaded, tokenizer if tokenizer is not None else found, "bundled" if model is None else str(model)
+    if (source := source_of(model, device)) is not None:
+        loaded, found = load_model(source)
+        return loaded, tokenizer if tokenizer is not None else found, source.shown
     if device is not None:
-        raise CompareError(f"device {device!r} is for a model given by its path; move a model of your own by model.to")
+        raise CompareError(f"device {device!r} is for a model given by its name; move a model of your own by model.to")
     if not hasattr(model, "config") or not callable(model):
         raise CompareError(
-            f"model must be a causal language model of transformers or the path of one, found {type(model).__name__}"
+            f"model must be a causal language model of transformers or the name of one, found {type(model).__name__}"
         )
     if tokenizer is None:
         raise CompareError(
             "a model given as an object needs its tokenizer, found none; pass tokenizer=..., "
-            "or the path of the model directory as model"
+            "or the name of the model as model"
         )
     return model, tokenizer, str(getattr(model.config, "name_or_path", "") or type(model).__name__)
 

@@ -63,7 +63,7 @@ def rows(path: Path, *pairs: tuple[str, str]) -> Path:
         ({"n": 10**9}, r"samples times tokens must be at most 134,217,728, found 1000000000 times 1024"),
         ({"n": 10**30, "task": "arithmetic"}, r"at most 134,217,728"),
         ({"task": "LINES"}, r"did you mean 'lines'"),
-        ({"model": "/nowhere"}, r"found no directory '/nowhere'"),
+        ({"model": "/nowhere"}, r"found no directory or file '/nowhere'"),
         ({"out": "/dev/null/x"}, r"/dev/null is a file"),
         ({"arms": ["logquant", "window=64"]}, r"write logquant:window=64"),
     ],

@@ -14,8 +14,9 @@ from kvpolicy import compare, load_recipe
 from kvpolicy.cli.main import app
 from kvpolicy.errors import CompareError, KvpolicyError
 from kvpolicy.experiment.dry_run import fewest_flips, smallest_effect
-from kvpolicy.experiment.experiment import AGAIN, ATTENTION, METRICS, experiment_schema, is_experiment, load_experiment
+from kvpolicy.experiment.experiment import AGAIN, ATTENTION, METRICS, is_experiment, load_experiment
 from kvpolicy.experiment.run import Runner
+from kvpolicy.experiment.schema import experiment_schema
 from kvpolicy.experiment.store import read
 from kvpolicy.hf.models import load_model
 from kvpolicy.recipe.yaml import read_file
@@ -116,6 +117,8 @@ def test_the_experiment_of_a_call_is_that_of_the_page(page: Path) -> None:
         ("arms: [full]\ntasks: [lines, lines]", "tasks must have different names, found 'lines' twice"),
         ("arms: [full]\nbatch: 2\nmetrics: [l1]", "metrics of attention (l1, l2"),
         ("arms: [full]\nmodel: {}\n", "b.yaml:2: model: must be"),
+        ("arms: [full]\ndtype: bfloat\n", "b.yaml:2: dtype: must be one of auto, bfloat16, float16, float32, float64"),
+        ("arms: [full]\ntrust_remote_code: true", "b.yaml:2: trust_remote_code: must be given on the shell"),
     ],
 )
 def test_errors_say_the_line(text: str, told: str, tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def test_the_prompt_may_come_from_stdin_and_text_keeps_its_white_space(loaded: t
         (["--recipe", "nothing", "--prompt", "a"], "no recipe 'nothing'"),
         (["--recipe", "full", "--prompt", "a", "--max-new-tokens", "0"], "at least 1, found 0"),
         (["--recipe", "full", "--prompt", "a", "--max-new-tokens", "2048"], "2048, found 1 + 2048"),
-        (["--recipe", "full", "--prompt", "a", "--model", "/nowhere"], "found no directory '/nowhere'"),
+        (["--recipe", "full", "--prompt", "a", "--model", "/nowhere"], "found no directory or file '/nowhere'"),
     ],
 )
 def test_errors_are_one_line_and_status_2(
