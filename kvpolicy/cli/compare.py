@@ -81,20 +81,17 @@ def _check_comparison(
 ) -> None:
     """Refuse what can't be right before torch is loaded, which takes seconds."""
     from kvpolicy.arguments import check_comparison, check_device, check_results, check_room
-    from kvpolicy.experiment.tasks import TASKS, check_name, check_size, load_task
     from kvpolicy.hf.models import check_model
     from kvpolicy.recipe.source import check_sources
+    from kvpolicy.tasks.load import check_task
 
     check_comparison(n, seed, tokens, task, out)
     check_sources(arms)
-    check_name(task)
-    check_size(task, n, tokens)
+    check_task(task, n, tokens)
     check_device(device)
     check_room(tokens, check_model(model))
     if out is not None:
         check_results(Path(out), overwrite)
-    if task not in TASKS:
-        load_task(task, n, seed)
 
 
 def _kept(out: str | None) -> str:

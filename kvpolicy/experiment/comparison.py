@@ -16,12 +16,12 @@ from kvpolicy.arguments import RESULTS, check_comparison, check_results, check_r
 from kvpolicy.errors import CompareError, KvpolicyError
 from kvpolicy.experiment.result import EXACT, Comparison, is_exact
 from kvpolicy.experiment.run import Encoded, Run, Runner, encode, row, unlikely
-from kvpolicy.experiment.tasks import check_name, check_size, load_task
 from kvpolicy.hf.cache import make_cache
 from kvpolicy.hf.layer import TieredLayer
 from kvpolicy.hf.models import attached, check_model, load_model, one_thread, positions_of
 from kvpolicy.recipe.load import Recipe, load_recipe
 from kvpolicy.recipe.source import refuse_misplaced
+from kvpolicy.tasks.load import check_task, load_task
 from kvpolicy.words import in_words, quoted
 
 
@@ -85,9 +85,8 @@ def compare(
     check_comparison(n, seed, tokens, task, out)
     directory = None if out is None else check_results(Path(out), overwrite)
     bundled, name = model is None, os.fspath(task)
-    check_name(name)
+    check_task(name, n, tokens)
     recipes = _recipes(arms)
-    check_size(name, n, tokens)
     check_room(tokens, limit_of(model))
     samples = load_task(name, n, seed, tokens)
     model, tokenizer, shown = load_given(model, tokenizer, device)

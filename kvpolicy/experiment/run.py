@@ -17,9 +17,10 @@ from torch import Tensor
 from kvpolicy.arguments import check_prompt
 from kvpolicy.errors import CompareError
 from kvpolicy.experiment.attention_error import FIELDS, AttentionErrors, Watcher
-from kvpolicy.experiment.samples import Sample
-from kvpolicy.experiment.tasks import score
 from kvpolicy.hf.models import cache_word
+from kvpolicy.tasks.encoding import encode as tokens_of
+from kvpolicy.tasks.sample import Sample
+from kvpolicy.tasks.scorers import score
 from kvpolicy.words import quoted
 
 if TYPE_CHECKING:
@@ -70,7 +71,8 @@ def encode(samples: Sequence[Sample], tokenizer: Any, config: Any) -> list[Encod
     found = []
     for number, sample in enumerate(samples):
         check_prompt(f"sample {number}: prompt and answer", sample.prompt + sample.answer, limit)
-        prompt, answer = _tokens(sample, tokenizer)
+        parts, answer = tokens_of(sample, tokenizer)
+        prompt = [token for part in parts for token in part]
         if not prompt or not answer:
             what = "answer" if prompt else "prompt"
             raise CompareError(f"sample {number}: prompt and answer must hold a token each, found none in the {what}")
@@ -82,15 +84,6 @@ def encode(samples: Sequence[Sample], tokenizer: Any, config: Any) -> list[Encod
             )
         found.append(Encoded(sample, prompt, answer))
     return found
-
-
-def _tokens(sample: Sample, tokenizer: Any) -> tuple[list[int], list[int]]:
-    # Encoded together where that leaves the prompt as it is: tokenizers may put a space before the first word.
-    prompt = list(tokenizer(sample.prompt, verbose=False)["input_ids"])
-    both = list(tokenizer(sample.prompt + sample.answer, verbose=False)["input_ids"])
-    if both[: len(prompt)] == prompt and len(both) > len(prompt):
-        return prompt, both[len(prompt) :]
-    return prompt, list(tokenizer(sample.answer, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 class Runner:
@@ -146,7 +139,7 @@ class Runner:
             log_probs,
             generated,
             text,
-            score(item.sample.task, item.sample.answer, text),
+            score(item.sample, text),
             peak,
             memory.bytes,
             memory.exact_bytes,
