@@ -15,14 +15,29 @@ from kvpolicy.errors import TaskError
 from kvpolicy.tasks.files import JsonLines
 from kvpolicy.tasks.lines import Arithmetic, Lines
 from kvpolicy.tasks.needles import Needle, Passkey
+from kvpolicy.tasks.recall import Copying, ToolCall, Turns
 from kvpolicy.tasks.sample import Sample
 from kvpolicy.tasks.source import Code
 from kvpolicy.tasks.task import Generated, Task
+from kvpolicy.tasks.tracking import CommonWords, FrequentWords, Variables
 from kvpolicy.words import clip, listed, quoted, suggest
 
 GROUP: Final = "kvpolicy.tasks"
 """Entry points that are tasks: subclasses of `Task`."""
-BUILT_IN: Final[tuple[type[Task], ...]] = (Lines, Arithmetic, Code, Needle, Passkey, JsonLines)
+BUILT_IN: Final[tuple[type[Task], ...]] = (
+    Lines,
+    Arithmetic,
+    Code,
+    Needle,
+    Passkey,
+    Variables,
+    CommonWords,
+    FrequentWords,
+    Copying,
+    Turns,
+    ToolCall,
+    JsonLines,
+)
 _OPTIONS = re.compile(r"(?s)(.+?):((?:[A-Za-z_]\w*\s*=.*)?)")
 
 
