@@ -12,13 +12,16 @@ from typing import Any, Final
 from pydantic import ValidationError
 
 from kvpolicy.errors import TaskError
+from kvpolicy.tasks.benchmarks import Completion, Gsm8k, Ruler
 from kvpolicy.tasks.files import JsonLines
 from kvpolicy.tasks.lines import Arithmetic, Lines
+from kvpolicy.tasks.longbench import LongBench
 from kvpolicy.tasks.needles import Needle, Passkey
 from kvpolicy.tasks.recall import Copying, ToolCall, Turns
 from kvpolicy.tasks.sample import Sample
 from kvpolicy.tasks.source import Code
 from kvpolicy.tasks.task import Generated, Task
+from kvpolicy.tasks.texts import Text
 from kvpolicy.tasks.tracking import CommonWords, FrequentWords, Variables
 from kvpolicy.words import clip, listed, quoted, suggest
 
@@ -36,7 +39,12 @@ BUILT_IN: Final[tuple[type[Task], ...]] = (
     Copying,
     Turns,
     ToolCall,
+    Text,
     JsonLines,
+    Gsm8k,
+    LongBench,
+    Ruler,
+    Completion,
 )
 _OPTIONS = re.compile(r"(?s)(.+?):((?:[A-Za-z_]\w*\s*=.*)?)")
 

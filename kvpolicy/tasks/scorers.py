@@ -5,26 +5,22 @@ from __future__ import annotations
 import json
 import math
 import re
-import string
-from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable
 from decimal import Decimal, InvalidOperation
 from functools import lru_cache
 from typing import Any, Final
 
 from kvpolicy.errors import MissingDependencyError, TaskError
+from kvpolicy.tasks.longbench_metrics import longbench
+from kvpolicy.tasks.measures import common_subsequence, f1, normalized, similarity
 from kvpolicy.tasks.sample import Sample
 from kvpolicy.words import in_words, quoted, suggest
-
-__all__ = ["SCORERS", "check_scorer", "f1", "normalized", "numbers", "score", "similarity"]
 
 _STATED = re.compile(r"^(<k\d+>)[ =](?:\S*=)?(\S+)$", re.MULTILINE)
 _NUMBER = re.compile(
     r"(?<![\w.,])(?P<sign>[-+\u2212]?)\s?[$€£¥]?(?P<minus>-?)"
     r"(?P<digits>\d{1,3}(?:,\d{3})+(?![\d])|\d+)?(?P<part>\.\d+)?(?P<power>[eE][-+]?\d{1,3})?(?![A-Za-z_])"
 )
-_ARTICLES = re.compile(r"\b(a|an|the)\b")
-_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def score(sample: Sample, generated: str) -> float:
@@ -90,17 +86,6 @@ def _within(reference: str, text: str) -> bool:
     return reference.strip().lower() in re.sub(r"[\x00-\x1f]", "\n", text.strip()).strip().lower()
 
 
-def normalized(text: str) -> list[str]:
-    """Words in lower case without punctuation and articles, as SQuAD and LongBench compare them."""
-    return _ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split()
-
-
-def f1(found: Sequence[Hashable], wanted: Sequence[Hashable]) -> float:
-    """Harmonic mean of precision and recall of the parts that two sequences share, however ordered."""
-    same = sum((Counter(found) & Counter(wanted)).values())
-    return 2 * same / (len(found) + len(wanted)) if same else 0.0
-
-
 def word_f1(text: str, sample: Sample) -> float:
     """F1 of words against the best reference, without punctuation and articles (SQuAD's and LongBench's)."""
     return max(f1(normalized(text), normalized(reference)) for reference in sample.references)
@@ -156,26 +141,6 @@ def _final_number(text: str) -> Decimal | None:
 def pattern(text: str, sample: Sample) -> float:
     """1 if a reference, as a regular expression, matches somewhere in the text."""
     return float(any(re.search(reference, text) for reference in sample.references))
-
-
-def similarity(one: Sequence[Hashable], other: Sequence[Hashable]) -> float:
-    """Twice the longest common subsequence over both lengths: 1 for equal texts, 0 where nothing is shared."""
-    if not one and not other:
-        return 1.0
-    return 2 * common_subsequence(one, other) / (len(one) + len(other))
-
-
-def common_subsequence(one: Sequence[Hashable], other: Sequence[Hashable]) -> int:
-    """Length of the longest common subsequence, by the bits of integers (Hyyrö 2004)."""
-    places: dict[Hashable, int] = {}
-    for i, part in enumerate(one):
-        places[part] = places.get(part, 0) | 1 << i
-    every = (1 << len(one)) - 1
-    row = every
-    for part in other:
-        met = row & places.get(part, 0)
-        row = ((row + met) | (row - met)) & every
-    return len(one) - row.bit_count()
 
 
 def edit(text: str, sample: Sample) -> float:
@@ -257,5 +222,6 @@ SCORERS: Final[dict[str, Callable[[str, Sample], float]]] = {
     "pairs": pairs,
     "code": code,
     "call": call,
+    "longbench": longbench,
 }
 """The scorers by name."""
