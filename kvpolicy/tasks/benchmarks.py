@@ -11,15 +11,15 @@ from pydantic import Field
 from kvpolicy.errors import TaskError
 from kvpolicy.tasks.encoding import after
 from kvpolicy.tasks.execution import Program
-from kvpolicy.tasks.files import draw
+from kvpolicy.tasks.files import FromFile, draw
 from kvpolicy.tasks.rows import rows_of, text_field, text_list
 from kvpolicy.tasks.sample import Sample
-from kvpolicy.tasks.task import Chat, Task
+from kvpolicy.tasks.task import Chat
 
 _SPLIT: Final = "The split that samples are drawn from."
 
 
-class Gsm8k(Chat):
+class Gsm8k(FromFile, Chat):
     """GSM8K: grade-school mathematics with the steps written out (Cobbe et al. 2021, arXiv:2110.14168).
 
     Rows with `question` and `answer`, whose last line is `#### 42`. The prompt is `Question: ... Answer:` after solved
@@ -87,7 +87,7 @@ class Gsm8k(Chat):
         return Sample(prompt=prompt, answer=answer, new_tokens=self.new_tokens, facts=chat.facts, **fields)
 
 
-class Ruler(Chat):
+class Ruler(FromFile, Chat):
     """JSON lines that RULER's own scripts have written (Hsieh et al. 2024, arXiv:2404.06654).
 
     Rows with `input`, `outputs`, and in newer versions `answer_prefix`, by which the answer begins. The score is the
@@ -101,10 +101,6 @@ class Ruler(Chat):
         None, description="Whether all outputs are wanted or one; default: one if file or directory begin with `qa`."
     )
     template: bool = Field(False, description="Render `input` by the tokenizer's chat template where it has one.")
-
-    def check(self, n: int) -> None:
-        """Read the file."""
-        rows_of(self.path, "validation")
 
     def samples(self, n: int, seed: int, tokenizer: Any = None) -> list[Sample]:
         """`n` rows, drawn by the seed, in the order of the file."""
@@ -132,7 +128,7 @@ class Ruler(Chat):
         return found
 
 
-class Completion(Task):
+class Completion(FromFile):
     """Completion of functions from their heads, in the form of HumanEval (Chen et al. 2021, arXiv:2107.03374).
 
     Rows with `prompt`, `canonical_solution`, `test` and `entry_point`. Without `execute` no output of a model is run:

@@ -15,7 +15,7 @@ from kvpolicy.errors import TaskError
 from kvpolicy.tasks.rows import json_rows, text_field, text_list
 from kvpolicy.tasks.sample import Message, Sample
 from kvpolicy.tasks.scorers import check_scorer
-from kvpolicy.tasks.task import Chat
+from kvpolicy.tasks.task import Chat, Task
 from kvpolicy.words import clip
 
 T = TypeVar("T")
@@ -36,7 +36,17 @@ def draw(rows: list[T], n: int, seed: int, name: str) -> list[T]:
     return [rows[index] for index in sorted(chosen)]
 
 
-class JsonLines(Chat):
+class FromFile(Task):
+    """A task whose samples are rows of a file."""
+
+    def check(self, n: int) -> None:
+        """Read the file."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.samples(n, 0)
+
+
+class JsonLines(FromFile, Chat):
     """A file of JSON Lines: `prompt` or `messages`, `answer` or `answers`, and `document`.
 
     Answers may be numbers. `answers` are alternatives, of which the best counts; the first is fed through the
@@ -50,12 +60,6 @@ class JsonLines(Chat):
         "exact", description="How answers are scored; from Python also a function of the generated text and the sample."
     )
     stop: str | None = Field(None, min_length=1, description="Generated text is scored up to here.")
-
-    def check(self, n: int) -> None:
-        """Read the file."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            self.samples(n, 0)
 
     def samples(self, n: int, seed: int, tokenizer: Any = None) -> list[Sample]:
         """`n` rows, drawn by the seed, in the order of the file."""

@@ -151,7 +151,8 @@ def _problem(cls: type[Task], problem: dict[str, Any]) -> str:
     bounds = {"less_than_equal": ("at most", "le"), "greater_than_equal": ("at least", "ge")}
     if problem["type"] in bounds:
         words, bound = bounds[problem["type"]]
-        return f"{name} must be {words} {problem['ctx'][bound]:,}, found {found}"
+        limit = problem["ctx"][bound]
+        return f"{name} must be {words} {limit:{',' if isinstance(limit, int) else 'g'}}, found {found}"
     rule = str(problem["msg"]).replace("Input should be", "must be")
     return f"option {name!r} {rule[0].lower()}{rule[1:]}, found {found!r}"
 
@@ -163,8 +164,10 @@ def _split(spec: str) -> tuple[str, str]:
     match = _OPTIONS.fullmatch(spec)
     if match:
         return match[1], match[2]
-    head, _, tail = spec.partition(":")
-    return (head, tail) if head in tasks() else (spec, "")
+    for head, colon, tail in (spec.partition(":"), spec.rpartition(":")):
+        if colon and (head in tasks() or _exists(head)):
+            return head, tail
+    return spec, ""
 
 
 def _options(spec: str, text: str) -> dict[str, Any]:

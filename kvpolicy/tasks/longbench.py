@@ -56,7 +56,7 @@ class LongBench(Chat):
         check_dataset(self.dataset)
         if self.max_length is not None and tokenizer is None:
             raise TaskError(
-                "longbench: max_length counts tokens, which takes the model's tokenizer; give it (tokenizer=...)"
+                "longbench: max_length counts tokens, which takes a tokenizer, found none; give tokenizer=..."
             )
         rows = draw(json_rows(self._rows()), n, seed, str(self._rows()))
         return [self._sample(place, row, prompt, most, tokenizer) for place, row in rows]

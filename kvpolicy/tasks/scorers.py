@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Callable
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from functools import lru_cache
 from typing import Any, Final
 
@@ -18,9 +18,11 @@ from kvpolicy.words import in_words, quoted, suggest
 
 _STATED = re.compile(r"^(<k\d+>)[ =](?:\S*=)?(\S+)$", re.MULTILINE)
 _NUMBER = re.compile(
-    r"(?<![\w.,])(?P<sign>[-+\u2212]?)\s?[$€£¥]?(?P<minus>-?)"
-    r"(?P<digits>\d{1,3}(?:,\d{3})+(?![\d])|\d+)?(?P<part>\.\d+)?(?P<power>[eE][-+]?\d{1,3})?(?![A-Za-z_])"
+    r"(?:(?<![\w)\]])(?P<sign>[-+\u2212])(?=[$€£¥]?\.?\d))?(?:[$€£¥](?P<minus>-)?)?"
+    r"(?:(?P<digits>\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?P<part>\.\d+)?|(?<![\d.])(?P<only>\.\d+))"
+    r"(?P<power>[eE][-+]?\d{1,3}(?!\w))?"
 )
+"""A sign follows no word and no bracket: `5-3` are 5 and 3."""
 
 
 def score(sample: Sample, generated: str) -> float:
@@ -112,14 +114,9 @@ def numbers(text: str) -> list[Decimal]:
     """The numbers in a text, in order: `1,234.0`, `$5`, `-3`, `.5`, `1e3`; commas stand before three digits each."""
     found = []
     for match in _NUMBER.finditer(text):
-        if not (match["digits"] or match["part"]):
-            continue
         sign = "-" if match["sign"] in ("-", "\u2212") or match["minus"] else ""
-        digits = (match["digits"] or "0").replace(",", "")
-        try:
-            found.append(Decimal(f"{sign}{digits}{match['part'] or ''}{match['power'] or ''}"))
-        except InvalidOperation:  # beyond any exponent
-            continue
+        digits = (match["digits"] or "").replace(",", "") + (match["part"] or match["only"] or "")
+        found.append(Decimal(f"{sign}{digits}{match['power'] or ''}"))
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import string
 from itertools import pairwise
@@ -191,4 +192,5 @@ class FrequentWords(Fitted, Chat):
 
 def _zeta(alpha: float, terms: int = 10_000) -> float:
     """Riemann's zeta function: a sum, and the integral of what is left."""
-    return sum(k**-alpha for k in range(1, terms)) + terms ** (1 - alpha) / (alpha - 1) + 0.5 * terms**-alpha
+    rest = math.pow(terms, 1 - alpha) / (alpha - 1) + 0.5 * math.pow(terms, -alpha)
+    return sum(math.pow(k, -alpha) for k in range(1, terms)) + rest
