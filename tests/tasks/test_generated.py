@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from kvpolicy.errors import TaskError
 from kvpolicy.tasks.encoding import encode, length_of
 from kvpolicy.tasks.load import load_task, tasks
 from kvpolicy.tasks.sample import Sample
-from kvpolicy.tasks.scorers import score
+from kvpolicy.tasks.scorers import SCORERS, score
 from kvpolicy.tasks.task import Chat, Fitted, Generated
 
 FITTED = [name for name, task in tasks().items() if issubclass(task, Fitted)]
@@ -203,7 +204,10 @@ def test_the_room_loads_neither_torch_nor_transformers() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_every_task_describes_its_options() -> None:
+def test_every_task_and_scorer_is_documented() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "howto" / "tasks.md").read_text(encoding="utf-8")
+    rows = " ".join(line.split("|")[1] for line in page.splitlines() if line.startswith("| "))
+    assert {name for name in (*tasks(), *SCORERS) if f"`{name}`" not in rows} == set()
     for name, task in tasks().items():
         assert task.__doc__, name
         assert all(field.description for field in task.model_fields.values()), name
