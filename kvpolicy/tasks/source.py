@@ -6,6 +6,7 @@ import hashlib
 import random
 import sysconfig
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar, Final, Literal
 
@@ -53,7 +54,8 @@ class Code(Generated):
         """Samples whose document is their file."""
         self.check(n)
         length = int(self.tokens * CHARACTERS_PER_TOKEN)
-        files = [(name, text) for name, text in stdlib_files(self.split) if len(text) >= length]
+        known = _sources(self.split, sysconfig.get_path("stdlib"))
+        files = [(name, text) for name, text in known if len(text) >= length]
         if not files:
             raise TaskError(
                 f"code: the standard library must hold a file of at least {length} characters in "
@@ -85,6 +87,11 @@ class Code(Generated):
                 break
             length = min(max(int(length * self.tokens * 0.99 / found), 2 * ANSWER_CHARACTERS), len(text))
         return length
+
+
+@lru_cache(maxsize=1)
+def _sources(split: str, root: str) -> list[tuple[str, str]]:
+    return list(stdlib_files(split, Path(root)))
 
 
 def split_of(path: str) -> str:
