@@ -28,8 +28,8 @@ def compare(
     task: Annotated[
         list[str] | None,
         typer.Option(
-            help="lines, arithmetic, code, or a .jsonl file whose rows carry prompt and answer; may be repeated. "
-            "Default: lines."
+            help="A task, maybe with options (needle:depth=0.5), or a .jsonl file whose rows carry prompt and answer; "
+            "may be repeated. Default: lines."
         ),
     ] = None,
     n: Annotated[
@@ -160,9 +160,9 @@ def _check_comparison(
     """Refuse what can't be right before torch is loaded, which takes seconds."""
     from kvpolicy.arguments import check_comparison, check_directory, check_room
     from kvpolicy.experiment.experiment import is_experiment
-    from kvpolicy.experiment.tasks import TASKS, check_name, check_size, load_task
     from kvpolicy.hf.source import check_model
     from kvpolicy.recipe.source import check_sources
+    from kvpolicy.tasks.load import check_task
 
     n, seed = 16 if n is None else n, 0 if seed is None else seed
     check_comparison(n, seed, tokens, "lines", out)
@@ -181,8 +181,5 @@ def _check_comparison(
     check_sources(arms)
     limit = check_model(model)
     for task in tasks or ["lines"]:
-        check_name(task)
-        check_size(task, n, tokens)
+        check_task(task, n, tokens)
         check_room(tokens, limit)
-        if task not in TASKS:
-            load_task(task, n, seed)

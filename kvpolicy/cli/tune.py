@@ -72,8 +72,8 @@ def tune(
 def _check(space: str, options: dict[str, Any]) -> Any:
     """Refuse what can't be right before a model is loaded, which takes seconds. The space, checked."""
     from kvpolicy.arguments import check_directory, check_optuna, check_room, check_search
-    from kvpolicy.experiment.texts import text_files
     from kvpolicy.hf.source import check_model
+    from kvpolicy.tasks.texts import text_files
 
     check_search(options)
     check_optuna()

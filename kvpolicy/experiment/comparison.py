@@ -12,14 +12,14 @@ from typing import Any
 
 from kvpolicy.arguments import check_comparison, check_directory, check_room
 from kvpolicy.errors import CompareError, KvpolicyError
-from kvpolicy.experiment.experiment import ATTENTION, EXACT, METRICS, Experiment, load_experiment
+from kvpolicy.experiment.experiment import Experiment, load_experiment
 from kvpolicy.experiment.lock import locked
+from kvpolicy.experiment.names import ATTENTION, EXACT, METRICS
 from kvpolicy.experiment.outputs import write_results
-from kvpolicy.experiment.prepared import Prepared, draw, early_identity, prepare
+from kvpolicy.experiment.prepared import Prepared, early_identity, prepare
 from kvpolicy.experiment.result import Comparison
 from kvpolicy.experiment.run import Runner
 from kvpolicy.experiment.store import Store, check_same, open_store
-from kvpolicy.experiment.tasks import check_name, check_size
 from kvpolicy.experiment.work import NO_EXACT, Item, Worker, cause_of, missing, units
 from kvpolicy.hf.cache import make_cache
 from kvpolicy.hf.layer import TieredLayer
@@ -27,6 +27,8 @@ from kvpolicy.hf.models import attached, one_thread, positions_of
 from kvpolicy.hf.source import ModelSource, check_model, source_of
 from kvpolicy.recipe.load import Recipe
 from kvpolicy.statistics.rows import Row
+from kvpolicy.tasks.files import FromFile
+from kvpolicy.tasks.load import check_task
 from kvpolicy.words import clip, quoted
 
 
@@ -35,8 +37,8 @@ def compare(
     *,
     model: Any = None,
     tokenizer: Any = None,
-    task: str | os.PathLike[str] | None = None,
-    tasks: Iterable[str | Mapping[str, Any]] | None = None,
+    task: Any = None,
+    tasks: Iterable[Any] | None = None,
     n: int | None = None,
     seed: int | None = None,
     tokens: int | None = None,
@@ -78,8 +80,8 @@ def compare(
             Hugging Face hub, a GGUF file, or a `ModelSource`, which also says dtype and devices; by default the
             bundled model.
         tokenizer: the tokenizer of a model given as an object.
-        task: `lines`, `arithmetic`, `code`, or the path of a JSON Lines file with `prompt` and `answer`. By default
-            `lines`.
+        task: the name of a task, maybe with options (`"needle:depth=0.5"`), the path of a JSON Lines file, or a `Task`.
+            By default `lines`.
         tasks: several of these, each a name or a mapping with `task`, `n`, `tokens`, `seeds` and `name`.
         n: samples of each task, by default 16; fewer if a file has fewer rows.
         seed: seed of the samples, by default 0.
@@ -117,8 +119,7 @@ def compare(
         "margins": margins, "baseline": baseline, "aa": aa, "batch": batch, "device": device, "attach": attach,
         "errors": errors,
     }  # fmt: skip
-    n, seed, task = 16 if n is None else n, 0 if seed is None else seed, "lines" if task is None else task
-    check_comparison(n, seed, tokens, task, out)
+    check_comparison(16 if n is None else n, 0 if seed is None else seed, tokens, "lines", out)
     experiment, recipes, loaded = declare(arms, **given)
     return run_experiment(
         experiment, recipes, model=loaded, tokenizer=tokenizer, out=None if out is None else Path(out),
@@ -133,7 +134,7 @@ def declare(
     if task is not None and given.get("tasks") is not None:
         raise CompareError("task and tasks say the same, found both; give one of them")
     if task is not None:
-        given["tasks"] = [os.fspath(task)]
+        given["tasks"] = [os.fspath(task) if isinstance(task, os.PathLike) else task]
     if not errors and given.get("metrics") is None:
         given["metrics"] = [name for name in METRICS if name not in ATTENTION]
     source = source_of(model, given.get("device"))
@@ -167,9 +168,10 @@ def check_experiment(experiment: Experiment, model: Any = None) -> None:
     """
     limit = limit_of(experiment.source if model is None else model)
     for task in experiment.tasks:
-        tokens = experiment.tokens if task.tokens is None else task.tokens
-        check_name(task.task)
-        check_size(task.task, (task.n or experiment.n) * len(task.seeds or experiment.seeds), tokens)
+        n, tokens = experiment.size(task)
+        found = check_task(task.task, n, tokens)
+        if isinstance(found, FromFile):
+            found.samples(n, (task.seeds or experiment.seeds)[0])  # says that the file has fewer rows
         check_room(tokens, limit)
 
 
@@ -193,11 +195,15 @@ def run_experiment(
         if out is not None:
             check_directory(out)
             stack.enter_context(locked(out, "a comparison"))
-        drawn = draw(experiment)
         if out is not None and not overwrite:
-            check_same(out, early_identity(experiment, recipes, drawn))
-        ready = prepare(experiment, recipes, drawn, model, tokenizer, command)
+            check_same(out, early_identity(experiment, recipes))
+        ready = prepare(experiment, recipes, model, tokenizer, command)
         reads = stack.enter_context(attached(ready.model, experiment.attach))
+        if experiment.batch > 1 and not reads:
+            raise CompareError(
+                f"batch must be 1 where the model is not attached, found {experiment.batch}: only an attached model tells "
+                "caches which tokens are padding; attach it, or run samples one by one (--batch 1)"
+            )
         caches = {name: _cache(name, recipe, ready.model, reads) for name, recipe in ready.all_arms().items()}
         store = stack.enter_context(open_store(out, ready.contents(reads), overwrite))
         stack.enter_context(one_thread(ready.bundled))

@@ -14,8 +14,8 @@ from rich.table import Table
 
 from kvpolicy.errors import CompareError
 from kvpolicy.experiment.comparison import declare, fitting_cache
-from kvpolicy.experiment.experiment import AGAIN, ATTENTION, EXACT
-from kvpolicy.experiment.prepared import Prepared, draw, prepare
+from kvpolicy.experiment.names import AGAIN, ATTENTION, EXACT
+from kvpolicy.experiment.prepared import Prepared, prepare
 from kvpolicy.experiment.printed import Printed
 from kvpolicy.experiment.run import Runner
 from kvpolicy.experiment.work import cause_of
@@ -82,7 +82,7 @@ def dry_run(arms: Any, **given: Any) -> DryRun:
         TaskError: a task is unknown, or its file is not valid.
     """
     experiment, recipes, loaded = declare(arms, **given)
-    ready = prepare(experiment, recipes, draw(experiment), loaded)
+    ready = prepare(experiment, recipes, loaded)
     tasks: dict[str, tuple[int, float]] = {}
     for task in dict.fromkeys(item.planned.task for item in ready.items):
         sizes = [_size(item.encoded) for item in ready.items if item.planned.task == task]

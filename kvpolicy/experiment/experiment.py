@@ -21,23 +21,16 @@ from pydantic import (
 )
 
 from kvpolicy.errors import CompareError, KvpolicyError, RecipeError
+from kvpolicy.experiment.names import AGAIN, ATTENTION, EXACT, METRICS
 from kvpolicy.hf.source import ModelSource
 from kvpolicy.recipe.build import build
 from kvpolicy.recipe.load import Recipe, load_recipe
 from kvpolicy.recipe.source import refuse_misplaced
 from kvpolicy.recipe.yaml import Document, Path_, read_file, read_mapping
+from kvpolicy.tasks.task import Task as TaskKind
 from kvpolicy.words import in_words, listed, quoted, suggest
 
 IS = "an experiment is a mapping with keys such as arms and tasks"
-EXACT = "exact"
-"""The arm that every other is compared with, unless another `baseline` is named: the exact cache."""
-AGAIN = "exact again"
-"""The A/A arm: the exact cache, run a second time in a batch of two."""
-QUALITY = ("score", "nll", "kl", "top1")
-COST = ("bits", "peak_bytes", "final_bytes", "exact_bytes", "prefill_seconds", "step_seconds")
-ATTENTION = ("l1", "l2", "exact_mass", "quantized_mass", "dropped_mass")
-METRICS = (*QUALITY, *COST, *ATTENTION)
-"""What a row may hold, and `Comparison.mean` and `Comparison.difference` know."""
 MOST_ARMS = 1000
 """Arms that grids may expand to."""
 
@@ -86,7 +79,9 @@ class Arm(_Declared):
 class Task(_Declared):
     """Samples."""
 
-    task: str = Field(min_length=1, description="The name of a task, or a .jsonl file.")
+    task: Any = Field(
+        description="The name of a task, maybe with options, or a .jsonl file.", json_schema_extra={"type": "string"}
+    )
     n: int | None = Field(default=None, ge=1, description="Samples of each seed; by default the experiment's n.")
     tokens: int | None = Field(default=None, description="Approximate length of a generated sample.")
     seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = Field(
@@ -139,8 +134,16 @@ class Experiment(_Declared):
         if not isinstance(value, list):
             return value
         if info.field_name == "tasks":
-            return [{"task": x} if isinstance(x, str) else x for x in value]
+            return [{"task": x} if isinstance(x, str | TaskKind) else x for x in value]
         return [{"recipe": x} if isinstance(x, str) or (isinstance(x, dict) and "tiers" in x) else x for x in value]
+
+    @field_validator("tasks")
+    @classmethod
+    def _known(cls, value: list[Task]) -> list[Task]:
+        wrong = next((x.task for x in value if not isinstance(x.task, str | TaskKind) or not x.task), None)
+        if wrong is not None:
+            raise ValueError(f"a task must be a name or the path of a .jsonl file, found {in_words(wrong)}")
+        return value
 
     @model_validator(mode="after")
     def _check(self) -> Experiment:
@@ -151,13 +154,18 @@ class Experiment(_Declared):
             raise ValueError(f"metrics of attention ({', '.join(ATTENTION)}) need batch 1, found {self.batch}")
         return self
 
+    def size(self, task: Task) -> tuple[int, int | None]:
+        """Samples of each seed, and the length asked for."""
+        return task.n or self.n, self.tokens if task.tokens is None else task.tokens
+
     def label(self, task: Task) -> str:
         """What the results of a task are called; tasks of one name are told apart by their lengths."""
         if task.name is not None:
             return task.name
+        own = task.task if isinstance(task.task, str) else str(task.task.name)
         same = [other for other in self.tasks if other.task == task.task and other.name is None]
-        tokens = task.tokens if task.tokens is not None else self.tokens
-        return task.task if len(same) == 1 or tokens is None else f"{task.task}:tokens={tokens}"
+        tokens = self.size(task)[1]
+        return own if len(same) == 1 or tokens is None else f"{own}:tokens={tokens}"
 
     @property
     def source(self) -> ModelSource:
@@ -284,7 +292,7 @@ def _from_home(experiment: Experiment, home: Path, given: frozenset[str]) -> Exp
     """Paths of a file are relative to it: those of task files and of the model."""
     tasks = [
         task.model_copy(update={"task": str(home / task.task), "name": experiment.label(task)})
-        if task.task.endswith((".jsonl", ".json")) and "tasks" not in given
+        if _is_file(task.task) and "tasks" not in given
         else task
         for task in experiment.tasks
     ]
@@ -292,6 +300,11 @@ def _from_home(experiment: Experiment, home: Path, given: frozenset[str]) -> Exp
     if model is not None and "model" not in given and (home / model).is_dir():
         model = str(home / model)
     return experiment.model_copy(update={"tasks": tasks, "model": model})
+
+
+def _is_file(task: Any) -> bool:
+    name = task.partition(":")[0] if isinstance(task, str) else ""
+    return name.endswith((".jsonl", ".json", ".ndjson")) and not Path(name).is_absolute()
 
 
 def _recipes(experiment: Experiment, document: Document | None) -> dict[str, Recipe]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -11,17 +13,18 @@ from pathlib import Path
 from typing import Any
 
 from kvpolicy.errors import CompareError
-from kvpolicy.experiment.experiment import AGAIN, ATTENTION, EXACT, Experiment
+from kvpolicy.experiment.experiment import Experiment
+from kvpolicy.experiment.names import AGAIN, ATTENTION, EXACT
 from kvpolicy.experiment.run import encode
-from kvpolicy.experiment.samples import Sample
 from kvpolicy.experiment.store import Contents, Planned
-from kvpolicy.experiment.tasks import load_task
 from kvpolicy.experiment.work import Item
 from kvpolicy.hf.fingerprint import fingerprint_of
 from kvpolicy.hf.models import load_model
 from kvpolicy.hf.source import source_of
 from kvpolicy.recipe.load import Recipe, load_recipe
-from kvpolicy.recipe.yaml import dump_yaml
+from kvpolicy.recipe.yaml import dump_yaml, read_text
+from kvpolicy.tasks.load import load_task
+from kvpolicy.tasks.sample import Sample
 
 Drawn = list[tuple[Planned, Sample]]
 
@@ -65,44 +68,45 @@ class Prepared:
         return Contents({**self.identity, "attached": attached}, settings, arms, samples, e.baseline)
 
 
-def draw(experiment: Experiment) -> Drawn:
+def draw(experiment: Experiment, tokenizer: Any) -> Drawn:
     """The samples of all tasks. Of a file a row is used once, however many seeds draw it.
 
     Raises:
-        TaskError: a task is unknown, or its file is not valid.
+        TaskError: an option of a task does not fit, or its file can't be used.
     """
     drawn: Drawn = []
     for task in experiment.tasks:
         seeds, label = task.seeds or experiment.seeds, experiment.label(task)
-        tokens = task.tokens if task.tokens is not None else experiment.tokens
         known: set[tuple[str, str]] = set()
         for seed in seeds:
-            for place, sample in enumerate(load_task(task.task, task.n or experiment.n, seed, tokens)):
+            n, tokens = experiment.size(task)
+            with warnings.catch_warnings():  # that a file has fewer rows was said when it was checked
+                warnings.filterwarnings("ignore", message=".*fewer than the")
+                samples = load_task(task.task, n, seed, tokens, tokenizer)
+            for place, sample in enumerate(samples):
                 if (sample.prompt, sample.answer) in known and len(seeds) > 1:
                     continue
                 known.add((sample.prompt, sample.answer))
                 name = f"{place}" if len(seeds) == 1 else f"{seed}.{place}"
-                drawn.append((Planned(label, name, sample.prompt, sample.answer), sample))
+                facts = json.loads(json.dumps(dict(sample.facts), default=str))
+                drawn.append((Planned(label, name, sample.prompt, sample.answer, sample.document, facts), sample))
     return drawn
 
 
-def early_identity(experiment: Experiment, recipes: dict[str, Recipe], drawn: Drawn) -> dict[str, Any]:
+def early_identity(experiment: Experiment, recipes: dict[str, Recipe]) -> dict[str, Any]:
     """What numbers depend on as far as it is known without the model."""
     tasks = {}
     for task in experiment.tasks:
-        label = experiment.label(task)
-        texts = [(planned.prompt, planned.answer) for planned, _ in drawn if planned.task == label]
+        n, tokens = experiment.size(task)
         seeds = ", ".join(map(str, task.seeds or experiment.seeds))
-        tasks[label] = {"samples": len(texts), "seeds": seeds, "texts": _digest(repr(texts))}
+        tasks[experiment.label(task)] = {"of": shown_task(task.task), "n": n, "tokens": tokens, "seeds": seeds}
     arms = {name: {"recipe": recipe.to_yaml(resolved=True), **_calibration(recipe)} for name, recipe in recipes.items()}
-    order = ", ".join(arms)
-    measured = ", ".join(experiment.measures)
     return {
-        "arms": order,
+        "arms": ", ".join(arms),
         "tasks": ", ".join(tasks),
         "arm": arms,
         "task": tasks,
-        "metrics": measured,
+        "metrics": ", ".join(experiment.measures),
         "batch": experiment.batch,
         "A/A arm": experiment.aa,
     }
@@ -111,7 +115,6 @@ def early_identity(experiment: Experiment, recipes: dict[str, Recipe], drawn: Dr
 def prepare(
     experiment: Experiment,
     recipes: dict[str, Recipe],
-    drawn: Drawn,
     model: Any = None,
     tokenizer: Any = None,
     command: str | None = None,
@@ -124,6 +127,7 @@ def prepare(
     bundled = model is None and experiment.model is None
     given, device = (experiment.source, None) if model is None else (model, experiment.device)
     loaded, tokenizer, shown = load_given(given, tokenizer, device)
+    drawn = draw(experiment, tokenizer)
     encoded = encode([sample for _, sample in drawn], tokenizer, loaded.config)
     items = [Item(planned, found) for (planned, _), found in zip(drawn, encoded, strict=True)]
     found = fingerprint_of(loaded)
@@ -133,18 +137,25 @@ def prepare(
         "weights": _digest(repr(sorted((found.weights or {}).items()))),
         "tokenizer": _tokenizer(tokenizer),
     }
-    identity = early_identity(experiment, recipes, drawn)
+    identity, texts = early_identity(experiment, recipes), _texts(drawn)
     facts = {
         **model_facts,
         **_described(experiment, items),
-        "digests": {**digests, "tasks": {task: said["texts"] for task, said in identity["task"].items()}},
-        "template": None,
-        "truncation": None,
+        "digests": {**digests, "tasks": texts},
+        "template": _template(tokenizer) if any(planned.facts.get("template") for planned, _ in drawn) else None,
+        "truncation": _truncation(drawn),
         "command": command,
     }
     same = {"dtype": facts["dtype"], "device": loaded.device.type, "versions": facts["versions"]}
     return Prepared(
-        experiment, recipes, loaded, tokenizer, items, bundled, facts, {**identity, **same, "model": digests}
+        experiment,
+        recipes,
+        loaded,
+        tokenizer,
+        items,
+        bundled,
+        facts,
+        {**identity, **same, "model": digests, "texts": texts},
     )
 
 
@@ -153,10 +164,9 @@ def _described(experiment: Experiment, items: Sequence[Item]) -> dict[str, Any]:
     tasks: list[dict[str, Any]] = []
     for task in experiment.tasks:
         label = experiment.label(task)
-        tokens = task.tokens if task.tokens is not None else experiment.tokens
-        n = sum(item.planned.task == label for item in items)
+        n, tokens = sum(item.planned.task == label for item in items), experiment.size(task)[1]
         seeds = list(task.seeds or experiment.seeds)
-        tasks.append({"name": label, "task": task.task, "n": n, "tokens": tokens, "seeds": seeds})
+        tasks.append({"name": label, "task": shown_task(task.task), "n": n, "tokens": tokens, "seeds": seeds})
     first = tasks[0]
     return {
         "task": ", ".join(str(task["name"]) for task in tasks),
@@ -169,11 +179,42 @@ def _described(experiment: Experiment, items: Sequence[Item]) -> dict[str, Any]:
 
 def declared_again(experiment: Experiment, recipes: dict[str, Recipe]) -> str:
     """The experiment as YAML that stands for itself: every recipe written out."""
-    data = experiment.model_dump(mode="json", exclude={"arms"}, exclude_defaults=True)
-    from kvpolicy.recipe.yaml import read_text
-
+    data = experiment.model_dump(mode="json", exclude={"arms", "tasks", "trust_remote_code"}, exclude_defaults=True)
+    data["tasks"] = [
+        {"task": shown_task(task.task), **task.model_dump(mode="json", exclude={"task"}, exclude_defaults=True)}
+        for task in experiment.tasks
+    ]
     arms = [{"name": name, "recipe": read_text(r.to_yaml(resolved=True), name).data} for name, r in recipes.items()]
     return dump_yaml({**data, "arms": arms})
+
+
+def shown_task(task: Any) -> str:
+    """A task in the words that stand for it; of an object from Python, its name and options."""
+    if isinstance(task, str):
+        return task
+    given = ",".join(f"{key}={value}" for key, value in task.model_dump(exclude_unset=True).items())
+    return f"{task.name}:{given}" if given else str(task.name)
+
+
+def _texts(drawn: Drawn) -> dict[str, str]:
+    """A digest of each task's samples."""
+    found: dict[str, list[Any]] = {}
+    for planned, sample in drawn:
+        found.setdefault(planned.task, []).append((planned.prompt, planned.answer, sample.turns, sample.answers))
+    return {task: _digest(repr(texts)) for task, texts in found.items()}
+
+
+def _template(tokenizer: Any) -> str:
+    return f"the tokenizer's, {_digest(str(getattr(tokenizer, 'chat_template', None)))}"
+
+
+def _truncation(drawn: Drawn) -> str | None:
+    """How many samples of each task were cut, where a task says so."""
+    cut: dict[str, int] = {}
+    for planned, _ in drawn:
+        if planned.facts.get("truncated"):
+            cut[planned.task] = cut.get(planned.task, 0) + 1
+    return ", ".join(f"{task}: {n} samples cut" for task, n in cut.items()) or None
 
 
 def load_given(model: Any, tokenizer: Any, device: str | None) -> tuple[Any, Any, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from kvpolicy.experiment.experiment import ATTENTION, EXACT
+from kvpolicy.experiment.names import ATTENTION, EXACT
 from kvpolicy.statistics.rows import Evidence, Row
 
 FACTS = ("prompt_tokens", "answer_tokens", "nll_steps", "kl_steps", "first_divergence", "decode_steps")

@@ -15,7 +15,8 @@ from rich.text import Text
 
 from kvpolicy.errors import CompareError
 from kvpolicy.experiment.attention_distance import Distances
-from kvpolicy.experiment.experiment import AGAIN, EXACT, METRICS, is_exact
+from kvpolicy.experiment.experiment import is_exact
+from kvpolicy.experiment.names import AGAIN, EXACT, METRICS
 from kvpolicy.experiment.printed import Printed
 from kvpolicy.experiment.records import number, records
 from kvpolicy.recipe.load import load_recipe

@@ -6,9 +6,9 @@ import copy
 import inspect
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,12 +19,14 @@ from kvpolicy.errors import CompareError
 from kvpolicy.experiment.attention_error import AttentionErrors, Watcher
 from kvpolicy.experiment.experiment import is_exact
 from kvpolicy.experiment.prefill import Prompt, can_share
-from kvpolicy.experiment.samples import Sample
 from kvpolicy.experiment.store import Planned
-from kvpolicy.experiment.tasks import score
 from kvpolicy.hf.models import cache_word
 from kvpolicy.hf.passes import is_attached
+from kvpolicy.layer.report import PARTS, Memory
 from kvpolicy.statistics.rows import Row
+from kvpolicy.tasks.encoding import encode as tokens_of
+from kvpolicy.tasks.sample import Sample
+from kvpolicy.tasks.scorers import score
 from kvpolicy.words import quoted
 
 if TYPE_CHECKING:
@@ -41,6 +43,19 @@ class Encoded:
     sample: Sample
     prompt: list[int]
     answer: list[int]
+    turns: tuple[int, ...] = ()
+    """Lengths of the parts of the prompt that are read one after another; empty: all at once."""
+
+    @property
+    def parts(self) -> list[list[int]]:
+        """The prompt as it is read."""
+        ends = [sum(self.turns[: i + 1]) for i in range(len(self.turns))] or [len(self.prompt)]
+        return [self.prompt[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+
+    @property
+    def most(self) -> int:
+        """Tokens of greedy decoding."""
+        return self.sample.new_tokens or len(self.answer)
 
 
 @dataclass(frozen=True)
@@ -63,6 +78,8 @@ class Run:
     """Whether the prompt was computed in the run of another cache."""
     attention: AttentionErrors | None = None
     """Of the teacher-forced steps; None where it was not watched."""
+    memory: Mapping[str, int] = field(default_factory=dict)
+    """The final bytes by part."""
 
 
 def encode(samples: Sequence[Sample], tokenizer: Any, config: Any) -> list[Encoded]:
@@ -77,27 +94,19 @@ def encode(samples: Sequence[Sample], tokenizer: Any, config: Any) -> list[Encod
     found = []
     for number, sample in enumerate(samples):
         check_prompt(f"sample {number}: prompt and answer", sample.prompt + sample.answer, limit)
-        prompt, answer = _tokens(sample, tokenizer)
+        parts, answer = tokens_of(sample, tokenizer)
+        prompt = [token for part in parts for token in part]
         if not prompt or not answer:
             what = "answer" if prompt else "prompt"
             raise CompareError(f"sample {number}: prompt and answer must hold a token each, found none in the {what}")
-        length = len(prompt) + len(answer)
+        length = len(prompt) + max(len(answer), sample.new_tokens or 0)
         if limit is not None and length > limit:
             raise CompareError(
                 f"sample {number}: prompt and answer must fit the model's max_position_embeddings, {limit}, "
                 f"found {len(prompt)} + {len(answer)} tokens; ask for shorter samples (--tokens) or another task"
             )
-        found.append(Encoded(sample, prompt, answer))
+        found.append(Encoded(sample, prompt, answer, tuple(map(len, parts)) if len(parts) > 1 else ()))
     return found
-
-
-def _tokens(sample: Sample, tokenizer: Any) -> tuple[list[int], list[int]]:
-    # Encoded together where that leaves the prompt as it is: tokenizers may put a space before the first word.
-    prompt = list(tokenizer(sample.prompt, verbose=False)["input_ids"])
-    both = list(tokenizer(sample.prompt + sample.answer, verbose=False)["input_ids"])
-    if both[: len(prompt)] == prompt and len(both) > len(prompt):
-        return prompt, both[len(prompt) :]
-    return prompt, list(tokenizer(sample.answer, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 class Runner:
@@ -147,7 +156,8 @@ class Runner:
         watcher = Watcher(cache) if self.errors else None
         logits, prefill, shared = self._prefill(cache, item, watcher)
         peak = cache.memory().bytes
-        rows, times, fresh = [logits], [], copy.deepcopy(cache) if self.generate else None
+        generates = self.generate and item.sample.generate
+        rows, times, fresh = [logits], [], copy.deepcopy(cache) if generates else None
         for token in item.answer[:-1]:
             logits, seconds = self._step([token], cache, watcher, measure=True)
             rows.append(logits)
@@ -163,7 +173,7 @@ class Runner:
             log_probs,
             generated,
             text,
-            None if text is None else score(item.sample.task, item.sample.answer, text),
+            None if text is None else score(item.sample, text),
             peak,
             memory.bytes,
             memory.exact_bytes,
@@ -172,6 +182,7 @@ class Runner:
             sum(times),
             shared,
             None if watcher is None else watcher.result(),
+            by_part(memory),
         )
 
     def forget(self) -> None:
@@ -187,17 +198,22 @@ class Runner:
         return time.perf_counter() - start
 
     def _prefill(self, cache: CompressedCache, item: Encoded, watcher: Watcher | None) -> tuple[Tensor, float, bool]:
-        """Logits after the prompt, seconds, and whether another cache's run computed the prompt."""
+        """Logits after the prompt, seconds, and whether another cache's run computed the prompt, or its first part."""
+        first, *more = item.parts
         known = self.prompt[1] if self.prompt is not None and self.prompt[0] is item else None
-        if known is not None and can_share(cache):
-            seconds = self.fill(cache, known)
+        shared = known is not None and can_share(cache)
+        if known is not None and shared:
+            logits, seconds = known.logits, known.seconds + self.fill(cache, known)
             if watcher is not None and known.seen is not None:
                 watcher.adopt(known.seen)
-            return known.logits, known.seconds + seconds, True
-        logits, seconds = self._step(item.prompt, cache, watcher)
-        if self.share and known is None and is_exact(cache.recipe):
-            self.prompt = item, Prompt.of(cache, logits, seconds, None if watcher is None else watcher.seen())
-        return logits, seconds, False
+        else:
+            logits, seconds = self._step(first, cache, watcher)
+            if self.share and known is None and is_exact(cache.recipe):
+                self.prompt = item, Prompt.of(cache, logits, seconds, None if watcher is None else watcher.seen())
+        for part in more:
+            logits, spent = self._step(part, cache, watcher)
+            seconds += spent
+        return logits, seconds, shared
 
     def predictions(self, cache: CompressedCache, prompt: list[int], answer: list[int]) -> Tensor:
         """Log-probabilities `[answer tokens, vocabulary]`: prefill at once, then the answer token by token."""
@@ -226,10 +242,10 @@ class Runner:
 
     def _greedy(self, best: list[int], item: Encoded, cache: CompressedCache) -> list[int]:
         """Tokens of greedy decoding. While they are the answer's, the teacher-forced steps were the same steps."""
-        if best[:-1] == item.answer[:-1]:
-            return self.until_end(best)
+        if best[:-1] == item.answer[:-1] and (item.most <= len(best) or best[-1] in self.ends):
+            return self.until_end(best[: item.most])
         tokens = [best[0]]
-        while len(tokens) < len(item.answer) and tokens[-1] not in self.ends:
+        while len(tokens) < item.most and tokens[-1] not in self.ends:
             tokens.append(int(self._step(tokens[-1:], cache)[0].argmax()))
         return tokens
 
@@ -329,6 +345,7 @@ def row(planned: Planned, arm: str, item: Encoded, run: Run, exact: Run) -> Row:
         "kl_steps": kl[1:],
         "first_divergence": _diverges(exact.generated, run.generated),
         "shared_prefill": run.shared,
+        "memory": dict(run.memory),
         **({} if run.attention is None else {f"{field}_layers": x for field, x in run.attention.layers.items()}),
     }
     shown = {name: value for name, value in metrics.items() if value is not None}
@@ -356,6 +373,11 @@ def _diverges(one: list[int] | None, other: list[int] | None) -> int | None:
         if a != b:
             return i
     return None if len(one) == len(other) else min(len(one), len(other))
+
+
+def by_part(memory: Memory) -> dict[str, int]:
+    """Bytes of the parts of a cache that are there."""
+    return {part: bytes_ for part in PARTS if (bytes_ := memory.total(part))}
 
 
 def _mean(values: list[float]) -> float | None:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from kvpolicy.experiment.experiment import is_exact
 from kvpolicy.experiment.prefill import Prompt, can_share
-from kvpolicy.experiment.run import Encoded, Run, Runner, log_probs_of
-from kvpolicy.experiment.tasks import score
+from kvpolicy.experiment.run import Encoded, Run, Runner, by_part, log_probs_of
+from kvpolicy.tasks.scorers import score
 
 if TYPE_CHECKING:
     from kvpolicy.hf.cache import CompressedCache
@@ -39,7 +39,8 @@ class Together:
         """One run for each sample."""
         feed = _Feed(self, [item.prompt for item in items])
         logits, prefill, shared = self._prefill(cache, items, feed)
-        fresh = (copy.deepcopy(cache), feed.copy()) if self.runner.generate else None
+        generates = self.runner.generate and any(item.sample.generate for item in items)
+        fresh = (copy.deepcopy(cache), feed.copy()) if generates else None
         memory = cache.memory()
         peak, steps, times = memory.bytes, [logits], []
         for k in range(max(len(item.answer) for item in items) - 1):
@@ -54,14 +55,14 @@ class Together:
         share = _Shares(memory, feed.real, feed.mask.shape[1])
         runs = []
         for i, item in enumerate(items):
-            generated = None if texts is None else texts[i]
+            generated = None if texts is None or not item.sample.generate else texts[i]
             text = None if generated is None else self.runner.decode(item.prompt, generated)
             runs.append(
                 Run(
                     found[i],
                     generated,
                     text,
-                    None if text is None else score(item.sample.task, item.sample.answer, text),
+                    None if text is None else score(item.sample, text),
                     round(peak * share.of[i]),
                     round(memory.bytes * share.of[i]),
                     round(share.exact * share.of[i]),
@@ -69,6 +70,7 @@ class Together:
                     prefill / len(items),
                     sum(times[: len(item.answer) - 1]) / len(items),
                     shared,
+                    memory={part: round(n * share.of[i]) for part, n in by_part(memory).items()},
                 )
             )
         return runs
@@ -88,12 +90,13 @@ class Together:
     ) -> list[list[int]]:
         """Tokens of greedy decoding, each row until it ends or has as many as its answer."""
         best = [x.argmax(-1).tolist() for x in found]
-        if all(tokens[:-1] == item.answer[:-1] for tokens, item in zip(best, items, strict=True)):
-            return [self.runner.until_end(tokens) for tokens in best]
+        ends, pairs = self.runner.ends, list(zip(best, items, strict=True))
+        if all(x[:-1] == item.answer[:-1] and (item.most <= len(x) or x[-1] in ends) for x, item in pairs):
+            return [self.runner.until_end(tokens[: item.most]) for tokens, item in pairs]
         texts = [tokens[:1] for tokens in best]
 
         def goes_on(i: int) -> bool:
-            return len(texts[i]) < len(items[i].answer) and texts[i][-1] not in self.runner.ends
+            return len(texts[i]) < items[i].most and texts[i][-1] not in ends
 
         while any(map(goes_on, range(len(items)))):
             logits, _ = feed.step([texts[i][-1] if goes_on(i) else None for i in range(len(items))], cache)

@@ -19,7 +19,6 @@ from kvpolicy.experiment.result import estimate
 from kvpolicy.experiment.run import Runner, divergence
 from kvpolicy.experiment.search import Search, Trial
 from kvpolicy.experiment.study import open_study
-from kvpolicy.experiment.texts import ANSWER, Span, Split, cut, text_files
 from kvpolicy.experiment.tuning import Found, Tuning
 from kvpolicy.experiment.work import cause_of
 from kvpolicy.hf.cache import make_cache
@@ -28,6 +27,7 @@ from kvpolicy.hf.models import attached, one_thread, positions_of
 from kvpolicy.hf.source import is_bundled
 from kvpolicy.recipe.load import Recipe
 from kvpolicy.recipe.space import Space, load_space
+from kvpolicy.tasks.texts import ANSWER, Span, Split, cut, text_files
 
 
 def tune(

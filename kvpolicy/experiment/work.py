@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvpolicy.errors import KvpolicyError
-from kvpolicy.experiment.experiment import AGAIN, EXACT, is_exact
+from kvpolicy.experiment.experiment import is_exact
+from kvpolicy.experiment.names import AGAIN, EXACT
 from kvpolicy.experiment.run import Encoded, Run, Runner, row, unlikely
 from kvpolicy.experiment.store import Planned
 from kvpolicy.experiment.together import Together
@@ -43,10 +44,15 @@ class Finished:
 
 
 def units(items: Sequence[Item], batch: int) -> list[list[Item]]:
-    """Batches of consecutive samples of one task; the same for a run that goes on, so that its rows are the same."""
+    """Batches of consecutive samples of one task; the same for a run that goes on, so that its rows are the same.
+
+    A sample of several turns runs alone: those of others have other lengths.
+    """
     found: list[list[Item]] = []
     for item in items:
-        if found and len(found[-1]) < batch and found[-1][0].planned.task == item.planned.task:
+        last = found[-1] if found else []
+        alone = item.encoded.turns or any(other.encoded.turns for other in last)
+        if last and not alone and len(last) < batch and last[0].planned.task == item.planned.task:
             found[-1].append(item)
         else:
             found.append([item])
@@ -117,7 +123,7 @@ class Worker:
         """The runs of an arm, or why there are none."""
         cache, encoded = copy.deepcopy(self.caches[arm]), [item.encoded for item in unit]
         try:
-            if arm == AGAIN:
+            if arm == AGAIN and not encoded[0].turns:
                 return [self.together.run(copy.deepcopy(self.caches[arm]), [item, item])[0] for item in encoded]
             return [self.runner.run(cache, encoded[0])] if len(unit) == 1 else self.together.run(cache, encoded)
         except Exception as error:

@@ -13,13 +13,14 @@ from words import CACHE
 
 from kvpolicy import compare, load_recipe, make_cache
 from kvpolicy.errors import CompareError, RecipeError, TaskError
-from kvpolicy.experiment import tasks
 from kvpolicy.experiment.experiment import load_experiment
 from kvpolicy.experiment.records import records
 from kvpolicy.experiment.result import Comparison, estimate
 from kvpolicy.experiment.run import Runner
 from kvpolicy.experiment.store import read
 from kvpolicy.hf.models import BUNDLED, load_model
+from kvpolicy.tasks.load import load_task
+from kvpolicy.tasks.scorers import score
 
 ARMS = ["full", "logquant:window=8", "kivi-evict:residual=24"]
 FIELDS = {
@@ -63,7 +64,7 @@ def test_one_complete_row_per_arm_and_sample_in_order(result: Comparison, direct
 
 
 def test_every_arm_sees_the_samples_of_the_task(result: Comparison) -> None:
-    answers = [sample.answer for sample in tasks.load_task("lines", 3, 5, 160)]
+    answers = [sample.answer for sample in load_task("lines", 3, 5, 160)]
     for arm in ARMS:
         assert [row["answer"] for row in result.rows if row["arm"] == arm] == answers
 
@@ -87,7 +88,7 @@ def test_likelihood_and_divergence_are_those_of_plain_decoding(
     result: Comparison, loaded: tuple[Any, Any], arm: str
 ) -> None:
     model, tokenizer = loaded
-    sample = tasks.load_task("lines", 3, 5, 160)[1]
+    sample = load_task("lines", 3, 5, 160)[1]
     prompt = tokenizer(sample.prompt, return_tensors="pt").input_ids
     answer = tokenizer(sample.answer).input_ids
 
@@ -111,14 +112,14 @@ def test_likelihood_and_divergence_are_those_of_plain_decoding(
 @pytest.mark.parametrize("arm", ARMS)
 def test_greedy_text_is_that_of_generate(result: Comparison, loaded: tuple[Any, Any], arm: str) -> None:
     model, tokenizer = loaded
-    for number, sample in enumerate(tasks.load_task("lines", 3, 5, 160)):
+    for number, sample in enumerate(load_task("lines", 3, 5, 160)):
         prompt = tokenizer(sample.prompt, return_tensors="pt").input_ids
         new = len(tokenizer(sample.answer).input_ids)
         cache = make_cache(arm, model)
         output = model.generate(prompt, **{CACHE: cache}, max_new_tokens=new, do_sample=False)
         row = result.rows[3 * number + ARMS.index(arm)]
         assert row["generated"] == tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True)
-        assert row["score"] == tasks.score("lines", sample.answer, row["generated"])
+        assert row["score"] == score(sample, row["generated"])
 
 
 def test_bytes_are_those_of_the_cache_and_the_peak_is_no_less(result: Comparison) -> None:

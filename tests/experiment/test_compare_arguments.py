@@ -16,8 +16,8 @@ import kvpolicy.experiment.prepared as prepared
 from kvpolicy.arguments import check_prompt, check_room
 from kvpolicy.errors import CompareError, KvpolicyError, RecipeError, TaskError
 from kvpolicy.experiment.run import encode
-from kvpolicy.experiment.tasks import Sample
 from kvpolicy.hf.models import load_model
+from kvpolicy.tasks.sample import Sample
 
 
 def test_the_function_stays_a_function_when_its_module_is_imported() -> None:

@@ -14,7 +14,8 @@ from kvpolicy import compare, load_recipe
 from kvpolicy.cli.main import app
 from kvpolicy.errors import CompareError, KvpolicyError
 from kvpolicy.experiment.dry_run import fewest_flips, smallest_effect
-from kvpolicy.experiment.experiment import AGAIN, ATTENTION, METRICS, is_experiment, load_experiment
+from kvpolicy.experiment.experiment import is_experiment, load_experiment
+from kvpolicy.experiment.names import AGAIN, ATTENTION, METRICS
 from kvpolicy.experiment.run import Runner
 from kvpolicy.experiment.schema import experiment_schema
 from kvpolicy.experiment.store import read
@@ -195,6 +196,8 @@ def test_the_exact_cache_again_shows_the_noise_and_batches_run_together(loaded: 
     assert noise is not None
     assert loss is not None
     assert noise.mean < 1e-6 < loss.mean
+    with pytest.raises(CompareError, match="batch must be 1 where the model is not attached, found 2"):
+        compare(["full"], batch=2, attach=False, **given)
     assert not set(found.settings["metrics"]) & set(ATTENTION)
     assert set(found.settings["metrics"]) | set(ATTENTION) == set(METRICS)
 

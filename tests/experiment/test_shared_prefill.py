@@ -5,21 +5,23 @@ from __future__ import annotations
 import copy
 import warnings
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from models import ids, tiny
+from words import CACHE
 
 import kvpolicy
 from kvpolicy.errors import KvpolicyError
-from kvpolicy.experiment.experiment import EXACT
+from kvpolicy.experiment.names import EXACT
 from kvpolicy.experiment.prefill import Prompt, can_share
 from kvpolicy.experiment.run import Encoded, Run, Runner
 from kvpolicy.experiment.store import Planned
-from kvpolicy.experiment.tasks import Sample
-from kvpolicy.experiment.work import Finished, Item, Worker, missing
+from kvpolicy.experiment.work import Finished, Item, Worker, missing, units
 from kvpolicy.hf.cache import make_cache
+from kvpolicy.tasks.sample import Sample
 
 SECONDS = ("prefill_seconds", "decode_seconds", "step_seconds")
 SOME = ["kivi:residual=16,group_size=16", "logquant:window=8", "key-norm"]
@@ -118,14 +120,14 @@ def test_the_model_reads_a_prompt_once_for_all_arms_that_can_share_it(monkeypatc
     assert lengths.count(60) == 2  # the exact cache's, and that of h2o, which ranks by attention
 
 
-@pytest.mark.parametrize(("family", "attached"), [("llama", True), ("gemma3_text", False)])
-def test_rows_of_a_batch_are_those_of_each_sample_alone(family: str, attached: bool) -> None:
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_rows_of_a_batch_are_those_of_each_sample_alone(family: str) -> None:
     model, unit = tiny(family), items(60, 41, 58, answer=3)
-    recipes = ["logquant:window=8", *(["kivi-evict:residual=24", "h2o"] if attached else [])]
-    batch = rows(model, recipes, unit, attached=attached, share=True)
-    own = rows(model, recipes, unit, attached=attached, share=False)
+    recipes = ["logquant:window=8", *(["kivi-evict:residual=24", "h2o"] if family == "llama" else [])]
+    batch = rows(model, recipes, unit, attached=True, share=True)
+    own = rows(model, recipes, unit, attached=True, share=False)
     for i, item in enumerate(unit):
-        alone = rows(model, recipes, [item], attached=attached, share=True)
+        alone = rows(model, recipes, [item], attached=True, share=True)
         for arm, (one,) in alone.items():
             for many in (batch[arm][i].row, own[arm][i].row):
                 assert many.error is None
@@ -147,10 +149,23 @@ def test_a_batch_shares_its_prompt_as_a_sample_does(monkeypatch: pytest.MonkeyPa
         assert list(map(plain, together[arm])) == list(map(plain, alone[arm]))
 
 
-def test_a_padded_batch_that_can_not_be_served_is_rows_with_the_reason() -> None:
-    found = rows(tiny("llama"), ["kivi-evict:residual=24"], items(40, 31), attached=False, share=True)
-    assert all(made.row.error is None for made in found[EXACT])
-    assert all("takes padding for tokens" in str(made.row.error) for made in found["kivi-evict:residual=24"])
+def test_the_turns_of_a_prompt_are_read_one_after_another() -> None:
+    model, (item,) = tiny("llama"), items(60, answer=3)
+    encoded = replace(item.encoded, turns=(40, 12, 8))
+    assert sum(encoded.parts, []) == encoded.prompt
+    expected = make_cache("logquant:window=8", model)
+    with torch.inference_mode():
+        for part in (*encoded.parts, *([token] for token in encoded.answer[:-1])):
+            logits = model(torch.tensor([part]), **{CACHE: expected}).logits[0, -1]
+            expected.commit()
+    for share in (True, False):
+        runner = Runner(model, Words(), share=share)
+        with runner.ready():
+            runner.run(make_cache("full", model), encoded)
+            found = runner.run(make_cache("logquant:window=8", model), encoded)
+        assert found.shared is share
+        assert torch.allclose(found.log_probs[-1], logits.log_softmax(-1), atol=1e-5)
+    assert [len(x) for x in units([*items(9, 8), replace(item, encoded=encoded), *items(7)], 4)] == [2, 1, 1]
 
 
 def test_without_generation_the_rest_is_the_same() -> None:
