@@ -41,6 +41,10 @@ def report(
         typer.Option(metavar="[METRIC=]X", help="Differences within X count as none; default: 0.01 of scores."),
     ] = None,
     alpha: Annotated[float, typer.Option(help="Probability that any arm is wrongly called better or worse.")] = 0.05,
+    document: Annotated[
+        str | None,
+        typer.Option(metavar="FIELD", help="The field of lm-eval's docs that names the document which samples share."),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier report in --out.")] = False,
 ) -> None:
     """Judge arms against a baseline: better, worse, equivalent or undecided, and why."""
@@ -53,7 +57,7 @@ def report(
 
     if out is not None:
         check_directory(Path(out), wanted, overwrite)
-    evidence = merge([(name or path.name, _read(name, path)) for name, path in named])
+    evidence = merge([(name or path.name, _read(name, path, document)) for name, path in named])
     verdicts = judge(evidence, metric=metric, margins=margins, baseline=baseline, alpha=alpha)
     found = Report.of(evidence, verdicts)
     from rich.text import Text
@@ -107,13 +111,13 @@ def _named(run: str) -> tuple[str | None, Path]:
     return None, Path(run)
 
 
-def _read(name: str | None, path: Path) -> Evidence:
+def _read(name: str | None, path: Path, document: str | None) -> Evidence:
     from kvpolicy.report.readers import is_lm_eval, read_csv, read_lm_eval
 
     if not path.exists():
         raise CompareError(f"{path}: there is no such run; give a directory of kvpolicy compare, or a file")
     if is_lm_eval(path):
-        return read_lm_eval(path, name or _arm_of(path))
+        return read_lm_eval(path, name or _arm_of(path), document)
     if path.is_dir():
         from kvpolicy.experiment.store import read
 

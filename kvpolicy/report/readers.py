@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import math
 import re
@@ -67,7 +68,7 @@ def read_csv(path: Path) -> Evidence:
     return Evidence(_metrics_alike(rows), _arms(rows), default_baseline(_arms(rows)), settings={"source": path.name})
 
 
-def read_lm_eval(path: Path, arm: str) -> Evidence:
+def read_lm_eval(path: Path, arm: str, document: str | None = None) -> Evidence:
     """Rows of `samples_<task>_<date>.jsonl`, which `lm_eval --log_samples` writes; of a directory, all tasks in it.
 
     Metrics have the harness's names, and after a comma that of the filter, unless it is `none`: `acc`,
@@ -77,6 +78,7 @@ def read_lm_eval(path: Path, arm: str) -> Evidence:
     Args:
         path: a file or a directory.
         arm: the name of the arm that made them.
+        document: the field of each `doc` that tells which document it is about; None: samples share none.
 
     Raises:
         CompareError: a file can't be read, or a line is not valid; the message names it.
@@ -86,7 +88,7 @@ def read_lm_eval(path: Path, arm: str) -> Evidence:
     for task, file in files.items():
         merged: dict[str, Row] = {}
         for place, record in _records(file):
-            row = _logged(place, record, arm, task)
+            row = _logged(place, record, arm, task, document)
             before = merged.get(row.sample)
             if before is not None and (clash := set(before.metrics) & set(row.metrics)):
                 raise CompareError(
@@ -96,7 +98,7 @@ def read_lm_eval(path: Path, arm: str) -> Evidence:
             metrics = {**(before.metrics if before else {}), **row.metrics}
             first = before or row
             merged[row.sample] = Row(
-                arm, task, row.sample, metrics, None, first.facts, first.prompt, first.answer, first.output
+                arm, task, row.sample, metrics, row.document, first.facts, first.prompt, first.answer, first.output
             )
         rows += merged.values()
     settings = {"source": path.name, "files": [file.name for file in files.values()], **_configuration(files.values())}
@@ -128,7 +130,7 @@ def _check_header(path: Path, names: list[str]) -> None:
 def _row_of(place: str, cells: Mapping[Any, Any]) -> Row:
     if None in cells or None in cells.values():
         raise CompareError(
-            f"{place}: a line must have as many cells as the header, found others; quote commas in texts"
+            f"{place}: a line must have as many cells as the header, found more or fewer; quote commas in texts"
         )
     found = {name: value.strip() if name not in TEXTS else value for name, value in cells.items()}
     for name in NEEDED:
@@ -237,7 +239,7 @@ _KNOWN = {
 }  # fmt: skip
 
 
-def _logged(place: str, record: Mapping[str, Any], arm: str, task: str) -> Row:
+def _logged(place: str, record: Mapping[str, Any], arm: str, task: str, document: str | None) -> Row:
     names = record.get("metrics")
     if not isinstance(names, list):  # of older releases of the harness
         names = [name for name in record if name not in _KNOWN]
@@ -264,12 +266,21 @@ def _logged(place: str, record: Mapping[str, Any], arm: str, task: str) -> Row:
         task,
         str(record["doc_id"]),
         metrics,
-        None,
+        None if document is None else _document(place, record, document),
         facts,
         prompt if isinstance(prompt, str) else None,
         None if target is None else str(target),
         _output(record),
     )
+
+
+def _document(place: str, record: Mapping[str, Any], field: str) -> str:
+    doc = record.get("doc")
+    if not isinstance(doc, dict) or doc.get(field) is None:
+        known = listed(list(doc)) if isinstance(doc, dict) else "none"
+        raise CompareError(f"{place}: --document must be a field of each doc, found {quoted(field)}; it has {known}")
+    text = str(doc[field])
+    return text if len(text) <= 64 else f"{text[:40]}... {hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
 def _measured(name: str, value: Any) -> tuple[str, float] | None:
@@ -289,7 +300,11 @@ def _measured(name: str, value: Any) -> tuple[str, float] | None:
 
 
 def _output(record: Mapping[str, Any]) -> str | None:
-    """What was generated; None where continuations were rated."""
+    """What was generated; None where texts were rated."""
+    arguments = record.get("arguments")
+    first = next(iter(arguments.values()), None) if isinstance(arguments, dict) else None
+    if not isinstance(first, dict) or not isinstance(first.get("arg_1"), dict):
+        return None
     found = record.get("resps")
     while isinstance(found, list) and len(found) == 1:
         found = found[0]

@@ -20,7 +20,7 @@ SHARE = 0.2
 """Share of samples from which a sign is one of collapse."""
 _GRAM = 4
 _LONG = 64
-_READ = 20_000
+_READ = 2_000
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ def collapses(evidence: Evidence, baseline: str | None = None) -> tuple[Collapse
 
 
 def repetition(text: str) -> float:
-    """Share of 4-grams of words that the text has had before; of characters where it is not made of words."""
-    text = text[:_READ]
+    """Share of repeated 4-grams of words in the last 2,000 characters; of characters where they are not words."""
+    text = text[-_READ:]  # loops begin late and end never
     words = re.findall(r"\w+|[^\w\s]", text)
     units = words if len(words) >= 2 * _GRAM else list(text) if len(text) >= _LONG else []
     grams = [tuple(units[i : i + _GRAM]) for i in range(len(units) - _GRAM + 1)]
@@ -82,8 +82,8 @@ def _found(rows: Table, evidence: Evidence, baseline: str) -> Iterator[Collapse]
 
 
 def _count(arm: str, task: str, texts: list[tuple[str, str]]) -> Collapse:
-    repeats = sum(repetition(a) >= REPEATED > repetition(b) for a, b in texts)
-    back = sum(repetition(b) >= REPEATED > repetition(a) for a, b in texts)
+    shown = [(repetition(a) >= REPEATED, repetition(b) >= REPEATED) for a, b in texts]
+    repeats, back = sum(a and not b for a, b in shown), sum(b and not a for a, b in shown)
     lengths = sum(_another_length(a, b) for a, b in texts)
     at_once = sum((parting(a, b) if a != b else AT_ONCE) < AT_ONCE for a, b in texts)  # type: ignore[operator]
     counted = {"repetition": (repeats, back), "length": (lengths, 0), "divergence at once": (at_once, 0)}

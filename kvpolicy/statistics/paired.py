@@ -14,7 +14,7 @@ from kvpolicy.statistics.pairs import Floats
 
 FEW = 10
 """Where fewer pairs (or documents) differ, no approximation holds; differences are bounded by how often they occur."""
-FEWEST_RESAMPLED = 20
+FEWEST_RESAMPLED = 40
 """Documents that a bootstrap needs; fewer have Student's interval."""
 MOST_RESAMPLED = 2_000
 """Documents beyond which Student's t and resampling agree, and resampling takes long."""
@@ -77,8 +77,7 @@ class _Data:
     @property
     def rare(self) -> bool:
         """Too few differences for an approximation, and most pairs tie."""
-        most = self.units if self.binary and not self.clustered else self.units / 2
-        return self.differing < FEW and self.differing <= most
+        return self.differing < FEW and 2 * self.differing <= self.units
 
 
 def compare_pairs(
@@ -93,7 +92,7 @@ def compare_pairs(
     """Compare an arm with the baseline on samples that both have.
 
     Right or wrong scores: McNemar's exact test; the interval of Agresti and Min (2005). Others: Wilcoxon's signed-rank
-    test; a BCa bootstrap interval, below 20 pairs Student's. Where samples share documents, or are weighted: random
+    test; a BCa bootstrap interval, below 40 pairs Student's. Where samples share documents, or are weighted: random
     signs of whole documents (a Monte-Carlo test), and whole documents are resampled. Equivalence: two one-sided
     t tests, with the document-robust error where documents are shared, and the bootstrap interval must lie within the
     margin, too. Where fewer than 10 pairs differ and most tie, the difference is bounded by Clopper-Pearson's limits
@@ -213,11 +212,11 @@ def _deviation(data: _Data) -> float | None:
 def _interval(data: _Data, level: float) -> tuple[float | None, float | None, str]:
     if data.rare:
         return _bounds(data, level)
-    if data.units < 2 or _constant(data):
-        return None, None, ""
     if data.binary and not data.clustered:
         low, high = _agresti_min(data).zconfint_mean(1 - level)
         return max(float(low), -1.0), min(float(high), 1.0), "Agresti-Min"
+    if data.units < 2 or _constant(data):
+        return None, None, ""
     if FEWEST_RESAMPLED <= data.units <= MOST_RESAMPLED:
         found = _bootstrap(data, level)
         if found is not None:
@@ -283,12 +282,13 @@ def _bounds(data: _Data, level: float) -> tuple[float | None, float | None, str]
 
 def _equivalence(data: _Data, margin: float) -> float | None:
     """The larger p of two one-sided tests: that the difference is at least the margin, below and above."""
-    if data.rare:
+    pairs = data.binary and not data.clustered
+    if data.rare or (pairs and data.differing < FEW):
         return _bounded_equivalence(data, margin)
+    if pairs:
+        return float(_agresti_min(data).ztost_mean(-margin, margin)[0])
     if data.units < 2 or _constant(data):
         return None
-    if data.binary and not data.clustered:
-        return float(_agresti_min(data).ztost_mean(-margin, margin)[0])
     below, _ = _robust(data, -margin, "greater")
     above, _ = _robust(data, margin, "less")
     if below is None or above is None:

@@ -188,7 +188,9 @@ def _margins(margins: Mapping[str, float] | float | None, evidence: Evidence, me
     given = evidence.settings.get("margins") if margins is None else margins
     if given is not None and not isinstance(given, Mapping):
         given = dict.fromkeys(metrics, given)
-    found = {name: POINT * _scale(evidence, name) for name in metrics if BOUNDED.match(name)}
+    found = {
+        name: POINT * scale for name in metrics if BOUNDED.match(name) and (scale := _scale(evidence, name)) is not None
+    }
     for name, value in (given or {}).items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value > 0):
             raise CompareError(f"a margin must be a number above 0, found {in_words(value)} for {quoted(name)}")
@@ -196,18 +198,22 @@ def _margins(margins: Mapping[str, float] | float | None, evidence: Evidence, me
     return found
 
 
-def _scale(evidence: Evidence, metric: str) -> float:
-    """1; or 100 where scores are points of a hundred."""
-    most = max((row.metrics.get(metric, 0.0) for row in evidence.rows), default=0.0)
-    return 100.0 if 1 < most <= 100 else 1.0
+def _scale(evidence: Evidence, metric: str) -> float | None:
+    """The largest score: 1, or 100 where they are points of a hundred; None where neither can be."""
+    known = [row.metrics[metric] for row in evidence.rows if metric in row.metrics]
+    return _span(min(known, default=0.0), max(known, default=0.0))
+
+
+def _span(least: float, most: float) -> float | None:
+    if not 0 <= least <= most <= 100:
+        return None
+    return 1.0 if most <= 1 else 100.0 if most > 2 else None
 
 
 def _reach(pairs: Pairs) -> float | None:
     """The largest difference of a bounded metric."""
     every = np.concatenate([pairs.ours, pairs.theirs])
-    if not BOUNDED.match(pairs.metric) or every.min() < 0 or every.max() > 100:
-        return None
-    return 1.0 if every.max() <= 1 else 100.0
+    return _span(float(every.min()), float(every.max())) if BOUNDED.match(pairs.metric) else None
 
 
 def _binary(pairs: Pairs) -> bool:
@@ -314,7 +320,8 @@ def _holm(ps: list[float | None]) -> list[float | None]:
     from statsmodels.stats.multitest import multipletests
 
     known = [p for p in ps if p is not None]
-    adjusted = iter(multipletests(known, method="holm")[1].tolist() if known else [])
+    # One p is as it is, and the library takes its time.
+    adjusted = iter(multipletests(known, method="holm")[1].tolist() if len(known) > 1 else known)
     return [None if p is None else float(next(adjusted)) for p in ps]
 
 
@@ -359,13 +366,14 @@ def _p(p: float | None) -> str:
 
 def _open(verdict: Verdict, paired: Paired, differs: bool, family: int, alpha: float, detectable: float | None) -> str:
     """Why nothing is decided."""
+    # With k units the smallest p of a test by signs is 2 * 0.5 ** k.
+    if 1 < paired.documents < 1000 and 2 * 0.5**paired.documents >= alpha / family:
+        unit = "documents" if paired.documents < verdict.n else "pairs"
+        among = f" among {family} comparisons" if family > 1 else ""
+        return f"{paired.documents} {unit} are too few to show any difference{among}"
     if paired.why:
-        return f"{paired.why}; nothing is known of others"
+        return f"{paired.why}; that says nothing of others"
     if differs:
         return f"{paired.test} and the interval of the mean disagree: a few samples weigh too much"
-    # With k units the smallest p of a test by signs is 2 * 0.5 ** k.
-    if 2 * 0.5 ** min(paired.documents, 1000) >= alpha / family:
-        unit = "documents" if paired.documents < verdict.n else "pairs"
-        return f"{paired.documents} {unit} are too few to show any difference among {family} comparisons"
     p = f"p = {_p(verdict.p_holm)} after Holm"
     return p if detectable is None else f"{p}; so many samples show differences from {detectable:.2g}"
