@@ -201,8 +201,8 @@ def run_experiment(
         reads = stack.enter_context(attached(ready.model, experiment.attach))
         if experiment.batch > 1 and not reads:
             raise CompareError(
-                f"batch must be 1 where the model is not attached, found {experiment.batch}: only an attached model tells "
-                "caches which tokens are padding; attach it, or run samples one by one (--batch 1)"
+                f"batch must be 1 where the model is not attached, found {experiment.batch}: only an attached model "
+                "tells caches which tokens are padding; attach it, or run samples one by one (--batch 1)"
             )
         caches = {name: _cache(name, recipe, ready.model, reads) for name, recipe in ready.all_arms().items()}
         store = stack.enter_context(open_store(out, ready.contents(reads), overwrite))

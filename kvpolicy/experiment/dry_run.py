@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -20,8 +19,7 @@ from kvpolicy.experiment.printed import Printed
 from kvpolicy.experiment.run import Runner
 from kvpolicy.experiment.work import cause_of
 from kvpolicy.hf.models import attached, one_thread
-
-POWER, LEVEL = 0.8, 0.05
+from kvpolicy.statistics.power import minimum_effect
 
 
 @dataclass(frozen=True)
@@ -38,6 +36,11 @@ class DryRun(Printed):
     """Why not."""
 
     @property
+    def comparisons(self) -> int:
+        """Arms times tasks that are judged against the exact cache."""
+        return max(sum(arm != EXACT for arm in self.arms) * len(self.tasks), 1)
+
+    @property
     def rows(self) -> int:
         """Rows that would be made."""
         return len(self.arms) * sum(n for n, _ in self.tasks.values())
@@ -50,14 +53,14 @@ class DryRun(Printed):
         for column in columns:
             table.add_column(column, justify="right", no_wrap=True)
         for task, (n, tokens) in self.tasks.items():
-            effect, flips = smallest_effect(n), fewest_flips(n)
+            effect, flips = (minimum_effect(n, deviation=x, comparisons=self.comparisons) for x in (1.0, None))
             table.add_row(
                 task,
                 str(n),
                 f"{tokens:,.0f}",
                 str(n * len(self.arms)),
                 "-" if effect is None else f"{effect:.2f} sd",
-                "-" if flips is None else f"{100 * flips / n:.0f} points",
+                "-" if flips is None else f"{100 * flips:.0f} points",
             )
         return [table]
 
@@ -66,10 +69,10 @@ class DryRun(Printed):
         time_ = f"unknown: {self.cause}" if self.seconds is None else f"about {_duration(self.seconds)}"
         return (
             f"arms: {', '.join(self.arms)}\nrows: {self.rows}; time: {time_}\n"
-            f"Smallest difference: what a paired test at the {LEVEL:.0%} level finds with {POWER:.0%} power, in "
-            "standard deviations (sd) of the differences between two arms. Right or wrong: the least difference that "
-            "McNemar's exact test can call significant, all samples that differ differing one way. Neither corrects "
-            "for several arms."
+            "Smallest difference: what a paired comparison finds with a probability of 80% where "
+            f"{self.comparisons} are judged together, in standard deviations (sd) of the differences between an arm and "
+            "the exact cache. Right or wrong: the same of samples that are right or wrong, in the best case that all "
+            "that differ differ one way."
         )
 
 
@@ -119,21 +122,6 @@ def _estimate(ready: Prepared) -> float:
             spent.append(time.perf_counter() - start)
     scale = sum(_size(item.encoded) for item in ready.items) / _size(first)
     return (spent[0] + spent[1] * (len(arms) - 1)) * scale / ready.experiment.batch
-
-
-def smallest_effect(n: int) -> float | None:
-    """The least mean difference that a paired test finds, in standard deviations; None for fewer than 3 samples."""
-    if n < 3:
-        return None
-    from statsmodels.stats.power import TTestPower
-
-    return float(TTestPower().solve_power(nobs=n, alpha=LEVEL, power=POWER))
-
-
-def fewest_flips(n: int) -> int | None:
-    """The fewest samples that must change, all one way, for McNemar's exact test; None if all of them are too few."""
-    fewest = math.ceil(1 - math.log2(LEVEL))
-    return fewest if fewest <= n else None
 
 
 def _duration(seconds: float) -> str:

@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvpolicy.arguments import RESULTS
+from kvpolicy.experiment.store import read
 
 if TYPE_CHECKING:
     from kvpolicy.experiment.result import Comparison
 
 
 def write_results(result: Comparison, directory: Path) -> None:
-    """Write the pictures of a comparison. What can't be written is a warning: the rows and the table are safe."""
-    parts: dict[str, Callable[[], Any]] = {}
+    """Write report and pictures. What can't be written is a warning: the rows and the table are safe."""
+    from kvpolicy.report import write as report
+
+    parts: dict[str, Callable[[], Any]] = {"the report": lambda: report.write(read(directory), directory)}
     if any(row["score"] is not None for row in result.rows):
         parts["comparison.png"] = lambda: result.plot(directory / "comparison.png")
     if result.distances.layers:

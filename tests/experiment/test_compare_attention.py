@@ -268,10 +268,10 @@ def test_on_the_shell(tmp_path: Path) -> None:
     done = run("--out", str(tmp_path / "a"))
     assert "lines: attention" in done.stdout
     assert "alpha = " in done.stdout
-    assert "run.sqlite, comparison.png and attention.png into" in done.stderr
+    assert "run.sqlite, report.html, report.md, comparison.png and attention.png into" in done.stderr
     assert read(tmp_path / "a").settings["attached"] is True
     done = run("--out", str(tmp_path / "b"), "--unattached")
-    assert "run.sqlite and comparison.png into" in done.stderr
+    assert "run.sqlite, report.html, report.md and comparison.png into" in done.stderr
     assert read(tmp_path / "b").settings["attached"] is False
     done = run("--out", str(tmp_path / "c"), "--no-errors")
     assert "attention" not in done.stdout

@@ -13,7 +13,6 @@ from typer.testing import CliRunner
 from kvpolicy import compare, load_recipe
 from kvpolicy.cli.main import app
 from kvpolicy.errors import CompareError, KvpolicyError
-from kvpolicy.experiment.dry_run import fewest_flips, smallest_effect
 from kvpolicy.experiment.experiment import is_experiment, load_experiment
 from kvpolicy.experiment.names import AGAIN, ATTENTION, METRICS
 from kvpolicy.experiment.run import Runner
@@ -209,8 +208,12 @@ def test_pictures_that_fail_leave_the_table(
         raise OSError("no fonts")
 
     monkeypatch.setattr("kvpolicy.experiment.plot.plot_comparison", fail)
+    monkeypatch.setattr("kvpolicy.report.write.write", fail)
     model, tokenizer = loaded
-    with pytest.warns(UserWarning, match=r"comparison\.png can't be written: no fonts"):
+    with (
+        pytest.warns(UserWarning, match=r"comparison\.png can't be written: no fonts"),
+        pytest.warns(UserWarning, match=r"the report can't be written: no fonts"),
+    ):
         found = compare(["full"], model=model, tokenizer=tokenizer, n=1, tokens=96, out=tmp_path, progress=False)
     assert "lines: quality" in str(found)
     assert (tmp_path / "attention.png").exists()
@@ -225,9 +228,3 @@ def test_a_dry_run_says_what_would_run(page: Path) -> None:
     alone = CliRunner().invoke(app, ["compare", str(page), "full"])
     assert isinstance(alone.exception, CompareError)
     assert "an experiment is given alone" in str(alone.exception)
-
-
-def test_the_smallest_differences_are_those_of_tables() -> None:
-    # Cohen's table for a paired t test at 5% with 80% power: n = 34 for d = 0.5. 2 * 0.5 ** 6 is the first below 5%.
-    assert smallest_effect(34) == pytest.approx(0.5, abs=0.01)
-    assert (fewest_flips(5), fewest_flips(6), fewest_flips(100)) == (None, 6, 6)

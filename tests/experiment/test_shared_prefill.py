@@ -152,7 +152,7 @@ def test_a_batch_shares_its_prompt_as_a_sample_does(monkeypatch: pytest.MonkeyPa
 def test_the_turns_of_a_prompt_are_read_one_after_another() -> None:
     model, (item,) = tiny("llama"), items(60, answer=3)
     encoded = replace(item.encoded, turns=(40, 12, 8))
-    assert sum(encoded.parts, []) == encoded.prompt
+    assert [token for part in encoded.parts for token in part] == encoded.prompt
     expected = make_cache("logquant:window=8", model)
     with torch.inference_mode():
         for part in (*encoded.parts, *([token] for token in encoded.answer[:-1])):
