@@ -70,9 +70,9 @@ class DryRun(Printed):
         return (
             f"arms: {', '.join(self.arms)}\nrows: {self.rows}; time: {time_}\n"
             "Smallest difference: what a paired comparison finds with a probability of 80% where "
-            f"{self.comparisons} are judged together, in standard deviations (sd) of the differences between an arm and "
-            "the exact cache. Right or wrong: the same of samples that are right or wrong, in the best case that all "
-            "that differ differ one way."
+            f"{self.comparisons} are judged together, in standard deviations (sd) of the differences between an arm "
+            "and the exact cache. Right or wrong: the same of samples that are right or wrong, in the best case that "
+            "all that differ differ one way."
         )
 
 

@@ -63,8 +63,8 @@ def test_one_complete_row_per_arm_and_sample_in_order(result: Comparison, direct
     assert records(evidence, ARMS) == result.rows
 
 
-def test_every_arm_sees_the_samples_of_the_task(result: Comparison) -> None:
-    answers = [sample.answer for sample in load_task("lines", 3, 5, 160)]
+def test_every_arm_sees_the_samples_of_the_task(result: Comparison, loaded: tuple[Any, Any]) -> None:
+    answers = [sample.answer for sample in load_task("lines", 3, 5, 160, loaded[1])]
     for arm in ARMS:
         assert [row["answer"] for row in result.rows if row["arm"] == arm] == answers
 
@@ -88,7 +88,7 @@ def test_likelihood_and_divergence_are_those_of_plain_decoding(
     result: Comparison, loaded: tuple[Any, Any], arm: str
 ) -> None:
     model, tokenizer = loaded
-    sample = load_task("lines", 3, 5, 160)[1]
+    sample = load_task("lines", 3, 5, 160, tokenizer)[1]
     prompt = tokenizer(sample.prompt, return_tensors="pt").input_ids
     answer = tokenizer(sample.answer).input_ids
 
@@ -112,7 +112,7 @@ def test_likelihood_and_divergence_are_those_of_plain_decoding(
 @pytest.mark.parametrize("arm", ARMS)
 def test_greedy_text_is_that_of_generate(result: Comparison, loaded: tuple[Any, Any], arm: str) -> None:
     model, tokenizer = loaded
-    for number, sample in enumerate(load_task("lines", 3, 5, 160)):
+    for number, sample in enumerate(load_task("lines", 3, 5, 160, tokenizer)):
         prompt = tokenizer(sample.prompt, return_tensors="pt").input_ids
         new = len(tokenizer(sample.answer).input_ids)
         cache = make_cache(arm, model)
