@@ -292,7 +292,7 @@ def test_another_experiment_is_replaced_only_on_demand(loaded: tuple[Any, Any], 
     before = (tmp_path / "run.sqlite").read_bytes()
     for arms, options, told in (
         (["kivi"], {}, "arms is 'full' there and 'kivi' here"),
-        (["full"], {"n": 2}, "task lines samples is 1 there and 2 here"),
+        (["full"], {"n": 2}, "task lines n is 1 there and 2 here"),
         (["full"], {"seed": 1}, "task lines seeds is '0' there and '1' here"),
         (["full"], {"attach": False}, "attached is True there and False here"),
         (["full"], {"errors": False}, "metrics is "),
@@ -385,7 +385,7 @@ def test_broken_model_directories_are_named(loaded: tuple[Any, Any], tmp_path: P
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(CompareError, match="the model can't be loaded"):
         load_model(tmp_path)
-    with pytest.raises(CompareError, match="device 'nothing'"):
+    with pytest.raises(CompareError, match="device must be a name such as cpu.*found 'nothing'"):
         load_model(BUNDLED, "nothing")
 
 
