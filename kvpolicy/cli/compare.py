@@ -159,7 +159,6 @@ def _check_comparison(
 ) -> None:
     """Refuse what can't be right before torch is loaded, which takes seconds."""
     from kvpolicy.arguments import check_comparison, check_directory, check_room
-    from kvpolicy.experiment.experiment import is_experiment
     from kvpolicy.hf.source import check_model
     from kvpolicy.recipe.source import check_sources
     from kvpolicy.tasks.load import check_task
@@ -168,7 +167,7 @@ def _check_comparison(
     check_comparison(n, seed, tokens, "lines", out)
     if out is not None:
         check_directory(Path(out))
-    files = [arm for arm in arms if is_experiment(arm)]
+    files = [arm for arm in arms if arm.endswith((".yaml", ".yml")) and _is_experiment(arm)]
     if files and len(arms) > 1:
         from kvpolicy.errors import CompareError
         from kvpolicy.words import quoted
@@ -183,3 +182,9 @@ def _check_comparison(
     for task in tasks or ["lines"]:
         check_task(task, n, tokens)
         check_room(tokens, limit)
+
+
+def _is_experiment(path: str) -> bool:
+    from kvpolicy.experiment.experiment import is_experiment
+
+    return is_experiment(path)

@@ -385,7 +385,7 @@ def test_broken_model_directories_are_named(loaded: tuple[Any, Any], tmp_path: P
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(CompareError, match="the model can't be loaded"):
         load_model(tmp_path)
-    with pytest.raises(CompareError, match="device must be a name such as cpu.*found 'nothing'"):
+    with pytest.raises(CompareError, match=r"device must be a name such as cpu.*found 'nothing'"):
         load_model(BUNDLED, "nothing")
 
 
