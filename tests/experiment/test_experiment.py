@@ -77,10 +77,10 @@ def test_a_page_declares_arms_and_tasks_and_its_schema_knows_it(page: Path) -> N
     assert experiment.measures == ("nll", "kl", "bits")
     schema = experiment_schema()
     jsonschema.Draft202012Validator.check_schema(schema)
-    jsonschema.validate(read_file(page).data, schema)
+    jsonschema.Draft202012Validator(schema).validate(read_file(page).data)
+    known = jsonschema.Draft202012Validator(schema)
     for wrong in ({"arms": [{"recipe": "kivi", "parms": {}}]}, {"arms": ["kivi"], "n": 0}, {"arms": [{"tiers": [3]}]}):
-        with pytest.raises(jsonschema.ValidationError):
-            jsonschema.validate(wrong, schema)
+        assert not known.is_valid(wrong)
     changed, _ = load_experiment(page, n=5, seeds=[3])
     assert [(task.n or changed.n, task.seeds or changed.seeds) for task in changed.tasks] == [(5, [3])] * 3
 
@@ -134,6 +134,7 @@ def test_a_run_that_is_interrupted_goes_on_and_ends_as_if_it_had_not_been(
     model, tokenizer = loaded
     given: dict[str, Any] = {"model": model, "tokenizer": tokenizer, "progress": False}
     page.write_text(SHORT)
+    monkeypatch.setattr("kvpolicy.experiment.comparison.write_results", lambda *_: None)
     whole = compare(page, out=page.parent / "whole", **given)
     run, runs, stop = Runner.run, Counter[tuple[str, str]](), [5]
 

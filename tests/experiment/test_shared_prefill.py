@@ -26,7 +26,7 @@ from kvpolicy.tasks.sample import Sample
 SECONDS = ("prefill_seconds", "decode_seconds", "step_seconds")
 SOME = ["kivi:residual=16,group_size=16", "logquant:window=8", "key-norm"]
 ATTENDING = ["h2o", "snapkv", "expected-attention", "mikv"]
-MANY = [*SOME, *ATTENDING, "gear", "turboquant-prod", "mxfp4", "kivi-evict:residual=24"]
+MANY = [*SOME, *ATTENDING, "gear", "turboquant-prod", "kivi-evict:residual=24"]
 
 
 class Words:
@@ -88,7 +88,6 @@ def plain(made: Finished) -> dict[str, Any]:
     ("family", "attached", "recipes"),
     [
         ("llama", True, MANY),
-        ("llama", False, SOME),
         ("mistral", True, SOME[:1]),
         ("gemma3_text", True, SOME),
         ("gpt_oss", False, SOME[:2]),
