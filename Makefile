@@ -35,7 +35,7 @@ $(VENV)/.installed: pyproject.toml $(CONSTRAINTS) | $(VENV)/.created
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) install --quiet -c $(CONSTRAINTS) -e ".[quanto,hqq,tune,contracts,examples,dev,docs]"
+	$(PIP) install --quiet -c $(CONSTRAINTS) -e ".[quanto,hqq,tune,tasks,contracts,examples,dev,docs]"
 	@touch $@
 
 demo: $(VENV)/.installed

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from kvpolicy.hf.cache import CompressedCache as CompressedCache
     from kvpolicy.hf.cache import make_cache as make_cache
     from kvpolicy.hf.prepare import prepare as prepare
+    from kvpolicy.hf.source import ModelSource as ModelSource
     from kvpolicy.hookspecs import hookimpl as hookimpl
     from kvpolicy.interfaces.backend import AttentionOptions as AttentionOptions
     from kvpolicy.interfaces.backend import AttentionSpec as AttentionSpec
@@ -56,6 +57,7 @@ __all__ = [
     "Given",
     "Grouping",
     "Merger",
+    "ModelSource",
     "Part",
     "Policy",
     "PromptScorer",
@@ -95,6 +97,7 @@ _HOMES = {
     "Extra": "interfaces.extra",
     "Given": "interfaces.scorer",
     "Grouping": "interfaces.extra",
+    "ModelSource": "hf.source",
     "Policy": "interfaces.policy",
     "Quantizer": "interfaces.quantizer",
     "RankPolicy": "interfaces.policy",

@@ -12,8 +12,10 @@ from typing import Any
 from kvpolicy.errors import CalibrationError, CompareError, MissingDependencyError
 from kvpolicy.words import clip, in_words, quoted, suggest
 
-RESULTS = ("samples.jsonl", "summary.json", "comparison.png", "attention.png")
-"""Files that a comparison writes."""
+RESULTS = ("run.sqlite", "report.html", "report.md", "comparison.png", "attention.png")
+"""Files that a comparison writes; the first holds every row, from which the others follow."""
+LEGACY = ("samples.jsonl", "summary.json")
+"""What versions before 0.3 wrote in its place."""
 CHARACTERS_PER_POSITION = 64
 """Characters that no tokenizer puts into one token on average: a longer text is refused without being read."""
 TOKENS_PER_POSITION = 4
@@ -117,22 +119,6 @@ def check_picture(path: Path) -> None:
         raise CompareError(f"{name}: a picture must end in one of {', '.join(_PICTURES)}, found {quoted(path.suffix)}")
     if not home:
         raise CompareError(f"{name}: the picture can't be written: there is no directory {clip(str(path.parent))}")
-
-
-def check_results(path: Path, overwrite: bool) -> Path:
-    """Refuse early what can't hold the results; nothing is touched yet.
-
-    Raises:
-        CompareError: it is no directory, can't be made or written, or holds an earlier comparison.
-    """
-    check_directory(path)
-    earlier = [file for file in RESULTS if (path / file).exists()]
-    if earlier and not overwrite:
-        raise CompareError(
-            f"{clip(str(path), 300)}: the directory must not hold an earlier comparison, found {earlier[0]}; "
-            "choose another directory, or replace it (overwrite=True, on the shell --overwrite)"
-        )
-    return path
 
 
 def check_directory(path: Path) -> None:

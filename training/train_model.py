@@ -25,7 +25,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from kvpolicy.experiment import tasks
+from kvpolicy.tasks.lines import ARITHMETIC_HEADER, KEYS, LINES_HEADER, OPERATORS, QUERIES, STEPS, VALUES
+from kvpolicy.tasks.load import load_task
+from kvpolicy.tasks.sample import Sample
+from kvpolicy.tasks.scorers import score
+from kvpolicy.tasks.source import stdlib_files
 
 VOCABULARY = 3072
 CONTEXT = 2048
@@ -56,15 +60,15 @@ def train_tokenizer(root: Path | None) -> Any:
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    added = [f"<k{key}>" for key in range(tasks.KEYS)]
-    added += [f" <v{value}>" for value in range(tasks.VALUES)]
+    added = [f"<k{key}>" for key in range(KEYS)]
+    added += [f" <v{value}>" for value in range(VALUES)]
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY - len(added),
         special_tokens=[END],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator((text for _, text in tasks.stdlib_files("train", root)), trainer)
+    tokenizer.train_from_iterator((text for _, text in stdlib_files("train", root)), trainer)
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in added])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -81,7 +85,7 @@ def prepare(directory: Path, root: Path | None) -> None:
     tokenizer.save_pretrained(directory)
     end = tokenizer.eos_token_id
     ids: list[int] = []
-    for _, text in tasks.stdlib_files("train", root):
+    for _, text in stdlib_files("train", root):
         ids += [*tokenizer(text, add_special_tokens=False, verbose=False).input_ids, end]
     save_file({"ids": torch.tensor(ids, dtype=torch.int16)}, str(directory / "corpus.safetensors"))
     print(f"{len(tokenizer):,} tokens in the vocabulary, {len(ids):,} in the corpus", flush=True)
@@ -97,7 +101,7 @@ class Batch:
 
 
 class Rows:
-    """Training rows as token ids, in the layout of the generators in `kvpolicy.experiment.tasks`."""
+    """Training rows as token ids, in the layout of the generators in `kvpolicy.tasks`."""
 
     def __init__(self, tokenizer: Any, device: str, seed: int) -> None:
         self.tokenizer = tokenizer
@@ -108,7 +112,7 @@ class Rows:
         self.value = tokenizer.convert_tokens_to_ids(" <v0>")
         self.newline, self.space, self.question, self.equals = (self.ids(text)[0] for text in ("\n", " ", "?", "="))
         self.digits = self.tensor([self.ids(str(digit))[0] for digit in range(10)])
-        self.operators = self.tensor([self.ids(text)[0] for text in tasks.OPERATORS])
+        self.operators = self.tensor([self.ids(text)[0] for text in OPERATORS])
 
     def ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False).input_ids)
@@ -154,8 +158,8 @@ class Rows:
 
     def pairs(self, rows: int, count: int, length: int) -> torch.Tensor:
         """Lines as (rows, count, 3); short contexts draw from fewer keys and values."""
-        keys = self.permutation(rows, min(tasks.KEYS, length), count) + self.key
-        values = self.draw(min(tasks.VALUES, length), rows, count) + self.value
+        keys = self.permutation(rows, min(KEYS, length), count) + self.key
+        values = self.draw(min(VALUES, length), rows, count) + self.value
         return torch.stack([keys, values, self.full(keys, self.newline)], -1)
 
     def recall(self, rows: int, length: int) -> Batch:
@@ -163,7 +167,7 @@ class Rows:
 
         With or without the header and the line breaks of `lines`.
         """
-        text = tasks.LINES_HEADER if length >= SHORTEST and self.integer(0, 1) else ""
+        text = LINES_HEADER if length >= SHORTEST and self.integer(0, 1) else ""
         width = self.integer(2, 3)
         head = self.tensor(self.ids(text)).long().expand(rows, -1)
         count = (length - head.shape[1]) // (2 * width)
@@ -174,7 +178,7 @@ class Rows:
         return Batch(data, values, values)
 
     def lines(self, rows: int, length: int) -> Batch:
-        header, queries = len(self.ids(tasks.LINES_HEADER)), tasks.QUERIES
+        header, queries = len(self.ids(LINES_HEADER)), QUERIES
         stride = 2 + 5 * queries
         rounds = self.rounds(length, stride, header + 3 * queries)
         count = (length - header - stride * rounds) // 3
@@ -184,16 +188,16 @@ class Rows:
         asked = keys.gather(1, chosen).view(rows, rounds, queries)
         answers = pairs.gather(1, chosen[..., None].expand(-1, -1, 3))
         answers = answers.view(rows, rounds, queries, 3)
-        return self.assemble(tasks.LINES_HEADER, pairs.flatten(1), asked, answers)
+        return self.assemble(LINES_HEADER, pairs.flatten(1), asked, answers)
 
     def arithmetic(self, rows: int, length: int) -> Batch:
-        header, steps = len(self.ids(tasks.ARITHMETIC_HEADER)), tasks.STEPS
+        header, steps = len(self.ids(ARITHMETIC_HEADER)), STEPS
         stride = 2 + 10 * steps
         rounds = self.rounds(length, stride, header + 6 * steps)
         chains = (length - header - stride * rounds) // (6 * steps)
         rounds = min(rounds, chains)
         shape = (rows, chains, steps)
-        keys = self.permutation(rows, tasks.KEYS, chains * steps).view(shape) + self.key
+        keys = self.permutation(rows, KEYS, chains * steps).view(shape) + self.key
         first, right = self.draw(10, rows, chains), self.draw(10, *shape)
         operator = self.draw(3, *shape)
         results, left = [], first
@@ -213,13 +217,13 @@ class Rows:
         chosen = self.permutation(rows, chains, rounds)
         asked = keys.gather(1, chosen[..., None].expand(-1, -1, steps))
         answers = answer.gather(1, chosen[..., None, None].expand(-1, -1, steps, 8))
-        return self.assemble(tasks.ARITHMETIC_HEADER, context, asked, answers)
+        return self.assemble(ARITHMETIC_HEADER, context, asked, answers)
 
     def copying(self, rows: int, length: int) -> Batch:
         """A random segment of distinct tokens, over and over, from one of four pools."""
         keys, values, everything = (
-            (self.key, tasks.KEYS),
-            (self.value, tasks.VALUES),
+            (self.key, KEYS),
+            (self.value, VALUES),
             (0, len(self.tokenizer)),
         )
         pools = ((everything,), (keys,), (values,), (keys, values))[self.integer(0, 3)]
@@ -419,7 +423,7 @@ def check_layout(rows: Rows) -> None:
             raise SystemExit(f"{make.__name__}: rows must be tokenized as generated; found others")
 
 
-def greedy(model: Any, tokenizer: Any, samples: list[tasks.Sample]) -> list[float]:
+def greedy(model: Any, tokenizer: Any, samples: list[Sample]) -> list[float]:
     """Scores of greedy decoding with the exact cache; all samples are of equal length."""
     prompts = [tokenizer(sample.prompt, add_special_tokens=False).input_ids for sample in samples]
     answers = [tokenizer(sample.answer, add_special_tokens=False).input_ids for sample in samples]
@@ -433,12 +437,12 @@ def greedy(model: Any, tokenizer: Any, samples: list[tasks.Sample]) -> list[floa
             do_sample=False,
         )
     texts = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
-    return [tasks.score(sample.task, sample.answer, text) for sample, text in zip(samples, texts, strict=True)]
+    return [score(sample, text) for sample, text in zip(samples, texts, strict=True)]
 
 
 def windows(tokenizer: Any, root: Path | None, context: int) -> Iterator[tuple[list[int], int]]:
     """Windows of the held-out files, each with one token of context before it."""
-    for _, text in tasks.stdlib_files("test", root):
+    for _, text in stdlib_files("test", root):
         ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
         before = [tokenizer.eos_token_id, *ids]
         for first in range(0, len(ids), context - 1):
@@ -452,7 +456,7 @@ def evaluate(options: argparse.Namespace) -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(options.evaluate).to(options.device).eval()
     for task, lengths in (("lines", (256, 512, 1024, 2000)), ("arithmetic", (256, 512, 1024))):
         for length in lengths:
-            samples = tasks.load_task(task, options.samples, options.seed, length)
+            samples = load_task(task, options.samples, options.seed, length)
             scores = [
                 score
                 for first in range(0, len(samples), 10)

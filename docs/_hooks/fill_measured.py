@@ -1,6 +1,6 @@
 """Writes measured figures between the marks of README.md and docs/explanation/benchmarks.md.
 
-make demo && .venv/bin/python docs/_hooks/fill_measured.py demo out/demo/summary.json
+make demo && .venv/bin/python docs/_hooks/fill_measured.py demo out/demo
 make bench ARGS="--update --tokens 4096 16384 --batch 1 --nbits 2 --md out/decode.md" &&
     .venv/bin/python docs/_hooks/fill_measured.py decode out/decode.md
 (and so on for store and attend, each with the command that stands above its mark)
@@ -8,7 +8,6 @@ make bench ARGS="--update --tokens 4096 16384 --batch 1 --nbits 2 --md out/decod
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from pathlib import Path
@@ -18,16 +17,23 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "docs" / "explanation" / "benchmarks.md"]
 
 
-def _mean(found: dict[str, Any] | None, digits: int, sign: bool = False) -> str:
+def _mean(found: Any, digits: int, sign: bool = False) -> str:
     if found is None:
         return "-"
-    mean, half = f"{found['mean']:{'+' if sign else ''}.{digits}f}", found["half_width_95"]
-    return mean if not half else f"{mean} ± {half:.{digits}f}"
+    mean = f"{found.mean:{'+' if sign else ''}.{digits}f}"
+    return mean if not found.half_width else f"{mean} ± {found.half_width:.{digits}f}"
 
 
 def demo(path: Path) -> str:
-    """The table of a comparison's summary.json."""
-    summary = json.loads(path.read_text(encoding="utf-8"))
+    """The table of a comparison's directory."""
+    from kvpolicy.experiment.names import EXACT
+    from kvpolicy.experiment.result import Comparison
+    from kvpolicy.experiment.store import read
+    from kvpolicy.recipe.load import load_yaml
+
+    evidence = read(path)
+    arms = {name: load_yaml(recipe) for name, recipe in evidence.arms.items() if name != EXACT and recipe}
+    found, summary = Comparison(evidence, arms), evidence.settings
     head = (
         "Recipe",
         "Bits per value",
@@ -39,12 +45,14 @@ def demo(path: Path) -> str:
         "L1 error",
     )
     rows = []
-    for name, arm in summary["arms"].items():
-        top1 = "-" if arm["top1"] is None else f"{100 * arm['top1']['mean']:.1f} %"
-        smaller = arm["exact_bytes"]["mean"] / arm["final_bytes"]["mean"]
-        row = [f"`{name}`", f"{arm['bits']['mean']:.2f}", f"{smaller:.2f}x", _mean(arm["score"], 3)]
-        row += [_mean(arm["nll_minus_exact"], 4, sign=True), _mean(arm["kl"], 4), top1]
-        row.append("-" if arm.get("l1") is None else f"{arm['l1']['mean']:.3f}")
+    for name in arms:
+        bits, exact, final, top1, l1 = (
+            found.mean(name, metric) for metric in ("bits", "exact_bytes", "final_bytes", "top1", "l1")
+        )
+        row = [f"`{name}`", f"{bits.mean:.2f}", f"{exact.mean / final.mean:.2f}x", _mean(found.mean(name, "score"), 3)]
+        row += [_mean(found.difference(name, metric="nll"), 4, sign=True), _mean(found.mean(name, "kl"), 4)]
+        row.append("-" if top1 is None else f"{100 * top1.mean:.1f} %")
+        row.append("-" if l1 is None else f"{l1.mean:.3f}")
         rows.append(row)
     lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
     lines += ["| " + " | ".join(row) + " |" for row in rows]

@@ -143,6 +143,24 @@ def calibrators() -> str:
     return _options("calibrator")
 
 
+def tasks() -> str:
+    """The built-in tasks and their options: its own first."""
+    from kvpolicy.tasks.load import BUILT_IN
+
+    parts = []
+    for task in BUILT_IN:
+        described = task.model_json_schema()["properties"]
+        own = [name for name in task.model_fields if name in task.__annotations__]
+        rows = [
+            (f"`{name}`", _type(described[name]), _default(field), field.description)
+            for name, field in sorted(task.model_fields.items(), key=lambda item: item[0] not in own)
+        ]
+        doc = re.sub(r"\n[ \t]+", "\n", (task.__doc__ or "").strip())
+        table = _table(("Option", "Type", "Default", "Meaning"), rows)
+        parts.append(f"### {task.name}\n\n{doc}\n\n{table}")
+    return "\n\n".join(parts)
+
+
 def bundled() -> str:
     """The bundled recipes."""
     from kvpolicy.recipe.load import bundled_names, load_recipe
@@ -222,6 +240,7 @@ GENERATED: dict[str, Callable[[], str]] = {
     "transforms": transforms,
     "extras": extras,
     "calibrators": calibrators,
+    "tasks": tasks,
     "bundled": bundled,
     "cli": cli,
 }

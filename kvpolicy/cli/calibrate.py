@@ -8,27 +8,26 @@ from typing import Annotated, Any
 
 import typer
 
+from kvpolicy.cli.model_options import takes_model
 from kvpolicy.cli.output import silence_transformers, warner
 
 
+@takes_model
 def calibrate(
     method: Annotated[str, typer.Argument(metavar="METHOD", help="A calibrator, NAME:key=value,...")],
     text: Annotated[Path, typer.Option(metavar="FILE", help="A text in UTF-8, such as the model was trained on.")],
-    model: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="A local Hugging Face model directory; default: the bundled one.")
-    ] = None,
+    model: Any,
     samples: Annotated[int, typer.Option(help="Pieces of the text, evenly spaced.")] = 16,
     tokens: Annotated[int, typer.Option(help="Tokens of each.")] = 2048,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Default: METHOD.safetensors.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if there is one.")] = False,
-    device: Annotated[str | None, typer.Option(help="Such as cpu or cuda:1; default: CUDA if there is one.")] = None,
 ) -> None:
     """Find out what a method needs to know of a model, for recipes that name the file as their calibration.
 
     Interrupted, it goes on when it is started again with the same words.
     """
     silence_transformers()
-    target = _check(method, text, model, samples, tokens, out, overwrite, device)
+    target = _check(method, text, model, samples, tokens, out, overwrite)
     with warnings.catch_warnings():
         warnings.showwarning = warner()
         from kvpolicy.experiment.calibration import calibrate as run
@@ -44,7 +43,6 @@ def calibrate(
                     tokens=tokens,
                     out=target,
                     overwrite=overwrite,
-                    device=device,
                     tell=bar.tell,
                 )
         except KeyboardInterrupt:
@@ -58,20 +56,18 @@ def calibrate(
 def _check(
     method: str,
     text: Path,
-    model: Path | None,
+    model: Any,
     samples: int,
     tokens: int,
     out: Path | None,
     overwrite: bool,
-    device: str | None,
 ) -> Path:
     """Refuse what can't be right before torch is loaded, which takes seconds; the file that is to be written."""
-    from kvpolicy.arguments import check_calibration, check_device, check_room
-    from kvpolicy.hf.models import check_model
+    from kvpolicy.arguments import check_calibration, check_room
+    from kvpolicy.hf.source import check_model
 
     target = Path(f"{method.partition(':')[0]}.safetensors") if out is None else out
     check_calibration(samples, tokens, text, target, overwrite)
-    check_device(device)
     check_room(tokens, check_model(model))
     return target
 

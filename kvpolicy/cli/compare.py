@@ -2,31 +2,59 @@
 
 from __future__ import annotations
 
+import signal
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from kvpolicy.cli.model_options import takes_model
 from kvpolicy.cli.output import show_result, silence_transformers, warner
+from kvpolicy.errors import KvpolicyError
 
 
+@takes_model
 def compare(
-    arms: Annotated[list[str], typer.Argument(metavar="ARM...", help="Recipes, NAME:key=value,...; `full` is exact.")],
-    model: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="A local Hugging Face model directory; default: the bundled one.")
-    ] = None,
+    arms: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="ARM...", help="Recipes, NAME:key=value,...; `full` is exact. Or the YAML file of an experiment."
+        ),
+    ],
+    model: Any,
     task: Annotated[
-        str, typer.Option(help="lines, arithmetic, code, or a .jsonl file whose rows carry prompt and answer.")
-    ] = "lines",
-    n: Annotated[int, typer.Option("-n", "--samples", help="Samples, the same for every arm.")] = 16,
-    seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
-    tokens: Annotated[int | None, typer.Option(help="Approximate length of a generated sample.")] = None,
-    out: Annotated[
-        str | None, typer.Option(metavar="DIR", help="Write samples.jsonl, summary.json and pictures here.")
+        list[str] | None,
+        typer.Option(
+            help="A task, maybe with options (needle:depth=0.5), or a .jsonl file whose rows carry prompt and answer; "
+            "may be repeated. Default: lines."
+        ),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier comparison in --out.")] = False,
-    device: Annotated[str | None, typer.Option(help="Such as cpu or cuda:1; default: CUDA if there is one.")] = None,
+    n: Annotated[
+        int | None, typer.Option("-n", "--samples", help="Samples, the same for every arm; default: 16.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the samples; default: 0.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Approximate length of a generated sample.")] = None,
+    metric: Annotated[
+        list[str] | None, typer.Option(help="What is measured; may be repeated. Without score nothing is generated.")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(help="Samples that run together; default: 1.")] = None,
+    aa: Annotated[
+        bool, typer.Option("--aa", help="Run the exact cache again in another batch: the noise floor.")
+    ] = False,
+    out: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Keep every row here, from which the same command goes on; and a report."),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace what is in --out, once there is a first row.")
+    ] = False,
+    retry: Annotated[bool, typer.Option("--retry", help="Run samples in --out again that failed.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would run, how long, and what so many samples can show.")
+    ] = False,
     unattached: Annotated[
         bool, typer.Option("--unattached", help="Decode the stores for the model's own attention at each step.")
     ] = False,
@@ -38,68 +66,125 @@ def compare(
     silence_transformers()
     with warnings.catch_warnings():
         warnings.showwarning = warner()
-        _check_comparison(arms, model, task, n, seed, tokens, out, overwrite, device)
-        from kvpolicy.experiment.comparison import compare as run
+        _check_comparison(arms, model, task, n, seed, tokens, out)
+        given: dict[str, Any] = {
+            "model": model, "tasks": task, "n": n, "seed": seed, "tokens": tokens, "metrics": metric, "batch": batch,
+            "aa": aa or None, "attach": False if unattached else None, "errors": not no_errors,
+        }  # fmt: skip
+        source: Any = arms[0] if len(arms) == 1 else arms
+        if dry_run:
+            from kvpolicy.experiment.dry_run import dry_run as foresee
 
-        try:
-            result = run(
-                arms,
-                model=model,
-                task=task,
-                n=n,
-                seed=seed,
-                tokens=tokens,
-                out=out,
-                overwrite=overwrite,
-                device=device,
-                attach=not unattached,
-                errors=not no_errors,
-            )
-        except KeyboardInterrupt:
-            typer.echo(f"interrupted{_kept(out)}", err=True)
-            raise typer.Exit(130) from None
+            show_result(foresee(source, **given))
+            return
+        result = _run(source, given, out, overwrite, retry)
     show_result(result)
     if out is not None:
-        from kvpolicy.arguments import RESULTS
-
-        *most, last = [name for name in RESULTS if (Path(out) / name).exists()]
-        typer.echo(f"wrote {', '.join(most)} and {last} into {out}", err=True)
+        _show_files(out)
     if result.failures:
         raise typer.Exit(1)
 
 
+def _run(source: Any, given: dict[str, Any], out: str | None, overwrite: bool, retry: bool) -> Any:
+    """The comparison. If it ends early, what is finished is shown before the command ends."""
+    from kvpolicy.experiment.comparison import compare as run
+
+    try:
+        with _terminable():
+            return run(source, **given, out=out, overwrite=overwrite, retry=retry, command=_command())
+    except KeyboardInterrupt as error:
+        _show_partial(error, out)
+        ended = isinstance(error, _Terminated)
+        typer.echo("terminated" if ended else "interrupted", err=True)
+        raise typer.Exit(143 if ended else 130) from None
+    except KvpolicyError as error:
+        _show_partial(error, out)
+        raise
+
+
+def _show_partial(error: BaseException, out: str | None) -> None:
+    partial = getattr(error, "partial", None)
+    if partial is None or not partial.evidence.rows:
+        return
+    show_result(partial)
+    if out is not None:
+        typer.echo(f"finished rows in {out}: {len(partial.evidence.rows)}; the same command goes on", err=True)
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a run as Ctrl-C does."""
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Until the end SIGTERM ends what runs in order."""
+
+    def stop(*_: Any) -> None:
+        raise _Terminated
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not in the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _command() -> str:
+    import shlex
+    import sys
+
+    return shlex.join(["kvpolicy", *sys.argv[1:]])
+
+
+def _show_files(out: str) -> None:
+    from kvpolicy.arguments import RESULTS
+
+    *most, last = [name for name in RESULTS if (Path(out) / name).exists()]
+    listed = f"{', '.join(most)} and {last}" if most else last
+    typer.echo(f"wrote {listed} into {out}", err=True)
+
+
 def _check_comparison(
     arms: list[str],
-    model: Path | None,
-    task: str,
-    n: int,
-    seed: int,
+    model: Any,
+    tasks: list[str] | None,
+    n: int | None,
+    seed: int | None,
     tokens: int | None,
     out: str | None,
-    overwrite: bool,
-    device: str | None,
 ) -> None:
     """Refuse what can't be right before torch is loaded, which takes seconds."""
-    from kvpolicy.arguments import check_comparison, check_device, check_results, check_room
-    from kvpolicy.experiment.tasks import TASKS, check_name, check_size, load_task
-    from kvpolicy.hf.models import check_model
+    from kvpolicy.arguments import check_comparison, check_directory, check_room
+    from kvpolicy.hf.source import check_model
     from kvpolicy.recipe.source import check_sources
+    from kvpolicy.tasks.load import check_task
 
-    check_comparison(n, seed, tokens, task, out)
-    check_sources(arms)
-    check_name(task)
-    check_size(task, n, tokens)
-    check_device(device)
-    check_room(tokens, check_model(model))
+    n, seed = 16 if n is None else n, 0 if seed is None else seed
+    check_comparison(n, seed, tokens, "lines", out)
     if out is not None:
-        check_results(Path(out), overwrite)
-    if task not in TASKS:
-        load_task(task, n, seed)
+        check_directory(Path(out))
+    files = [arm for arm in arms if arm.endswith((".yaml", ".yml")) and _is_experiment(arm)]
+    if files and len(arms) > 1:
+        from kvpolicy.errors import CompareError
+        from kvpolicy.words import quoted
+
+        raise CompareError(
+            f"an experiment is given alone, found {quoted(files[0])} beside others; add them to its arms"
+        )
+    if files:
+        return
+    check_sources(arms)
+    limit = check_model(model)
+    for task in tasks or ["lines"]:
+        check_task(task, n, tokens)
+        check_room(tokens, limit)
 
 
-def _kept(out: str | None) -> str:
-    try:
-        rows = 0 if out is None else (Path(out) / "samples.jsonl").read_bytes().count(b"\n")
-    except OSError:
-        rows = 0
-    return f"; finished rows in {out}/samples.jsonl: {rows}" if rows else ""
+def _is_experiment(path: str) -> bool:
+    from kvpolicy.experiment.experiment import is_experiment
+
+    return is_experiment(path)

@@ -4,35 +4,32 @@ from __future__ import annotations
 
 import sys
 import warnings
-from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from kvpolicy.cli.model_options import takes_model
 from kvpolicy.cli.output import silence_transformers, warner
 
 
+@takes_model
 def generate(
     context: typer.Context,
     recipe: Annotated[str, typer.Option(metavar="RECIPE", help="A bundled name or a file, NAME:key=value,...")],
     prompt: Annotated[str, typer.Option(metavar="TEXT|-", help="The prompt; - reads it from stdin.")],
-    model: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="A local Hugging Face model directory; default: the bundled one.")
-    ] = None,
+    model: Any,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 128,
-    device: Annotated[str | None, typer.Option(help="Such as cpu or cuda:1; default: CUDA if there is one.")] = None,
     unattached: Annotated[
         bool, typer.Option("--unattached", help="Decode the stores for the model's own attention at each step.")
     ] = False,
 ) -> None:
     """Continue a prompt greedily: the text on stdout, what the cache takes on stderr."""
     silence_transformers()
-    from kvpolicy.arguments import check_device, check_generation
-    from kvpolicy.hf.models import check_model
+    from kvpolicy.arguments import check_generation
+    from kvpolicy.hf.source import check_model
     from kvpolicy.recipe.source import check_one
 
     check_one(recipe, context.args)
-    check_device(device)
     limit = check_model(model)
     text = _read_stdin() if prompt == "-" else prompt
     check_generation(text, max_new_tokens, limit)
@@ -41,7 +38,7 @@ def generate(
     with warnings.catch_warnings():
         warnings.showwarning = warner()
         try:
-            memory = generate_text(text, recipe, model, max_new_tokens, device, sys.stdout, attach=not unattached)
+            memory = generate_text(text, recipe, model, max_new_tokens, None, sys.stdout, attach=not unattached)
         except KeyboardInterrupt:
             typer.echo("\ninterrupted", err=True)
             raise typer.Exit(130) from None

@@ -16,6 +16,7 @@ from kvpolicy.cli.importing import import_preset
 from kvpolicy.cli.output import show_error
 from kvpolicy.cli.plugins import plugins
 from kvpolicy.cli.recipes import recipes
+from kvpolicy.cli.report import report
 from kvpolicy.cli.schema import schema
 from kvpolicy.cli.show import show
 from kvpolicy.cli.tune import tune
@@ -49,7 +50,7 @@ def _options(
 
 
 TAKES_RECIPES = ("show", "validate", "compare", "generate")
-for command in (recipes, show, validate, schema, plugins, compare, tune, generate, calibrate, env):
+for command in (recipes, show, validate, schema, plugins, compare, report, tune, generate, calibrate, env):
     # Words too many reach the command, which says how parameters are written.
     spare = {"allow_extra_args": command in (show, generate)}
     app.command(context_settings=spare)(command)

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import json
+from typing import Annotated
 
 import typer
 
+from kvpolicy.errors import CompareError
+from kvpolicy.words import quoted, suggest
 
-def schema() -> None:
-    """Print the JSON schema of recipes, for editors."""
-    from kvpolicy.recipe.schema import recipe_schema
+KINDS = ("recipe", "experiment")
 
-    typer.echo(json.dumps(recipe_schema(), indent=2))
+
+def schema(kind: Annotated[str, typer.Argument(help="Of what: recipe or experiment.")] = "recipe") -> None:
+    """Print the JSON schema of recipes, or of experiments, for editors."""
+    if kind not in KINDS:
+        raise CompareError(f"a schema is one of {' or '.join(KINDS)}, found {quoted(kind)}{suggest(kind, KINDS)}")
+    if kind == "experiment":
+        from kvpolicy.experiment.schema import experiment_schema as made
+    else:
+        from kvpolicy.recipe.schema import recipe_schema as made
+    typer.echo(json.dumps(made(), indent=2))

@@ -8,17 +8,17 @@ from typing import Annotated, Any
 
 import typer
 
+from kvpolicy.cli.model_options import takes_model
 from kvpolicy.cli.output import show_result, silence_transformers, warner
 
 
+@takes_model
 def tune(
     space: Annotated[
         str, typer.Argument(metavar="SPACE.yaml", help="A recipe's page, and choices or ranges for its parameters.")
     ],
     text: Annotated[list[str], typer.Option(metavar="FILE", help="A text to cut samples from; may be repeated.")],
-    model: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="A local Hugging Face model directory; default: the bundled one.")
-    ] = None,
+    model: Any,
     bits: Annotated[
         float | None, typer.Option(help="Find the best within so many effective bits per value; default: the front.")
     ] = None,
@@ -31,7 +31,6 @@ def tune(
         str | None,
         typer.Option(metavar="DIR", help="The study and its results; default: SPACE-tuned. The same command goes on."),
     ] = None,
-    device: Annotated[str | None, typer.Option(help="Such as cpu or cuda:1; default: CUDA if there is one.")] = None,
     unattached: Annotated[
         bool, typer.Option("--unattached", help="Decode the stores for the model's own attention at each step.")
     ] = False,
@@ -52,7 +51,6 @@ def tune(
         "held_out": held_out,
         "seed": seed,
         "out": directory,
-        "device": device,
     }
     with warnings.catch_warnings():
         warnings.showwarning = warner()
@@ -73,14 +71,13 @@ def tune(
 
 def _check(space: str, options: dict[str, Any]) -> Any:
     """Refuse what can't be right before a model is loaded, which takes seconds. The space, checked."""
-    from kvpolicy.arguments import check_device, check_directory, check_optuna, check_room, check_search
-    from kvpolicy.experiment.texts import text_files
-    from kvpolicy.hf.models import check_model
+    from kvpolicy.arguments import check_directory, check_optuna, check_room, check_search
+    from kvpolicy.hf.source import check_model
+    from kvpolicy.tasks.texts import text_files
 
     check_search(options)
     check_optuna()
     text_files(options["text"])
-    check_device(options["device"])
     check_room(options["tokens"], check_model(options["model"]))
     check_directory(Path(options["out"]))
     from kvpolicy.recipe.space import load_space  # loads torch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,6 +85,19 @@ class Profile:
         self.sinks += other.sinks
         self.own += other.own
 
+    def sums(self) -> list[Any]:
+        """What was counted, as plain values, from which `of` makes an equal profile."""
+        last = int(np.flatnonzero(self.tokens).max(initial=-1)) + 1
+        return [self.queries, self.sinks, self.own, self.tokens[:last].tolist(), self.attention[:last].tolist()]
+
+    @classmethod
+    def of(cls, sums: Sequence[Any]) -> Profile:
+        """The profile whose `sums` these are."""
+        made = cls()
+        made.queries, made.sinks, made.own, tokens, attention = sums
+        made.tokens[: len(tokens)], made.attention[: len(attention)] = tokens, attention
+        return made
+
     def mean(self) -> Floats:
         """Mean attention per token of each bin; nan where fewer than half of the queries reach the whole bin."""
         whole = self.queries * np.diff(_EDGES, append=2 * _EDGES[-1])
@@ -106,6 +120,18 @@ class Distances:
         """Add what another run counted."""
         for layer, profile in other.layers.items():
             self.profile(layer).merge(profile)
+
+    def sums(self) -> dict[str, list[Any]]:
+        """What was counted, as plain values."""
+        return {str(layer): profile.sums() for layer, profile in self.layers.items()}
+
+    @classmethod
+    def of(cls, runs: Iterable[Mapping[str, Sequence[Any]]]) -> Distances:
+        """What runs counted together, from the `sums` of each."""
+        made = cls()
+        for sums in runs:
+            made.merge(cls({int(layer): Profile.of(counted) for layer, counted in sums.items()}))
+        return made
 
     @property
     def distances(self) -> Floats:

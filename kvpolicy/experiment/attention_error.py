@@ -84,6 +84,13 @@ class _Shadow:
         return self.buffer[:, :, : self.length]
 
 
+class Prefix(NamedTuple):
+    """Keys and values that each layer was given, and the layers that can't be watched."""
+
+    tokens: dict[int, tuple[Tensor, Tensor]]
+    unwatched: frozenset[int]
+
+
 @dataclass
 class Watcher:
     """Watches the attention of an attached model while it runs with one cache, from its first token on.
@@ -125,6 +132,19 @@ class Watcher:
                     shadow.append(x)
         finally:
             self._arriving, self._kept = {}, {}
+
+    def seen(self) -> Prefix:
+        """What was seen until now, for `adopt`; nothing of it may change while the result is in use."""
+        tokens = {i: (keys.tokens, values.tokens) for i, (keys, values) in self._shadows.items()}
+        return Prefix({i: (k.clone(), v.clone()) for i, (k, v) in tokens.items()}, frozenset(self._unwatched))
+
+    def adopt(self, prefix: Prefix) -> None:
+        """Take what another watcher saw for what this one would have seen: the first tokens, exact in any cache."""
+        self._unwatched |= prefix.unwatched
+        for i, tokens in prefix.tokens.items():
+            shadows = self._shadows.setdefault(i, (_Shadow(), _Shadow()))
+            for shadow, x in zip(shadows, tokens, strict=True):
+                shadow.append(x)
 
     def _exactness(self) -> dict[int, Tensor]:
         """How each layer keeps its tokens now; layers with equal answers share a tensor."""

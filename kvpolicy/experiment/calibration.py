@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvpolicy.arguments import CHARACTERS_PER_POSITION, check_calibration, check_device
+from kvpolicy.arguments import CHARACTERS_PER_POSITION, check_calibration
 from kvpolicy.errors import CalibrationError
 from kvpolicy.experiment.observation import Observed
 from kvpolicy.hf.calibration import Calibration, read_calibration, write_calibration
 from kvpolicy.hf.fingerprint import fingerprint_of
-from kvpolicy.hf.models import check_model, load_model, one_thread, positions_of
+from kvpolicy.hf.models import load_model, one_thread, positions_of
+from kvpolicy.hf.source import check_model, source_of
 from kvpolicy.interfaces.calibrator import Calibrator
 from kvpolicy.interfaces.checks import finished, watched
 from kvpolicy.plugins import calibrator_of
@@ -53,14 +54,13 @@ def calibrate(
     Args:
         method: the kind of a calibrator that is installed, maybe with options (`"name:key=value"`), or a `Calibrator`.
         text: a text file in UTF-8.
-        model: a causal language model of transformers, or the path of a local model directory; by default the bundled
-            model. Its training mode is restored.
+        model: as `compare` takes it.
         tokenizer: the tokenizer of a model given as an object.
         samples: pieces of the text, evenly spaced, without overlap.
         tokens: tokens of each.
         out: the file to write, by default the name of the method with the ending `.safetensors`.
         overwrite: replace the file if there is one.
-        device: where a model given by its path is loaded, such as `cpu`; by default CUDA where there is one.
+        device: where a model given by its name is loaded, such as `cpu`; by default CUDA where there is one.
         tell: called with the samples done, their number and words for what goes on.
 
     Returns:
@@ -74,15 +74,14 @@ def calibrate(
     calibrator = calibrator_of(method) if isinstance(method, str) else method
     target = Path(f"{calibrator.kind}.safetensors" if out is None else out)
     content = check_calibration(samples, tokens, text, target, overwrite)
-    given = model is None or isinstance(model, str | os.PathLike)
-    if not given and tokenizer is None:
+    source = source_of(model, device)
+    if source is None and tokenizer is None:
         raise CalibrationError("a model given as an object must come with its tokenizer, found none; say tokenizer=...")
-    if given:
-        check_device(device)
-        check_model(model)
-        model, tokenizer = load_model(model, device)
+    if source is not None:
+        check_model(source)
+        model, tokenizer = load_model(source)
     ids = _tokens(content, tokenizer, samples, tokens, positions_of(model), text)
-    with one_thread(given and sum(p.numel() for p in model.parameters()) < 1 << 24):
+    with one_thread(source is not None and sum(p.numel() for p in model.parameters()) < 1 << 24):
         Run(calibrator, model, ids, target, tell).go()
     return target
 

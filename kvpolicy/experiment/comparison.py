@@ -3,43 +3,58 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from kvpolicy.arguments import RESULTS, check_comparison, check_results, check_room
+from kvpolicy.arguments import check_comparison, check_directory, check_room
 from kvpolicy.errors import CompareError, KvpolicyError
-from kvpolicy.experiment.result import EXACT, Comparison, is_exact
-from kvpolicy.experiment.run import Encoded, Run, Runner, encode, row, unlikely
-from kvpolicy.experiment.tasks import check_name, check_size, load_task
+from kvpolicy.experiment.experiment import Experiment, load_experiment
+from kvpolicy.experiment.lock import locked
+from kvpolicy.experiment.names import ATTENTION, EXACT, METRICS
+from kvpolicy.experiment.outputs import write_results
+from kvpolicy.experiment.prepared import Prepared, early_identity, prepare
+from kvpolicy.experiment.result import Comparison
+from kvpolicy.experiment.run import Runner
+from kvpolicy.experiment.store import Store, check_same, open_store
+from kvpolicy.experiment.work import NO_EXACT, Item, Worker, cause_of, missing, units
 from kvpolicy.hf.cache import make_cache
 from kvpolicy.hf.layer import TieredLayer
-from kvpolicy.hf.models import attached, check_model, load_model, one_thread, positions_of
-from kvpolicy.recipe.load import Recipe, load_recipe
-from kvpolicy.recipe.source import refuse_misplaced
-from kvpolicy.words import in_words, quoted
+from kvpolicy.hf.models import attached, one_thread, positions_of
+from kvpolicy.hf.source import ModelSource, check_model, source_of
+from kvpolicy.recipe.load import Recipe
+from kvpolicy.statistics.rows import Row
+from kvpolicy.tasks.files import FromFile
+from kvpolicy.tasks.load import check_task
+from kvpolicy.words import clip, quoted
 
 
 def compare(
-    arms: Iterable[Any] | Mapping[str, Any],
+    arms: Any,
     *,
     model: Any = None,
     tokenizer: Any = None,
-    task: str | os.PathLike[str] = "lines",
-    n: int = 16,
-    seed: int = 0,
+    task: Any = None,
+    tasks: Iterable[Any] | None = None,
+    n: int | None = None,
+    seed: int | None = None,
     tokens: int | None = None,
+    metrics: Iterable[str] | None = None,
+    margins: Mapping[str, float] | None = None,
+    baseline: str | None = None,
+    aa: bool | None = None,
+    batch: int | None = None,
     out: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
+    retry: bool = False,
     device: str | None = None,
     progress: bool = True,
-    attach: bool = True,
+    attach: bool | None = None,
     errors: bool = True,
+    command: str | None = None,
 ) -> Comparison:
     """Run recipes on the same samples in the same order, each against the exact cache.
 
@@ -47,66 +62,173 @@ def compare(
     negative log-likelihood of the answer (`nll`), the Kullback-Leibler divergence of the exact cache's prediction
     from the arm's (`kl`, in nats) and how often their most likely tokens agree (`top1`), over the answer's tokens
     after the first: the first is predicted by the prefill, which reads no stored token (`nll_first`). `score` rates
-    greedy decoding. The exact cache runs once per sample, whether or not it is an arm.
+    greedy decoding. The exact cache runs once per sample, whether or not it is an arm, and the prompt is computed once
+    for all arms for which this can't change a number.
 
     Of an attached model also the attention over the same tokens: relative errors of its outputs (`l1`, `l2`) against
     exact attention of the same queries over all keys and values that the layer was given in this run, and the shares
     of exact attention on tokens that the arm keeps exactly, quantized, or dropped (`exact_mass`, `quantized_mass`,
-    `dropped_mass`), as means over the compressed layers; None where a model computes on keys and values itself.
+    `dropped_mass`), as means over the compressed layers; absent where a model computes on keys and values itself.
+
+    With `out` every row is in a file as soon as it is finished. A run that was interrupted, however, goes on when it is
+    started again.
 
     Args:
-        arms: recipes, each as `load_recipe` takes it; a mapping gives them names of its own.
-        model: a causal language model of transformers, or the path of a local model directory; by default the
-            bundled model. Its training mode is restored.
+        arms: recipes, each as `load_recipe` takes it; a mapping gives them names of its own. Or an experiment: the path
+            of its YAML file, a mapping like it, or an `Experiment`; arguments below then count before what it says.
+        model: a causal language model of transformers, whose training mode is restored; or a directory, an id of the
+            Hugging Face hub, a GGUF file, or a `ModelSource`, which also says dtype and devices; by default the
+            bundled model.
         tokenizer: the tokenizer of a model given as an object.
-        task: `lines`, `arithmetic`, `code`, or the path of a JSON Lines file with `prompt` and `answer`.
-        n: samples; fewer if the file has fewer rows.
-        seed: seed of the samples.
+        task: the name of a task, maybe with options (`"needle:depth=0.5"`), the path of a JSON Lines file, or a `Task`.
+            By default `lines`.
+        tasks: several of these, each a name or a mapping with `task`, `n`, `tokens`, `seeds` and `name`.
+        n: samples of each task, by default 16; fewer if a file has fewer rows.
+        seed: seed of the samples, by default 0.
         tokens: approximate length of a generated sample, by default the task's own.
-        out: directory for samples.jsonl (one row per arm and sample, appended as they are made), summary.json,
-            comparison.png, and attention.png where attention was watched.
-        overwrite: replace what an earlier comparison left in `out`.
-        device: where a model given by its path is loaded, such as `cpu`; by default CUDA where there is one.
+        metrics: what is measured, by default all. Without `score` nothing is generated; without those of attention
+            none is watched.
+        margins: by metric, a difference from the baseline that counts as none.
+        baseline: the arm that others are compared with, by default `exact`.
+        aa: run the exact cache again, in another batch, as the arm `exact again`: the noise floor.
+        batch: samples that run together, by default 1. In batches attention is not watched.
+        out: directory for run.sqlite (a row for each arm and sample, committed when it is finished), a report and
+            pictures.
+        overwrite: replace what `out` holds, once the new run has its first row.
+        retry: run samples again that failed in an earlier run.
+        device: where a model given by its name is loaded, such as `cpu`; by default CUDA where there is one.
         progress: show a progress bar on stderr.
-        attach: let the model read the compressed stores directly, as `kvpolicy.attach` does, and detach it in the end.
-            A model that can't be attached runs unattached, with a warning; one that is attached already stays so.
-        errors: watch the attention of an attached model. That keeps an exact copy of keys and values beside the cache
-            of the arm that runs, which is not counted in its bytes, nor is the work in its times.
+        attach: let the model read the compressed stores directly, as `kvpolicy.attach` does, and detach it in the end;
+            by default yes. A model that can't be attached runs unattached, with a warning; one that is attached
+            already stays so.
+        errors: False leaves out the metrics of attention. Watching keeps an exact copy of keys and values beside the
+            cache of the arm that runs, which is not counted in its bytes, nor is the work in its times.
+        command: what was run, for the record.
 
     Returns:
         The rows, means with confidence intervals, paired differences; printable.
 
     Raises:
-        CompareError: an argument is not valid, or every arm failed. An arm that fails midway is reported in
-            `failures`, and the others go on.
+        CompareError: an argument is not valid, `out` is in use or holds another experiment, a row can't be written, or
+            every sample failed. A sample that fails is a row with its error, and the run goes on.
         RecipeError: a recipe is not valid, or does not fit the model.
-        TaskError: the task is unknown, or its file is not valid.
+        TaskError: a task is unknown, or its file is not valid.
     """
-    check_comparison(n, seed, tokens, task, out)
-    directory = None if out is None else check_results(Path(out), overwrite)
-    bundled, name = model is None, os.fspath(task)
-    check_name(name)
-    recipes = _recipes(arms)
-    check_size(name, n, tokens)
-    check_room(tokens, limit_of(model))
-    samples = load_task(name, n, seed, tokens)
-    model, tokenizer, shown = load_given(model, tokenizer, device)
-    items = encode(samples, tokenizer, model.config)
-    settings = {"task": name, "n": len(items), "seed": seed, "tokens": tokens, **about(model, shown)}
-    with attached(model, attach) as reads:
-        caches = {name: _cache(name, recipe, model, reads) for name, recipe in recipes.items()}
-        result = Comparison(recipes, [], {**settings, "attached": reads, "errors": errors})
-        with _rows_file(directory) as file, one_thread(bundled):
-            try:
-                _run(Runner(model, tokenizer, errors and reads), caches, items, result, file, progress)
-            finally:
-                if directory is not None and result.rows:
-                    result.write_summary(directory / RESULTS[1])
-    if directory is not None:
-        result.plot(directory / RESULTS[2])
-        if result.distances.layers:
-            result.plot_attention(directory / RESULTS[3])
+    given = {
+        "model": model, "task": task, "tasks": tasks, "n": n, "seed": seed, "tokens": tokens, "metrics": metrics,
+        "margins": margins, "baseline": baseline, "aa": aa, "batch": batch, "device": device, "attach": attach,
+        "errors": errors,
+    }  # fmt: skip
+    check_comparison(16 if n is None else n, 0 if seed is None else seed, tokens, "lines", out)
+    experiment, recipes, loaded = declare(arms, **given)
+    return run_experiment(
+        experiment, recipes, model=loaded, tokenizer=tokenizer, out=None if out is None else Path(out),
+        overwrite=overwrite, retry=retry, progress=progress, command=command,
+    )  # fmt: skip
+
+
+def declare(
+    arms: Any, *, model: Any = None, seed: int | None = None, task: Any = None, errors: bool = True, **given: Any
+) -> tuple[Experiment, dict[str, Recipe], Any]:
+    """The experiment that arguments of `compare` declare, its recipes, and the model if that is an object."""
+    if task is not None and given.get("tasks") is not None:
+        raise CompareError("task and tasks say the same, found both; give one of them")
+    if task is not None:
+        given["tasks"] = [os.fspath(task) if isinstance(task, os.PathLike) else task]
+    if not errors and given.get("metrics") is None:
+        given["metrics"] = [name for name in METRICS if name not in ATTENTION]
+    source = source_of(model, given.get("device"))
+    given |= {} if source is None else _words_of(source)
+    given["seeds"] = None if seed is None else [seed]
+    for name, kind in (("metrics", list), ("tasks", list), ("margins", dict)):
+        given[name] = None if given.get(name) is None else kind(given[name])
+    experiment, recipes = load_experiment(arms, **{key: value for key, value in given.items() if value is not None})
+    loaded = model if source is None else None
+    check_experiment(experiment, loaded)
+    return experiment, recipes, loaded
+
+
+def _words_of(source: ModelSource) -> dict[str, Any]:
+    """What a source says, as keys of an experiment."""
+    said = {**vars(source), "model": source.name}
+    del said["name"]
+    return {
+        key: os.fspath(value) if isinstance(value, os.PathLike) else value
+        for key, value in said.items()
+        if value not in (None, False)
+    }
+
+
+def check_experiment(experiment: Experiment, model: Any = None) -> None:
+    """Refuse tasks and lengths that can't be right, before anything is made.
+
+    Raises:
+        CompareError: a length does not fit the model.
+        TaskError: a task is unknown, or too large.
+    """
+    limit = limit_of(experiment.source if model is None else model)
+    for task in experiment.tasks:
+        n, tokens = experiment.size(task)
+        found = check_task(task.task, n, tokens)
+        if isinstance(found, FromFile):
+            found.samples(n, (task.seeds or experiment.seeds)[0])  # says that the file has fewer rows
+        check_room(tokens, limit)
+
+
+def run_experiment(
+    experiment: Experiment,
+    recipes: dict[str, Recipe],
+    *,
+    model: Any = None,
+    tokenizer: Any = None,
+    out: Path | None = None,
+    overwrite: bool = False,
+    retry: bool = False,
+    progress: bool = True,
+    command: str | None = None,
+) -> Comparison:
+    """Run what is not yet in `out`. See `compare`.
+
+    What ends it early, Ctrl-C or a full disk, is raised with the rows that are finished as its attribute `partial`.
+    """
+    with ExitStack() as stack:
+        if out is not None:
+            check_directory(out)
+            stack.enter_context(locked(out, "a comparison"))
+        if out is not None and not overwrite:
+            check_same(out, early_identity(experiment, recipes))
+        ready = prepare(experiment, recipes, model, tokenizer, command)
+        reads = stack.enter_context(attached(ready.model, experiment.attach))
+        if experiment.batch > 1 and not reads:
+            raise CompareError(
+                f"batch must be 1 where the model is not attached, found {experiment.batch}: only an attached model "
+                "tells caches which tokens are padding; attach it, or run samples one by one (--batch 1)"
+            )
+        caches = {name: _cache(name, recipe, ready.model, reads) for name, recipe in ready.all_arms().items()}
+        store = stack.enter_context(open_store(out, ready.contents(reads), overwrite))
+        stack.enter_context(one_thread(ready.bundled))
+        try:
+            _run(ready, caches, store, retry, progress)
+        except BaseException as error:
+            error.partial = Comparison.of(store, recipes)  # type: ignore[attr-defined]
+            raise
+        result = Comparison.of(store, recipes)
+    _refuse_failure(result)
+    if out is not None:
+        write_results(result, out)
     return result
+
+
+def _refuse_failure(result: Comparison) -> None:
+    """Raise if there is no row to be compared."""
+    if any(row.error is None for row in result.evidence.rows if row.arm != EXACT):
+        return
+    causes = {row.arm: f"sample {row.sample}: {row.error}" for row in reversed(result.evidence.rows) if row.error}
+    if EXACT in causes:
+        raise CompareError(f"the exact cache, {causes[EXACT]}")
+    raise CompareError(
+        f"every arm failed: {'; '.join(f'{arm}, {causes[arm]}' for arm in result.arms if arm in causes)}"
+    )
 
 
 def _cache(name: str, recipe: Recipe, model: Any, attached: bool) -> Any:
@@ -125,155 +247,59 @@ def fitting_cache(recipe: Recipe, model: Any, attached: bool) -> Any:
     return cache
 
 
-def _run(
-    runner: Runner, caches: dict[str, Any], items: list[Encoded], result: Comparison, file: IO[str] | None, show: bool
-) -> None:
-    exact, warned = make_cache("full", runner.model), False
-    with runner.ready(), progress_bar(len(items) * (len(caches) + 1), show) as advance:
-        _guard("the exact cache", lambda: runner.warm_up(copy.deepcopy(exact)))
-        for number, item in enumerate(items):
-            advance(f"sample {number + 1} of {len(items)}: exact cache", 0)
-            reference = _guard(
-                f"the exact cache, sample {number}", lambda item=item: runner.run(copy.deepcopy(exact), item)
-            )
-            if not warned and (said := unlikely(number, item, reference, runner.tokenizer)):
-                warnings.warn(said, stacklevel=3)
-                warned = True
-            if reference.attention is not None:
-                result.distances.merge(reference.attention.distances)
-            advance("", 1)
-            for name, cache in caches.items():
-                if name in result.failures:
-                    continue
-                advance(f"sample {number + 1} of {len(items)}: {name}", 0)
-                try:
-                    same = is_exact(result.arms[name])
-                    run: Run = reference if same else runner.run(copy.deepcopy(cache), item)
-                    record = row(number, name, item, run, reference)
-                except Exception as error:
-                    advance("", len(items) - number)
-                    _fail(result, name, number, error)
-                    continue
-                result.rows.append(record)
-                _write(file, record)
-                advance("", 1)
-
-
-def _write(file: IO[str] | None, record: dict[str, Any]) -> None:
-    if file is None:
+def _run(ready: Prepared, caches: dict[str, Any], store: Store, retry: bool, show: bool) -> None:
+    measures, batch = set(ready.experiment.measures), ready.experiment.batch
+    watch = bool(measures & set(ATTENTION)) and store.contents.identity["attached"] and batch == 1
+    runner = Runner(ready.model, ready.tokenizer, watch, "score" in measures)
+    worker = Worker(runner, caches, lambda text: warnings.warn(text, stacklevel=8))
+    done, arms, failing = store.finished(failed=not retry), list(caches), set[str]()
+    pending = [(unit, missing(unit, arms, done)) for unit in units(ready.items, batch)]
+    pending = [(unit, wanted) for unit, wanted in pending if wanted]
+    if not pending:
         return
-    try:
-        file.write(json.dumps(record, allow_nan=False) + "\n")
-        file.flush()
-    except OSError as error:
-        raise CompareError(f"{file.name}: the row can't be written: {error}") from error
+    total = sum(len(wanted) for _, wanted in pending)
+    with runner.ready(), progress_bar(total, show) as advance:
+        _warm_up(runner, caches[EXACT])
+        for number, (unit, wanted) in enumerate(pending):
+            where = f"{_named(unit)}, {number + 1} of {len(pending)}"
+
+            def said(arm: str, n: int, at: str = where) -> None:
+                advance(f"{at}: {arm}" if arm else "", n)
+
+            for finished in worker.run(unit, wanted, said):
+                store.add(finished.row, finished.attention)
+                _warn_of(finished.row, failing)
 
 
-def _guard(what: str, call: Any) -> Any:
+def _warn_of(row: Row, failing: set[str]) -> None:
+    """Say, once for each arm, that it failed on a sample."""
+    if row.error is None or row.arm in failing or row.error.startswith(NO_EXACT):
+        return
+    failing.add(row.arm)
+    warnings.warn(
+        f"arm {quoted(row.arm)} failed, and goes on with its next sample: sample {row.sample}: "
+        f"{clip(row.error, 300)}. Said once",
+        stacklevel=6,
+    )
+
+
+def _named(unit: list[Item]) -> str:
+    first = unit[0].planned
+    return f"{clip(first.task, 30)}, sample {first.sample}{f' to {unit[-1].planned.sample}' if len(unit) > 1 else ''}"
+
+
+def _warm_up(runner: Runner, cache: Any) -> None:
     try:
-        return call()
+        runner.warm_up(copy.deepcopy(cache))
     except Exception as error:
-        raise CompareError(f"{what}: the model can't be run: {cause_of(error)}") from error
-
-
-def cause_of(error: Exception) -> str:
-    """An error in a line; of one that was not raised on purpose its type, too."""
-    return str(error) if isinstance(error, KvpolicyError) else f"{type(error).__name__}: {error}"
-
-
-def _fail(result: Comparison, name: str, number: int, error: Exception) -> None:
-    result.failures[name] = f"sample {number}: {cause_of(error)}"
-    if len(result.failures) == len(result.arms):
-        every = "; ".join(f"{arm}, {cause}" for arm, cause in result.failures.items())
-        raise CompareError(f"every arm failed: {every}") from error
-    warnings.warn(f"arm {quoted(name)} failed and is left out from here on: {result.failures[name]}", stacklevel=4)
-
-
-def _recipes(arms: Any) -> dict[str, Recipe]:
-    if isinstance(arms, str | os.PathLike | Recipe):
-        arms = [arms]
-    if not isinstance(arms, Iterable):
-        raise CompareError(f"arms must be recipes in a list, or by name in a mapping, found {in_words(arms)}")
-    named = list(arms.items()) if isinstance(arms, Mapping) else [(None, arm) for arm in arms]
-    if not named:
-        raise CompareError("a comparison needs at least one arm, found none; give a recipe such as 'logquant'")
-    refuse_misplaced(source for label, source in named if label is None and isinstance(source, str))
-    found: dict[str, Recipe] = {}
-    for label, source in named:
-        recipe = load_recipe(source)
-        name = str(label) if label is not None else _label(source, recipe)
-        if name in found:
-            raise CompareError(
-                f"arms must have different names, found {quoted(name)} twice; leave one out (from Python, a mapping "
-                "gives them names)"
-            )
-        if name == EXACT and not is_exact(recipe):
-            raise CompareError(f"an arm must not be named {EXACT!r}, which stands for the exact cache; rename it")
-        found[name] = recipe
-    return found
-
-
-def _label(source: Any, recipe: Recipe) -> str:
-    return os.fspath(source) if isinstance(source, str | os.PathLike) else recipe.name
+        raise CompareError(f"the exact cache: the model can't be run: {cause_of(error)}") from error
 
 
 def limit_of(model: Any) -> int | None:
     """The positions of a model that is given as `compare` takes it, where its config says how many."""
-    if model is None or isinstance(model, str | os.PathLike):
-        return check_model(model)
+    if (source := source_of(model)) is not None:
+        return check_model(source)
     return positions_of(model) if hasattr(getattr(model, "config", None), "get_text_config") else None
-
-
-def load_given(model: Any, tokenizer: Any, device: str | None) -> tuple[Any, Any, str]:
-    """Model, tokenizer, and what the model is called."""
-    if model is None or isinstance(model, str | os.PathLike):
-        loaded, found = load_model(model, device)
-        return loaded, tokenizer if tokenizer is not None else found, "bundled" if model is None else str(model)
-    if device is not None:
-        raise CompareError(f"device {device!r} is for a model given by its path; move a model of your own by model.to")
-    if not hasattr(model, "config") or not callable(model):
-        raise CompareError(
-            f"model must be a causal language model of transformers or the path of one, found {type(model).__name__}"
-        )
-    if tokenizer is None:
-        raise CompareError(
-            "a model given as an object needs its tokenizer, found none; pass tokenizer=..., "
-            "or the path of the model directory as model"
-        )
-    return model, tokenizer, str(getattr(model.config, "name_or_path", "") or type(model).__name__)
-
-
-def about(model: Any, shown: str) -> dict[str, Any]:
-    """A model and the versions of libraries, as results name them."""
-    import torch
-    import transformers
-
-    return {
-        "model": shown,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": str(model.device),
-        "versions": {
-            "kvpolicy": version("kvpolicy"),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-    }
-
-
-@contextmanager
-def _rows_file(directory: Path | None) -> Iterator[IO[str] | None]:
-    if directory is None:
-        yield None
-        return
-    with ExitStack() as stack:
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            for name in RESULTS:
-                (directory / name).unlink(missing_ok=True)
-            file = stack.enter_context(open(directory / RESULTS[0], "w", encoding="utf-8"))
-        except OSError as error:
-            raise CompareError(f"{directory}: the results can't be written there: {error}") from error
-        yield file
 
 
 @contextmanager

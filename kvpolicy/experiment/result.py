@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,33 +15,18 @@ from rich.text import Text
 
 from kvpolicy.errors import CompareError
 from kvpolicy.experiment.attention_distance import Distances
+from kvpolicy.experiment.experiment import is_exact
+from kvpolicy.experiment.names import AGAIN, EXACT, METRICS
 from kvpolicy.experiment.printed import Printed
+from kvpolicy.experiment.records import number, records
+from kvpolicy.recipe.load import load_recipe
+from kvpolicy.statistics.rows import Evidence
 from kvpolicy.words import in_words
 
 if TYPE_CHECKING:
     from kvpolicy.experiment.plot import Point
+    from kvpolicy.experiment.store import Store
     from kvpolicy.recipe.load import Recipe
-
-METRICS = (
-    "score",
-    "nll",
-    "kl",
-    "top1",
-    "bits",
-    "peak_bytes",
-    "final_bytes",
-    "exact_bytes",
-    "prefill_seconds",
-    "step_seconds",
-    "l1",
-    "l2",
-    "exact_mass",
-    "quantized_mass",
-    "dropped_mass",
-)
-"""What `Comparison.mean` and `Comparison.difference` know."""
-EXACT = "exact"
-"""Stands for the exact cache in `Comparison.mean` (of score and nll) and `Comparison.difference`."""
 
 
 @dataclass(frozen=True)
@@ -85,36 +70,72 @@ def _student(freedom: int) -> float:
 class Comparison(Printed):
     """The result of `compare`: one row per arm and sample, and what follows from them."""
 
+    evidence: Evidence
+    """All rows, those of the exact cache and those that hold an error included, and how they were made."""
     arms: dict[str, Recipe]
-    """The recipe of each arm, by its name, in the order given."""
-    rows: list[dict[str, Any]]
-    """One record per arm and sample, as in samples.jsonl."""
-    settings: dict[str, Any]
-    """Task, seed, model, number of samples, whether the model was attached, and versions."""
-    failures: dict[str, str] = field(default_factory=dict)
-    """Arms that failed midway, and why; their rows until then are kept."""
+    """The recipe of each arm, by its name, in the order given; the A/A arm last."""
     distances: Distances = field(default_factory=Distances)
     """Attention by distance of the exact cache, over all samples; empty where attention was not watched."""
 
-    def values(self, arm: str, metric: str) -> dict[int, float]:
+    @classmethod
+    def of(cls, store: Store, recipes: Mapping[str, Recipe]) -> Comparison:
+        """What a store holds now."""
+        evidence = store.evidence()
+        again = {AGAIN: load_recipe("full")} if AGAIN in evidence.arms else {}
+        return cls(evidence, {**recipes, **again}, Distances.of(store.attention()))
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """Tasks, seeds, model, number of samples, whether the model was attached, versions, digests."""
+        return self.evidence.settings
+
+    @cached_property
+    def rows(self) -> list[dict[str, Any]]:
+        """One flat record per arm and sample; None stands for what a sample does not have."""
+        return records(self.evidence, self.arms)
+
+    @property
+    def failures(self) -> dict[str, str]:
+        """Arms that failed on some sample, and why on the first of them."""
+        found: dict[str, str] = {}
+        for row in self.rows:
+            if row["error"] is not None:
+                found.setdefault(row["arm"], f"sample {row['sample']}: {row['error']}")
+        return found
+
+    @property
+    def tasks(self) -> list[str]:
+        """The names of the tasks."""
+        return list(self.evidence.planned)
+
+    def of_task(self, task: str) -> Comparison:
+        """The same with the rows of one task."""
+        if task not in self.evidence.planned:
+            raise CompareError(f"task must be one of {', '.join(self.tasks)}, found {in_words(task)}")
+        rows = tuple(row for row in self.evidence.rows if row.task == task)
+        n = self.evidence.planned[task]
+        e = replace(self.evidence, rows=rows, planned={task: n}, settings={**self.settings, "task": task, "n": n})
+        return replace(self, evidence=e)
+
+    def values(self, arm: str, metric: str) -> dict[Any, float]:
         """A metric by sample.
 
         Samples whose answer is one token have no nll, kl, top1 and step_seconds, and say nothing of attention (l1, l2
-        and the masses); nor do those whose attention could not be watched.
+        and the masses); nor do those whose attention could not be watched. Of several tasks one must be chosen
+        first, by `of_task`.
         """
         if metric not in METRICS:
             raise CompareError(f"metric must be one of {', '.join(METRICS)}, found {in_words(metric)}")
-        if arm == EXACT and EXACT not in self.arms:
-            if metric not in ("score", "nll"):
-                raise CompareError(f"the exact cache has score and nll, found {in_words(metric)}; add the arm 'full'")
-            found = {row["sample"]: row[f"exact_{metric}"] for row in self.rows}
-        elif arm in self.arms:
-            found = {row["sample"]: _value(row, metric) for row in self.rows if row["arm"] == arm}
-        else:
+        if arm not in self.arms and arm != EXACT:
             raise CompareError(
                 f"arm must be one of {', '.join(dict.fromkeys([*self.arms, EXACT]))}, found {in_words(arm)}"
             )
-        return {sample: value for sample, value in found.items() if value is not None}
+        if len(self.tasks) > 1:
+            raise CompareError(
+                f"means are those of one task, found {len(self.tasks)}; choose one: of_task({self.tasks[0]!r})"
+            )
+        found = [row for row in self.evidence.rows if row.arm == arm and metric in row.metrics]
+        return {number(row.sample): row.metrics[metric] for row in found}
 
     def mean(self, arm: str, metric: str) -> Estimate | None:
         """Mean of a metric over the samples of an arm."""
@@ -127,31 +148,20 @@ class Comparison(Printed):
 
     def diverged(self, arm: str) -> tuple[int, int]:
         """In how many samples greedy decoding left that of the exact cache, and the number of samples."""
-        found = [row["first_divergence"] is not None for row in self.rows if row["arm"] == arm]
+        rows = [row for row in self.rows if row["arm"] == arm and row["generated"] is not None]
+        found = [row["first_divergence"] is not None for row in rows]
         return sum(found), len(found)
 
-    def summary(self) -> dict[str, Any]:
-        """All of it but the rows, as plain values for JSON."""
-        arms = {}
-        for name, recipe in self.arms.items():
-            count, n = self.diverged(name)
-            arms[name] = {
-                "recipe": recipe.to_yaml(resolved=True),
-                "samples": n,
-                **{metric: _plain(self.mean(name, metric)) for metric in METRICS},
-                "score_minus_exact": _plain(self.difference(name, metric="score")),
-                "nll_minus_exact": _plain(self.difference(name, metric="nll")),
-                "diverged": count,
-                "failure": self.failures.get(name),
-            }
-        exact = {metric: _plain(self.mean(EXACT, metric)) for metric in ("score", "nll")} if self.rows else {}
-        attention = self.distances.to_dict() if self.distances.layers else None
-        return {**self.settings, "exact": exact, "attention": attention, "arms": arms}
+    def samples(self, arm: str) -> int:
+        """On how many samples an arm has run without an error."""
+        return sum(row["arm"] == arm and row["error"] is None for row in self.rows)
 
     def plot(self, path: str | os.PathLike[str]) -> Path:
         """Draw quality against effective bits, one point per arm."""
         from kvpolicy.experiment.plot import Panels, plot_comparison
 
+        if len(self.tasks) > 1:
+            return self.of_task(self.tasks[0]).plot(path)
         exact = None if EXACT in self.arms or not self.rows else self.mean(EXACT, "score")
         panels = Panels(self._points("score", 1.0), self._points("kl", math.inf), None if exact is None else exact.mean)
         return plot_comparison(panels, self._title, Path(path))
@@ -186,16 +196,21 @@ class Comparison(Printed):
         return points
 
     def tables(self) -> list[Any]:
-        """Rich tables: quality, cost, and attention unless that was not asked for."""
-        attention = [self._attention()] if self.settings.get("errors") else []
-        return [self._quality(), self._cost(), *attention]
+        """Rich tables: of each task quality, cost, and attention unless that was not asked for."""
+        found = []
+        for part in map(self.of_task, self.tasks):
+            attention = [part._attention()] if self.settings.get("errors") else []
+            found += [part._quality(), part._cost(), *attention]
+        return found
 
     def notes(self) -> str:
         """How the tables are to be read."""
-        n = self.settings["n"]
-        single = sum(row["decode_steps"] == 0 for row in self.rows) // max(len(self.arms), 1)
+        counts = ", ".join(
+            f"{n}" if len(self.tasks) == 1 else f"{n} ({task})" for task, n in self.evidence.planned.items()
+        )
+        answers = {(row["task"], row["sample"]) for row in self.rows if row["decode_steps"] == 0}
         lines = [
-            f"n = {n} samples, the same for all arms. ± is the half-width of a 95% confidence interval over them; "
+            f"n = {counts} samples, the same for all arms. ± is the half-width of a 95% confidence interval over them; "
             "differences (Δ) to the exact cache are paired. ±0 says that all samples gave the same value, no more. "
             "Do not rank arms by means whose intervals overlap; the paired `difference` of two arms may still tell "
             "them apart. Arms of different bits differ in cost, too.",
@@ -204,15 +219,33 @@ class Comparison(Printed):
         ]
         if self.settings.get("errors"):
             lines.append(self._attention_note())
-        if single:
-            lines.append(f"answers of a single token: {single}; the prefill gives it, so that no cache can change it.")
-        lines += [f"failed: {arm}: {cause}" for arm, cause in self.failures.items()]
+        if answers:
+            lines.append(
+                f"answers of a single token: {len(answers)}; the prefill gives it, so that no cache can change it."
+            )
+        lines += [f"failed: {arm}{self._everywhere(arm)}: {cause}" for arm, cause in self.failures.items()]
+        if not self.complete:
+            lines.append(self._partial_note())
         return "\n".join(lines)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every arm has a row for every sample."""
+        return len(self.evidence.rows) >= sum(self.evidence.planned.values()) * len(self.evidence.arms)
+
+    def _partial_note(self) -> str:
+        planned = sum(self.evidence.planned.values())
+        counted = {arm: sum(row.arm == arm for row in self.evidence.rows) for arm in self.evidence.arms}
+        each = ", ".join(f"{arm} {count}" for arm, count in counted.items())
+        return f"partial: the run did not end. Of {planned} samples there are: {each}. The same command goes on."
+
+    def _everywhere(self, arm: str) -> str:
+        return "" if self.samples(arm) else " (on every sample that it was given)"
 
     def _quality(self) -> Any:
         differences = ("Δ score", "Δ NLL\n(nats)", "KL to exact\n(nats)", "top-1", "texts that\ndiverge")
         table = _table(f"{self.settings['task']}: quality", ("bits per\nvalue", "score", *differences))
-        if self.rows and not any(is_exact(recipe) for recipe in self.arms.values()):
+        if self.rows and not any(is_exact(recipe) for arm, recipe in self.arms.items() if arm != AGAIN):
             table.add_row("(exact cache)", "", _cell(self.mean(EXACT, "score")), *([""] * 5))
         for arm in self.arms:
             bits, top1 = self.mean(arm, "bits"), self.mean(arm, "top1")
@@ -225,7 +258,7 @@ class Comparison(Printed):
                 _cell(self.difference(arm, metric="nll"), sign=True),
                 _cell(self.mean(arm, "kl")),
                 f"{100 * top1.mean:.1f}%" if top1 else "-",
-                f"{count} of {n}",
+                f"{count} of {n}" if n else "-",
             )
         return table
 
@@ -264,41 +297,13 @@ class Comparison(Printed):
             "L1 and L2 errors are those of attention outputs, relative to exact attention of the same queries, means "
             "over the compressed layers; beside them the shares of exact attention by how its tokens are kept."
         )
-        if any(self.mean(arm, "kl") and not self.mean(arm, "l1") for arm in self.arms):
+        if any(row["kl"] is not None and row["l1"] is None for row in self.rows):
             text += " -: this model computes on keys and values itself, so what it attends can't be watched."
         return f"{text}\n{self.distances.sentence()}"
 
     def _name(self, arm: str) -> Text:
-        n = self.diverged(arm)[1]
+        n = self.samples(arm)
         return Text(arm if n == self.settings["n"] else f"{arm} ({n} of {self.settings['n']} samples)")
-
-    def write_summary(self, path: str | os.PathLike[str]) -> Path:
-        """Write `summary` as JSON."""
-        target, text = Path(path), json.dumps(self.summary(), indent=2, allow_nan=False)
-        try:
-            target.write_text(text + "\n", encoding="utf-8")
-        except OSError as error:
-            raise CompareError(f"{target}: the summary can't be written: {error}") from error
-        return target
-
-
-def is_exact(recipe: Any) -> bool:
-    """Whether a recipe keeps every token of every layer exactly."""
-    lists = [recipe.tiers, *recipe.layers.values()]
-    return all(
-        tiers == "full" or all(tier.keys == "full" and tier.values == "full" for tier in tiers) for tiers in lists
-    )
-
-
-def _value(row: dict[str, Any], metric: str) -> float | None:
-    if metric == "step_seconds":
-        return row["decode_seconds"] / row["decode_steps"] if row["decode_steps"] else None
-    value: float | None = row[metric]
-    return value
-
-
-def _plain(found: Estimate | None) -> dict[str, Any] | None:
-    return None if found is None else {"mean": found.mean, "half_width_95": found.half_width, "n": found.n}
 
 
 def _number(value: float) -> str:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvpolicy.errors import CalibrationError, CompareError, KvpolicyError, MissingDependencyError
-from kvpolicy.experiment.comparison import cause_of
 from kvpolicy.experiment.study import RECORD, set_constraint
+from kvpolicy.experiment.work import cause_of
 from kvpolicy.recipe.space import Choices, Drawn, Range, Space
 from kvpolicy.words import clip
 

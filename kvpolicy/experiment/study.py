@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kvpolicy.errors import CompareError, MissingDependencyError
+from kvpolicy.experiment.lock import locked
 from kvpolicy.hf.fingerprint import Fingerprint, differences
 from kvpolicy.recipe.yaml import path_text
 from kvpolicy.words import clip, in_words
@@ -54,7 +55,7 @@ def open_study(directory: Path | None, about: dict[str, Any], bits: float | None
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             storage = None
             if directory is not None:
-                stack.enter_context(_locked(directory))
+                stack.enter_context(locked(directory, "a search"))
                 _check_same(directory, about)
                 storage = _storage(directory)
             study = _study(storage, directory, bits)
@@ -104,31 +105,6 @@ def _sampler(bits: float | None, seed: int) -> Any:
     if hasattr(optuna.trial.Trial, "set_constraint"):
         return optuna.samplers.TPESampler(seed=seed)
     return optuna.samplers.TPESampler(seed=seed, constraints_func=lambda trial: [trial.user_attrs[RECORD]["excess"]])
-
-
-@contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """The directory for this process alone, where the system can tell."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        import fcntl
-    except OSError as error:
-        raise CompareError(f"{directory}: the study can't be written there: {error}") from error
-    except ImportError:  # not on Windows
-        yield
-        return
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(handle)
-        raise CompareError(f"{directory}: a search is running there; wait for it, or choose another --out") from error
-    except OSError:  # a file system without locks
-        pass
-    try:
-        yield
-    finally:
-        os.close(handle)
 
 
 def _storage(directory: Path) -> Any:

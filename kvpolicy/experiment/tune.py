@@ -13,18 +13,21 @@ from torch import Tensor
 
 from kvpolicy.arguments import check_directory, check_optuna, check_room, check_search
 from kvpolicy.errors import CompareError
-from kvpolicy.experiment.comparison import about, cause_of, fitting_cache, limit_of, load_given, progress_bar
+from kvpolicy.experiment.comparison import fitting_cache, limit_of, progress_bar
+from kvpolicy.experiment.prepared import about, load_given
 from kvpolicy.experiment.result import estimate
 from kvpolicy.experiment.run import Runner, divergence
 from kvpolicy.experiment.search import Search, Trial
 from kvpolicy.experiment.study import open_study
-from kvpolicy.experiment.texts import ANSWER, Span, Split, cut, text_files
 from kvpolicy.experiment.tuning import Found, Tuning
+from kvpolicy.experiment.work import cause_of
 from kvpolicy.hf.cache import make_cache
 from kvpolicy.hf.fingerprint import fingerprint_of
 from kvpolicy.hf.models import attached, one_thread, positions_of
+from kvpolicy.hf.source import is_bundled
 from kvpolicy.recipe.load import Recipe
 from kvpolicy.recipe.space import Space, load_space
+from kvpolicy.tasks.texts import ANSWER, Span, Split, cut, text_files
 
 
 def tune(
@@ -56,8 +59,7 @@ def tune(
     Args:
         space: the path of a YAML file, a mapping like it, or a `Space`.
         text: one or several files in UTF-8 that samples are cut from.
-        model: a causal language model of transformers, or the path of a local model directory; by default the
-            bundled model. Its training mode is restored.
+        model: as `compare` takes it.
         tokenizer: the tokenizer of a model given as an object.
         bits: the most effective bits per value, a mean over samples; the recipe of least KL within them is searched
             (TPE). Without it the Pareto front of KL and bits (NSGA-II).
@@ -68,7 +70,7 @@ def tune(
         seed: seed of the search.
         out: directory for the study, from which the same search goes on, and the results: recipes (best.yaml, or
             front-1.yaml and so on), result.json, and front.png. Without it nothing is written.
-        device: where a model given by its path is loaded, such as `cpu`; by default CUDA where there is one.
+        device: where a model given by its name is loaded, such as `cpu`; by default CUDA where there is one.
         progress: show progress bars on stderr.
         attach: let the model read the compressed stores directly, as `kvpolicy.attach` does, and detach it in the end.
 
@@ -90,7 +92,7 @@ def tune(
     files = text_files(text)
     check_room(tokens, limit_of(model))
     space = load_space(space)
-    bundled = model is None
+    bundled = is_bundled(model)
     model, tokenizer, shown = load_given(model, tokenizer, device)
     _check_length(tokens, positions_of(model))
     split = cut(files, tokenizer, tokens, samples, held_out)

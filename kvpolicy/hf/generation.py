@@ -10,7 +10,8 @@ import torch
 from kvpolicy.arguments import check_generation
 from kvpolicy.errors import CompareError, KvpolicyError
 from kvpolicy.hf.cache import make_cache
-from kvpolicy.hf.models import attached, cache_word, check_model, load_model, one_thread, positions_of
+from kvpolicy.hf.models import attached, cache_word, load_model, one_thread, positions_of
+from kvpolicy.hf.source import ModelSource, check_model, is_bundled
 from kvpolicy.recipe.load import load_recipe
 from kvpolicy.words import clip
 
@@ -18,7 +19,7 @@ from kvpolicy.words import clip
 def generate_text(
     prompt: str,
     recipe: Any,
-    model: str | os.PathLike[str] | None,
+    model: str | os.PathLike[str] | ModelSource | None,
     tokens: int,
     device: str | None,
     out: TextIO,
@@ -29,7 +30,7 @@ def generate_text(
     Args:
         prompt: the text to continue.
         recipe: what `load_recipe` takes.
-        model: path of a local model directory; by default the bundled model.
+        model: as `load_model` takes it.
         tokens: tokens to generate at most.
         device: where the model goes.
         out: where the text goes.
@@ -49,7 +50,7 @@ def generate_text(
     network, tokenizer = load_model(model, device)
     ids = tokenizer(prompt, return_tensors="pt", verbose=False).input_ids.to(network.device)
     _check_length(ids.shape[1], tokens, positions_of(network))
-    with attached(network, attach), torch.inference_mode(), one_thread(model is None):
+    with attached(network, attach), torch.inference_mode(), one_thread(is_bundled(model)):
         cache = make_cache(loaded, network)
         try:
             output = network.generate(

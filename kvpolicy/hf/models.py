@@ -1,67 +1,126 @@
-"""Loads a language model and its tokenizer from a local directory, and knows how it is called. Nothing is ever
-downloaded."""
+"""Loads a language model and its tokenizer, and knows how it is called."""
 
 from __future__ import annotations
 
 import inspect
-import json
 import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from kvpolicy.errors import CacheError, CompareError
-from kvpolicy.words import clip, quoted
+from kvpolicy.hf.source import BUNDLED as BUNDLED
+from kvpolicy.hf.source import ModelSource, Place, hub_answers, not_from_hub, source_of, unreachable
+from kvpolicy.words import clip
 
-BUNDLED = Path(__file__).parents[1] / "model"
-"""The directory of the bundled model."""
+GIVE_ONE = "name a tokenizer (--tokenizer, from Python ModelSource(tokenizer=...))"
 
 
-def load_model(path: str | os.PathLike[str] | None = None, device: str | None = None) -> tuple[Any, Any]:
+def load_model(model: str | os.PathLike[str] | ModelSource | None = None, device: str | None = None) -> tuple[Any, Any]:
     """A causal language model in evaluation mode, and its tokenizer.
 
     Args:
-        path: a Hugging Face model directory; by default the bundled model.
+        model: a directory, an id of the Hugging Face hub, a GGUF file, or a `ModelSource`; by default the bundled
+            model.
         device: where the model goes, such as `cpu` or `cuda:1`; by default CUDA where there is one, else the CPU.
 
     Raises:
-        CompareError: the directory is missing or incomplete, or its model is no causal language model.
+        CompareError: there is no such model, it is incomplete or no causal language model, or lacks a tokenizer.
+        MissingDependencyError: a package that such a model needs is not installed.
     """
-    directory = BUNDLED if path is None else Path(path)
-    check_model(directory)
+    source = source_of(model, device)
+    if source is None:
+        raise CompareError(f"a model to load must be given by its name, found {type(model).__name__}")
+    place = source.place()
     import torch
 
-    target = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    _check_torch_device(target)
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    target = None
+    if source.device_map is None:
+        target = source.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        _check_torch_device(target)
+    common = {
+        "local_files_only": place.local or not hub_answers(),
+        "trust_remote_code": source.trust_remote_code,
+        **({} if source.revision is None else {"revision": source.revision}),
+    }
+    tokenizer = _load_tokenizer(source, place, common)
+    loaded = _load_weights(source, place, common)
+    if target is None:
+        return loaded.eval(), tokenizer
+    try:
+        return loaded.to(target).eval(), tokenizer
+    except (RuntimeError, AssertionError) as error:
+        raise CompareError(f"device {target!r} can't hold the model: {_first_line(error)}") from error
+
+
+def _load_tokenizer(source: ModelSource, place: Place, common: dict[str, Any]) -> Any:
+    from transformers import AutoTokenizer
+
+    if source.tokenizer is None:
+        home, options = place.home, {**common, **({"gguf_file": place.file} if place.file else {})}
+    else:
+        home = os.fspath(source.tokenizer)
+        here = os.path.isdir(home)
+        local = here or not hub_answers()
+        options = {"trust_remote_code": source.trust_remote_code, "local_files_only": local}
+        place = Place(home, None, here)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(home, **options)
+    except Exception as error:
+        if not place.local and (why := unreachable(place, error)):
+            raise not_from_hub(place, why, "tokenizer" if source.tokenizer is not None else "model") from error
+        raise CompareError(f"{place.shown}: the tokenizer can't be loaded: {_cause(error)}; {GIVE_ONE}") from error
+    if len(tokenizer) <= len(tokenizer.get_added_vocab()):  # made from the class's defaults where there are no files
+        raise CompareError(f"{place.shown}: the model must have a tokenizer, found none; {GIVE_ONE}")
+    return tokenizer
+
+
+def _load_weights(source: ModelSource, place: Place, common: dict[str, Any]) -> Any:
+    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    options = {"local_files_only": True, "trust_remote_code": False}
+    options = dict(common)
+    if source.dtype is not None or place.file:
+        options["dtype"] = source.dtype or "float32"
+    if source.device_map is not None:
+        options["device_map"] = source.device_map
+    if place.file:
+        options["gguf_file"] = place.file
+    shown = place.local and logging.is_progress_bar_enabled()
+    if shown:
+        logging.disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, **options)
+        model, info = AutoModelForCausalLM.from_pretrained(place.home, output_loading_info=True, **options)
     except Exception as error:
-        raise CompareError(f"{directory}: the tokenizer can't be loaded: {_first_line(error)}") from error
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True, **options)
-    except Exception as error:
-        raise CompareError(f"{directory}: the model can't be loaded: {_first_line(error)}") from error
+        if not place.local and (why := unreachable(place, error)):
+            raise not_from_hub(place, why) from error
+        raise CompareError(f"{place.shown}: the model can't be loaded: {_cause(error)}") from error
     finally:
         if shown:
             logging.enable_progress_bar()
     missing = sorted(info.get("missing_keys") or ())
     if missing:
         raise CompareError(
-            f"{directory}: the weights must be complete, found {len(missing)} missing, such as {missing[0]}; "
+            f"{place.shown}: the weights must be complete, found {len(missing)} missing, such as {missing[0]}; "
             "they would be random. Fetch the whole model"
         )
-    try:
-        return model.to(target).eval(), tokenizer
-    except (RuntimeError, AssertionError) as error:
-        raise CompareError(f"device {target!r} can't hold the model: {_first_line(error)}") from error
+    return model
+
+
+def apply_template(tokenizer: Any, messages: Any, **options: Any) -> Any:
+    """A conversation as the tokenizer's chat template writes it; `options` go to its `apply_chat_template`.
+
+    Raises:
+        CompareError: it has no chat template.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        name = clip(str(getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__), 300)
+        raise CompareError(
+            f"the tokenizer of {name} must have a chat template to write a conversation, found none; {GIVE_ONE} that "
+            "has one, or do without a template"
+        )
+    return tokenizer.apply_chat_template(messages, **options)
 
 
 def cache_word(model: Any) -> str:
@@ -128,52 +187,10 @@ def attached(model: Any, wanted: bool) -> Iterator[bool]:
             handle.detach()
 
 
-def check_model(path: str | os.PathLike[str] | None) -> int | None:
-    """The positions of the model in a directory, where its config says how many; nothing is loaded.
-
-    Raises:
-        CompareError: it is no directory of a model.
-    """
-    directory = BUNDLED if path is None else Path(path)
-    shown = clip(str(directory), 300)
-    try:
-        is_directory, config = directory.is_dir(), directory / "config.json"
-        raw = config.read_bytes() if config.is_file() else None
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise CompareError(f"model must be a local directory, found {quoted(str(directory))}: {reason}") from error
-    if not is_directory:
-        raise CompareError(
-            f"model must be a local Hugging Face model directory, found no directory {quoted(str(directory))}; "
-            "download the model first, nothing is fetched here"
-        )
-    if raw is None:
-        raise CompareError(
-            f"{shown}: a model directory must hold config.json, found none; "
-            "give the directory that save_pretrained wrote"
-        )
-    try:
-        found = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise CompareError(f"{shown}: config.json must be JSON, found {clip(str(error))}") from error
-    if not isinstance(found, dict):
-        raise CompareError(f"{shown}: config.json must be a JSON object, found a {type(found).__name__}")
-    return _positions(found)
-
-
 def positions_of(model: Any) -> int | None:
     """The positions of a model in memory, where its config says how many."""
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     return limit if isinstance(limit, int) and limit > 0 else None
-
-
-def _positions(config: dict[str, Any]) -> int | None:
-    # Of a model of several parts these may be the decoder's; which of them is, is told when it is loaded.
-    parts = [
-        part for part in (config, *map(config.get, ("text_config", "decoder", "generator"))) if isinstance(part, dict)
-    ]
-    named = [part.get(key) for part in parts for key in ("max_position_embeddings", "n_positions")]
-    return max((n for n in named if type(n) is int and n > 0), default=None)
 
 
 def _check_torch_device(device: str) -> None:
@@ -183,6 +200,12 @@ def _check_torch_device(device: str) -> None:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise CompareError(f"device {device!r} can't be used: {_first_line(error)}") from error
+
+
+def _cause(error: BaseException) -> str:
+    if "trust_remote_code" in str(error):
+        return "it brings code of its own, which runs only if it is trusted (--trust-remote-code)"
+    return _first_line(error)
 
 
 def _first_line(error: BaseException) -> str:

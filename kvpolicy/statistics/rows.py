@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -44,3 +47,25 @@ class Evidence:
     """How many samples each task was to have; more than there are rows: the run is partial."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """How the rows were made: model, dtype, device, versions, seeds, digests, template, truncation, command."""
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A line for each row: arm, task, sample, document, error, then each metric, fact and text in its column."""
+        import pandas as pd
+
+        return pd.DataFrame(
+            [
+                {
+                    "arm": row.arm,
+                    "task": row.task,
+                    "sample": row.sample,
+                    "document": row.document,
+                    "error": row.error,
+                    **row.metrics,
+                    **{name: value for name, value in row.facts.items() if name not in row.metrics},
+                    "prompt": row.prompt,
+                    "answer": row.answer,
+                    "output": row.output,
+                }
+                for row in self.rows
+            ]
+        )

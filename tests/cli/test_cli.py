@@ -75,8 +75,20 @@ CARELESS = [
     (("generate", "--recipe", "full", "--prompt", "x", "--model", "binary"), "config.json must be JSON"),
     (("generate", "--recipe", "full", "--prompt", "x", "--model", "empty"), "config.json must be JSON"),
     (("generate", "--recipe", "full", "--prompt", "x", "--model", "directory"), "must hold config.json"),
-    (("generate", "--recipe", "full", "--prompt", "x", "--model", "empty.yaml"), "found no directory"),
+    (("generate", "--recipe", "full", "--prompt", "x", "--model", "empty.yaml"), "must be a GGUF file"),
     (("generate", "--recipe", "full", "--prompt", "x", "--model", LONG), "model must be"),
+    (("generate", "--recipe", "full", "--prompt", "x", "--model", "./missing"), "found no directory or file"),
+    (("generate", "--recipe", "full", "--prompt", "x", "--model", "nobody/nothing"), "the Hugging Face hub doesn't"),
+    (("generate", "--recipe", "full", "--prompt", "x", "--model", "files"), "give the file model.gguf"),
+    (("generate", "--recipe", "full", "--prompt", "x", "--dtype", "bf16"), "did you mean 'bfloat16'?"),
+    (("compare", "full", "--device", "cpu", "--device-map", "auto"), "give one of them"),
+    (("compare", "full", "--device-map", "Auto"), "did you mean 'auto'?"),
+    (("compare", "full", "--revision", "main"), "is for a model of the hub"),
+    (("compare", "full", "--model", "files/model.gguf", "--revision", "main"), "is for a model of the hub"),
+    (("compare", "full", "--model", "files/model.gguf", "--trust-remote-code"), "for models with code"),
+    (("compare", "full", "--tokenizer", ""), "must be a directory or an id"),
+    (("tune", "space.yaml", "--text", "empty.yaml", "--trust-remote-code"), "for models with code"),
+    (("calibrate", "kvquant", "--text", "empty.yaml", "--dtype", "int8"), "must be one of auto"),
     (("generate", "full", "--prompt", "x"), "--recipe"),
     (("compare", "logquant", "window=64"), "write logquant:window=64"),
     (("compare", "full", "logquant", "window=64", "kivi", "nbits=4"), "write logquant:window=64 kivi:nbits=4"),
@@ -103,8 +115,9 @@ def test_what_a_careless_user_types_is_answered_before_torch_is_loaded(tmp_path:
     """All of them in one process, which ends with neither torch nor transformers."""
     (tmp_path / "empty.yaml").touch()
     (tmp_path / "binary.yaml").write_bytes(b"\x89PNG\xff\x00")
-    for name in ("directory", "binary", "empty"):
+    for name in ("directory", "binary", "empty", "files"):
         (tmp_path / name).mkdir()
+    (tmp_path / "files" / "model.gguf").write_bytes(b"GGUF")
     (tmp_path / "binary" / "config.json").write_bytes(b"\x89PNG\xff\x00")
     (tmp_path / "empty" / "config.json").touch()
     code = (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,14 @@ from words import CACHE
 
 from kvpolicy import compare, load_recipe, make_cache
 from kvpolicy.errors import CompareError, RecipeError, TaskError
-from kvpolicy.experiment import tasks
+from kvpolicy.experiment.experiment import load_experiment
+from kvpolicy.experiment.records import records
 from kvpolicy.experiment.result import Comparison, estimate
 from kvpolicy.experiment.run import Runner
+from kvpolicy.experiment.store import read
 from kvpolicy.hf.models import BUNDLED, load_model
+from kvpolicy.tasks.load import load_task
+from kvpolicy.tasks.scorers import score
 
 ARMS = ["full", "logquant:window=8", "kivi-evict:residual=24"]
 FIELDS = {
@@ -25,7 +28,7 @@ FIELDS = {
     "nll_steps", "kl", "kl_steps", "top1", "first_divergence", "bits", "peak_bytes", "final_bytes", "exact_bytes",
     "prefill_seconds", "decode_seconds", "decode_steps", "answer", "generated", "l1", "l2", "exact_mass",
     "quantized_mass", "dropped_mass", "l1_layers", "l2_layers", "exact_mass_layers", "quantized_mass_layers",
-    "dropped_mass_layers",
+    "dropped_mass_layers", "error",
 }  # fmt: skip
 
 
@@ -54,12 +57,14 @@ def short(loaded: tuple[Any, Any], arms: Any, **options: Any) -> Comparison:
 def test_one_complete_row_per_arm_and_sample_in_order(result: Comparison, directory: Path) -> None:
     assert [(row["sample"], row["arm"]) for row in result.rows] == [(i, arm) for i in range(3) for arm in ARMS]
     assert all(set(row) == FIELDS for row in result.rows)
-    written = (directory / "samples.jsonl").read_text(encoding="utf-8").splitlines()
-    assert [json.loads(line) for line in written] == result.rows
+    evidence = read(directory)
+    assert evidence.rows == result.evidence.rows
+    assert [(row.sample, row.arm) for row in evidence.rows] == [(str(i), a) for i in range(3) for a in ("exact", *ARMS)]
+    assert records(evidence, ARMS) == result.rows
 
 
-def test_every_arm_sees_the_samples_of_the_task(result: Comparison) -> None:
-    answers = [sample.answer for sample in tasks.load_task("lines", 3, 5, 160)]
+def test_every_arm_sees_the_samples_of_the_task(result: Comparison, loaded: tuple[Any, Any]) -> None:
+    answers = [sample.answer for sample in load_task("lines", 3, 5, 160, loaded[1])]
     for arm in ARMS:
         assert [row["answer"] for row in result.rows if row["arm"] == arm] == answers
 
@@ -83,7 +88,7 @@ def test_likelihood_and_divergence_are_those_of_plain_decoding(
     result: Comparison, loaded: tuple[Any, Any], arm: str
 ) -> None:
     model, tokenizer = loaded
-    sample = tasks.load_task("lines", 3, 5, 160)[1]
+    sample = load_task("lines", 3, 5, 160, tokenizer)[1]
     prompt = tokenizer(sample.prompt, return_tensors="pt").input_ids
     answer = tokenizer(sample.answer).input_ids
 
@@ -107,14 +112,14 @@ def test_likelihood_and_divergence_are_those_of_plain_decoding(
 @pytest.mark.parametrize("arm", ARMS)
 def test_greedy_text_is_that_of_generate(result: Comparison, loaded: tuple[Any, Any], arm: str) -> None:
     model, tokenizer = loaded
-    for number, sample in enumerate(tasks.load_task("lines", 3, 5, 160)):
+    for number, sample in enumerate(load_task("lines", 3, 5, 160, tokenizer)):
         prompt = tokenizer(sample.prompt, return_tensors="pt").input_ids
         new = len(tokenizer(sample.answer).input_ids)
         cache = make_cache(arm, model)
         output = model.generate(prompt, **{CACHE: cache}, max_new_tokens=new, do_sample=False)
         row = result.rows[3 * number + ARMS.index(arm)]
         assert row["generated"] == tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True)
-        assert row["score"] == tasks.score("lines", sample.answer, row["generated"])
+        assert row["score"] == score(sample, row["generated"])
 
 
 def test_bytes_are_those_of_the_cache_and_the_peak_is_no_less(result: Comparison) -> None:
@@ -127,13 +132,26 @@ def test_bytes_are_those_of_the_cache_and_the_peak_is_no_less(result: Comparison
         assert row["decode_seconds"] > 0
 
 
-def test_summary_and_picture_are_written(result: Comparison, directory: Path) -> None:
-    summary = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
-    assert summary == result.summary()
-    assert list(summary["arms"]) == ARMS
-    assert summary["n"] == 3
-    assert load_recipe_text(summary["arms"][ARMS[1]]["recipe"]).tiers == load_recipe(ARMS[1]).tiers
+def test_what_is_needed_to_run_it_again_and_the_picture_are_written(result: Comparison, directory: Path) -> None:
+    evidence = read(directory)
+    assert list(evidence.arms) == ["exact", *ARMS]
+    assert evidence.planned == {"lines": 3}
+    assert evidence.baseline == "exact"
+    assert load_recipe_text(str(evidence.arms[ARMS[1]])).tiers == load_recipe(ARMS[1]).tiers
+    settings = evidence.settings
+    assert (settings["n"], settings["seed"], settings["tokens"], settings["attached"]) == (3, 5, 160, True)
+    assert set(settings["versions"]) == {"kvpolicy", "torch", "transformers"}
+    assert set(settings["digests"]) == {"config", "weights", "tokenizer", "tasks"}
+    assert load_experiment(load_yaml_text(settings["experiment"]))[1] == {
+        arm: load_recipe_text(str(evidence.arms[arm])) for arm in ARMS
+    }
     assert (directory / "comparison.png").read_bytes().startswith(b"\x89PNG")
+
+
+def load_yaml_text(text: str) -> Any:
+    from kvpolicy.recipe.yaml import read_text
+
+    return read_text(text, "experiment").data
 
 
 def load_recipe_text(text: str) -> Any:
@@ -157,8 +175,7 @@ def test_differences_are_paired(result: Comparison) -> None:
         result.mean("kivi", "nll")
     with pytest.raises(CompareError, match="metric must be one of score"):
         result.mean("full", "speed")
-    with pytest.raises(CompareError, match="exact cache has score and nll"):
-        result.difference("full", metric="kl")
+    assert result.difference("full", metric="kl") == estimate([0.0] * 3)
 
 
 def test_estimates_are_those_of_student() -> None:
@@ -222,60 +239,76 @@ def test_answers_of_one_token_are_said_to_be_out_of_reach(loaded: tuple[Any, Any
     assert (tmp_path / "out" / "comparison.png").exists()
 
 
-def test_an_arm_that_fails_midway_keeps_its_rows_and_the_others_go_on(
-    loaded: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def failing(monkeypatch: pytest.MonkeyPatch, arm: str, samples: set[int]) -> None:
+    """Let an arm fail on some of its samples."""
     run, seen = Runner.run, []
 
     def fail(self: Any, cache: Any, item: Any) -> Any:
-        seen.append(cache.recipe.name)
-        if seen.count("kivi") == 2:
-            seen.append("kivi")
-            raise RuntimeError("out of memory")
+        if cache.recipe.name == arm:
+            seen.append(arm)
+            if len(seen) - 1 in samples:
+                raise RuntimeError("out of memory")
         return run(self, cache, item)
 
     monkeypatch.setattr(Runner, "run", fail)
+
+
+def test_a_sample_that_fails_is_a_row_with_its_error_and_the_run_goes_on(
+    loaded: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing(monkeypatch, "kivi", {1})
     with pytest.warns(UserWarning, match="arm 'kivi' failed.*sample 1: RuntimeError: out of memory"):
         result = short(loaded, ["kivi", "logquant"], n=3, out=tmp_path)
-    rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
-    assert [(row["sample"], row["arm"]) for row in rows] == [
-        (0, "kivi"), (0, "logquant"), (1, "logquant"), (2, "logquant"),
-    ]  # fmt: skip
+    rows = [row for row in read(tmp_path).rows if row.arm != "exact"]
+    assert [(row.sample, row.arm) for row in rows] == [(str(i), arm) for i in range(3) for arm in ("kivi", "logquant")]
+    assert {(row.sample, row.arm): row.error for row in rows if row.error} == {
+        ("1", "kivi"): "RuntimeError: out of memory"
+    }
+    assert not rows[2].metrics
     assert result.failures == {"kivi": "sample 1: RuntimeError: out of memory"}
-    assert "kivi (1 of 3 samples)" in str(result)
+    assert len(result.values("kivi", "kl")) == 2
+    assert "kivi (2 of 3 samples)" in str(result)
     assert "failed: kivi: sample 1" in str(result)
+    again = short(loaded, ["kivi", "logquant"], n=3, out=tmp_path, retry=True)
+    assert not again.failures
+    assert [row for row in again.rows if row["sample"] != 1] == [row for row in result.rows if row["sample"] != 1]
 
 
 def test_if_every_arm_fails_the_error_says_why_and_rows_stay(
     loaded: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, seen = Runner.run, []
-
-    def fail(self: Any, cache: Any, item: Any) -> Any:
-        seen.append(cache.recipe.name)
-        if seen.count("kivi") == 2:
-            raise RuntimeError("out of memory")
-        return run(self, cache, item)
-
-    monkeypatch.setattr(Runner, "run", fail)
-    with pytest.raises(CompareError, match="every arm failed: kivi, sample 1: RuntimeError: out of memory"):
+    failing(monkeypatch, "kivi", {0, 1, 2})
+    with (
+        pytest.warns(UserWarning, match="arm 'kivi' failed"),
+        pytest.raises(CompareError, match="every arm failed: kivi, sample 0: RuntimeError: out of memory"),
+    ):
         short(loaded, ["kivi"], n=3, out=tmp_path)
-    assert len((tmp_path / "samples.jsonl").read_text().splitlines()) == 1
-    assert json.loads((tmp_path / "summary.json").read_text())["arms"]["kivi"]["samples"] == 1
+    assert [(row.arm, row.error is None) for row in read(tmp_path).rows] == [("exact", True), ("kivi", False)] * 3
 
 
-def test_an_earlier_comparison_is_replaced_only_on_demand(loaded: tuple[Any, Any], tmp_path: Path) -> None:
+def test_another_experiment_is_replaced_only_on_demand(loaded: tuple[Any, Any], tmp_path: Path) -> None:
     short(loaded, ["full"], out=tmp_path)
     (tmp_path / "notes.txt").write_text("mine")
-    before = (tmp_path / "samples.jsonl").read_bytes()
-    with pytest.raises(CompareError, match=r"must not hold an earlier comparison, found samples\.jsonl.*--overwrite"):
-        short(loaded, ["kivi"], out=tmp_path)
+    before = (tmp_path / "run.sqlite").read_bytes()
+    for arms, options, told in (
+        (["kivi"], {}, "arms is 'full' there and 'kivi' here"),
+        (["full"], {"n": 2}, "task lines n is 1 there and 2 here"),
+        (["full"], {"seed": 1}, "task lines seeds is '0' there and '1' here"),
+        (["full"], {"attach": False}, "attached is True there and False here"),
+        (["full"], {"errors": False}, "metrics is "),
+    ):
+        with pytest.raises(CompareError, match=f"holds another experiment: {told}.*--overwrite"):
+            short(loaded, arms, out=tmp_path, **options)
     with pytest.raises(RecipeError):
         short(loaded, ["nothing"], out=tmp_path, overwrite=True)
-    assert (tmp_path / "samples.jsonl").read_bytes() == before
+    assert (tmp_path / "run.sqlite").read_bytes() == before
     short(loaded, ["kivi"], out=tmp_path, overwrite=True)
-    assert json.loads((tmp_path / "samples.jsonl").read_text())["arm"] == "kivi"
+    assert {row.arm for row in read(tmp_path).rows} == {"exact", "kivi"}
     assert (tmp_path / "notes.txt").read_text() == "mine"
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "samples.jsonl").write_text("{}")
+    with pytest.raises(CompareError, match=r"another version, found samples\.jsonl"):
+        short(loaded, ["kivi"], out=tmp_path / "other")
 
 
 def test_out_may_not_be_a_file(loaded: tuple[Any, Any], tmp_path: Path) -> None:
@@ -299,8 +332,8 @@ def test_out_may_not_be_a_file(loaded: tuple[Any, Any], tmp_path: Path) -> None:
         (["full"], {"tokens": 2200}, CompareError, r"max_position_embeddings, 2048, found \d+ \+ 11 tokens"),
         (["full"], {"tokenizer": None}, CompareError, "needs its tokenizer"),
         (["full"], {"model": 3}, CompareError, "must be a causal language model"),
-        (["full"], {"device": "cpu"}, CompareError, "for a model given by its path"),
-        (["full"], {"model": "/nowhere/at/all"}, CompareError, "found no directory '/nowhere/at/all'"),
+        (["full"], {"device": "cpu"}, CompareError, "for a model given by its name"),
+        (["full"], {"model": "/nowhere/at/all"}, CompareError, "found no directory or file '/nowhere/at/all'"),
         (
             [{"tiers": [{"store": {"kind": "int", "nbits": 2, "group_size": 48, "per": "token"}}]}],
             {},
@@ -352,7 +385,7 @@ def test_broken_model_directories_are_named(loaded: tuple[Any, Any], tmp_path: P
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(CompareError, match="the model can't be loaded"):
         load_model(tmp_path)
-    with pytest.raises(CompareError, match="device 'nothing'"):
+    with pytest.raises(CompareError, match=r"device must be a name such as cpu.*found 'nothing'"):
         load_model(BUNDLED, "nothing")
 
 

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 
 import kvpolicy
-import kvpolicy.experiment.comparison as comparison
+import kvpolicy.experiment.prepared as prepared
 from kvpolicy.arguments import check_prompt, check_room
 from kvpolicy.errors import CompareError, KvpolicyError, RecipeError, TaskError
 from kvpolicy.experiment.run import encode
-from kvpolicy.experiment.tasks import Sample
 from kvpolicy.hf.models import load_model
+from kvpolicy.tasks.sample import Sample
 
 
 def test_the_function_stays_a_function_when_its_module_is_imported() -> None:
@@ -29,7 +29,7 @@ def test_the_function_stays_a_function_when_its_module_is_imported() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"seed": -4}, {"seed": None}, {"task": None}, {"out": 5}, {"out": ""}, {"tokens": "128"}, {"tokens": 128.5}],
+    [{"seed": -4}, {"seed": 1.5}, {"task": 5}, {"out": 5}, {"out": ""}, {"tokens": "128"}, {"tokens": 128.5}],
     ids=str,
 )
 def test_arguments_of_the_wrong_kind_are_refused(options: dict[str, Any]) -> None:
@@ -63,7 +63,7 @@ def rows(path: Path, *pairs: tuple[str, str]) -> Path:
         ({"n": 10**9}, r"samples times tokens must be at most 134,217,728, found 1000000000 times 1024"),
         ({"n": 10**30, "task": "arithmetic"}, r"at most 134,217,728"),
         ({"task": "LINES"}, r"did you mean 'lines'"),
-        ({"model": "/nowhere"}, r"found no directory '/nowhere'"),
+        ({"model": "/nowhere"}, r"found no directory or file '/nowhere'"),
         ({"out": "/dev/null/x"}, r"/dev/null is a file"),
         ({"arms": ["logquant", "window=64"]}, r"write logquant:window=64"),
     ],
@@ -75,8 +75,8 @@ def test_what_is_out_of_bounds_is_refused_before_anything_is_made(
     def never(*_: Any, **__: Any) -> Any:
         raise AssertionError("made")
 
-    monkeypatch.setattr(comparison, "load_task", never)
-    monkeypatch.setattr(comparison, "load_model", never)
+    monkeypatch.setattr(prepared, "load_task", never)
+    monkeypatch.setattr(prepared, "load_model", never)
     arms = options.pop("arms", ["full"])
     with pytest.raises(KvpolicyError, match=message):
         kvpolicy.compare(arms, progress=False, **{"n": 1, **options})
@@ -95,7 +95,7 @@ def test_fewer_rows_than_asked_for_are_said_before_the_model_is_loaded(
     def loading(*_: Any, **__: Any) -> Any:
         raise CompareError("loading")
 
-    monkeypatch.setattr(comparison, "load_model", loading)
+    monkeypatch.setattr(prepared, "load_model", loading)
     file = rows(tmp_path / "one.jsonl", ("a", "b"))
     with (
         pytest.warns(UserWarning, match=r"one.jsonl holds 1 row, fewer than the 16 samples asked for \(-n\)"),

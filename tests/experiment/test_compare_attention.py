@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 import warnings
 from pathlib import Path
@@ -20,6 +19,7 @@ from kvpolicy.errors import CacheError, CompareError, KvpolicyError
 from kvpolicy.experiment.attention_error import Watcher
 from kvpolicy.experiment.result import Comparison
 from kvpolicy.experiment.run import Runner
+from kvpolicy.experiment.store import read
 from kvpolicy.hf.attach import is_attached, watching
 from kvpolicy.hf.models import load_model
 
@@ -88,7 +88,7 @@ def test_watching_changes_nothing_else(result: Comparison, loaded: tuple[Any, An
 
 def test_files(result: Comparison, directory: Path, tmp_path: Path) -> None:
     assert (directory / "attention.png").read_bytes().startswith(b"\x89PNG")
-    summary = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
+    summary = read(directory).settings
     assert (summary["attached"], summary["errors"]) == (True, True)
     assert summary["attention"] == result.distances.to_dict()
     assert len(summary["attention"]["layers"]) == 6
@@ -96,7 +96,6 @@ def test_files(result: Comparison, directory: Path, tmp_path: Path) -> None:
     fit = result.distances.fit()
     assert fit is not None
     assert summary["attention"]["fit"]["alpha"] == fit.exponent
-    assert summary["arms"][ARMS[1]]["l1"]["mean"] > 0
     assert result.plot_attention(tmp_path / "picture.svg").exists()
     with pytest.raises(CompareError, match="must end in one of"):
         result.plot_attention(tmp_path / "picture.txt")
@@ -257,7 +256,7 @@ def test_a_single_sample_of_one_token_says_nothing_of_attention(loaded: tuple[An
     result = short(loaded, ["kivi"], task=file, tokens=None, out=tmp_path / "out")
     assert result.rows[0]["l1"] is None
     assert "attention could not be watched" in str(result)
-    assert result.summary()["attention"] is None
+    assert "attention" not in read(tmp_path / "out").settings
 
 
 def test_on_the_shell(tmp_path: Path) -> None:
@@ -269,15 +268,15 @@ def test_on_the_shell(tmp_path: Path) -> None:
     done = run("--out", str(tmp_path / "a"))
     assert "lines: attention" in done.stdout
     assert "alpha = " in done.stdout
-    assert "summary.json, comparison.png and attention.png into" in done.stderr
-    assert json.loads((tmp_path / "a" / "summary.json").read_text())["attached"] is True
+    assert "run.sqlite, report.html, report.md, comparison.png and attention.png into" in done.stderr
+    assert read(tmp_path / "a").settings["attached"] is True
     done = run("--out", str(tmp_path / "b"), "--unattached")
-    assert "summary.json and comparison.png into" in done.stderr
-    assert json.loads((tmp_path / "b" / "summary.json").read_text())["attached"] is False
+    assert "run.sqlite, report.html, report.md and comparison.png into" in done.stderr
+    assert read(tmp_path / "b").settings["attached"] is False
     done = run("--out", str(tmp_path / "c"), "--no-errors")
     assert "attention" not in done.stdout
-    summary = json.loads((tmp_path / "c" / "summary.json").read_text())
-    assert (summary["attached"], summary["errors"], summary["attention"]) == (True, False, None)
+    settings = read(tmp_path / "c").settings
+    assert (settings["attached"], settings["errors"], "attention" in settings) == (True, False, False)
 
 
 def test_no_warning_where_the_model_can_be_attached(loaded: tuple[Any, Any]) -> None:

@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from kvpolicy.cli.main import app, main
+from kvpolicy.experiment.store import read
 
 
 def test_on_the_shell(tmp_path: Path) -> None:
@@ -17,8 +18,8 @@ def test_on_the_shell(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert "logquant:window=8,nbits=4" in done.stdout
     assert "n = 2 samples" in done.stdout
-    assert "wrote samples.jsonl" in done.stderr
-    assert len((out / "samples.jsonl").read_text().splitlines()) == 4
+    assert "wrote run.sqlite" in done.stderr
+    assert len(read(out).rows) == 6
 
 
 def test_fewer_rows_are_said_once_on_the_shell(tmp_path: Path) -> None:
@@ -35,7 +36,7 @@ def test_fewer_rows_are_said_once_on_the_shell(tmp_path: Path) -> None:
     [
         (["full", "-n", "0"], "at least 1, found 0"),
         (["logqant"], "did you mean 'logquant'"),
-        (["full", "--model", "/nowhere"], "found no directory '/nowhere'"),
+        (["full", "--model", "/nowhere"], "found no directory or file '/nowhere'"),
         (["full", "--task", "nothing.jsonl"], "must be a readable file"),
         (["full", "full"], "found 'full' twice"),
     ],

@@ -22,8 +22,8 @@ from words import CACHE
 
 import kvpolicy
 import kvpolicy.experiment.search as searching
-import kvpolicy.experiment.texts as texts
 import kvpolicy.experiment.tune as tuning
+import kvpolicy.tasks.texts as texts
 from kvpolicy.cli.main import app
 from kvpolicy.errors import CompareError
 from kvpolicy.experiment.tuning import Tuning

@@ -14,8 +14,8 @@ import kvpolicy.arguments as arguments
 import kvpolicy.experiment.tune as tuning
 from kvpolicy.cli.main import main
 from kvpolicy.errors import CompareError, KvpolicyError, MissingDependencyError, TaskError
-from kvpolicy.experiment.texts import ANSWER, cut, text_files
 from kvpolicy.hf.models import load_model
+from kvpolicy.tasks.texts import ANSWER, cut, text_files
 
 
 @pytest.fixture(autouse=True)

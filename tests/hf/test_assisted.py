@@ -15,7 +15,7 @@ from models import bundled, ids, llama, tiny
 from words import CACHE
 
 from kvpolicy import CompressedCache, make_cache
-from kvpolicy.experiment import tasks
+from kvpolicy.tasks.load import load_task
 
 SAME_TEXT = ("full", "logquant", "balanced", "streaming-quant")
 """Recipes that on this prompt leave no doubt about the next token."""
@@ -33,7 +33,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 def prompt() -> torch.Tensor:
     _, tokenizer = bundled()
-    (sample,) = tasks.code(1, seed=5, tokens=140)
+    (sample,) = load_task("code", 1, seed=5, tokens=140)
     return tokenizer(sample.prompt, return_tensors="pt").input_ids
 
 

@@ -14,7 +14,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kvpolicy
-from kvpolicy.experiment import tasks
+from kvpolicy.tasks.lines import KEYS, VALUES
+from kvpolicy.tasks.load import load_task
+from kvpolicy.tasks.sample import Sample
+from kvpolicy.tasks.scorers import score
 
 DIRECTORY = Path(kvpolicy.__file__).parent / "model"
 
@@ -31,7 +34,7 @@ def model() -> Iterator[Any]:
         yield loaded.eval()
 
 
-def scores(model: Any, tokenizer: Any, samples: list[tasks.Sample]) -> list[float]:
+def scores(model: Any, tokenizer: Any, samples: list[Sample]) -> list[float]:
     """Scores of greedy decoding with the exact cache."""
     result = []
     for sample in samples:
@@ -39,7 +42,7 @@ def scores(model: Any, tokenizer: Any, samples: list[tasks.Sample]) -> list[floa
         new = len(tokenizer(sample.answer).input_ids)
         output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False)
         text = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
-        result.append(tasks.score(sample.task, sample.answer, text))
+        result.append(score(sample, text))
     return result
 
 
@@ -70,7 +73,7 @@ def test_model_loads_as_float32(model: Any) -> None:
 
 @pytest.mark.parametrize("task", ["lines", "arithmetic", "code"])
 def test_prompt_and_answer_are_tokenized_as_their_concatenation(tokenizer: Any, task: str) -> None:
-    for sample in tasks.load_task(task, 3, seed=0, tokens=512):
+    for sample in load_task(task, 3, seed=0, tokens=512):
         text = sample.prompt + sample.answer
         ids = tokenizer(text).input_ids
         assert ids == tokenizer(sample.prompt).input_ids + tokenizer(sample.answer).input_ids
@@ -78,32 +81,32 @@ def test_prompt_and_answer_are_tokenized_as_their_concatenation(tokenizer: Any, 
 
 
 def test_keys_and_values_are_single_tokens(tokenizer: Any) -> None:
-    texts = [f"<k{key}>" for key in (0, tasks.KEYS - 1)]
-    texts += [f" <v{value}>" for value in (0, tasks.VALUES - 1)]
+    texts = [f"<k{key}>" for key in (0, KEYS - 1)]
+    texts += [f" <v{value}>" for value in (0, VALUES - 1)]
     assert all(len(tokenizer(text).input_ids) == 1 for text in texts)
     for length in (256, 1024, 2000):
-        (sample,) = tasks.lines(1, 0, tokens=length)
+        (sample,) = load_task("lines", 1, 0, length)
         assert abs(len(tokenizer(sample.prompt + sample.answer).input_ids) - length) <= 8
 
 
 def test_at_least_95_percent_of_the_lines_are_retrieved_at_1024_tokens(model: Any, tokenizer: Any) -> None:
-    found = scores(model, tokenizer, tasks.lines(15, seed=1000, tokens=1024))
+    found = scores(model, tokenizer, load_task("lines", 15, 1000, 1024))
     assert sum(found) / len(found) >= 0.95
 
 
 def test_lines_are_retrieved_near_the_longest_context(model: Any, tokenizer: Any) -> None:
-    found = scores(model, tokenizer, tasks.lines(4, seed=1000, tokens=2000))
+    found = scores(model, tokenizer, load_task("lines", 4, 1000, 2000))
     assert sum(found) / len(found) >= 0.85
 
 
 def test_chained_arithmetic_is_answered(model: Any, tokenizer: Any) -> None:
-    found = scores(model, tokenizer, tasks.arithmetic(6, seed=1000, tokens=512))
+    found = scores(model, tokenizer, load_task("arithmetic", 6, 1000, 512))
     assert sum(found) / len(found) >= 0.9
 
 
 def test_perplexity_of_held_out_code_is_that_of_a_small_language_model(model: Any, tokenizer: Any) -> None:
     total, count = 0.0, 0
-    for sample in tasks.code(12, seed=1000, tokens=1024):
+    for sample in load_task("code", 12, 1000, 1024):
         ids = tokenizer(sample.prompt + sample.answer, return_tensors="pt").input_ids[:, :2048]
         total += float(model(ids, labels=ids).loss) * (ids.shape[1] - 1)
         count += ids.shape[1] - 1

@@ -11,8 +11,8 @@ from words import CACHE
 
 from kvpolicy import make_cache
 from kvpolicy.cli.main import app, main
-from kvpolicy.experiment import tasks
 from kvpolicy.hf.models import load_model
+from kvpolicy.tasks.load import load_task
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def run(*arguments: str, stdin: bytes | None = None) -> Any:
 
 def test_text_goes_to_stdout_and_memory_to_stderr(loaded: tuple[Any, Any]) -> None:
     model, tokenizer = loaded
-    sample = tasks.load_task("lines", 1, 0, 128)[0]
+    sample = load_task("lines", 1, 0, 128)[0]
     new = len(tokenizer(sample.answer).input_ids)
     done = run("--recipe", "kivi", "--prompt", sample.prompt, "--max-new-tokens", str(new))
     assert done.exit_code == 0, done.output
@@ -59,7 +59,7 @@ def test_the_prompt_may_come_from_stdin_and_text_keeps_its_white_space(loaded: t
         (["--recipe", "nothing", "--prompt", "a"], "no recipe 'nothing'"),
         (["--recipe", "full", "--prompt", "a", "--max-new-tokens", "0"], "at least 1, found 0"),
         (["--recipe", "full", "--prompt", "a", "--max-new-tokens", "2048"], "2048, found 1 + 2048"),
-        (["--recipe", "full", "--prompt", "a", "--model", "/nowhere"], "found no directory '/nowhere'"),
+        (["--recipe", "full", "--prompt", "a", "--model", "/nowhere"], "found no directory or file '/nowhere'"),
     ],
 )
 def test_errors_are_one_line_and_status_2(

@@ -12,7 +12,7 @@ from torch import Tensor
 from words import CACHE
 
 from kvpolicy import attach, make_cache
-from kvpolicy.experiment.tasks import lines
+from kvpolicy.tasks.load import load_task
 
 RECENT = {"policy": {"kind": "recent", "window": 8}, "store": "full"}
 STREAM: dict[str, Any] = {"name": "s", "tiers": [RECENT, {"store": "evict"}]}
@@ -61,7 +61,7 @@ def test_one_padded_row_is_placed_by_its_slots() -> None:
 @pytest.mark.parametrize("name", ["streaming-llm:window=200", "logquant:nbits=2", "h2o", "full"])
 def test_a_padded_prompt_keeps_its_text(name: str) -> None:
     model, tokenizer = bundled()
-    for sample in lines(2, 0, 500):
+    for sample in load_task("lines", 2, 0, 500):
         prompt = tokenizer(sample.prompt, return_tensors="pt").input_ids
         padded = torch.cat([torch.zeros(1, 64, dtype=torch.long), prompt], 1)
         mask = torch.ones_like(padded)

@@ -1,4 +1,4 @@
-"""Samples cut from texts: a prompt of some tokens and the tokens that follow it."""
+"""Samples cut from texts: a prompt of some tokens and the tokens that follow it, which nothing generates."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+
+from pydantic import Field
 
 from kvpolicy.arguments import CHARACTERS_PER_POSITION
 from kvpolicy.errors import TaskError
+from kvpolicy.tasks.sample import Sample
+from kvpolicy.tasks.task import MAX_TOKENS, Generated
 from kvpolicy.words import clip, in_words
 
 ANSWER = 64
@@ -52,7 +56,7 @@ def text_files(text: Any) -> list[Path]:
         raise TaskError(f"text must be the path of a file or a list of such, found {in_words(text)}")
     files = [Path(item) for item in given]
     if not files:
-        raise TaskError("a search needs a text to cut samples from, found none; name a file (on the shell --text FILE)")
+        raise TaskError("samples are cut from a text, found none; name a file (on the shell --text FILE)")
     seen: dict[Path, Path] = {}
     for file in files:
         name = clip(str(file), 300)
@@ -71,12 +75,43 @@ def text_files(text: Any) -> list[Path]:
     return files
 
 
-def cut(files: Sequence[Path], tokenizer: Any, tokens: int, samples: int, held_out: float) -> Split:
-    """Samples that don't overlap, evenly spread over the texts; those held out are spread among the others.
+def windows(files: Sequence[Path], tokenizer: Any, tokens: int, samples: int, answer: int = ANSWER) -> list[Span]:
+    """Samples that don't overlap, evenly spread over the texts.
 
     Args:
         files: texts in UTF-8; of a long one only a beginning is read that surely holds enough tokens.
         tokenizer: of the model. What it puts before a text, such as a first token, stands before each prompt.
+        tokens: tokens of a prompt.
+        samples: all of them.
+        answer: tokens that follow a prompt.
+
+    Raises:
+        TaskError: a file is no text, or all together are shorter than asked.
+    """
+    before = _before(tokenizer)
+    prompt = max(tokens - len(before), 1)
+    most = samples * (prompt + answer) * CHARACTERS_PER_POSITION
+    spans: dict[tuple[int, ...], Span] = {}
+    for file in files:
+        ids = list(tokenizer(_read(file, most), add_special_tokens=False, verbose=False)["input_ids"])
+        for start in range(0, len(ids) - prompt - answer + 1, prompt + answer):
+            part = ids[start : start + prompt + answer]
+            spans.setdefault(tuple(part), Span([*before, *part[:prompt]], part[prompt:], str(file)))
+    found = list(spans.values())
+    if len(found) < samples:
+        raise TaskError(
+            f"the texts must hold {samples} different samples of {tokens} + {answer} tokens, found {len(found)}; give "
+            "longer texts, or ask for fewer samples (--samples) or shorter ones (--tokens)"
+        )
+    return [found[i * len(found) // samples] for i in range(samples)]
+
+
+def cut(files: Sequence[Path], tokenizer: Any, tokens: int, samples: int, held_out: float) -> Split:
+    """Samples as `windows` gives them; those held out are spread among the others.
+
+    Args:
+        files: texts in UTF-8.
+        tokenizer: of the model.
         tokens: tokens of a prompt.
         samples: all of them.
         held_out: the share of them that the search does not see, from 0 to 1; each part has a sample at least.
@@ -84,22 +119,7 @@ def cut(files: Sequence[Path], tokenizer: Any, tokens: int, samples: int, held_o
     Raises:
         TaskError: a file is no text, or all together are shorter than asked.
     """
-    before = _before(tokenizer)
-    prompt = max(tokens - len(before), 1)
-    most = samples * (prompt + ANSWER) * CHARACTERS_PER_POSITION
-    spans: dict[tuple[int, ...], Span] = {}
-    for file in files:
-        ids = list(tokenizer(_read(file, most), add_special_tokens=False, verbose=False)["input_ids"])
-        for start in range(0, len(ids) - prompt - ANSWER + 1, prompt + ANSWER):
-            part = ids[start : start + prompt + ANSWER]
-            spans.setdefault(tuple(part), Span([*before, *part[:prompt]], part[prompt:], str(file)))
-    found = list(spans.values())
-    if len(found) < samples:
-        raise TaskError(
-            f"the texts must hold {samples} different samples of {tokens} + {ANSWER} tokens, found {len(found)}; give "
-            "longer texts, or ask for fewer samples (--samples) or shorter ones (--tokens)"
-        )
-    chosen = [found[i * len(found) // samples] for i in range(samples)]
+    chosen = windows(files, tokenizer, tokens, samples)
     kept = min(max(round(held_out * samples), 1), samples - 1)
     away = [(i + 1) * kept // samples > i * kept // samples for i in range(samples)]
     return Split(
@@ -132,3 +152,58 @@ def _read(file: Path, most: int) -> str:
         raise TaskError(
             f"{name}, line {line}: must be UTF-8 text, found the byte 0x{raw[error.start]:02x}; save the file as UTF-8"
         ) from error
+
+
+class Text(Generated):
+    """Samples cut from texts: perplexity and divergence through the cache, and nothing is generated.
+
+    The text is cut in the tokens of the model into pieces that don't overlap: a prompt, which is read at once, and the
+    tokens that follow, fed one by one. Of a directory all files that end in `.txt` or `.md` are texts, each a document
+    of its own. The samples of one text alone have no document: intervals speak of this text then.
+    """
+
+    name: ClassVar[str] = "text"
+    path: str = Field(description="A text in UTF-8, or a directory of texts.")
+    tokens: int = Field(1024, ge=1, le=MAX_TOKENS, description="Tokens of a prompt, of the model's tokenizer.")
+    answer: int = Field(ANSWER, ge=2, le=MAX_TOKENS, description="Tokens that follow the prompt.")
+
+    def check(self, n: int) -> None:
+        """Look for the files."""
+        super().check(n)
+        self._files()
+
+    def samples(self, n: int, seed: int, tokenizer: Any = None) -> list[Sample]:
+        """Spread evenly over the texts; nothing is drawn, so that every seed gives the same."""
+        files = self._files()
+        if tokenizer is None:
+            raise TaskError("text: samples are cut in tokens, which takes a tokenizer, found none; give tokenizer=...")
+        if n == 0:
+            return []
+        found = []
+        for span in windows(files, tokenizer, self.tokens, n, self.answer):
+            facts = {"file": span.file, "length": self.tokens + self.answer}
+            prompt, answer = (tokenizer.decode(ids) for ids in (span.prompt, span.answer))
+            found.append(
+                Sample(
+                    self.name,
+                    prompt,
+                    answer,
+                    document=span.file if len(files) > 1 else None,
+                    facts=facts,
+                    generate=False,
+                    prompt_ids=tuple(span.prompt),
+                    answer_ids=tuple(span.answer),
+                )
+            )
+        return found
+
+    def _files(self) -> list[Path]:
+        home = Path(self.path).expanduser()
+        if not home.is_dir():
+            return text_files(home)
+        files = sorted(file for file in home.iterdir() if file.suffix in (".txt", ".md") and file.is_file())
+        if not files:
+            raise TaskError(
+                f"{clip(self.path, 300)}: must hold texts that end in .txt or .md, found none; check the path"
+            )
+        return text_files(files)

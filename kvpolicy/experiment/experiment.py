@@ -1,0 +1,398 @@
+"""An experiment as it is declared: a YAML file, a call, or a line of the shell."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
+
+from kvpolicy.errors import CompareError, KvpolicyError, RecipeError
+from kvpolicy.experiment.names import AGAIN, ATTENTION, EXACT, METRICS
+from kvpolicy.hf.source import ModelSource
+from kvpolicy.recipe.build import build
+from kvpolicy.recipe.load import Recipe, load_recipe
+from kvpolicy.recipe.source import refuse_misplaced
+from kvpolicy.recipe.yaml import Document, Path_, read_file, read_mapping
+from kvpolicy.tasks.task import Task as TaskKind
+from kvpolicy.words import in_words, listed, quoted, suggest
+
+IS = "an experiment is a mapping with keys such as arms and tasks"
+MOST_ARMS = 1000
+"""Arms that grids may expand to."""
+
+Scalar = str | int | float | bool
+Metric = Literal[
+    "score", "nll", "kl", "top1", "bits", "peak_bytes", "final_bytes", "exact_bytes", "prefill_seconds", "step_seconds",
+    "l1", "l2", "exact_mass", "quantized_mass", "dropped_mass",
+]  # fmt: skip
+
+
+_SCALAR = {"type": ["string", "integer", "number", "boolean", "null"]}
+
+
+def _values(value: Any) -> Any:
+    of = value if isinstance(value, list) else [value]
+    wrong = next((x for x in of if x is not None and not isinstance(x, Scalar)), None)
+    if not of or wrong is not None:
+        raise ValueError(
+            "the value of a parameter must be a word, a number, true, false or null, or a list of such, found "
+            f"{in_words(value if wrong is None else wrong)}"
+        )
+    return value
+
+
+Values = Annotated[
+    Any,
+    BeforeValidator(_values),
+    WithJsonSchema({"if": {"type": "array"}, "then": {"items": _SCALAR, "minItems": 1}, "else": _SCALAR}),
+]
+
+
+class _Declared(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, arbitrary_types_allowed=True)
+
+
+class Arm(_Declared):
+    """A recipe with parameters. A list of values makes an arm of each; several lists, of each combination."""
+
+    recipe: Any = Field(description="A bundled name, a file, or a recipe written here.")
+    params: dict[str, Values] = Field(
+        default={}, description="Values of its parameters. A list is a grid: an arm for each of its values."
+    )
+    name: str | None = Field(default=None, min_length=1, description="What the arm is called; by default its recipe.")
+
+
+class Task(_Declared):
+    """Samples."""
+
+    task: Any = Field(
+        description="The name of a task, maybe with options, or a .jsonl file.", json_schema_extra={"type": "string"}
+    )
+    n: int | None = Field(default=None, ge=1, description="Samples of each seed; by default the experiment's n.")
+    tokens: int | None = Field(default=None, description="Approximate length of a generated sample.")
+    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = Field(
+        default=None, description="Seeds of its samples; by default the experiment's."
+    )
+    name: str | None = Field(
+        default=None, min_length=1, description="What its results are called; by default the task."
+    )
+
+
+class Experiment(_Declared):
+    """Arms and tasks, and how they are run. Made by `load_experiment`."""
+
+    model: str | None = Field(
+        default=None,
+        description="A directory, an id of the Hugging Face hub, or a GGUF file; by default the bundled one.",
+    )
+    revision: str | None = Field(default=None, description="A branch, tag or commit of a model of the hub.")
+    tokenizer: str | None = Field(default=None, description="Where the tokenizer comes from; by default the model.")
+    dtype: Literal["auto", "bfloat16", "float16", "float32", "float64"] | None = Field(
+        default=None, description="Of the weights; by default their own."
+    )
+    device: str | None = Field(default=None, description="Such as cpu or cuda:1; by default CUDA where there is one.")
+    device_map: str | dict[str, Any] | None = Field(
+        default=None, description="In the place of a device: auto, or which module goes where."
+    )
+    trust_remote_code: bool = Field(
+        default=False, description="Run code that comes with the model. Not in a file: given on the shell or in a call."
+    )
+    arms: list[Arm] = Field(min_length=1, description="Recipes. A word is a bundled name or a file, with parameters.")
+    tasks: list[Task] = Field(default=[Task(task="lines")], min_length=1, description="What the arms run on.")
+    n: int = Field(default=16, ge=1, description="Samples of each task and seed, the same for every arm.")
+    tokens: int | None = Field(default=None, description="Approximate length of a generated sample.")
+    seeds: list[Annotated[int, Field(ge=0)]] = Field(default=[0], min_length=1, description="Seeds of the samples.")
+    metrics: list[Metric] | None = Field(
+        default=None, min_length=1, description="What is measured; by default all. Without score nothing is generated."
+    )
+    margins: dict[str, Annotated[float, Field(gt=0, strict=False)]] = Field(
+        default={}, description="By metric: a difference from the baseline that counts as none."
+    )
+    baseline: str = Field(default=EXACT, description="The arm that the others are compared with.")
+    aa: bool = Field(default=False, description="Run the exact cache again in another batch: the noise floor.")
+    batch: int = Field(default=1, ge=1, le=4096, description="Samples that run together.")
+    attach: bool = Field(default=True, description="Let the model read the compressed stores directly.")
+
+    @field_validator("arms", "tasks", mode="before")
+    @classmethod
+    def _words(cls, value: Any, info: ValidationInfo) -> Any:
+        """A word stands for a mapping of one key; what is a recipe itself, too."""
+        if not isinstance(value, list):
+            return value
+        if info.field_name == "tasks":
+            return [{"task": x} if isinstance(x, str | TaskKind) else x for x in value]
+        return [{"recipe": x} if isinstance(x, str) or (isinstance(x, dict) and "tiers" in x) else x for x in value]
+
+    @field_validator("tasks")
+    @classmethod
+    def _known(cls, value: list[Task]) -> list[Task]:
+        wrong = next((x.task for x in value if not isinstance(x.task, str | TaskKind) or not x.task), None)
+        if wrong is not None:
+            raise ValueError(f"a task must be a name or the path of a .jsonl file, found {in_words(wrong)}")
+        return value
+
+    @model_validator(mode="after")
+    def _check(self) -> Experiment:
+        unknown = next((name for name in self.margins if name not in METRICS), None)
+        if unknown is not None:
+            raise ValueError(f"margins must be of metrics, found {quoted(unknown)}{suggest(unknown, METRICS)}")
+        if self.batch > 1 and set(self.metrics or ()) & set(ATTENTION):
+            raise ValueError(f"metrics of attention ({', '.join(ATTENTION)}) need batch 1, found {self.batch}")
+        return self
+
+    def size(self, task: Task) -> tuple[int, int | None]:
+        """Samples of each seed, and the length asked for."""
+        return task.n or self.n, self.tokens if task.tokens is None else task.tokens
+
+    def label(self, task: Task) -> str:
+        """What the results of a task are called; tasks of one name are told apart by their lengths."""
+        if task.name is not None:
+            return task.name
+        own = task.task if isinstance(task.task, str) else str(task.task.name)
+        same = [other for other in self.tasks if other.task == task.task and other.name is None]
+        tokens = self.size(task)[1]
+        return own if len(same) == 1 or tokens is None else f"{own}:tokens={tokens}"
+
+    @property
+    def source(self) -> ModelSource:
+        """The model, which is given by its name."""
+        return ModelSource(
+            self.model, self.dtype, self.device, self.device_map, self.trust_remote_code, self.revision, self.tokenizer
+        )
+
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """The metrics, those left out that a batch can't tell."""
+        if self.metrics is not None:
+            return tuple(name for name in METRICS if name in self.metrics)
+        return tuple(name for name in METRICS if self.batch == 1 or name not in ATTENTION)
+
+
+def is_experiment(source: Any) -> bool:
+    """Whether this is the path of an experiment: a YAML file with the key `arms`, which no recipe has."""
+    if not isinstance(source, str | os.PathLike) or not os.fspath(source).endswith((".yaml", ".yml")):
+        return False
+    try:
+        return Path(source).is_file() and "arms" in read_file(Path(source)).data
+    except (KvpolicyError, OSError, ValueError):
+        return False
+
+
+def load_experiment(source: Any, **given: Any) -> tuple[Experiment, dict[str, Recipe]]:
+    """An experiment and its arms by name.
+
+    Args:
+        source: the path of a YAML file, a mapping like it, an `Experiment`, or arms: recipes in a list, or by name in a
+            mapping.
+        **given: values for keys of the experiment, which count before its own.
+
+    Raises:
+        RecipeError: a line for each problem of the file or of its recipes, with the line where it stands.
+        CompareError: the same of an experiment that is given from Python.
+    """
+    if isinstance(source, Experiment):
+        experiment, document = source.model_copy(update=given), None
+    elif is_experiment(source):
+        document = read_file(Path(source), IS)
+        if document.data.get("trust_remote_code"):
+            document.fail(("trust_remote_code",), "must be given on the shell or in a call, found it in a file")
+        experiment = _validated({**document.data, **given}, document, frozenset(given))
+    elif isinstance(source, Mapping) and isinstance(source.get("arms"), list | tuple):
+        document = read_mapping(source)
+        experiment = _validated({**document.data, **given}, document, frozenset(given))
+    else:
+        document = None
+        experiment = _validated({"arms": _arms(source), **given}, None)
+    experiment = _for_all_tasks(experiment, given)
+    labels = [experiment.label(task) for task in experiment.tasks]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise CompareError(f"tasks must have different names, found {quoted(label)} twice; give them names (name)")
+    if document is not None and document.base is not None:
+        experiment = _from_home(experiment, document.base, frozenset(given))
+    recipes = _recipes(experiment, document)
+    names = [EXACT, *recipes]
+    if experiment.baseline not in names:
+        hint = suggest(experiment.baseline, names)
+        raise CompareError(f"baseline must be one of {listed(names)}, found {quoted(experiment.baseline)}{hint}")
+    return experiment, recipes
+
+
+def _for_all_tasks(experiment: Experiment, given: Mapping[str, Any]) -> Experiment:
+    """What is given beside a file counts before what its tasks say."""
+    own = {key: None for key in ("n", "tokens", "seeds") if key in given and "tasks" not in given}
+    return experiment.model_copy(update={"tasks": [task.model_copy(update=own) for task in experiment.tasks]})
+
+
+def _arms(arms: Any) -> list[dict[str, Any]]:
+    if isinstance(arms, str | os.PathLike | Recipe):
+        arms = [arms]
+    if not isinstance(arms, Iterable):
+        raise CompareError(f"arms must be recipes in a list, or by name in a mapping, found {in_words(arms)}")
+    named = list(arms.items()) if isinstance(arms, Mapping) else [(None, arm) for arm in arms]
+    if not named:
+        raise CompareError("a comparison needs at least one arm, found none; give a recipe such as 'logquant'")
+    refuse_misplaced(source for label, source in named if label is None and isinstance(source, str))
+    # Within a list the mapping of an arm would be taken for one of a recipe.
+    return [{"recipe": source, "name": None if label is None else str(label)} for label, source in named]
+
+
+def _validated(data: dict[str, Any], document: Document | None, given: frozenset[str] = frozenset()) -> Experiment:
+    try:
+        return Experiment.model_validate(data)
+    except ValidationError as error:
+        told = [(tuple(x["loc"]), _problem(x)) for x in error.errors(include_url=False)]
+    for path, message in told:
+        if document is None or (path and path[0] in given):
+            where = ".".join(map(str, path))
+            raise CompareError(f"{where}{': ' if where else ''}{message}")
+        document.note(path, message)
+    assert document is not None
+    document.check()
+    raise AssertionError("a problem was noted")
+
+
+def _problem(problem: Any) -> str:
+    """What pydantic found, in the words of recipes' errors."""
+    kind, context, found = problem["type"], problem.get("ctx", {}), in_words(problem.get("input"))
+    key = str(problem["loc"][-1]) if problem["loc"] else ""
+    if kind == "extra_forbidden":
+        home: Any = (
+            {"arms": Arm, "tasks": Task}.get(str(problem["loc"][0]), Experiment)
+            if len(problem["loc"]) > 1
+            else Experiment
+        )
+        return f"unknown key {quoted(key)}{suggest(key, home.model_fields)}; allowed: {', '.join(home.model_fields)}"
+    if kind == "missing":
+        return f"must be given, found no {key}"
+    if "error" in context:
+        return str(context["error"])
+    message = problem["msg"].removeprefix("Input should be ").removeprefix("Input should ")
+    if kind == "literal_error":
+        allowed = str(context["expected"]).replace("'", "").replace(" or ", ", ").split(", ")
+        return f"must be one of {listed(allowed)}, found {found}{suggest(str(problem.get('input')), allowed)}"
+    return f"must be {message[0].lower()}{message[1:]}, found {found}"
+
+
+def _from_home(experiment: Experiment, home: Path, given: frozenset[str]) -> Experiment:
+    """Paths of a file are relative to it: those of task files and of the model."""
+    tasks = [
+        task.model_copy(update={"task": str(home / task.task), "name": experiment.label(task)})
+        if _is_file(task.task) and "tasks" not in given
+        else task
+        for task in experiment.tasks
+    ]
+    model = experiment.model
+    if model is not None and "model" not in given and (home / model).is_dir():
+        model = str(home / model)
+    return experiment.model_copy(update={"tasks": tasks, "model": model})
+
+
+def _is_file(task: Any) -> bool:
+    name = task.partition(":")[0] if isinstance(task, str) else ""
+    return name.endswith((".jsonl", ".json", ".ndjson")) and not Path(name).is_absolute()
+
+
+def _recipes(experiment: Experiment, document: Document | None) -> dict[str, Recipe]:
+    """Every arm's recipe, grids expanded, in the order of the file."""
+    found: dict[str, Recipe] = {}
+    for place, arm in enumerate(experiment.arms):
+        path: Path_ = ("arms", place)
+        for params in _grid(arm):
+            try:
+                recipe = _recipe(arm, params, path, document)
+            except RecipeError as error:
+                if document is None:
+                    raise
+                _note(document, path, error)
+                continue
+            name = _name(arm, recipe, params)
+            problem = _name_problem(name, recipe, found)
+            if problem and document is None:
+                raise CompareError(problem)
+            if problem and document is not None:
+                document.note(path, problem)
+            found[name] = recipe
+        if len(found) > MOST_ARMS:
+            raise CompareError(f"grids must expand to at most {MOST_ARMS} arms, found more; leave some values out")
+    if document is not None:
+        document.check()
+    return found
+
+
+def _grid(arm: Arm) -> Iterable[dict[str, Any]]:
+    values = [value if isinstance(value, list) else [value] for value in arm.params.values()]
+    return (dict(zip(arm.params, chosen, strict=True)) for chosen in product(*values))
+
+
+def _recipe(arm: Arm, params: dict[str, Any], path: Path_, document: Document | None) -> Recipe:
+    source, base = arm.recipe, None if document is None else document.base
+    if document is None or base is None:
+        return load_recipe(source, **params)
+    if isinstance(source, str):
+        return load_recipe(_anchored(source, base), **params)
+    if not isinstance(source, dict):
+        raise RecipeError(f"recipe must be a name, a file or a recipe written here, found {in_words(source)}")
+    inner = (*path, "recipe") if (*path, "recipe") in document.marks else path
+    marks = {at[len(inner) :]: mark for at, mark in document.marks.items() if at[: len(inner)] == inner}
+    name = {"name": arm.name or f"arm {path[1]}"} if "name" not in source else {}
+    return build(Document({**name, **source}, document.file, base, marks), params)
+
+
+def _anchored(source: str, home: Path) -> str:
+    """A file of a recipe, relative to the experiment's."""
+    head, colon, tail = source.partition(":")
+    is_file = "/" in head or head.endswith((".yaml", ".yml"))
+    return f"{home / head}{colon}{tail}" if is_file and not Path(head).is_absolute() else source
+
+
+def _note(document: Document, path: Path_, error: RecipeError) -> None:
+    """Note the problems of an arm; those that don't say where they are, in the line of the arm."""
+    file, line = document.where(path)
+    for text in str(error).splitlines():
+        if text.startswith(f"{file}:"):
+            document.add(text, file, line)
+        else:
+            document.note(path, text)
+
+
+def _name(arm: Arm, recipe: Recipe, params: dict[str, Any]) -> str:
+    own = os.fspath(arm.recipe) if isinstance(arm.recipe, str | os.PathLike) else recipe.name
+    shown = ",".join(
+        f"{key}={value}" for key, value in params.items() if arm.name is None or isinstance(arm.params[key], list)
+    )
+    name = arm.name or own
+    return f"{name}{',' if ':' in name else ':'}{shown}" if shown else name
+
+
+def _name_problem(name: str, recipe: Recipe, known: Mapping[str, Recipe]) -> str:
+    if name in known:
+        return (
+            f"arms must have different names, found {quoted(name)} twice; leave one out (from Python, a mapping "
+            "gives them names)"
+        )
+    if name == AGAIN or (name == EXACT and not is_exact(recipe)):
+        return f"an arm must not be named {name!r}, which stands for the exact cache; rename it"
+    return ""
+
+
+def is_exact(recipe: Any) -> bool:
+    """Whether a recipe keeps every token of every layer exactly."""
+    lists = [recipe.tiers, *recipe.layers.values()]
+    return all(
+        tiers == "full" or all(tier.keys == "full" and tier.values == "full" for tier in tiers) for tiers in lists
+    )

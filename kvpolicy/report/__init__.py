@@ -1,0 +1,1 @@
+"""Reports of experiments: pages, tables, and rows that come from elsewhere."""

@@ -1,0 +1,1 @@
+"""Samples to compare caches on, and how what a model writes is scored."""
