@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from kvpolicy.statistics.collapse import Collapse, collapses
@@ -44,12 +45,12 @@ class Report:
         """Look for collapses, too."""
         return cls(evidence, verdicts, collapses(evidence, verdicts.baseline))
 
-    @property
+    @cached_property
     def rows(self) -> Table:
         """Rows by arm and task, then by sample."""
         return table(self.evidence)
 
-    @property
+    @cached_property
     def arms(self) -> list[str]:
         """The baseline, then the others in the order given."""
         every = dict.fromkeys([*self.evidence.arms, *(row.arm for row in self.evidence.rows)])
