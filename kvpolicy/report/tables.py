@@ -172,7 +172,7 @@ def number(value: float | None, digits: int = 3, sign: bool = False) -> str:
         return "-"
     plus = "+" if sign else ""
     if value and abs(value) < 0.5 * 10**-digits:
-        return format(value, f"{plus}.0e")
+        return format(value, f"{plus}.1g")
     return format(value, f"{plus},.0f" if abs(value) >= 10_000 else f"{plus}.{digits}f")
 
 
