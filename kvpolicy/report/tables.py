@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from kvpolicy.statistics.collapse import Collapse, collapses
-from kvpolicy.statistics.pairs import Table, metrics_of, table, tasks_of, values
+from kvpolicy.statistics.pairs import BOUNDED, Table, metrics_of, table, tasks_of, values
 from kvpolicy.statistics.rows import Evidence
 from kvpolicy.statistics.verdicts import ALL_TASKS, Verdict, Verdicts
 
@@ -91,6 +91,18 @@ class Report:
                 lines.append(f"{arm}: {', '.join(short)}")
         return lines
 
+    def copied(self, arm: str) -> bool:
+        """Whether an arm's rows are the baseline's, times and all: it was not run."""
+        mine = {(task, s): r for (name, task), of in self.rows.items() if name == arm for s, r in of.items()}
+        base = {
+            (task, s): r
+            for (name, task), of in self.rows.items()
+            if name == self.verdicts.baseline
+            for s, r in of.items()
+        }
+        timed = any(name.endswith("_seconds") for row in mine.values() for name in row.metrics)
+        return timed and all(key in base and base[key].metrics == row.metrics for key, row in mine.items())
+
     def errors(self) -> list[tuple[str, str, str, int]]:
         """Arm, task, error and on how many samples."""
         found: dict[tuple[str, str, str], int] = {}
@@ -163,6 +175,8 @@ def mean(rows: Table, arm: str, task: str, metric: str) -> Mean | None:
     if not error:
         return Mean(arm, task, metric, n, middle, None, None)
     low, high = stats.t.interval(0.95, n - 1, middle, error)
+    if BOUNDED.match(metric) and found.min() >= 0 and found.max() <= 1:
+        low, high = max(low, 0.0), min(high, 1.0)
     return Mean(arm, task, metric, n, middle, float(low), float(high))
 
 

@@ -231,6 +231,8 @@ def _interval(data: _Data, level: float) -> tuple[float | None, float | None, st
     if not error:
         return None, None, ""
     low, high = stats.t.interval(level, freedom, mean, error)
+    if data.reach is not None:
+        low, high = max(low, -data.reach), min(high, data.reach)
     return float(low), float(high), "Student's t, documents clustered" if data.clustered else "Student's t"
 
 
@@ -281,7 +283,7 @@ def _bounds(data: _Data, level: float) -> tuple[float | None, float | None, str]
         low, high = rise[0] - fall[1], rise[1] - fall[0]
     else:
         low, high = -fall[1] * reach, rise[1] * reach
-    return float(low), float(high), "Clopper-Pearson"
+    return max(float(low), -data.reach), min(float(high), data.reach), "Clopper-Pearson"
 
 
 def _equivalence(data: _Data, margin: float) -> float | None:
