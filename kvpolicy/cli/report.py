@@ -33,6 +33,9 @@ def report(
     baseline: Annotated[
         str | None, typer.Option(metavar="ARM", help="Compared with; default: exact, or the first.")
     ] = None,
+    arm: Annotated[
+        list[str] | None, typer.Option(help="Judge this arm alone, and others named so; default: all.")
+    ] = None,
     metric: Annotated[
         str | None, typer.Option(help="What all tasks are judged by; default: score, else nll, kl or the first.")
     ] = None,
@@ -50,7 +53,7 @@ def report(
     """Judge arms against a baseline: better, worse, equivalent or undecided, and why."""
     wanted, margins = _formats(formats), _margins(margin or [])
     named = [_named(run) for run in runs]
-    from kvpolicy.report.merging import merge
+    from kvpolicy.report.merging import merge, of_arms
     from kvpolicy.report.tables import Report, printed
     from kvpolicy.report.write import check_directory, write_report
     from kvpolicy.statistics.verdicts import judge
@@ -58,6 +61,8 @@ def report(
     if out is not None:
         check_directory(Path(out), wanted, overwrite)
     evidence = merge([(name or path.name, _read(name, path, document)) for name, path in named])
+    if arm:
+        evidence = of_arms(evidence, arm, baseline)
     verdicts = judge(evidence, metric=metric, margins=margins, baseline=baseline, alpha=alpha)
     found = Report.of(evidence, verdicts)
     from rich.text import Text
@@ -122,9 +127,9 @@ def _read(name: str | None, path: Path, document: str | None) -> Evidence:
         from kvpolicy.experiment.store import read
 
         return read(path)
-    if path.suffix.lower() == ".csv":
+    if path.name.lower().endswith((".csv", ".csv.gz")):
         return read_csv(path)
-    endings = listed([".csv", "samples_<task>_<date>.jsonl of lm_eval --log_samples"])
+    endings = listed([".csv", ".csv.gz", "samples_<task>_<date>.jsonl of lm_eval --log_samples"])
     raise CompareError(f"{path}: a file must be one of {endings}, found {in_words(path.suffix or path.name)}")
 
 

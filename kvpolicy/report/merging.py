@@ -9,7 +9,7 @@ from typing import Any
 from kvpolicy.errors import CompareError
 from kvpolicy.report.readers import default_baseline
 from kvpolicy.statistics.rows import Evidence, Row
-from kvpolicy.words import clip, quoted
+from kvpolicy.words import clip, listed, quoted, suggest
 
 _COSTS = ("seconds", "bytes")
 
@@ -49,6 +49,21 @@ def merge(runs: Sequence[tuple[str, Evidence]]) -> Evidence:
     first = runs[0][1].baseline
     baseline = first if len(runs) == 1 or first in ("exact", "full") else default_baseline(arms)
     return Evidence(found, arms, baseline, planned, settings)
+
+
+def of_arms(evidence: Evidence, arms: Sequence[str], baseline: str | None = None) -> Evidence:
+    """The rows of the baseline and of some arms: what is not asked about needs no comparison.
+
+    Raises:
+        CompareError: an arm is unknown.
+    """
+    known = list(dict.fromkeys([*evidence.arms, *(row.arm for row in evidence.rows)]))
+    for arm in arms:
+        if arm not in known:
+            raise CompareError(f"an arm must be one of {listed(known)}, found {quoted(arm)}{suggest(arm, known)}")
+    kept = {evidence.baseline if baseline is None else baseline, *arms}
+    recipes = {arm: evidence.arms.get(arm) for arm in known if arm in kept}
+    return replace(evidence, rows=tuple(row for row in evidence.rows if row.arm in kept), arms=recipes)
 
 
 def _agree(arm: str, own: list[Row], run: Evidence, rows: Mapping[Any, Row], arms: Mapping[str, str | None]) -> bool:

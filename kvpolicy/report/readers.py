@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import hashlib
 import json
 import math
@@ -32,7 +33,9 @@ def is_lm_eval(path: Path) -> bool:
 
 
 def read_csv(path: Path) -> Evidence:
-    """Rows of a CSV file: columns `arm`, `task`, `sample`, and `score` or another metric.
+    """Rows of a CSV file, or of a compressed one (.csv.gz).
+
+    Its columns are `arm`, `task`, `sample`, and `score` or another metric.
 
     `document`, `prompt`, `answer`, `output` and `error` may stand beside them. Any other column is a metric if it
     holds numbers, else a fact. An empty cell is a missing value.
@@ -59,7 +62,7 @@ def read_csv(path: Path) -> Evidence:
                     )
                 seen[key] = reader.line_num
                 rows.append(row)
-        except (csv.Error, UnicodeError) as error:
+        except (csv.Error, UnicodeError, EOFError, OSError) as error:
             raise CompareError(
                 f"{path}, line {reader.line_num + 1}: the file must be CSV in UTF-8, found {error}; export it again"
             ) from None
@@ -112,6 +115,8 @@ def default_baseline(arms: Mapping[str, Any]) -> str:
 
 def _opened(path: Path) -> Any:
     try:
+        if path.suffix == ".gz":
+            return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
         return path.open(encoding="utf-8-sig", newline="")
     except OSError as error:
         raise CompareError(f"{path}: the file can't be read: {error.strerror or error}") from None

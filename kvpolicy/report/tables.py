@@ -6,10 +6,11 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from kvpolicy.statistics.collapse import Collapse, collapses
-from kvpolicy.statistics.pairs import Table, metrics_of, table, tasks_of, values
+from kvpolicy.statistics.pairs import BOUNDED, Table, metrics_of, table, tasks_of, values
 from kvpolicy.statistics.rows import Evidence
 from kvpolicy.statistics.verdicts import ALL_TASKS, Verdict, Verdicts
 
@@ -44,12 +45,12 @@ class Report:
         """Look for collapses, too."""
         return cls(evidence, verdicts, collapses(evidence, verdicts.baseline))
 
-    @property
+    @cached_property
     def rows(self) -> Table:
         """Rows by arm and task, then by sample."""
         return table(self.evidence)
 
-    @property
+    @cached_property
     def arms(self) -> list[str]:
         """The baseline, then the others in the order given."""
         every = dict.fromkeys([*self.evidence.arms, *(row.arm for row in self.evidence.rows)])
@@ -89,6 +90,18 @@ class Report:
             if short:
                 lines.append(f"{arm}: {', '.join(short)}")
         return lines
+
+    def copied(self, arm: str) -> bool:
+        """Whether an arm's rows are the baseline's, times and all: it was not run."""
+        mine = {(task, s): r for (name, task), of in self.rows.items() if name == arm for s, r in of.items()}
+        base = {
+            (task, s): r
+            for (name, task), of in self.rows.items()
+            if name == self.verdicts.baseline
+            for s, r in of.items()
+        }
+        timed = any(name.endswith("_seconds") for row in mine.values() for name in row.metrics)
+        return timed and all(key in base and base[key].metrics == row.metrics for key, row in mine.items())
 
     def errors(self) -> list[tuple[str, str, str, int]]:
         """Arm, task, error and on how many samples."""
@@ -162,6 +175,8 @@ def mean(rows: Table, arm: str, task: str, metric: str) -> Mean | None:
     if not error:
         return Mean(arm, task, metric, n, middle, None, None)
     low, high = stats.t.interval(0.95, n - 1, middle, error)
+    if BOUNDED.match(metric) and found.min() >= 0 and found.max() <= 1:
+        low, high = max(low, 0.0), min(high, 1.0)
     return Mean(arm, task, metric, n, middle, float(low), float(high))
 
 
@@ -171,7 +186,7 @@ def number(value: float | None, digits: int = 3, sign: bool = False) -> str:
         return "-"
     plus = "+" if sign else ""
     if value and abs(value) < 0.5 * 10**-digits:
-        return format(value, f"{plus}.0e")
+        return format(value, f"{plus}.1g")
     return format(value, f"{plus},.0f" if abs(value) >= 10_000 else f"{plus}.{digits}f")
 
 

@@ -30,7 +30,8 @@ def headline(report: Report) -> list[str]:
             text = f"{arm}: {said} of {len(tasks)} tasks"
             text += f"; over all tasks {_as(over.verdict, baseline)}." if over else "."
         if any(v.noise for v in mine):
-            text = f"{arm} is an A/A arm, the baseline again: {_noise(mine)}"
+            said = "its rows are the baseline's, so that they show no noise." if report.copied(arm) else _noise(mine)
+            text = f"{arm} is an A/A arm, the baseline again: {said}"
         found.append(text)
     return found
 

@@ -64,7 +64,12 @@ def parting(one: str, other: str) -> int | None:
     """The first character at which two texts differ; None if they are the same."""
     if one == other:
         return None
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    # Halving compares slices, which is fast for long texts.
+    same, end = 0, min(len(one), len(other))
+    while same < end:
+        middle = (same + end + 1) // 2
+        same, end = (middle, end) if one[same:middle] == other[same:middle] else (same, middle - 1)
+    return same
 
 
 def _found(rows: Table, evidence: Evidence, baseline: str) -> Iterator[Collapse]:
@@ -85,7 +90,7 @@ def _count(arm: str, task: str, texts: list[tuple[str, str]]) -> Collapse:
     shown = [(repetition(a) >= REPEATED, repetition(b) >= REPEATED) for a, b in texts]
     repeats, back = sum(a and not b for a, b in shown), sum(b and not a for a, b in shown)
     lengths = sum(_another_length(a, b) for a, b in texts)
-    at_once = sum((parting(a, b) if a != b else AT_ONCE) < AT_ONCE for a, b in texts)  # type: ignore[operator]
+    at_once = sum(a[:AT_ONCE] != b[:AT_ONCE] for a, b in texts)
     counted = {"repetition": (repeats, back), "length": (lengths, 0), "divergence at once": (at_once, 0)}
     signs = tuple(name for name, (shown, other) in counted.items() if _more(shown, other, len(texts)))
     return Collapse(arm, task, len(texts), repeats, lengths, at_once, signs)

@@ -44,6 +44,8 @@ class Paired:
     """Independent units: documents, or samples that stand for themselves."""
     deviation: float | None
     """Standard deviation of the differences of independent units; None for one unit."""
+    bounded: bool
+    """Whether hardly any pair differs, so that the interval comes from how often pairs differ."""
     agrees: bool
     """Whether test, interval and mean point to one side; without it nothing is better or worse."""
     why: str = ""
@@ -117,7 +119,9 @@ def compare_pairs(
         equivalent = None if margin is None else _equivalence(data, margin)
         deviation = _deviation(data)
     agrees = side * mean > 0 and (low is None or high is None or data.rare or low * mean > 0 < high * mean)
-    return Paired(mean, low, high, interval, p, test, equivalent, data.units, deviation, agrees, _why(data, margin))
+    return Paired(
+        mean, low, high, interval, p, test, equivalent, data.units, deviation, data.rare, agrees, _why(data, margin)
+    )
 
 
 def _why(data: _Data, margin: float | None) -> str:
@@ -227,6 +231,8 @@ def _interval(data: _Data, level: float) -> tuple[float | None, float | None, st
     if not error:
         return None, None, ""
     low, high = stats.t.interval(level, freedom, mean, error)
+    if data.reach is not None:
+        low, high = max(low, -data.reach), min(high, data.reach)
     return float(low), float(high), "Student's t, documents clustered" if data.clustered else "Student's t"
 
 
@@ -277,7 +283,7 @@ def _bounds(data: _Data, level: float) -> tuple[float | None, float | None, str]
         low, high = rise[0] - fall[1], rise[1] - fall[0]
     else:
         low, high = -fall[1] * reach, rise[1] * reach
-    return float(low), float(high), "Clopper-Pearson"
+    return max(float(low), -data.reach), min(float(high), data.reach), "Clopper-Pearson"
 
 
 def _equivalence(data: _Data, margin: float) -> float | None:

@@ -334,14 +334,14 @@ def _decide(verdict: Verdict, alpha: float, family: int) -> Verdict:
     within = verdict.p_equivalent_holm is not None and verdict.p_equivalent_holm < alpha
     rises = (paired.difference > 0) is not lower_is_better(verdict.metric)
     detectable = None
-    if paired.deviation:
+    if paired.deviation and not paired.bounded:
         detectable = minimum_effect(paired.documents, deviation=paired.deviation, comparisons=family, alpha=alpha)
     if within:
         word = "equivalent"
         notes.insert(0, f"within ±{verdict.margin:g}" + (f", though detectably {_side(rises)}" if differs else ""))
     elif differs and paired.agrees:
         word = _side(rises)
-        notes.insert(0, f"{paired.test}, p = {_p(verdict.p_holm)} after Holm")
+        notes.insert(0, f"{paired.test}, {_p(verdict.p_holm)} after Holm")
     else:
         word = "undecided"
         notes.insert(0, _open(verdict, paired, differs, family, alpha, detectable))
@@ -361,7 +361,7 @@ def _side(rises: bool) -> str:
 
 
 def _p(p: float | None) -> str:
-    return "-" if p is None else "<0.001" if p < 0.001 else f"{p:.3f}"
+    return "no p" if p is None else "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
 
 
 def _open(verdict: Verdict, paired: Paired, differs: bool, family: int, alpha: float, detectable: float | None) -> str:
@@ -375,5 +375,5 @@ def _open(verdict: Verdict, paired: Paired, differs: bool, family: int, alpha: f
         return f"{paired.why}; that says nothing of others"
     if differs:
         return f"{paired.test} and the interval of the mean disagree: a few samples weigh too much"
-    p = f"p = {_p(verdict.p_holm)} after Holm"
+    p = f"{_p(verdict.p_holm)} after Holm"
     return p if detectable is None else f"{p}; so many samples show differences from {detectable:.2g}"

@@ -217,7 +217,7 @@ def test_what_the_command_refuses(
         ),
         ((plain, "--metric", "acc"), "metric must be one of score, found 'acc'"),
         ((tmp_path / "gone.csv",), "gone.csv: there is no such run"),
-        ((other,), "rows.parquet: a file must be one of .csv, samples_<task>_<date>.jsonl"),
+        ((other,), "rows.parquet: a file must be one of .csv, .csv.gz, samples_<task>_<date>.jsonl"),
         ((plain, "--out", plain), "--out must be a directory, found a file"),
         (("=x",), "a run must be PATH or NAME=PATH, found '=x'"),
     ):

@@ -221,7 +221,7 @@ def test_error_rates_hold(monkeypatch: pytest.MonkeyPatch) -> None:
         assert found[1] <= 0.1, found
         assert found[2] >= 0.88, found
     blind = simulate(lambda: grouped(0.0), 60, [str(i) for i in range(180)], binary=False)
-    assert blind[0] > 0.15, "documents matter, or the simulation would say nothing"
+    assert blind[0] > 0.1, "documents matter, or the simulation would say nothing"
 
 
 def test_families_of_true_nulls_are_rarely_called_different() -> None:

@@ -80,7 +80,7 @@ def _row(
             "first_divergence": cut if hurt else None,
             "memory": {"codes": bits * 5e4, "scales": bits * 1e4, "exact": 3e4, "indices": 2e3},
         },
-        prompt=f"<k> & \u2028 {text} " * 20,
+        prompt=f"<k> & \u2028 </script><img src=//x> {text} " * 20,
         answer=text[:40],
         output=output,
     )
