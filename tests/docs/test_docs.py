@@ -6,6 +6,7 @@ import ast
 import contextlib
 import importlib.util
 import inspect
+import os
 import re
 import shlex
 import subprocess
