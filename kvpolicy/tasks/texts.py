@@ -56,7 +56,7 @@ def text_files(text: Any) -> list[Path]:
         raise TaskError(f"text must be the path of a file or a list of such, found {in_words(text)}")
     files = [Path(item) for item in given]
     if not files:
-        raise TaskError("samples are cut from a text, found none; name a file (on the shell --text FILE)")
+        raise TaskError("a search needs a text to cut samples from, found none; name a file (on the shell --text FILE)")
     seen: dict[Path, Path] = {}
     for file in files:
         name = clip(str(file), 300)
