@@ -158,7 +158,8 @@ def test_the_choices_of_a_context_share_its_prompt(loaded: Any) -> None:
 
 @pytest.fixture
 def quick_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The harness reads thousands of its own tasks to find one."""
+    """The harness reads thousands of its own tasks to find one, and asks pip and the machine about themselves."""
+    monkeypatch.setattr("torch.utils.collect_env.get_pretty_env_info", str)
     monkeypatch.setattr(tasks, "TaskManager", partial(tasks.TaskManager, include_defaults=False))
 
 
