@@ -1,9 +1,9 @@
 """Integer codes in bytes, plane by plane, and their decoding.
 
-A code of `nbits` bits is cut into parts of 1, 2, 4 or 8 bits (3 bits: the lower two, then the upper one). Of a
-part, byte j holds channels j, j + w, j + 2w, ... with `w` the number of bytes, the first in the lowest bits: with
-2 bits and 128 channels byte j holds channels j, j + 32, j + 64, j + 96. So each plane `(bytes >> shift) & mask`
-is a contiguous run of channels, and nothing is ever interleaved.
+A code of `nbits` bits is cut into parts of 1, 2, 4 or 8 bits (3 bits: the lower two, then the upper one; 7: four, two,
+one). Of a part, byte j holds channels j, j + w, j + 2w, ... with `w` the number of bytes, the first in the lowest bits:
+with 2 bits and 128 channels byte j holds channels j, j + 32, j + 64, j + 96. So each plane `(bytes >> shift) & mask` is
+a contiguous run of channels, and nothing is ever interleaved.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-PARTS = {1: ((1, 0),), 2: ((2, 0),), 3: ((2, 0), (1, 2)), 4: ((4, 0),), 8: ((8, 0),)}
+PARTS = {
+    1: ((1, 0),), 2: ((2, 0),), 3: ((2, 0), (1, 2)), 4: ((4, 0),), 5: ((4, 0), (1, 4)), 6: ((4, 0), (2, 4)),
+    7: ((4, 0), (2, 4), (1, 6)), 8: ((8, 0),),
+}  # fmt: skip
 """Of each part of a code: its bits, and the bits of the code below it."""
 
 BLOCK_BYTES = 1 << 21
@@ -80,7 +83,7 @@ def pack(codes: Tensor, nbits: int) -> Tensor:
     head_dim, parts = codes.shape[-1], []
     if nbits == 8:
         return codes
-    if nbits != 3 and head_dim * nbits % 8 == 0:
+    if len(PARTS[nbits]) == 1 and head_dim * nbits % 8 == 0:
         planes_of = codes.unflatten(-1, (8 // nbits, -1)) & ((1 << nbits) - 1)
         packed: Tensor = (planes_of << _shifts(nbits, codes.device)).sum(-2, dtype=torch.uint8)
         return packed
@@ -180,7 +183,7 @@ def _dequantize_block(
     x = out if out.dtype == torch.float32 else torch.empty(out.shape, dtype=dtype, device=out.device)
     if levels is not None:
         x.copy_(looked_up(unpack(packed, nbits, head_dim), levels))
-    elif nbits == 3:
+    elif len(PARTS[nbits]) > 1:
         x.copy_(unpack(packed, nbits, head_dim))
     else:
         for _, first, last, plane in planes(packed, nbits, head_dim):

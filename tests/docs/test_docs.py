@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import pytest
+from forked import kvpolicy as kvpolicy_command
 from packaging.version import Version
 from words import CACHE
 
@@ -68,16 +69,7 @@ def shell(command: str, cwd: Path, site: Path) -> None:
     """Run one line; `kvpolicy` is that of this environment, and a redirection goes to a file."""
     command, _, target = command.partition(" > ")
     _, *arguments = shlex.split(command)
-    path = os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "kvpolicy", *arguments],
-        cwd=cwd,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = kvpolicy_command(*arguments, cwd=cwd, site=site)
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     if target:
         (cwd / target.strip()).write_text(done.stdout, encoding="utf-8")
