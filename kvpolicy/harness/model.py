@@ -198,8 +198,10 @@ class CompressedLM(HFLM):
             size = int(self.batch_size if override is None else override)
             return lambda place: size
         self.batch_sizes: dict[int, int] = {}
-        longest = [contexts[i] for i in ordered(contexts)]
-        asked = [(None, list(c.tokens), list(max(c.tails, key=lambda tail: len(tail)))) for c in longest]
+        asked: list[Request] = []
+        for context in (contexts[i] for i in ordered(contexts)):
+            tail = max(context.tails, key=len)
+            asked.append((None, list(context.tokens), list(tail)))
         self.batch_schedule: float = min(float(self.batch_schedule), max(len(asked), 1))
         return lambda place: int(self._batch_scheduler(place, asked))
 

@@ -153,7 +153,9 @@ def test_an_error_of_a_name_takes_no_time() -> None:
     best = 9.0
     for _ in range(3):
         before = os.times()
-        done = subprocess.run([sys.executable, "-m", "kvpolicy", "compare", "logqant"], capture_output=True, check=False)
+        done = subprocess.run(
+            [sys.executable, "-m", "kvpolicy", "compare", "logqant"], capture_output=True, check=False
+        )
         assert done.returncode == 2
         after = os.times()
         best = min(best, after.children_user - before.children_user + after.children_system - before.children_system)
