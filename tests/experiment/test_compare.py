@@ -299,8 +299,8 @@ def test_out_may_not_be_a_file(loaded: tuple[Any, Any], tmp_path: Path) -> None:
         (["full"], {"tokens": 2200}, CompareError, r"max_position_embeddings, 2048, found \d+ \+ 11 tokens"),
         (["full"], {"tokenizer": None}, CompareError, "needs its tokenizer"),
         (["full"], {"model": 3}, CompareError, "must be a causal language model"),
-        (["full"], {"device": "cpu"}, CompareError, "for a model given by its path"),
-        (["full"], {"model": "/nowhere/at/all"}, CompareError, "found no directory '/nowhere/at/all'"),
+        (["full"], {"device": "cpu"}, CompareError, "for a model given by its name"),
+        (["full"], {"model": "/nowhere/at/all"}, CompareError, "found no directory or file '/nowhere/at/all'"),
         (
             [{"tiers": [{"store": {"kind": "int", "nbits": 2, "group_size": 48, "per": "token"}}]}],
             {},
@@ -352,7 +352,7 @@ def test_broken_model_directories_are_named(loaded: tuple[Any, Any], tmp_path: P
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(CompareError, match="the model can't be loaded"):
         load_model(tmp_path)
-    with pytest.raises(CompareError, match="device 'nothing'"):
+    with pytest.raises(CompareError, match="device must be a name such as cpu.*found 'nothing'"):
         load_model(BUNDLED, "nothing")
 
 
