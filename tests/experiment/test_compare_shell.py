@@ -35,7 +35,7 @@ def test_fewer_rows_are_said_once_on_the_shell(tmp_path: Path) -> None:
     [
         (["full", "-n", "0"], "at least 1, found 0"),
         (["logqant"], "did you mean 'logquant'"),
-        (["full", "--model", "/nowhere"], "found no directory '/nowhere'"),
+        (["full", "--model", "/nowhere"], "found no directory or file '/nowhere'"),
         (["full", "--task", "nothing.jsonl"], "must be a readable file"),
         (["full", "full"], "found 'full' twice"),
     ],
