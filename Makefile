@@ -8,7 +8,7 @@ OUT ?= out/demo
 ARMS := full logquant partial-logquant kivi zipcache h2o logquant-evict kivi-evict
 # What moves from one end of transformers' range to the other, and the tests that are run at the oldest: those of cache,
 # attention, padding and generation that meet its models.
-MOVING := ^(transformers|huggingface-hub|tokenizers)==
+MOVING := ^(transformers|huggingface-hub|tokenizers|datasets|fsspec)==
 OLDEST_TESTS := $(wildcard $(patsubst %,tests/*/test_%*.py,\
 	assisted attach attention cache_models generate graphs multimodal override padding passes per_head_edges))
 

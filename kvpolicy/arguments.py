@@ -27,6 +27,7 @@ MAX_TEXT = 1 << 30
 MAX_SEARCHED = 1 << 24
 """Tokens of prompts that a search reads, all samples together."""
 OLDEST_OPTUNA = 4
+OLDEST_LM_EVAL = (0, 4, 13)
 _PICTURES = (
     "avif", "eps", "gif", "jpeg", "jpg", "pdf", "pgf", "png", "ps", "raw", "rgba", "svg", "svgz", "tif", "tiff", "webp",
 )  # fmt: skip
@@ -182,6 +183,24 @@ def check_optuna() -> None:
         state = f"found {clip(found)}" if found else "which is not installed"
         raise MissingDependencyError(
             f"kvpolicy tune needs Optuna {OLDEST_OPTUNA} or newer, {state}; pip install 'kvpolicy[tune]'"
+        )
+
+
+def check_lm_eval() -> None:
+    """Refuse to evaluate where lm-evaluation-harness is missing or too old.
+
+    Raises:
+        MissingDependencyError: saying how it is installed.
+    """
+    try:
+        found = version("lm-eval")
+    except PackageNotFoundError:
+        found = ""
+    known = tuple(int(part) for part in found.split(".")[:3] if part.isdigit())
+    if known < OLDEST_LM_EVAL:
+        least, state = ".".join(map(str, OLDEST_LM_EVAL)), f"found {clip(found)}" if found else "which is not installed"
+        raise MissingDependencyError(
+            f"kvpolicy lm-eval needs lm-evaluation-harness {least} or newer, {state}; pip install 'kvpolicy[lm-eval]'"
         )
 
 

@@ -13,6 +13,7 @@ from kvpolicy.cli.compare import compare
 from kvpolicy.cli.env import env
 from kvpolicy.cli.generate import generate
 from kvpolicy.cli.importing import import_preset
+from kvpolicy.cli.lm_eval import lm_eval
 from kvpolicy.cli.output import show_error
 from kvpolicy.cli.plugins import plugins
 from kvpolicy.cli.recipes import recipes
@@ -49,12 +50,13 @@ def _options(
     pass
 
 
-TAKES_RECIPES = ("show", "validate", "compare", "generate")
+TAKES_RECIPES = ("show", "validate", "compare", "generate", "lm-eval")
 for command in (recipes, show, validate, schema, plugins, compare, report, tune, generate, calibrate, env):
     # Words too many reach the command, which says how parameters are written.
     spare = {"allow_extra_args": command in (show, generate)}
     app.command(context_settings=spare)(command)
 app.command("import")(import_preset)
+app.command("lm-eval")(lm_eval)
 
 
 def main() -> None:

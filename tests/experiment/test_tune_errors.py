@@ -49,7 +49,7 @@ def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"text": 3}, "text must be the path of a file or a list of such, found 3"),
         ({"text": "a\0b"}, "must be a readable file"),
         ({"tokens": 100_000}, "must fit the model's max_position_embeddings, 2048, found 100000"),
-        ({"model": "/nowhere"}, "found no directory '/nowhere'"),
+        ({"model": "/nowhere"}, "found no directory or file '/nowhere'"),
         ({"space": {}}, "found no recipe"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
