@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from kvpolicy.interfaces.scores import Scores as Scores
     from kvpolicy.interfaces.site import Site as Site
     from kvpolicy.interfaces.transform import Transform as Transform
+    from kvpolicy.planning.plan import plan as plan
     from kvpolicy.recipe.load import Recipe as Recipe
     from kvpolicy.recipe.load import load_recipe as load_recipe
 
@@ -68,6 +69,7 @@ __all__ = [
     "hookimpl",
     "load_recipe",
     "make_cache",
+    "plan",
     "tune",
 ]
 
@@ -101,6 +103,7 @@ _HOMES = {
     "hookimpl": "hookspecs",
     "load_recipe": "recipe.load",
     "make_cache": "hf.cache",
+    "plan": "planning.plan",
     "tune": "experiment.tune",
 }
 

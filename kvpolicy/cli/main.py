@@ -14,6 +14,7 @@ from kvpolicy.cli.env import env
 from kvpolicy.cli.generate import generate
 from kvpolicy.cli.importing import import_preset
 from kvpolicy.cli.output import show_error
+from kvpolicy.cli.plan import plan
 from kvpolicy.cli.plugins import plugins
 from kvpolicy.cli.recipes import recipes
 from kvpolicy.cli.schema import schema
@@ -48,8 +49,8 @@ def _options(
     pass
 
 
-TAKES_RECIPES = ("show", "validate", "compare", "generate")
-for command in (recipes, show, validate, schema, plugins, compare, tune, generate, calibrate, env):
+TAKES_RECIPES = ("show", "validate", "plan", "compare", "generate")
+for command in (recipes, show, validate, schema, plugins, plan, compare, tune, generate, calibrate, env):
     # Words too many reach the command, which says how parameters are written.
     spare = {"allow_extra_args": command in (show, generate)}
     app.command(context_settings=spare)(command)

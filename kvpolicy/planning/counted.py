@@ -25,7 +25,7 @@ from kvpolicy.storage.named import NamedStore
 from kvpolicy.storage.named_parts import Format, NamedParts
 from kvpolicy.storage.pages import Pages
 
-__all__ = ["Scale", "counted_store"]
+__all__ = ["Counting", "Learnt", "Scale"]
 
 ROWS, SOME = 2, 32
 """Rows of the small store, so that what is kept once for all rows is told apart; and its tokens, where any will do."""
@@ -49,33 +49,60 @@ class Scale(NamedTuple):
         return self.batch * self.kv_heads * self.dim * self.itemsize
 
 
-class Entries(NamedTuple):
-    """Bytes of an entry, all rows and heads together, of what the small store held."""
+class Amount(NamedTuple):
+    """Bytes of something, of each row and once for all rows."""
 
-    parts: dict[str, int]
+    row: int
+    once: int
+
+    def of(self, batch: int) -> int:
+        """For so many rows."""
+        return self.row * batch + self.once
+
+
+class Entries(NamedTuple):
+    """What the small store held: bytes of an entry, of all heads."""
+
+    parts: dict[str, Amount]
     scales: float
     """The share of scales in `params`."""
-    state: int
+    state: tuple[Amount, ...]
     """Of transforms, once something is coded."""
-    asked: int
-    """Of what is noted of queries until then."""
-    kept: list[tuple[dict[str, Format], dict[str, int], int]]
-    """For each of the named parts beside: formats, bytes of an entry of each, and of what is kept once."""
+    kept: list[tuple[dict[str, Format], dict[str, Amount], tuple[Amount, ...]]]
+    """For each of the named parts beside: formats, an entry of each, and what is kept once."""
 
 
-def counted_store(spec: Quantizer | str, site: Site, scale: Scale) -> Store | None:
-    """The counting store for what `make_store` makes a store for.
+class Learnt:
+    """What was learnt of stores, so that a plan of many lengths and batches learns it once."""
 
-    Raises:
-        RecipeError, PluginError: as `make_store`.
-    """
-    if spec == "evict":
-        return None
-    if not isinstance(spec, Quantizer):
-        return CountedExact(scale)
-    entries = _learnt(spec, site, scale)
-    kind = CountedAffine if isinstance(spec, AffineQuantizer) else CountedNamed
-    return kind(spec, site, scale, entries)
+    def __init__(self) -> None:
+        self._entries: list[tuple[Any, Entries]] = []  # no dict: options of a plugin may not be hashable
+        self._checked: list[Any] = []
+
+    def checked(self, *key: Any) -> bool:
+        """Whether this was asked before."""
+        known = key in self._checked
+        if not known:
+            self._checked.append(key)
+        return known
+
+    def store(self, spec: Quantizer | str, site: Site, scale: Scale) -> Store | None:
+        """The counting store for what `make_store` makes a store for.
+
+        Raises:
+            RecipeError, PluginError: as `make_store`.
+        """
+        if spec == "evict":
+            return None
+        if not isinstance(spec, Quantizer):
+            return CountedExact(scale)
+        key = spec, site.side, scale.kv_heads, scale.dim, scale.dtype, bool(site.fitted)
+        entries = next((found for known, found in self._entries if known == key), None)
+        if entries is None:
+            entries = _learnt(spec, site, scale)
+            self._entries.append((key, entries))
+        kind = CountedAffine if isinstance(spec, AffineQuantizer) else CountedNamed
+        return kind(spec, site, scale, entries)
 
 
 def _learnt(spec: Quantizer, site: Site, scale: Scale) -> Entries:
@@ -88,26 +115,26 @@ def _learnt(spec: Quantizer, site: Site, scale: Scale) -> Entries:
         store.chain.heed(torch.ones((ROWS, site.kv_heads, 2, scale.dim)))
     with torch.no_grad():
         store.append(x, None, torch.arange(n))
-
-    def bytes_of(t: Tensor, entries: int = 1) -> int:
-        """For all rows that are planned."""
-        own = t.numel() * t.element_size() // entries
-        return own if t.shape[0] != ROWS else own // ROWS * scale.batch
-
-    def entry(part: Pages) -> int:
-        return bytes_of(part.slice(0, part.length), part.length)
-
-    parts = {name: entry(part) for name, part in _held(store).items() if part.length}
+    parts = {name: _entry(part) for name, part in _held(store).items() if part.length}
     share = 0.0
     if isinstance(store, AffineStore):
         share = float(store.scales.share(store.parts["params"].pages[0], store.numbers))
-    state = [bytes_of(t) for kept in store.chain.state for t in kept.values()] if store.chain is not None else []
+    state = [_amount(t) for kept in store.chain.state for t in kept.values()] if store.chain is not None else []
     kept = []
     for named in store._kept:
-        own = {name: entry(part) for name, part in named.parts.items()}
-        kept.append((named.formats, own, sum(bytes_of(t) for t in named.kept.values())))
-    asked = scale.batch * site.kv_heads * 2 * scale.dim * 4
-    return Entries(parts, share, sum(state), asked, kept)
+        own = {name: _entry(part) for name, part in named.parts.items()}
+        kept.append((named.formats, own, tuple(_amount(t) for t in named.kept.values())))
+    return Entries(parts, share, tuple(state), kept)
+
+
+def _amount(t: Tensor, entries: int = 1) -> Amount:
+    """Of an entry, of the tensor of a small store."""
+    size = t.numel() * t.element_size() // entries
+    return Amount(size // ROWS, 0) if t.shape[0] == ROWS else Amount(0, size)
+
+
+def _entry(part: Pages) -> Amount:
+    return _amount(part.slice(0, part.length), part.length)
 
 
 def _held(store: CodedStore) -> dict[str, Pages]:
@@ -179,18 +206,24 @@ class Counting(CodedStore):
         if self.by_position:
             found["indices"], reserved = _once(self.parts[POSITIONS], 4 * self.scale.batch * self._heads_of_positions)
         for named, (_, entry, once) in zip(self._kept, self.entries.kept, strict=True):
-            sizes = [_once(part, entry[name]) for name, part in named.parts.items()]
-            held = any(named.parts[name].length for name in named.parts) or self.coded
-            used, taken = (sum(x) + (once if held else 0) for x in (zip(*sizes, strict=True) if sizes else ((), ())))
+            sizes = [_once(part, entry[name].of(self.scale.batch)) for name, part in named.parts.items()]
+            fixed = sum(amount.of(self.scale.batch) for amount in once) if self.coded else 0
+            used, taken = (sum(x) + fixed for x in (zip(*sizes, strict=True) if sizes else ((), ())))
             kind = "codes" if named is getattr(self, "named", None) else "extras"
             found[kind] = found.get(kind, 0) + used
             groups, numbers = self._of_groups(named.groups)
             found["indices"] += groups
             reserved += taken + numbers
         if self.chain is not None:
-            found["state"] = self.entries.state if self.coded else self.entries.asked if self.asked else 0
+            found["state"] = self._state()
             reserved += found["state"]
         return found, reserved
+
+    def _state(self) -> int:
+        """Bytes of what transforms keep; until something is coded, of what they noted of queries."""
+        if self.coded:
+            return sum(amount.of(self.scale.batch) for amount in self.entries.state)
+        return self.scale.batch * self.scale.kv_heads * 2 * self.scale.dim * 4 if self.asked else 0
 
     @property
     def _heads_of_positions(self) -> int:
@@ -244,7 +277,7 @@ class CountedAffine(Counting, AffineStore):
         return {"codes": used["codes"], "scales": scales, "zeros": used["params"] - scales, "exact": used["exact"], **own}
 
     def _entry(self, name: str) -> int:
-        return self.scale.exact if name == "exact" else self.entries.parts[name]
+        return self.scale.exact if name == "exact" else self.entries.parts[name].of(self.scale.batch)
 
     def reserved(self) -> int:
         parts = sum(_once(part, self._entry(name))[1] for name, part in _held(self).items())

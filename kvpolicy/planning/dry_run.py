@@ -28,7 +28,7 @@ from kvpolicy.placement.planner import Placement
 from kvpolicy.placement.ranking import NOWHERE, Ranking, Turn
 from kvpolicy.placement.selection import highest
 from kvpolicy.placement.step import Step
-from kvpolicy.planning.counted import Counting, Scale, counted_store
+from kvpolicy.planning.counted import Counting, Learnt, Scale
 from kvpolicy.planning.shape import LayerShape, ModelShape
 from kvpolicy.recipe.load import Recipe
 from kvpolicy.storage.pages import planned_for
@@ -141,7 +141,7 @@ class PlannedLayer(LayerCache):
     """A layer whose tokens are one number each."""
 
     def __init__(self, start: Step, scratch: PlannedScratch | None, reading: Reading, site: Site, of: Any) -> None:
-        self.shape, self.batch, self.dtype = of
+        self.shape, self.batch, self.dtype, self.learnt = of
         super().__init__(start, scratch, reading, site)
 
     def start(self, keys: Tensor, values: Tensor) -> None:
@@ -154,7 +154,7 @@ class PlannedLayer(LayerCache):
             scale = Scale(self.batch, shape.kv_heads, dim, self.like[side].element_size(), apart, self.dtype)
             count = len(self.placement.first_tier[side])
             specs = [self.placement.store_spec(side, s) for s in range(count)]
-            self.stores[side] = [counted_store(spec, self.site_of(side), scale) for spec in specs]
+            self.stores[side] = [self.learnt.store(spec, self.site_of(side), scale) for spec in specs]
 
     def feed(self, tokens: int) -> None:
         """An update that brings so many tokens."""
@@ -173,7 +173,7 @@ class PlannedLayer(LayerCache):
 
     def _decode(self, tokens: int) -> None:
         """Note what a step keeps that decodes the stores, or reads them."""
-        if self.reading.attached:
+        if self.reading.attached and self.told_apart:
             self.columns()
             return
         for side, like in self.like.items():
@@ -181,6 +181,11 @@ class PlannedLayer(LayerCache):
             if isinstance(self.scratch, PlannedScratch):
                 size = like.shape[0] * like.shape[1] * (self.planner.width + tokens) * like.shape[3]
                 self.scratch.note(side, size, like.element_size())
+
+    @property
+    def ends_prompt(self) -> bool:
+        """Whether a single token ends the prompt, and policies ask for that."""
+        return self._ends_prompt(1)
 
     def by_head(self) -> PerHeadPlacement:
         if not isinstance(self.planner, PlannedPlacement):
@@ -209,12 +214,22 @@ class DryRun:
         batch: rows.
         device: the type of the device, on which the size of pages depends.
         attached: whether the model reads the stores, or a step decodes them.
+        learnt: what runs for the same model know of stores.
 
     Raises:
         RecipeError: the recipe does not fit the model.
     """
 
-    def __init__(self, recipe: Recipe, shape: ModelShape, batch: int, device: str, attached: bool) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        shape: ModelShape,
+        batch: int,
+        device: str,
+        attached: bool,
+        learnt: Learnt | None = None,
+    ) -> None:
+        self.learnt = Learnt() if learnt is None else learnt
         self.shape, self.batch, self.device = shape, batch, device
         self.scratch = None if shape.shares_kv else PlannedScratch()
         self.reading = Reading(attached=attached)
@@ -246,19 +261,23 @@ class DryRun:
         start = next((step for known, step in starts if known == tiers), None)
         if start is None:
             try:
-                check_stores(tiers, layer.key_dim if layer.key_dim == layer.value_dim else None, site)
+                if not self.learnt.checked(tiers, layer):
+                    check_stores(tiers, layer.key_dim if layer.key_dim == layer.value_dim else None, site)
             except RecipeError as error:
                 raise RecipeError(f"recipe {recipe.name}: {error}") from None
             start = Step.first(Placement(tiers))
             starts.append((tiers, start))
-        return PlannedLayer(start, self.scratch, self.reading, site, (layer, self.batch, self.shape.torch_dtype))
+        return PlannedLayer(start, self.scratch, self.reading, site, (layer, self.batch, self.shape.torch_dtype, self.learnt))
 
     @torch.no_grad()
     def feed(self, tokens: int) -> None:
         """A forward pass that brings so many tokens."""
         caches = [cache for _, _, caches in self.kinds for cache in caches]
         with planned_for(self.device):
-            if self.reading.attached or any(cache.placement.shared for cache in caches):
+            together = any(cache.placement.shared for cache in caches)
+            # As a cache does: where a pass may end the prompt, each layer is told by its own update.
+            ends = tokens == 1 and not together and any(cache.ends_prompt for cache in caches)
+            if together or (self.reading.attached and not ends):
                 commit_all(self._groups(), tokens)
             for cache in caches:
                 cache.feed(tokens)
@@ -274,11 +293,24 @@ class DryRun:
             groups.setdefault(id(cache.placement) if cache.placement.shared else cache, []).append(cache)
         return list(groups.values())
 
+    @property
+    def dense(self) -> int:
+        """Bytes of all keys and values that the stores stand for, decoded."""
+        numbers = 0
+        for (_, layer), of, caches in self.kinds:
+            width = caches[0].planner.width * (layer.key_dim + layer.value_dim)
+            numbers += len(of) * self.batch * layer.kv_heads * width
+        return numbers * self.shape.itemsize
+
     @torch.no_grad()
     def memory(self) -> Memory:
         """What `CompressedCache.memory()` gives for a cache that was fed the same."""
         with planned_for(self.device):
             commit_all(self._groups())
+        return self.count()
+
+    def count(self) -> Memory:
+        """The same, but the newest tokens may not be in it yet, which wait for the next pass."""
         found = measure([caches[0] for _, _, caches in self.kinds], 0, 0 if self.scratch is None else self.scratch.bytes)
         stores = {n: list(own) for n, own in groupby(found.stores, lambda store: store.layer)}
         exact = values = 0

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvpolicy.errors import CompareError
+from kvpolicy.errors import PlanError
 from kvpolicy.planning.plain import plain_shape
 from kvpolicy.words import clip, in_words, quoted, suggest
 
@@ -107,10 +107,10 @@ def read_shape(model: Any, dtype: str | None = None) -> ModelShape:
         dtype: the type that it runs in; by default that of its config, or bfloat16.
 
     Raises:
-        CompareError: there is no config, or it describes no model that a plan can be made for.
+        PlanError: there is no config, or it describes no model that a plan can be made for.
     """
     if dtype is not None and dtype not in DTYPES:
-        raise CompareError(f"dtype must be one of {', '.join(DTYPES)}, found {in_words(dtype)}{suggest(str(dtype), DTYPES)}")
+        raise PlanError(f"dtype must be one of {', '.join(DTYPES)}, found {in_words(dtype)}{suggest(str(dtype), DTYPES)}")
     name, found = _config(model)
     if isinstance(found, Mapping):
         _check_numbers(name, found)
@@ -143,7 +143,7 @@ def _config(model: Any) -> tuple[str, Any]:
     if not isinstance(model, str | os.PathLike):
         config = getattr(model, "config", model)
         if not hasattr(config, "get_text_config"):
-            raise CompareError(
+            raise PlanError(
                 "model must be a config.json, a directory that holds one, the id of a model on the hub, or a config of "
                 f"transformers, found {in_words(model)}"
             )
@@ -155,9 +155,9 @@ def _config(model: Any) -> tuple[str, Any]:
         raw = file.read_bytes() if file.is_file() else None
         there = path.exists()
     except (OSError, ValueError) as error:
-        raise CompareError(f"{shown}: the config can't be read: {getattr(error, 'strerror', None) or error}") from error
+        raise PlanError(f"{shown}: the config can't be read: {getattr(error, 'strerror', None) or error}") from error
     if raw is None and there:
-        raise CompareError(f"{shown}: a model directory must hold config.json, found none")
+        raise PlanError(f"{shown}: a model directory must hold config.json, found none")
     if raw is None:
         from kvpolicy.planning.transformers_shape import config_of_hub
 
@@ -165,9 +165,9 @@ def _config(model: Any) -> tuple[str, Any]:
     try:
         found = json.loads(raw)
     except (ValueError, RecursionError) as error:
-        raise CompareError(f"{shown}: config.json must be JSON, found {clip(str(error))}") from error
+        raise PlanError(f"{shown}: config.json must be JSON, found {clip(str(error))}") from error
     if not isinstance(found, dict):
-        raise CompareError(f"{shown}: config.json must be a JSON object, found {in_words(found)}")
+        raise PlanError(f"{shown}: config.json must be a JSON object, found {in_words(found)}")
     return (path if path.is_dir() or path.name != "config.json" else path.parent).name or text, found
 
 
@@ -183,6 +183,6 @@ def _check_numbers(name: str, config: Mapping[str, Any]) -> None:
                 continue
             most = MOST if key != "vocab_size" else 1 << 26
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-                raise CompareError(
+                raise PlanError(
                     f"{clip(name)}: {start}{key} of a config must be an integer from 1 to {most:,}, found {in_words(value)}"
                 )

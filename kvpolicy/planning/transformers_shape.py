@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.models.auto.modeling_auto import AutoModelForImageTextToText
 
-from kvpolicy.errors import CacheError, CompareError
+from kvpolicy.errors import CacheError, PlanError
 from kvpolicy.hf.model_config import config_of, head_dim_of, layer_config
 from kvpolicy.hf.models import cache_word
 from kvpolicy.hf.rotary import MOVING
@@ -28,27 +28,27 @@ def config_from(name: str, found: Mapping[str, Any]) -> Any:
     """A config of transformers for what a config.json says.
 
     Raises:
-        CompareError: it describes no model that transformers knows.
+        PlanError: it describes no model that transformers knows.
     """
     kind = found.get("model_type")
     if not isinstance(kind, str):
-        raise CompareError(f"{clip(name)}: config.json must name a model_type that transformers knows, found none")
+        raise PlanError(f"{clip(name)}: config.json must name a model_type that transformers knows, found none")
     try:
         return AutoConfig.for_model(kind, **{key: value for key, value in found.items() if key != "model_type"})
     except Exception as error:
-        raise CompareError(f"{clip(name)}: the config can't be used: {_line(error)}") from error
+        raise PlanError(f"{clip(name)}: the config can't be used: {_line(error)}") from error
 
 
 def config_of_hub(name: str) -> Any:
     """The config of a model on the Hugging Face hub, or of its copy in transformers' own store.
 
     Raises:
-        CompareError: there is none, or no network.
+        PlanError: there is none, or no network.
     """
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as error:
-        raise CompareError(
+        raise PlanError(
             f"model must be a config.json, a directory that holds one, or the id of a model on the Hugging Face hub, "
             f"found {quoted(name)}: there is no such file, and from the hub it can't be had: {_line(error)}"
         ) from error
@@ -58,16 +58,16 @@ def shape_from(name: str, given: Any) -> ModelShape:
     """The shape of the model that a config describes.
 
     Raises:
-        CompareError: no cache can serve it, or no model can be built of it.
+        PlanError: no cache can serve it, or no model can be built of it.
     """
     try:
         config = config_of(given)
     except CacheError as error:
-        raise CompareError(f"{clip(name)}: {error}") from error
+        raise PlanError(f"{clip(name)}: {error}") from error
     text = config.get_text_config(decoder=True)
     own = list(DynamicCache(config=config).layers)
     if not own:
-        raise CompareError(f"{clip(name)}: the config must say how many layers the model has, found none")
+        raise PlanError(f"{clip(name)}: the config must say how many layers the model has, found none")
     set_apart(own, text)
     model = _built(name, config, text)
     fed, notes = _fed(model, config), []
@@ -128,7 +128,7 @@ def _built(name: str, config: Any, text: Any) -> nn.Module:
             return built.eval()
         except Exception as error:  # whatever the code of a model makes of a config
             errors.append(error)
-    raise CompareError(f"{clip(name)}: no causal language model can be built of the config: {_line(errors[0])}")
+    raise PlanError(f"{clip(name)}: no causal language model can be built of the config: {_line(errors[0])}")
 
 
 def _fed(model: Any, config: Any) -> list[Any] | None:

@@ -1,0 +1,82 @@
+"""A dry run counts what a real cache holds, to the byte."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from calibrations import calibrated
+from models import COMMON, tiny
+from transformers import AutoConfig
+
+from kvpolicy import load_recipe, make_cache
+from kvpolicy.hf.attach import attention_forward
+from kvpolicy.layer.report import Memory
+from kvpolicy.planning.dry_run import DryRun, unsure
+from kvpolicy.planning.shape import read_shape
+from kvpolicy.recipe.load import bundled_names
+
+
+class Module:
+    """What attention asks of the module of a layer."""
+
+    is_causal, training = True, False
+
+    def __init__(self, layer_idx: int, groups: int) -> None:
+        self.layer_idx, self.num_key_value_groups = layer_idx, groups
+
+
+def fed(cache: Any, shape: Any, batch: int, passes: list[int], attached: bool) -> Memory:
+    """The memory of a real cache after some forward passes of random numbers."""
+    generator = torch.Generator().manual_seed(0)
+    dtype = shape.torch_dtype
+
+    def random(layer: Any, heads: int, n: int, dim: int) -> torch.Tensor:
+        return torch.randn(batch, heads, n, dim, generator=generator).to(dtype)
+
+    for n in passes:
+        cache.begin(n, attached=attached)
+        for i, layer in enumerate(shape.layers):
+            keys, values = (random(layer, layer.kv_heads, n, dim) for dim in (layer.key_dim, layer.value_dim))
+            found = cache.update(keys, values, i)
+            if attached and layer.compressible:
+                module = Module(i, layer.heads // layer.kv_heads)
+                query = random(layer, layer.heads, n, layer.key_dim)
+                attention_forward("sdpa", module, query, *found, None, scaling=layer.key_dim**-0.5)
+        cache.finish()
+    return cache.memory()
+
+
+def planned(recipe: Any, shape: Any, batch: int, passes: list[int], attached: bool) -> Memory:
+    run = DryRun(recipe, shape, batch, "cpu", attached)
+    for n in passes:
+        run.feed(n)
+    return run.memory()
+
+
+PASSES = [[1], [47], [300], [130, 1], [200, 1, 1, 1], [64, 70, 1, 1], [521, 1]]
+
+
+@pytest.mark.parametrize("name", bundled_names())
+def test_bytes_are_those_of_a_real_cache(name: str) -> None:
+    recipe = load_recipe(name)
+    model: Any = tiny("llama")
+    if recipe.calibration:
+        recipe = calibrated(name, model)
+    if recipe.model_layers:
+        model = AutoConfig.for_model("llama", **{**COMMON, "head_dim": 32, "num_hidden_layers": recipe.model_layers})
+    shape = read_shape(model, "float32")
+    ranks = make_cache(recipe, model).layers[0].tiers.attending or make_cache(recipe, model).layers[0].tiers.asking
+    bound = bool(unsure(recipe, len(shape.layers)))
+    for i, passes in enumerate(PASSES[:: 3 if recipe.model_layers else 1]):
+        for attached in [True] if ranks or bound else [i % 2 == 0]:
+            batch = 1 + i % 3
+            real = fed(make_cache(recipe, model), shape, batch, passes, attached)
+            found = planned(recipe, shape, batch, passes, attached)
+            where = name, batch, passes, attached
+            if bound:
+                assert found.bytes >= real.bytes and found.reserved >= real.reserved, where
+                continue
+            assert found.stores == real.stores, where
+            assert found == real, where
