@@ -116,13 +116,17 @@ class Setting:
         coding = min(batch * passed * widest, AT_ONCE) * 4 * COPIES if coded else 0
         return activations + coding
 
-    def needed(self, batch: int, tokens: int) -> tuple[int, int, DryRun, Memory]:
-        """Bytes at the peak of the prefill and while decoding; and the cache in the end."""
+    def needed(self, batch: int, tokens: int, quickly: bool = False) -> tuple[int, int, DryRun, Memory]:
+        """Bytes at the peak of the prefill and while decoding; and the cache in the end.
+
+        `quickly`: the cache is filled by one pass, which changes some pages.
+        """
         prompt, later = self.split(tokens)
         run = DryRun(self.recipe, self.shape, batch, self.device, self.attach, self.learnt)
         passed = min(self.chunk or prompt, prompt)
-        for first in range(0, prompt, passed):
-            run.feed(min(passed, prompt - first))
+        step = prompt if quickly else passed
+        for first in range(0, prompt, step):
+            run.feed(min(step, prompt - first))
         peak = self.shape.weights + run.count().reserved + self.workspace(batch, passed)
         for _ in range(later):
             run.feed(1)
@@ -136,8 +140,8 @@ class Setting:
         read = weights + memory.bytes + (0 if self.attach else 2 * run.dense)
         largest = longest = None
         if limit is not None:
-            largest = _largest(lambda n: max(self.needed(n, tokens)[:2]), limit, self.batch, MOST_ROWS)
-            longest = _largest(lambda n: max(self.needed(self.batch, n)[:2]), limit, tokens, MOST_TOKENS)
+            largest = _largest(lambda n: max(self.needed(n, tokens, quickly=True)[:2]), limit, self.batch, MOST_ROWS)
+            longest = _largest(lambda n: max(self.needed(self.batch, n, quickly=True)[:2]), limit, tokens, MOST_TOKENS)
         prompt, later = self.split(tokens)
         return Planned(
             recipe=self.recipe.name,

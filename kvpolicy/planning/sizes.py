@@ -14,6 +14,7 @@ __all__ = ["MOST_ROWS", "MOST_TOKENS", "check_sizes", "in_units", "memory_bytes"
 MOST_TOKENS, MOST_ROWS = 1 << 22, 1 << 16
 """Tokens and rows that a plan is made for at most."""
 MOST_GENERATED = 1 << 16
+MOST_PASSES = 1 << 10
 _UNITS = {"": 1, "b": 1} | {f"{p}{u}": k**n for n, p in enumerate("kmgt", 1) for u, k in (("b", 1000), ("ib", 1024), ("", 1024))}
 
 
@@ -35,6 +36,11 @@ def check_sizes(lengths: Sequence[Any], batch: Any, generated: Any, chunk: Any, 
         raise PlanError(
             f"generated must be less than the tokens of all lengths, which a prompt begins, found {generated} of "
             f"{min(lengths)}"
+        )
+    if chunk is not None and max(lengths) > chunk * MOST_PASSES:
+        raise PlanError(
+            f"chunk must be long enough that a prompt takes at most {MOST_PASSES} passes, found {chunk} for "
+            f"{max(lengths):,} tokens"
         )
     if not isinstance(device, str) or not device.isidentifier():
         raise PlanError(f"device must be a type such as cuda or cpu, found {in_words(device)}")
