@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from kvpolicy.interfaces.scores import Scores as Scores
     from kvpolicy.interfaces.site import Site as Site
     from kvpolicy.interfaces.transform import Transform as Transform
+    from kvpolicy.planning.check import check as check
     from kvpolicy.planning.plan import plan as plan
     from kvpolicy.recipe.load import Recipe as Recipe
     from kvpolicy.recipe.load import load_recipe as load_recipe
@@ -65,6 +66,7 @@ __all__ = [
     "__version__",
     "attach",
     "calibrate",
+    "check",
     "compare",
     "hookimpl",
     "load_recipe",
@@ -99,6 +101,7 @@ _HOMES = {
     "Watched": "interfaces.calibrator",
     "attach": "hf.attach",
     "calibrate": "experiment.calibration",
+    "check": "planning.check",
     "compare": "experiment.comparison",
     "hookimpl": "hookspecs",
     "load_recipe": "recipe.load",

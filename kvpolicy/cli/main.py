@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from kvpolicy.cli.calibrate import calibrate
+from kvpolicy.cli.check import check
 from kvpolicy.cli.compare import compare
 from kvpolicy.cli.env import env
 from kvpolicy.cli.generate import generate
@@ -50,7 +51,7 @@ def _options(
 
 
 TAKES_RECIPES = ("show", "validate", "plan", "compare", "generate")
-for command in (recipes, show, validate, schema, plugins, plan, compare, tune, generate, calibrate, env):
+for command in (recipes, show, validate, schema, plugins, plan, check, compare, tune, generate, calibrate, env):
     # Words too many reach the command, which says how parameters are written.
     spare = {"allow_extra_args": command in (show, generate)}
     app.command(context_settings=spare)(command)

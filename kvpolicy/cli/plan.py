@@ -13,14 +13,17 @@ from kvpolicy.cli.output import show_error, silence_transformers
 def plan(
     recipes: Annotated[list[str], typer.Argument(metavar="RECIPE...", help="Recipes, NAME:key=value,...")],
     model: Annotated[
-        str, typer.Option(metavar="CONFIG|DIR|ID", help="A config.json, its directory, or an id of the Hugging Face hub.")
+        str,
+        typer.Option(metavar="CONFIG|DIR|ID", help="A config.json, its directory, or an id of the Hugging Face hub."),
     ],
     tokens: Annotated[list[int], typer.Option(help="Tokens seen; may be repeated.")] = [8192],  # noqa: B006
     batch: Annotated[int, typer.Option(help="Rows.")] = 1,
     generated: Annotated[
         int | None,
-        typer.Option(help="Of the tokens those that came one by one; default: none, 1 for recipes that select as the "
-                     "prompt ends."),
+        typer.Option(
+            help="Of the tokens those that came one by one; default: none, 1 for recipes that select as the "
+            "prompt ends."
+        ),
     ] = None,  # fmt: skip
     memory: Annotated[str | None, typer.Option(metavar="SIZE", help="Of the device, such as 80GiB: what fits?")] = None,
     dtype: Annotated[

@@ -37,7 +37,9 @@ class PerHeadPlacement(HeldPerHead):
         found = object.__new__(cls)
         found.__dict__.update(first.__dict__)
         found.shape = (sum(member.shape[0] for member in members), first.shape[1])
-        found.ranking = type(first.ranking)(first.placement, [site for member in members for site in member.ranking.sites])
+        found.ranking = type(first.ranking)(
+            first.placement, [site for member in members for site in member.ranking.sites]
+        )
         tables = {side: zip(*(member.own[side] for member in members), strict=True) for side in first.own}
         found.own = {
             side: [TokenTable.stacked(own) if own[0] is not None else None for own in stores]

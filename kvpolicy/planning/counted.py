@@ -274,7 +274,13 @@ class CountedAffine(Counting, AffineStore):
         scales = int(used["params"] * self.entries.scales)
         groups, _ = self._of_groups(self.groups)
         own["indices"] += groups
-        return {"codes": used["codes"], "scales": scales, "zeros": used["params"] - scales, "exact": used["exact"], **own}
+        return {
+            "codes": used["codes"],
+            "scales": scales,
+            "zeros": used["params"] - scales,
+            "exact": used["exact"],
+            **own,
+        }
 
     def _entry(self, name: str) -> int:
         return self.scale.exact if name == "exact" else self.entries.parts[name].of(self.scale.batch)

@@ -267,7 +267,9 @@ class DryRun:
                 raise RecipeError(f"recipe {recipe.name}: {error}") from None
             start = Step.first(Placement(tiers))
             starts.append((tiers, start))
-        return PlannedLayer(start, self.scratch, self.reading, site, (layer, self.batch, self.shape.torch_dtype, self.learnt))
+        return PlannedLayer(
+            start, self.scratch, self.reading, site, (layer, self.batch, self.shape.torch_dtype, self.learnt)
+        )
 
     @torch.no_grad()
     def feed(self, tokens: int) -> None:
@@ -311,7 +313,9 @@ class DryRun:
 
     def count(self) -> Memory:
         """The same, but the newest tokens may not be in it yet, which wait for the next pass."""
-        found = measure([caches[0] for _, _, caches in self.kinds], 0, 0 if self.scratch is None else self.scratch.bytes)
+        found = measure(
+            [caches[0] for _, _, caches in self.kinds], 0, 0 if self.scratch is None else self.scratch.bytes
+        )
         stores = {n: list(own) for n, own in groupby(found.stores, lambda store: store.layer)}
         exact = values = 0
         by_layer: dict[int, list[StoreMemory]] = {}

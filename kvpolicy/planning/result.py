@@ -188,7 +188,9 @@ class Plan:
         apart = sum(not layer.compressible for layer in self.model.layers)
         if apart:
             kinds = sorted({layer.kind for layer in self.model.layers if not layer.compressible})
-            lines.append(f"{apart} of {len(self.model.layers)} layers keep transformers' own cache: {', '.join(kinds)}.")
+            lines.append(
+                f"{apart} of {len(self.model.layers)} layers keep transformers' own cache: {', '.join(kinds)}."
+            )
         longest = max((x.longest_context or 0 for x in self.found), default=0)
         if self.model.positions and max(longest, *(x.tokens for x in self.found)) > self.model.positions:
             lines.append(f"The model was made for {self.model.positions:,} positions.")

@@ -110,7 +110,9 @@ def read_shape(model: Any, dtype: str | None = None) -> ModelShape:
         PlanError: there is no config, or it describes no model that a plan can be made for.
     """
     if dtype is not None and dtype not in DTYPES:
-        raise PlanError(f"dtype must be one of {', '.join(DTYPES)}, found {in_words(dtype)}{suggest(str(dtype), DTYPES)}")
+        raise PlanError(
+            f"dtype must be one of {', '.join(DTYPES)}, found {in_words(dtype)}{suggest(str(dtype), DTYPES)}"
+        )
     name, found = _config(model)
     if isinstance(found, Mapping):
         _check_numbers(name, found)

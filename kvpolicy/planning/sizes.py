@@ -9,13 +9,15 @@ from typing import Any
 from kvpolicy.errors import PlanError
 from kvpolicy.words import in_words
 
-__all__ = ["MOST_ROWS", "MOST_TOKENS", "check_sizes", "in_units", "memory_bytes"]
+__all__ = ["MOST_ROWS", "MOST_TOKENS", "check_probe", "check_sizes", "in_units", "memory_bytes"]
 
 MOST_TOKENS, MOST_ROWS = 1 << 22, 1 << 16
 """Tokens and rows that a plan is made for at most."""
 MOST_GENERATED = 1 << 16
 MOST_PASSES = 1 << 10
-_UNITS = {"": 1, "b": 1} | {f"{p}{u}": k**n for n, p in enumerate("kmgt", 1) for u, k in (("b", 1000), ("ib", 1024), ("", 1024))}
+_UNITS = {"": 1, "b": 1} | {
+    f"{p}{u}": k**n for n, p in enumerate("kmgt", 1) for u, k in (("b", 1000), ("ib", 1024), ("", 1024))
+}
 
 
 def check_sizes(lengths: Sequence[Any], batch: Any, generated: Any, chunk: Any, device: Any) -> None:
@@ -46,6 +48,18 @@ def check_sizes(lengths: Sequence[Any], batch: Any, generated: Any, chunk: Any, 
         raise PlanError(f"device must be a type such as cuda or cpu, found {in_words(device)}")
 
 
+def check_probe(tokens: Any, limit: Any) -> None:
+    """Refuse what no model can be tried with.
+
+    Raises:
+        PlanError: naming the argument.
+    """
+    if isinstance(tokens, bool) or not isinstance(tokens, int) or not 32 <= tokens <= MOST_TOKENS:
+        raise PlanError(f"tokens must be an integer from 32 to {MOST_TOKENS:,}, found {in_words(tokens)}")
+    if isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 < limit < float("inf"):
+        raise PlanError(f"limit, in nats per token, must be a number above 0, found {in_words(limit)}")
+
+
 def memory_bytes(memory: Any) -> int:
     """Bytes that a size such as `80GiB`, `24 GB` or a number stands for.
 
@@ -54,7 +68,9 @@ def memory_bytes(memory: Any) -> int:
     """
     if isinstance(memory, int) and not isinstance(memory, bool) and 0 < memory < 1 << 60:
         return memory
-    parts = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,6})?)\s*([a-zA-Z]{0,3})\s*", memory) if isinstance(memory, str) else None
+    parts = (
+        re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,6})?)\s*([a-zA-Z]{0,3})\s*", memory) if isinstance(memory, str) else None
+    )
     unit = None if parts is None else _UNITS.get(parts[2].lower())
     found = 0 if parts is None or unit is None else int(float(parts[1]) * unit)
     if not 0 < found < 1 << 60:

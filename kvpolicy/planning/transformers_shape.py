@@ -74,7 +74,9 @@ def shape_from(name: str, given: Any) -> ModelShape:
     if fed is None:
         notes.append("the model can't be fed without weights: heads are those that its config names")
     chosen = set(compressible(own))
-    layers = tuple(_layer(text, i, layer, None if fed is None else fed[i], i in chosen, model) for i, layer in enumerate(own))
+    layers = tuple(
+        _layer(text, i, layer, None if fed is None else fed[i], i in chosen, model) for i, layer in enumerate(own)
+    )
     if getattr(config, "quantization_config", None):
         notes.append("weights are counted unquantized, which the model's own quantization makes smaller")
     if any("linear" in layer.kind.lower() and not layer.kv_heads for layer in layers):
@@ -94,7 +96,9 @@ def _model_shape(
     read = sum(n for _, n in weights.values()) - expert
     if table is not None and (head is None or head.weight is not table.weight):
         read -= table.weight.numel()
-    many = next((n for key in ("num_experts", "num_local_experts", "n_routed_experts") if (n := getattr(text, key, 0))), 0)
+    many = next(
+        (n for key in ("num_experts", "num_local_experts", "n_routed_experts") if (n := getattr(text, key, 0))), 0
+    )
     active = (getattr(text, "num_experts_per_tok", None) or many or 1) / (many or 1)
     inner = getattr(text, "intermediate_size", None)
     inner = max(inner) if isinstance(inner, list | tuple) else inner
@@ -121,7 +125,11 @@ def _model_shape(
 def _built(name: str, config: Any, text: Any) -> nn.Module:
     """The model, its weights of the device `meta`."""
     errors = []
-    for make, of in ((AutoModelForCausalLM, config), (AutoModelForImageTextToText, config), (AutoModelForCausalLM, text)):
+    for make, of in (
+        (AutoModelForCausalLM, config),
+        (AutoModelForImageTextToText, config),
+        (AutoModelForCausalLM, text),
+    ):
         try:
             with torch.device("meta"):
                 built: nn.Module = make.from_config(of, trust_remote_code=False)
@@ -155,9 +163,7 @@ def _layer(text: Any, i: int, own: Any, fed: Any, chosen: bool, model: nn.Module
         kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
         key_dim = value_dim = head_dim_of(text, i) or 64
     rotated = _rotated(config, key_dim, model)
-    return LayerShape(
-        heads, kv_heads, key_dim, value_dim, rotated, type(own).__name__, chosen, None if chosen else own
-    )
+    return LayerShape(heads, kv_heads, key_dim, value_dim, rotated, type(own).__name__, chosen, None if chosen else own)
 
 
 def _rotated(config: Any, dim: int, model: nn.Module) -> int:
