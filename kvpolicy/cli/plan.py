@@ -16,15 +16,12 @@ def plan(
         str,
         typer.Option(metavar="CONFIG|DIR|ID", help="A config.json, its directory, or an id of the Hugging Face hub."),
     ],
-    tokens: Annotated[list[int], typer.Option(help="Tokens seen; may be repeated.")] = [8192],  # noqa: B006
+    tokens: Annotated[list[int] | None, typer.Option(help="Tokens seen; may be repeated; default: 8192.")] = None,
     batch: Annotated[int, typer.Option(help="Rows.")] = 1,
     generated: Annotated[
         int | None,
-        typer.Option(
-            help="Of the tokens those that came one by one; default: none, 1 for recipes that select as the "
-            "prompt ends."
-        ),
-    ] = None,  # fmt: skip
+        typer.Option(help="Tokens that came one by one; default: none, 1 for recipes that select as the prompt ends."),
+    ] = None,
     memory: Annotated[str | None, typer.Option(metavar="SIZE", help="Of the device, such as 80GiB: what fits?")] = None,
     dtype: Annotated[
         str | None, typer.Option(help="float32, float16 or bfloat16; default: as the config says.")
@@ -43,6 +40,7 @@ def plan(
 ) -> None:
     """Say what recipes take on a model: bytes by part, peaks, and what fits. Needs no weights and no GPU."""
     silence_transformers()
+    tokens = tokens or [8192]
     if plot is not None:
         from kvpolicy.arguments import check_picture
 

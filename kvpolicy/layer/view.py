@@ -38,7 +38,7 @@ class Scratch:
     @staticmethod
     def room(held: int, size: int) -> int:
         """Numbers that a buffer of `held` is to have so that `size` find room, and not too much is unused."""
-        return held if 0 < held and size <= held <= 4 * max(size, 1 << 16) else size + size // 8
+        return held if held and size <= held <= 4 * max(size, 1 << 16) else size + size // 8
 
     @property
     def bytes(self) -> int:

@@ -19,7 +19,7 @@ from kvpolicy.placement.attention_scores import Observer
 from kvpolicy.placement.held_per_head import HeldPerHead
 from kvpolicy.placement.moves import EMPTY, NEW, NOTHING, AllMoves, Arrival, Moves
 from kvpolicy.placement.padding import Padding
-from kvpolicy.placement.ranking import Ranking, Turn
+from kvpolicy.placement.ranking import Turn
 from kvpolicy.placement.step import Step
 from kvpolicy.placement.token_table import Candidates, TokenTable, indices_of
 from kvpolicy.storage.pages import gather_tokens

@@ -8,6 +8,7 @@ import os
 import textwrap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,8 @@ def check(
     given = model is None or isinstance(model, str | os.PathLike)
     if not given and tokenizer is None:
         raise PlanError("a model given as an object must come with its tokenizer, found none; say tokenizer=...")
-    name = type(model).__name__ if not given else str(model or "the bundled model")
+    name = type(model).__name__ if not given else "the bundled model" if model is None else str(model)
+    path = str(model) if given and model is not None else None
     if given:
         check_model(model)
         model, tokenizer = load_model(model, device)
@@ -86,12 +88,13 @@ def check(
     training = model.training
     try:
         with torch.no_grad(), one_thread(given and sum(p.numel() for p in model.parameters()) < SMALL):
-            return _checked(model.eval(), ids, limit, name, text is None)
+            found = _checked(model.eval(), ids, limit, name)
+        return replace(found, own_text=text is None, path=path)
     finally:
         model.train(training)
 
 
-def _checked(model: Any, ids: Tensor, limit: float, name: str, own: bool) -> Check:
+def _checked(model: Any, ids: Tensor, limit: float, name: str) -> Check:
     try:
         config = config_of(model)
     except CacheError as error:
@@ -112,7 +115,7 @@ def _checked(model: Any, ids: Tensor, limit: float, name: str, own: bool) -> Che
     shown = _divergence(exact, _with(model, best, ids, half, word))
     apart = {i: type(part).__name__ for i, part in enumerate(parts) if i not in chosen}
     sizes = tuple(sorted({dim for dim in dims.values() if dim}))
-    return Check(name, ids.shape[1], own, layers, tuple(probes), best, shown, limit, sizes, apart)
+    return Check(name, ids.shape[1], False, layers, tuple(probes), best, shown, limit, sizes, apart)
 
 
 def _safe(probes: list[Probe], bits: int, per: str, limit: float) -> bool:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import shlex
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 __all__ = ["Check", "KeyLayer", "Probe"]
 
-STANDS_OUT = 8.0
+STANDS_OUT = 32.0
 """How many times as large as the median channel's the largest channel's mean magnitude is where it is told."""
 BIASED = 16.0
 """The magnitude of a bias of `k_proj` from which on it is told."""
@@ -26,7 +27,7 @@ class KeyLayer:
     outlier: float
     """The mean magnitude of the largest channel by that of the median one, in the head where it is most."""
     offset: float
-    """The mean of a channel by its range, of the channel where it is most: a constant that codes per token must span."""
+    """The mean of a channel by its range, of the channel where it is most: a constant that codes per token span."""
     bias: float
     """The largest magnitude of the bias of `k_proj`; 0 without one."""
 
@@ -62,6 +63,8 @@ class Check:
     head_dims: tuple[int, ...]
     apart: dict[int, str] = field(default_factory=dict)
     """The layers that no recipe can keep, and what keeps them."""
+    path: str | None = None
+    """The directory of the model, if it was given as one."""
 
     width = 160
     """Characters of a line where no terminal reads it."""
@@ -143,7 +146,8 @@ class Check:
         lines = [f"{self.tokens} tokens of {text}; the first half kept in so many bits, the other predicted."]
         lines += [f"warning: {warning}." for warning in self.warnings]
         lines.append(f"Proposal: {self.proposal} (KL {self.proposal_kl:.4f} on this text)")
-        lines.append(f"  kvpolicy compare full {self.proposal} --model {self.model}")
+        where = f" --model {shlex.quote(self.path)}" if self.path else ""
+        lines.append(f"  kvpolicy compare full {self.proposal}{where}")
         name, _, params = self.proposal.partition(":")
         lines.append(f"  extends: {name}" + (f"\n  params: {{{params.replace('=', ': ')}}}" if params else ""))
         return "\n".join(lines)

@@ -149,7 +149,8 @@ class Plan:
 
         model, fits = self.model, self.limit is not None
         beyond = ("largest batch", "longest context") if fits else ()
-        title = f"{model.name}: {model.parameters:,} parameters in {model.dtype}, {in_units(model.weights)}; batch {self.batch}"
+        size = f"{model.parameters:,} parameters in {model.dtype}, {in_units(model.weights)}"
+        title = f"{model.name}: {size}; batch {self.batch}"
         sizes = table(
             title, "recipe", "tokens", "cache", "bits per value", "smaller", "prefill peak", "decoding",
             "read per token", "ceiling", *beyond,
@@ -173,10 +174,10 @@ class Plan:
         """How the tables are to be read."""
         lines = [
             "cache: what memory() of a real cache gives. prefill peak and decoding: weights, pages and an estimate of "
-            "what a layer computes at once. read per token: what a decoding step must read of weights and cache, by row. "
-            "ceiling: how many times as fast as with the exact cache a step gets at most.",
+            "what a layer computes at once. read per token: what a decoding step must read of weights and cache, by "
+            "row. ceiling: how many times as fast as with the exact cache a step gets at most.",
         ]
-        for name, bounds in dict((x.recipe, x.at_most) for x in self.found if x.at_most).items():
+        for name, bounds in {x.recipe: x.at_most for x in self.found if x.at_most}.items():
             lines.append(f"* {name}: at most, for {' and '.join(bounds)}.")
         later = {x.recipe: x for x in self.found if x.generated}
         if later:

@@ -186,5 +186,6 @@ def _check_numbers(name: str, config: Mapping[str, Any]) -> None:
             most = MOST if key != "vocab_size" else 1 << 26
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
                 raise PlanError(
-                    f"{clip(name)}: {start}{key} of a config must be an integer from 1 to {most:,}, found {in_words(value)}"
+                    f"{clip(name)}: {start}{key} of a config must be an integer from 1 to {most:,}, found "
+                    f"{in_words(value)}"
                 )
