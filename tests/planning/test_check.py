@@ -28,24 +28,27 @@ def biased(size: float) -> Any:
         for layer in model.model.layers[:2]:
             bias = layer.self_attn.k_proj.bias.view(COMMON["num_key_value_heads"], -1)
             bias[:, bias.shape[1] // 2 - 1] = size  # which turns most slowly
+        for layer in model.model.layers:  # as sure of itself as a trained model
+            for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+                getattr(layer.self_attn, name).weight.mul_(6)
     return model
 
 
 def test_a_model_with_large_biases_is_rescued() -> None:
     model = biased(300.0)
-    found = kvpolicy.check(model, tokenizer=Numbers(), tokens=192)
+    found = kvpolicy.check(model, tokenizer=Numbers(), tokens=640)
     assert [layer.bias for layer in found.layers] == [300.0, 300.0, 0.0, 0.0]
     assert any("k_proj has biases of up to 300 (layer 0" in warning for warning in found.warnings)
     assert any("4 bits per token collapse" in warning for warning in found.warnings)
-    assert "4 bits" in found.notes()
-    assert found.kl(4, "token") > 10 * found.kl(4, "channel")
+    assert "Proposal: balanced" in found.notes()
+    assert found.kl(4, "token") > 4 * found.kl(4, "channel")
     assert found.proposal == "balanced"
     assert found.proposal_kl < found.limit < found.kl(4, "token")
     assert not model.training
     # The same model without the biases has nothing to be warned of.
-    plain = kvpolicy.check(biased(0.0), tokenizer=Numbers(), tokens=192)
+    plain = kvpolicy.check(biased(0.0), tokenizer=Numbers(), tokens=640)
     assert not [w for w in plain.warnings if "k_proj" in w or "collapse" in w]
-    assert plain.kl(4, "token") < found.kl(4, "token") / 10
+    assert plain.kl(4, "token") < found.limit
 
 
 def test_the_command(tmp_path: Any) -> None:
