@@ -128,7 +128,8 @@ def _predicted(model: Any, ids: Tensor, half: int, word: str, cache: Any) -> Ten
     """Log-probabilities of what follows each token of the second half, on the CPU."""
     model(input_ids=ids[:, :half], use_cache=True, **{word: cache})
     logits = model(input_ids=ids[:, half:], use_cache=True, **{word: cache}).logits
-    return logits[0].float().log_softmax(-1).cpu()
+    found: Tensor = logits[0].float().log_softmax(-1).cpu()
+    return found
 
 
 def _with(model: Any, recipe: Any, ids: Tensor, half: int, word: str) -> Tensor:

@@ -101,8 +101,9 @@ class Learnt:
         if entries is None:
             entries = _learnt(spec, site, scale)
             self._entries.append((key, entries))
-        kind = CountedAffine if isinstance(spec, AffineQuantizer) else CountedNamed
-        return kind(spec, site, scale, entries)
+        if isinstance(spec, AffineQuantizer):
+            return CountedAffine(spec, site, scale, entries)
+        return CountedNamed(spec, site, scale, entries)
 
 
 def _learnt(spec: Quantizer, site: Site, scale: Scale) -> Entries:

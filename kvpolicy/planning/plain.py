@@ -4,10 +4,9 @@ seconds."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from kvpolicy.planning.shape import ModelShape
+from kvpolicy.planning.shape import LayerShape, ModelShape
 
 __all__ = ["plain_shape"]
 
@@ -33,14 +32,13 @@ def plain_shape(name: str, config: Mapping[str, Any]) -> ModelShape | None:
 
     A config that names no type, and says the sizes of a Llama, is taken for one.
     """
-    kind, notes = config.get("model_type"), ()
+    kind = config.get("model_type")
+    notes: tuple[str, ...] = ()
     if kind is None and not config.get("architectures"):
         kind, notes = "llama", ("the config names no model_type: counted as a Llama",)
     known = kind in NEEDED and all(isinstance(config.get(key), int) for key in (*ESSENTIAL, *NEEDED[kind]))
     if not known or any(config.get(key) for key in ODD) or not _all_full(kind, config):
         return None
-    from kvpolicy.planning.shape import LayerShape, ModelShape
-
     vocab, hidden, inner, layers, heads = (config[key] for key in ESSENTIAL)
     kv_heads = config.get("num_key_value_heads") or heads
     dim = config.get("head_dim") or hidden // heads

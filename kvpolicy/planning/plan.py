@@ -11,8 +11,9 @@ from kvpolicy.errors import PlanError
 from kvpolicy.layer.report import Memory
 from kvpolicy.planning.counted import Learnt
 from kvpolicy.planning.dry_run import DryRun, unsure
+from kvpolicy.planning.read import read_shape
 from kvpolicy.planning.result import Plan, Planned
-from kvpolicy.planning.shape import ModelShape, read_shape
+from kvpolicy.planning.shape import ModelShape
 from kvpolicy.planning.sizes import MOST_ROWS, MOST_TOKENS, check_sizes, memory_bytes
 from kvpolicy.recipe.load import Recipe, load_recipe
 

@@ -15,7 +15,7 @@ from kvpolicy import load_recipe, make_cache
 from kvpolicy.hf.attach import attention_forward
 from kvpolicy.layer.report import Memory
 from kvpolicy.planning.dry_run import DryRun, unsure
-from kvpolicy.planning.shape import read_shape
+from kvpolicy.planning.read import read_shape
 from kvpolicy.recipe.load import bundled_names
 
 

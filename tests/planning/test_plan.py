@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import kvpolicy
 from kvpolicy.errors import KvpolicyError, PlanError
 from kvpolicy.planning.plain import plain_shape
-from kvpolicy.planning.shape import read_shape
+from kvpolicy.planning.read import read_shape
 from kvpolicy.planning.transformers_shape import shape_from
 
 LLAMA_8B: dict[str, Any] = {
