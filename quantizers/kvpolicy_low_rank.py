@@ -83,7 +83,10 @@ def _start(channels: int, rank: int, device: torch.device) -> Tensor:
     """Where the iteration begins: uniform numbers `[channels, rank]`, the same on every device."""
     generator = torch.Generator("cpu").manual_seed(0)
     with torch.inference_mode(False):
-        return torch.rand((channels, rank), generator=generator, device="cpu").to(device)
+        start = torch.rand((channels, rank), generator=generator, device="cpu")
+        if device.type == "cuda":  # from pinned memory, or a decode step would wait for the copy
+            return start.pin_memory().to(device, non_blocking=True)
+        return start.to(device)
 
 
 def _orthonormal(x: Tensor) -> Tensor:

@@ -27,6 +27,10 @@ def _no_grad() -> Any:
         yield
 
 
+MOST_BITS = {"turboquant-2.5": 3}
+"""By recipe, where it is not 8."""
+
+
 def options(name: str) -> dict[str, Any]:
     return {"group_size": 16} if name in ("kivi", "kivi-sink") else {}
 
@@ -38,7 +42,7 @@ def test_a_layer_attends_and_holds_what_it_does_on_a_cpu(name: str, padded: bool
     real = torch.ones(2, 330, dtype=torch.bool)
     real[1, :77] = not padded
     # In 8 bits, since rounding may put a code on the other side of a boundary.
-    given = {k: 8 for k in ("nbits", "high", "low") if k in load_recipe(name).params}
+    given = {k: MOST_BITS.get(name, 8) for k in ("nbits", "high", "low") if k in load_recipe(name).params}
     here, there = (Layer(name, **options(name), **given) for _ in range(2))
     for first, last in [(0, 150), (150, 250), *((i, i + 1) for i in range(250, 330))]:
         now = slice(first, last)
@@ -48,7 +52,9 @@ def test_a_layer_attends_and_holds_what_it_does_on_a_cpu(name: str, padded: bool
         torch.testing.assert_close(found.cpu(), expected, rtol=2e-2, atol=2e-2)
     assert there.held() == here.held()
     a, b = there.cache.memory(), here.cache.memory()
-    assert (a.bytes, a.values) == (b.bytes, b.values)
+    assert a.values == b.values
+    # A GPU is not asked at each step which arrivals have lost all their tokens: gear keeps their bases a while longer.
+    assert a.bytes == b.bytes or (name.startswith("gear") and b.bytes < a.bytes < 1.05 * b.bytes)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -100,6 +100,9 @@ class Reader:
         (size,) = sizes
         at = self.pages[params] + row * self.strides[params][0] + head * self.strides[params][1] + params_offset
         groups = dim if by_channel else dim // size
+        if number >= 4:
+            scale = read(at, tokens * groups, NUMBERS[number - 4]).view(tokens, groups).double()
+            return (codes - (2**bits - 1) / 2) * scale.repeat_interleave(dim // groups, 1)
         lines = (group + tokens - 1) // size + 1 if by_channel else tokens
         both = read(at, lines * 2 * groups, NUMBERS[number]).view(lines, 2, groups).double()
         if by_channel:

@@ -17,6 +17,10 @@ def channel(bits: int, group: int, number: int = BFLOAT) -> Format:
     return Format(bits, group, True, number)
 
 
+def centred(bits: int, group: int, number: int = BFLOAT) -> Format:
+    return Format(bits, group, False, 4 + number)
+
+
 def numbered(bits: int, number: int = BFLOAT) -> Format:
     return Format(bits, 0, True, number, numbered=True)
 
@@ -54,6 +58,9 @@ MANY = [
     variant((128, 64), (channel(2, 32), token(2, 64))),
     variant(128, (numbered(8), EXACT), (numbered(3, 2), token(2, 32)), rows=8),
     variant((256, 64), (numbered(2), token(2, 64))),
+    variant(64, (centred(3, 64), centred(2, 64)), rows=8, wide=True),
+    variant(128, (centred(2, 128), centred(2, 128)), wide=True),
+    variant(128, (channel(4, 64), centred(2, 128)), (centred(8, 32, 2), centred(1, 64, 0)), wide=True),
     variant(80, (numbered(1), token(1, 40)), (numbered(2), EXACT)),
     variant((64, 128), (token(4, 64), token(2, 64)), (EXACT, token(2, 64))),
     variant(128, LOGQUANT, mask=2, places=8),

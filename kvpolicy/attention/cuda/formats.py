@@ -23,7 +23,8 @@ class Format(NamedTuple):
     group: int = 0
     by_channel: bool = False
     number: int = 0
-    """The type of scale and offset: 0 float16, 1 bfloat16, 2 float32, -1 one that kernels can't read."""
+    """The type of scale and offset: 0 float16, 1 bfloat16, 2 float32, -1 one that kernels can't read; 4 more without
+    offsets, where levels are symmetric to zero."""
     dim: int = 0
     """Channels of a token; 0 where they are exact."""
     numbered: bool = False
@@ -39,7 +40,8 @@ class Format(NamedTuple):
         """Bytes of the scales and offsets of a token, or of a group of tokens, or of the number of a token's group."""
         if self.numbered:
             return 4
-        return 2 * (self.dim if self.by_channel else self.dim // self.group) * (4 if self.number == 2 else 2)
+        own = (self.dim if self.by_channel else self.dim // self.group) * (4 if self.number % 4 == 2 else 2)
+        return own if self.number >= 4 else 2 * own
 
 
 EXACT = Format()
@@ -50,7 +52,7 @@ def affine_form(store: AffineStore) -> Format:
     """The format of what a store has coded; it must hold some."""
     found, numbered = _forms.get(store), store.by_channel and store.groups.numbers is not None
     if found is None or found.numbered != numbered:
-        number = NUMBERS.get(store.parts["params"].pages[0].dtype, -1)
+        number = NUMBERS.get(store.parts["params"].pages[0].dtype, -1) + (0 if store.quantizer.offsets else 4)
         group = 0 if numbered else store.group_size
         found = Format(store.quantizer.nbits, group, store.by_channel, number, store.head_dim, numbered)
         _forms[store] = found
@@ -64,8 +66,9 @@ def refuses_store(store: Any, side: str) -> str | None:
     quantizer, dim, group = store.quantizer, store.head_dim, store.group_size
     if quantizer.scale_dtype not in ("model", "float32"):
         return f"scales in {quantizer.scale_dtype}"
-    if not quantizer.offsets:
-        return "scales without offsets"
+    middle = (2**quantizer.nbits - 1) / 2
+    if store.scales.origin != (0.0 if quantizer.offsets else -middle) or (store.by_channel and not quantizer.offsets):
+        return "scales without offsets, or levels"
     if not store.by_channel:
         return _misfit(quantizer.nbits, group, dim)
     if side == "values":

@@ -54,7 +54,8 @@ template <int BITS, int GROUP, int T, int TS> struct TokenKeys {
   using C = Codes<DK, BITS>;
   using A = typename C::A;
   using B = typename C::B;
-  static constexpr int GROUPS = DK / GROUP, PARAMS = 2 * GROUPS * Number<T>::SIZE, NB = TS / 16, NS = R == 8 ? NB : 1;
+  using S = Scaled<BITS, DK / GROUP, T>;
+  static constexpr int GROUPS = DK / GROUP, PARAMS = S::PARAMS, NB = TS / 16, NS = R == 8 ? NB : 1;
   static constexpr int BYTES = C::bytes(TS), PARAM_BYTES = (TS * PARAMS + 15) / 16 * 16, SCRATCH = 0;
   using Source = Reader<DK, BITS, PARAMS, TS, false, 1>;
   struct State {
@@ -90,10 +91,10 @@ template <int BITS, int GROUP, int T, int TS> struct TokenKeys {
         if (C::TWO) load_part<B, false>(y[b], data + A::place(TS), w.lane, b);
       }
       const bool up = R == 4 && NB == 2 && c >= 2;
-      u32 par[NS][2][PARAMS / 4];
+      u32 par[NS][2][S::WORDS];
 #pragma unroll
       for (int i = 0; i < NS * 2; i++)
-        load_words<PARAMS / 4>(par[i >> 1][i & 1], params + ((R == 8 ? (i >> 1) * 16 : up ? 16 : 0) + r + 8 * (i & 1)) * PARAMS);
+        S::load(par[i >> 1][i & 1], params + ((R == 8 ? (i >> 1) * 16 : up ? 16 : 0) + r + 8 * (i & 1)) * PARAMS);
       float codes[NS][4], offsets[NS][4];
 #pragma unroll
       for (int g = 0; g < GROUPS; g++) {
@@ -122,7 +123,7 @@ template <int BITS, int GROUP, int T, int TS> struct TokenKeys {
 #pragma unroll
           for (int i = 0; i < 4; i++) {
             const float v = R == 8 ? d[n][i] : (up ? d[NB - 1][i] : d[0][i]);
-            const float a = v * Number<T>::of(par[n][i >> 1], g), o = u[i & 1][g] * Number<T>::of(par[n][i >> 1], GROUPS + g);
+            const float a = v * S::scale(par[n][i >> 1], g), o = u[i & 1][g] * S::offset(par[n][i >> 1], g);
             codes[n][i] = g ? codes[n][i] + a : a;
             offsets[n][i] = g ? offsets[n][i] + o : o;
           }

@@ -104,6 +104,27 @@ template <int T> struct Number {
   }
 };
 using Model = Number<BFLOAT>;
+// Scales of a token: of type T & 3, with offsets, or from 4 on without. Levels are then symmetric to zero.
+template <int BITS, int GROUPS, int T> struct Scaled {
+  using N = Number<T & 3>;
+  static constexpr bool CENTRED = T >= 4;
+  static constexpr int PARAMS = (CENTRED ? 1 : 2) * GROUPS * N::SIZE, WORDS = (PARAMS + 3) / 4;
+  static __device__ __forceinline__ void load(u32 x[WORDS], u32 at) {
+    if (PARAMS % 4 == 0) load_words<WORDS>(x, at);
+    else
+#pragma unroll
+      for (int i = 0; i < WORDS; i++) {
+        u32 low, high = 0;
+        asm volatile("{.reg .u16 h; ld.shared.u16 h, [%1]; cvt.u32.u16 %0, h;}" : "=r"(low) : "r"(at + 4 * i) : "memory");
+        if (2 * i + 1 < GROUPS) asm volatile("{.reg .u16 h; ld.shared.u16 h, [%1]; cvt.u32.u16 %0, h;}" : "=r"(high) : "r"(at + 4 * i + 2) : "memory");
+        x[i] = low | high << 16;
+      }
+  }
+  static __device__ __forceinline__ float scale(const u32* x, int g) { return N::of(x, g); }
+  static __device__ __forceinline__ float offset(const u32* x, int g) {
+    return CENTRED ? -.5f * ((1 << BITS) - 1) * N::of(x, g) : N::of(x, GROUPS + g);
+  }
+};
 
 // One part of codes: BITS of a code, LOW bits of the code below them, after SKIP bytes of a row. 16 bits are exact numbers.
 template <int DIM, int BITS_, int LOW_, int SKIP_> struct Part {
@@ -184,7 +205,22 @@ template <int DIM, int BITS, int PARAMS_, int TS, bool BY_CHANNEL, int GROUP> st
     if (!PLAIN) params.open(place(plan, s.params, s.params_offset, w) + (BY_CHANNEL ? 0 : (i64)done * PARAMS), w.lane, PARAMS);
   }
   __device__ __forceinline__ i64 token() const { return BITS == 16 ? (i64)step : (i64)Codes<DIM, BITS>::ROW; }
+  // Scales of two bytes a token, two tokens at a time where they lie so.
+  __device__ __forceinline__ void fetch_pairs(u32 to, int count, int lane) {
+    const u8* from = params.from - lane * PARAMS;
+    if (((u64)from & 3) == 0) {
+      if (lane < TS / 2) copy<4>(to + 4 * lane, from + 4 * lane, 2 * lane < count);
+    } else if (lane < TS) {
+      copy<2>(to + 2 * lane, from + 2 * lane, lane < count);
+    }
+  }
   __device__ __forceinline__ void fetch(u32 to, u32 to_params, int done, int count, int lane) {
+    if (BY_TOKEN && PARAMS == 2) {
+      if (count >= TS) codes.template copy_all<true>(to, TS, lane, token());
+      else codes.template copy_all<false>(to, count, lane, token());
+      fetch_pairs(to_params, count, lane);
+      return;
+    }
     if (count >= TS) {
       codes.template copy_all<true>(to, TS, lane, token());
       if (BY_TOKEN) params.template copy_all<true>(to_params, TS, lane, PARAMS);

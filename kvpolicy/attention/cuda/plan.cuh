@@ -3,6 +3,7 @@ typedef unsigned char u8;
 typedef unsigned short u16;
 typedef unsigned int u32;
 typedef long long i64;
+typedef unsigned long long u64;
 
 constexpr int DK = KEY_DIM, DV = VALUE_DIM, R = ROWS, WARPS = 4;
 constexpr float LOWEST = -1e30f, RISE = 6.f, UNIT = 16777216.f;  // of a code: 2^-24

@@ -40,7 +40,8 @@ template <int BITS, int GROUP, int T, int TS> struct TokenValues {
   using C = Codes<DV, BITS>;
   using A = typename C::A;
   using B = typename C::B;
-  static constexpr int GROUPS = DV / GROUP, PARAMS = 2 * GROUPS * Number<T>::SIZE, NB = TS / 16, NS = R == 8 ? NB : 1;
+  using S = Scaled<BITS, DV / GROUP, T>;
+  static constexpr int GROUPS = DV / GROUP, PARAMS = S::PARAMS, NB = TS / 16, NS = R == 8 ? NB : 1;
   static constexpr int BYTES = C::bytes(TS), PARAM_BYTES = (TS * PARAMS + 15) / 16 * 16;
   using Source = Reader<DV, BITS, PARAMS, TS, false, 1>;
   struct State {
@@ -66,14 +67,14 @@ template <int BITS, int GROUP, int T, int TS> struct TokenValues {
 #pragma unroll
       for (int n = 0; n < NS; n++) {
         const int tok = (R == 8 ? 16 * n : NB == 2 && c >= 2 ? 16 : 0) + r;
-        u32 par[2][PARAMS / 4];
-        load_words<PARAMS / 4>(par[0], params + tok * PARAMS);
-        load_words<PARAMS / 4>(par[1], params + (tok + 8) * PARAMS);
+        u32 par[2][S::WORDS];
+        S::load(par[0], params + tok * PARAMS);
+        S::load(par[1], params + (tok + 8) * PARAMS);
 #pragma unroll
         for (int g = 0; g < GROUPS; g++)
 #pragma unroll
           for (int h = 0; h < 2; h++) {
-            const float s = Number<T>::of(par[h], g), z = Number<T>::of(par[h], GROUPS + g);
+            const float s = S::scale(par[h], g), z = S::offset(par[h], g);
             o[0][g] += p[n][2 * h] * z;
             o[1][g] += p[n][2 * h + 1] * z;
             e[n][g][h] = transposed(halves(p[n][2 * h] * s, p[n][2 * h + 1] * s));

@@ -78,6 +78,7 @@ def test_softcap_and_sinks() -> None:
         (channel(2, 48), token(4)),
         (channel(8, 16, scale_dtype="float32"), "full"),
         ("full", token(8, 32, scale_dtype="float32")),
+        (token(3, "head", range="rms"), token(2, "head", range="rms", transforms=[{"kind": "hadamard"}])),
         (token(2, transforms=[{"kind": "hadamard", "seed": 3}]), token(2, transforms=[{"kind": "hadamard"}])),
     ],
 )

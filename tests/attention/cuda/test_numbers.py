@@ -60,6 +60,9 @@ def test_any_number_of_query_heads(groups: int) -> None:
         (token(4, "head", transforms=[{"kind": "scale"}]), token(4, "head", transforms=[{"kind": "scale"}])),
         (token(2, transforms=[{"kind": "hadamard", "seed": 1}]), token(2)),
         (channel(2), token(2, transforms=[{"kind": "hadamard"}])),
+        (token(3, "head", range="rms", transforms=[{"kind": "hadamard"}]), token(2, "head", range="rms")),
+        (token(2, "head", range="rms"), token(4, 32, range="rms", transforms=[{"kind": "hadamard"}])),
+        (token(1, 64, range="rms"), token(8, 32, range="rms", scale_dtype="float32")),
     ],
 )
 def test_formats_that_differ(keys: Any, values: Any) -> None:
