@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from kvpolicy.interfaces.scores import Scores as Scores
     from kvpolicy.interfaces.site import Site as Site
     from kvpolicy.interfaces.transform import Transform as Transform
+    from kvpolicy.planning.check import check as check
+    from kvpolicy.planning.plan import plan as plan
     from kvpolicy.recipe.load import Recipe as Recipe
     from kvpolicy.recipe.load import load_recipe as load_recipe
 
@@ -75,10 +77,12 @@ __all__ = [
     "__version__",
     "attach",
     "calibrate",
+    "check",
     "compare",
     "hookimpl",
     "load_recipe",
     "make_cache",
+    "plan",
     "prepare",
     "tune",
 ]
@@ -114,10 +118,12 @@ _HOMES = {
     "Watched": "interfaces.calibrator",
     "attach": "hf.attach",
     "calibrate": "experiment.calibration",
+    "check": "planning.check",
     "compare": "experiment.comparison",
     "hookimpl": "hookspecs",
     "load_recipe": "recipe.load",
     "make_cache": "hf.cache",
+    "plan": "planning.plan",
     "prepare": "hf.prepare",
     "tune": "experiment.tune",
 }

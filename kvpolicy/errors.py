@@ -50,5 +50,9 @@ class TaskError(KvpolicyError):
     """A task of the comparison is unknown, or its file is not valid."""
 
 
+class PlanError(KvpolicyError):
+    """A plan or a check can't be made as asked for, or of this model."""
+
+
 class CompareError(KvpolicyError):
     """A comparison or a search can't be run as asked."""

@@ -9,12 +9,14 @@ from typing import Annotated
 import typer
 
 from kvpolicy.cli.calibrate import calibrate
+from kvpolicy.cli.check import check
 from kvpolicy.cli.compare import compare
 from kvpolicy.cli.env import env
 from kvpolicy.cli.generate import generate
 from kvpolicy.cli.importing import import_preset
 from kvpolicy.cli.lm_eval import lm_eval
 from kvpolicy.cli.output import show_error
+from kvpolicy.cli.plan import plan
 from kvpolicy.cli.plugins import plugins
 from kvpolicy.cli.recipes import recipes
 from kvpolicy.cli.report import report
@@ -50,8 +52,9 @@ def _options(
     pass
 
 
-TAKES_RECIPES = ("show", "validate", "compare", "generate", "lm-eval")
-for command in (recipes, show, validate, schema, plugins, compare, report, tune, generate, calibrate, env):
+TAKES_RECIPES = ("show", "validate", "plan", "compare", "generate", "lm-eval")
+COMMANDS = (recipes, show, validate, schema, plugins, plan, check, compare, report, tune, generate, calibrate, env)
+for command in COMMANDS:
     # Words too many reach the command, which says how parameters are written.
     spare = {"allow_extra_args": command in (show, generate)}
     app.command(context_settings=spare)(command)

@@ -28,11 +28,17 @@ class Scratch:
         """A contiguous tensor of `shape`, overwritten by the next layer."""
         key, size = (side, like.device, like.dtype), int(np.prod(shape))
         buffer = self.buffers.get(key)
-        if buffer is None or not size <= buffer.numel() <= 4 * max(size, 1 << 16):
+        room = self.room(0 if buffer is None else buffer.numel(), size)
+        if buffer is None or room != buffer.numel():
             with torch.inference_mode(False):
-                buffer = torch.empty(size + size // 8, dtype=like.dtype, device=like.device)
+                buffer = torch.empty(room, dtype=like.dtype, device=like.device)
             self.buffers[key] = buffer
         return buffer[:size].view(shape)
+
+    @staticmethod
+    def room(held: int, size: int) -> int:
+        """Numbers that a buffer of `held` is to have so that `size` find room, and not too much is unused."""
+        return held if held and size <= held <= 4 * max(size, 1 << 16) else size + size // 8
 
     @property
     def bytes(self) -> int:

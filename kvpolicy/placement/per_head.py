@@ -20,7 +20,7 @@ from kvpolicy.placement.attention_scores import Observer
 from kvpolicy.placement.held_per_head import HeldPerHead
 from kvpolicy.placement.moves import EMPTY, NEW, NOTHING, AllMoves, Arrival, Moves
 from kvpolicy.placement.padding import Padding
-from kvpolicy.placement.ranking import Ranking, Turn
+from kvpolicy.placement.ranking import Turn
 from kvpolicy.placement.step import Step
 from kvpolicy.placement.token_table import Candidates, TokenTable, indices_of
 from kvpolicy.storage.make import may_be_flat
@@ -39,7 +39,9 @@ class PerHeadPlacement(HeldPerHead):
         found = object.__new__(cls)
         found.__dict__.update(first.__dict__)
         found.shape = (sum(member.shape[0] for member in members), first.shape[1])
-        found.ranking = Ranking(first.placement, [site for member in members for site in member.ranking.sites])
+        found.ranking = type(first.ranking)(
+            first.placement, [site for member in members for site in member.ranking.sites]
+        )
         tables = {side: zip(*(member.own[side] for member in members), strict=True) for side in first.own}
         found.own = {
             side: [TokenTable.stacked(own) if own[0] is not None else None for own in stores]
@@ -137,7 +139,7 @@ class PerHeadPlacement(HeldPerHead):
     def select(self, turn: Turn, tier: int, rank: Tensor) -> None:
         stayed = self.ranking.select(turn, tier, rank)
         if stayed is not None:
-            turn.known[tier] = stayed.cpu().numpy()
+            turn.known[tier] = self.ranking.read(stayed, turn, tier)
             turn.counts = turn.step.counts(self.counts, self.judged, turn.known)
 
     def moves(self, turn: Turn) -> AllMoves:

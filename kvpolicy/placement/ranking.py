@@ -135,3 +135,8 @@ class Ranking:
             assert work.scores is not None
             work.scores[..., judged].masked_fill_(candidates & (target == tier), tier)
         return (target == tier).sum(2) if policy._reads_counts else None
+
+    def read(self, stayed: Tensor, turn: Turn, tier: int) -> Ints:
+        """How many tokens stayed in a tier, asked of the device."""
+        found: Ints = stayed.cpu().numpy()
+        return found

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,6 +29,21 @@ FEWER = 16
 
 BY_ROWS = 1 << 10
 """Numbers that a CPU gathers one by one; it copies more as rows."""
+_planned: ContextVar[str | None] = ContextVar("planned", default=None)
+"""The type of the device for which a cache is planned that holds no numbers."""
+
+
+@contextmanager
+def planned_for(device: str) -> Iterator[None]:
+    """Within it pages are as large as on a type of device (`cpu`, `cuda`), and no group is forgotten.
+
+    For plans: which groups are empty is known to caches with numbers alone.
+    """
+    token = _planned.set(device)
+    try:
+        yield
+    finally:
+        _planned.reset(token)
 
 
 class Leaving(NamedTuple):
@@ -337,6 +354,8 @@ def forget_unused(groups: Pages, kept: list[Pages], most: int) -> int:
         Twice as many groups as are left, or `GROUPS_AT_FIRST`.
     """
     count = kept[0].length
+    if _planned.get() is not None:
+        return most
     if not count or (kept[0].pages[0].device.type != "cpu" and groups.length and count <= most):
         return most
     gone = np.arange(count)
@@ -352,7 +371,7 @@ def forget_unused(groups: Pages, kept: list[Pages], most: int) -> int:
 
 def at_once(like: Tensor) -> int:
     """Tokens of the largest page on a device."""
-    return FULL if like.device.type == "cpu" else FULL * FEWER
+    return FULL if (_planned.get() or like.device.type) == "cpu" else FULL * FEWER
 
 
 def gather_tokens(x: Tensor, index: Tensor) -> Tensor:

@@ -1,0 +1,149 @@
+"""Plans: what fits, what is read, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from models import COMMON
+from transformers import AutoConfig, AutoModelForCausalLM
+from typer.testing import CliRunner
+
+import kvpolicy
+from kvpolicy.errors import KvpolicyError, PlanError
+from kvpolicy.planning.plain import plain_shape
+from kvpolicy.planning.read import read_shape
+from kvpolicy.planning.transformers_shape import shape_from
+
+LLAMA_8B: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "dtype": "bfloat16",
+}
+
+
+def test_an_8b_model_at_131072_tokens() -> None:
+    found = kvpolicy.plan(["logquant", "full"], LLAMA_8B, tokens=131072, batch=8)
+    assert found.model.parameters == 8_030_261_248
+    exact, small = found["full"], found["logquant"]
+    assert exact.memory.exact_bytes == 2 * 2 * 8 * 8 * 128 * 32 * 131072 == 128 << 30
+    # 42 to 83 recent and 42 log-spaced tokens exact; the others 2 bits, scale and offset of 16 bits for 64 numbers.
+    coded = (small.memory.total("codes") * 4) // (2 * 8 * 8 * 128 * 32)
+    assert 131072 - 83 - 42 <= coded <= 131072 - 42
+    assert small.memory.total("scales") == small.memory.total("zeros") == small.memory.total("codes") // 8
+    assert 20.0 < small.memory.bytes / 2**30 < 20.2
+    weights = (8_030_261_248 - 128256 * 4096) * 2
+    assert small.read == weights + small.memory.bytes
+    assert small.speedup_ceiling == (weights + (128 << 30)) / small.read
+    assert exact.speedup_ceiling == pytest.approx(1.0, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"model_type": "llama", "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+        {"model_type": "llama", "num_key_value_heads": 4},
+        {"model_type": "mistral", "sliding_window": None, "head_dim": 32},
+        {"model_type": "qwen2", "tie_word_embeddings": True},
+        {"model_type": "qwen3", "head_dim": 32, "attention_bias": True},
+    ],
+    ids=str,
+)
+def test_plain_models_are_read_as_transformers_builds_them(options: dict[str, Any]) -> None:
+    given = {**COMMON, **options}
+    plain = plain_shape("m", given)
+    assert plain is not None
+    built = AutoConfig.for_model(**given)
+    asked = shape_from("m", built)
+    for name in ("parameters", "read", "hidden", "widest", "vocab", "positions", "layers"):
+        assert getattr(plain, name) == getattr(asked, name), name
+    assert plain.parameters == sum(p.numel() for p in AutoModelForCausalLM.from_config(built).parameters())
+
+
+def test_what_fits_is_the_most_that_fits() -> None:
+    memory = 1 << 22
+    given = {**COMMON, "model_type": "llama"}
+    for recipe in ("logquant", "snapkv:capacity=64,window=8"):
+        (found,) = kvpolicy.plan(recipe, given, tokens=512, memory=memory, dtype="float32").found
+        rows, longest = found.largest_batch, found.longest_context
+        assert rows
+        assert longest
+        for tokens, batch, fits in (
+            (512, rows, True),
+            (512, rows + 1, False),
+            (longest, 1, True),
+            (longest + 1, 1, False),
+        ):
+            (again,) = kvpolicy.plan(recipe, given, tokens=tokens, batch=batch, dtype="float32").found
+            assert (again.total <= memory) == fits, (recipe, tokens, batch)
+
+
+def test_layers_that_share_and_experts_are_told_apart() -> None:
+    moe = AutoConfig.for_model(
+        "qwen3_moe",
+        **{**COMMON, "head_dim": 32, "num_experts": 4, "num_experts_per_tok": 1, "moe_intermediate_size": 16},
+    )
+    shape = read_shape(moe, "float32")
+    assert shape.expert
+    assert shape.active == 0.25
+    assert shape.weights_read(1) < shape.weights_read(4) == shape.weights_read(8)
+
+
+BAD: list[tuple[Any, dict[str, Any], str]] = [
+    (LLAMA_8B, {"tokens": 0}, "tokens must be an integer from 1 to 4,194,304, found 0"),
+    (LLAMA_8B, {"tokens": 10**12}, "tokens must be an integer"),
+    (LLAMA_8B, {"batch": 10**9}, "batch must be an integer"),
+    (LLAMA_8B, {"memory": "8GiB"}, "nothing fits beside them"),
+    (LLAMA_8B, {"memory": "much"}, "memory must be a size such as 80GiB"),
+    (LLAMA_8B, {"dtype": "int3"}, "dtype must be one of float32, float16, bfloat16"),
+    ({**LLAMA_8B, "num_hidden_layers": 10**9}, {}, "num_hidden_layers of a config must be an integer from 1 to"),
+    ({"model_type": "nonesuch"}, {}, "the config can't be used"),
+    ({"hidden_size": 64, "architectures": ["X"]}, {}, "must name a model_type"),
+    ({**COMMON, "model_type": "t5"}, {}, "decoder models"),
+    (7, {}, "model must be a config.json"),
+    ("/nowhere/at/all", {}, "there is no such file"),
+]
+
+
+@pytest.mark.parametrize(("model", "options", "words"), BAD, ids=lambda x: str(x)[:30])
+def test_what_cannot_be_planned_is_said(model: Any, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(PlanError) as caught:
+        kvpolicy.plan("logquant", model, **options)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_recipe_for_other_models_is_refused() -> None:
+    with pytest.raises(KvpolicyError, match="the model must have 28 layers"):
+        kvpolicy.plan("kvtuner-qwen2.5-7b", LLAMA_8B)
+
+
+def test_the_command(tmp_path: Path) -> None:
+    from kvpolicy.cli.main import app
+
+    config, picture = tmp_path / "config.json", tmp_path / "plan.svg"
+    config.write_text(json.dumps({**COMMON, "model_type": "llama"}))
+    words = ["plan", "logquant", "qaq", "--model", str(config), "--tokens", "600", "--memory", "1MiB"]
+    shown = CliRunner().invoke(app, [*words, "--json", "--plot", str(picture)])
+    told = json.loads(shown.stdout)
+    assert [x["recipe"] for x in told["plans"]] == ["logquant", "qaq"]
+    first, second = told["plans"]
+    assert sum(first["cache"]["parts"].values()) == first["cache"]["bytes"]
+    assert not first["cache"]["at_most"]
+    assert "attention decide" in second["cache"]["at_most"][0]
+    assert "memory" in picture.read_text()
+    assert "exact" in picture.read_text()
+    # The dtype is not named, and one row fits or not, which the status says.
+    assert "names no dtype" in told["model"]["notes"][0]
+    assert shown.exit_code == (2 if 0 in (first["largest_batch"], second["largest_batch"]) else 0)
+    small = CliRunner().invoke(app, ["plan", "full", "--model", str(config), "--tokens", "4096", "--memory", "300KiB"])
+    assert small.exit_code == 2
+    assert "full: one row of 4,096 tokens does not fit into 300.0 KiB" in small.output
