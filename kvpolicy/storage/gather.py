@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvpolicy.storage.front import widest_view
+
 BY_ROWS = 1 << 10
 """Numbers that a CPU gathers one by one; it copies more as rows."""
 
@@ -15,6 +17,7 @@ def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
 
 
 def gathered(x: Tensor, index: Tensor) -> Tensor:
+    """The same of a tensor of any numbers, as it lies."""
     if x.shape[1] < index.shape[1]:  # kept once for all heads
         x = x.expand(-1, index.shape[1], -1, -1)
     if _one_by_one(x, index):
@@ -23,6 +26,7 @@ def gathered(x: Tensor, index: Tensor) -> Tensor:
 
 
 def put(x: Tensor, index: Tensor, tokens: Tensor) -> None:
+    """Write tokens into the places at `index`."""
     if _one_by_one(x, index):
         x.scatter_(2, index.unsqueeze(3).expand_as(tokens), tokens)
     else:
