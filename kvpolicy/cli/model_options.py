@@ -47,7 +47,8 @@ OPTIONS: dict[str, tuple[Any, Any]] = {
 def takes_model(command: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command these options in the place of its parameter `model`, which gets a `ModelSource`.
 
-    It is checked before the command begins: names, and what does not go together.
+    It is checked before the command begins: names, and what does not go together. A parameter that is
+    declared an argument stays one.
     """
 
     @functools.wraps(command)
@@ -64,6 +65,8 @@ def takes_model(command: Callable[..., Any]) -> Callable[..., Any]:
         for name, (kind, default) in OPTIONS.items()
     ]
     own = inspect.signature(command, eval_str=True)
+    if own.parameters[MODEL].annotation is not Any:
+        added[0] = own.parameters[MODEL].replace(kind=inspect.Parameter.KEYWORD_ONLY)
     kept = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for name, p in own.parameters.items() if name != MODEL]
     place = list(own.parameters).index(MODEL)
     run.__signature__ = own.replace(parameters=[*kept[:place], *added, *kept[place:]])  # type: ignore[attr-defined]

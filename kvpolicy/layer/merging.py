@@ -12,7 +12,7 @@ from kvpolicy.placement.planner import Placement
 from kvpolicy.placement.ranking import Turn
 from kvpolicy.placement.token_table import indices_of
 from kvpolicy.storage.base import Store
-from kvpolicy.storage.pages import gather_tokens
+from kvpolicy.storage.gather import gather_tokens
 
 AT_ONCE = 256
 """Dropped tokens of a row and head that are merged at a time."""

@@ -9,8 +9,9 @@ from torch import Tensor
 from kvpolicy.placement.moves import NEW, AllMoves, Arrival
 from kvpolicy.storage.affine import AffineStore
 from kvpolicy.storage.base import Store
+from kvpolicy.storage.gather import gather_tokens
 from kvpolicy.storage.later import Later
-from kvpolicy.storage.pages import Leaving, gather_tokens
+from kvpolicy.storage.pages import Leaving
 
 Stores = dict[str, list[Store | None]]
 

@@ -23,8 +23,8 @@ from kvpolicy.placement.padding import Padding
 from kvpolicy.placement.ranking import Turn
 from kvpolicy.placement.step import Step
 from kvpolicy.placement.token_table import Candidates, TokenTable, indices_of
+from kvpolicy.storage.gather import gather_tokens
 from kvpolicy.storage.make import may_be_flat
-from kvpolicy.storage.pages import gather_tokens
 
 Ints = NDArray[np.int64]
 

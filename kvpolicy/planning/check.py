@@ -20,7 +20,8 @@ from kvpolicy.errors import CacheError, KvpolicyError, PlanError
 from kvpolicy.hf.cache import make_cache
 from kvpolicy.hf.fingerprint import blocks_of
 from kvpolicy.hf.model_config import config_of, head_dim_of
-from kvpolicy.hf.models import attached, cache_word, check_model, load_model, one_thread, positions_of
+from kvpolicy.hf.models import attached, cache_word, load_model, one_thread, positions_of
+from kvpolicy.hf.source import check_model, source_of
 from kvpolicy.hf.suitability import compressible, set_apart
 from kvpolicy.planning.found import Check, KeyLayer, Probe
 from kvpolicy.planning.sizes import check_probe
@@ -57,13 +58,13 @@ def check(
     predicted with that, and the predictions are compared with those of the exact cache.
 
     Args:
-        model: a causal language model of transformers, or the path of a local model directory; by default the bundled
-            model. It is left as it was.
+        model: a causal language model of transformers, a directory, an id of the Hugging Face hub, a GGUF file, or a
+            `ModelSource`; by default the bundled model. It is left as it was.
         tokenizer: the tokenizer of a model given as an object.
         text: a text file in UTF-8 such as the model is to read; by default source code of Python's own library.
         tokens: tokens of the text that are used.
         limit: the KL divergence, nats per token, up to which a width counts as safe.
-        device: where a model given by its path is loaded; by default CUDA where there is one.
+        device: where a model given by its name is loaded; by default CUDA where there is one.
 
     Returns:
         Key statistics by layer, a probe for each width and grouping, warnings and a proposal.
@@ -74,14 +75,15 @@ def check(
     """
     check_probe(tokens, limit)
     content = _library() if text is None else _read(text)
-    given = model is None or isinstance(model, str | os.PathLike)
+    source = source_of(model, device)
+    given = source is not None
     if not given and tokenizer is None:
         raise PlanError("a model given as an object must come with its tokenizer, found none; say tokenizer=...")
-    name = type(model).__name__ if not given else "the bundled model" if model is None else str(model)
-    path = str(model) if given and model is not None else None
-    if given:
-        check_model(model)
-        model, tokenizer = load_model(model, device)
+    name, path = type(model).__name__, None
+    if source is not None:
+        name, path = ("the bundled model", None) if source.bundled else (str(source.name), str(source.name))
+        check_model(source)
+        model, tokenizer = load_model(source)
     positions = positions_of(model)
     tokens = min(tokens, positions or tokens)
     ids = _ids(content, tokenizer, tokens).to(next(model.parameters()).device)

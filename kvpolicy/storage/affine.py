@@ -17,11 +17,12 @@ from kvpolicy.interfaces.quantizer import AffineQuantizer, Quantizer
 from kvpolicy.interfaces.site import Site
 from kvpolicy.storage.base import LARGE, Ints
 from kvpolicy.storage.coded import NOTHING, POSITIONS, Aside, CodedStore
+from kvpolicy.storage.gather import gather_tokens
 from kvpolicy.storage.group_size import group_size_of
 from kvpolicy.storage.groups import Groups
 from kvpolicy.storage.later import Later
 from kvpolicy.storage.packing import dequantize, pack
-from kvpolicy.storage.pages import FULL, Leaving, Pages, at_once, gather_tokens
+from kvpolicy.storage.pages import FULL, Leaving, Pages, at_once
 from kvpolicy.storage.scales import Scales, levels_of
 
 AT_ONCE = 1 << 25

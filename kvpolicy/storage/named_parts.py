@@ -13,8 +13,9 @@ from torch import Tensor
 from kvpolicy.errors import CacheError, PluginError
 from kvpolicy.interfaces.component import TRY
 from kvpolicy.storage.base import Ints
+from kvpolicy.storage.gather import gather_tokens
 from kvpolicy.storage.groups import Groups
-from kvpolicy.storage.pages import Leaving, Pages, gather_tokens
+from kvpolicy.storage.pages import Leaving, Pages
 
 __all__ = ["GROUPS", "SIZES", "Format", "NamedParts"]
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvpolicy.storage.front import Front, widest_view
+from kvpolicy.storage.gather import gather_tokens, gathered, put, survivors
 
 Ints = NDArray[np.int64]
 
@@ -27,8 +28,6 @@ FEWER = 16
 """How many times as large both are on other devices than a CPU, where each page costs a launch of every kernel."""
 
 
-BY_ROWS = 1 << 10
-"""Numbers that a CPU gathers one by one; it copies more as rows."""
 _planned: ContextVar[str | None] = ContextVar("planned", default=None)
 """The type of the device for which a cache is planned that holds no numbers."""
 
@@ -57,7 +56,7 @@ class Leaving(NamedTuple):
     @classmethod
     def of(cls, index: Tensor | Leaving, length: int) -> Leaving:
         """The tokens at `index` leave what holds `length`."""
-        return index if isinstance(index, Leaving) else cls(index, _survivors(index, length - index.shape[2]))
+        return index if isinstance(index, Leaving) else cls(index, survivors(index, length - index.shape[2]))
 
 
 class Pages:
@@ -214,7 +213,7 @@ class Pages:
         kept = self.length - leaving.places.shape[2]
         if kept:
             words = widest_view(self.pages[0])
-            _put(words, leaving.places, _gathered(words, leaving.last))
+            put(words, leaving.places, gathered(words, leaving.last))
         self._truncate(kept)
         if self.pages and self.pages[0].shape[2] > 4 * max(kept, SMALLEST):
             self._regrow(self.pages[0], kept)
@@ -372,43 +371,3 @@ def forget_unused(groups: Pages, kept: list[Pages], most: int) -> int:
 def at_once(like: Tensor) -> int:
     """Tokens of the largest page on a device."""
     return FULL if (_planned.get() or like.device.type) == "cpu" else FULL * FEWER
-
-
-def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
-    """Of `x`, `[batch, kv_heads, tokens, width]`, the tokens at `index`, `[batch or 1, kv_heads or 1, tokens]`."""
-    return _gathered(widest_view(x.contiguous()), index).view(x.dtype)
-
-
-def _gathered(x: Tensor, index: Tensor) -> Tensor:
-    if x.shape[1] < index.shape[1]:  # kept once for all heads
-        x = x.expand(-1, index.shape[1], -1, -1)
-    if _one_by_one(x, index):
-        return x.gather(2, index.long().unsqueeze(3).expand(*x.shape[:2], -1, x.shape[3]))
-    return x.flatten(0, 2).index_select(0, _flat(index, x)).view(*x.shape[:2], -1, x.shape[3])
-
-
-def _put(x: Tensor, index: Tensor, tokens: Tensor) -> None:
-    if _one_by_one(x, index):
-        x.scatter_(2, index.unsqueeze(3).expand_as(tokens), tokens)
-    else:
-        x.flatten(0, 2).index_copy_(0, _flat(index, x), tokens.flatten(0, 2))
-
-
-def _one_by_one(x: Tensor, index: Tensor) -> bool:
-    """Whether numbers are to be copied one by one, which takes fewer calls."""
-    return x.device.type != "cpu" or x.shape[3] <= 2 or index.shape[2] * x.shape[3] <= BY_ROWS
-
-
-def _flat(index: Tensor, like: Tensor) -> Tensor:
-    """`index` among the tokens of all rows and heads."""
-    batch, heads, tokens = like.shape[:3]
-    first = torch.arange(batch * heads, device=index.device).view(batch, heads, 1) * tokens
-    return (first + index).flatten()
-
-
-def _survivors(index: Tensor, kept: int) -> Tensor:
-    """Which of the tokens from `kept` on are not in `index` and move to its first places; others fill up the rest."""
-    n = index.shape[2]
-    leaves = torch.zeros((*index.shape[:2], n + 1), dtype=torch.int8, device=index.device)
-    leaves.scatter_(2, torch.where(index >= kept, index - kept, n).long(), 1)
-    return leaves[:, :, :n].argsort(dim=2, stable=True) + kept

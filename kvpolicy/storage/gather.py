@@ -1,0 +1,53 @@
+"""Tokens of tensors, taken and put by places that differ by row and head."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvpolicy.storage.front import widest_view
+
+BY_ROWS = 1 << 10
+"""Numbers that a CPU gathers one by one; it copies more as rows."""
+
+
+def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
+    """Of `x`, `[batch, kv_heads, tokens, width]`, the tokens at `index`, `[batch or 1, kv_heads or 1, tokens]`."""
+    return gathered(widest_view(x.contiguous()), index).view(x.dtype)
+
+
+def gathered(x: Tensor, index: Tensor) -> Tensor:
+    """The same of a tensor of any numbers, as it lies."""
+    if x.shape[1] < index.shape[1]:  # kept once for all heads
+        x = x.expand(-1, index.shape[1], -1, -1)
+    if _one_by_one(x, index):
+        return x.gather(2, index.long().unsqueeze(3).expand(*x.shape[:2], -1, x.shape[3]))
+    return x.flatten(0, 2).index_select(0, _flat(index, x)).view(*x.shape[:2], -1, x.shape[3])
+
+
+def put(x: Tensor, index: Tensor, tokens: Tensor) -> None:
+    """Write tokens into the places at `index`."""
+    if _one_by_one(x, index):
+        x.scatter_(2, index.unsqueeze(3).expand_as(tokens), tokens)
+    else:
+        x.flatten(0, 2).index_copy_(0, _flat(index, x), tokens.flatten(0, 2))
+
+
+def _one_by_one(x: Tensor, index: Tensor) -> bool:
+    """Whether numbers are to be copied one by one, which takes fewer calls."""
+    return x.device.type != "cpu" or x.shape[3] <= 2 or index.shape[2] * x.shape[3] <= BY_ROWS
+
+
+def _flat(index: Tensor, like: Tensor) -> Tensor:
+    """`index` among the tokens of all rows and heads."""
+    batch, heads, tokens = like.shape[:3]
+    first = torch.arange(batch * heads, device=index.device).view(batch, heads, 1) * tokens
+    return (first + index).flatten()
+
+
+def survivors(index: Tensor, kept: int) -> Tensor:
+    """Which of the tokens from `kept` on are not in `index` and move to its first places; others fill up the rest."""
+    n = index.shape[2]
+    leaves = torch.zeros((*index.shape[:2], n + 1), dtype=torch.int8, device=index.device)
+    leaves.scatter_(2, torch.where(index >= kept, index - kept, n).long(), 1)
+    return leaves[:, :, :n].argsort(dim=2, stable=True) + kept
