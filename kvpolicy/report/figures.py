@@ -300,7 +300,8 @@ def heat_maps(report: Report) -> list[Heat]:
     order = {arm: place for place, arm in enumerate(report.arms)}
     for (task, arm), known in sorted(by_task.items(), key=lambda item: order[item[0][1]]):
         lengths = sorted({length for _, length, _ in known})
-        bands = sorted({min(int(depth * 10), 9) for depth, _, _ in known})
+        drawn = {min(int(depth * 10), 9) for depth, _, _ in known}
+        bands = range(min(drawn, default=0), max(drawn, default=-1) + 1)  # also those without a sample between others
         if len(bands) < 2 or len(lengths) > 24:
             continue
         lines = []
