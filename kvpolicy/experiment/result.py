@@ -282,11 +282,15 @@ class Comparison(Printed):
     def _everywhere(self, arm: str) -> str:
         return "" if self.samples(arm) else " (on every sample that it was given)"
 
+    @cached_property
+    def _judged(self) -> Verdicts:
+        return self.verdicts()
+
     def _verdicts(self) -> list[Any]:
         """Nothing where no arm is judged: an exact arm has the rows of the exact cache, and shows no noise."""
         from kvpolicy.experiment.verdict_table import verdict_table
 
-        verdicts = self.verdicts()
+        verdicts = self._judged
         copies = {arm for arm, recipe in self.arms.items() if arm != AGAIN and is_exact(recipe)}
         found = tuple(v for v in verdicts.found if not (v.noise and v.arm in copies))
         return [verdict_table(replace(verdicts, found=found), self.complete)] if found else []

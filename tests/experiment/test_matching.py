@@ -81,6 +81,7 @@ def test_bits_agree_as_planned_and_measured(
         name: recipe.tiers for name, recipe in result.arms.items()
     }
     rows = read(tmp_path / "run").rows
+    monkeypatch.setattr("kvpolicy.experiment.work.Worker.run", None)  # nothing is left to run
     assert compare(page, **given).evidence.rows == rows
 
 
