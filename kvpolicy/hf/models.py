@@ -17,6 +17,27 @@ from kvpolicy.words import clip
 GIVE_ONE = "name a tokenizer (--tokenizer, from Python ModelSource(tokenizer=...))"
 
 
+def load_light(source: ModelSource) -> tuple[Any, Any]:
+    """The tokenizer and the config of a model, without its weights.
+
+    Raises:
+        CompareError: there is no such model, or it lacks a tokenizer or a config.
+        MissingDependencyError: a package that such a model needs is not installed.
+    """
+    from transformers import AutoConfig
+
+    place = source.place()
+    common = _common(source, place)
+    tokenizer = _load_tokenizer(source, place, common)
+    try:
+        options = {"gguf_file": place.file} if place.file else {}
+        return tokenizer, AutoConfig.from_pretrained(place.home, **common, **options)
+    except Exception as error:
+        if not place.local and (why := unreachable(place, error)):
+            raise not_from_hub(place, why) from error
+        raise CompareError(f"{place.shown}: the config can't be loaded: {_cause(error)}") from error
+
+
 def load_model(model: str | os.PathLike[str] | ModelSource | None = None, device: str | None = None) -> tuple[Any, Any]:
     """A causal language model in evaluation mode, and its tokenizer.
 
@@ -39,11 +60,7 @@ def load_model(model: str | os.PathLike[str] | ModelSource | None = None, device
     if source.device_map is None:
         target = source.device or ("cuda" if torch.cuda.is_available() else "cpu")
         _check_torch_device(target)
-    common = {
-        "local_files_only": place.local or not hub_answers(),
-        "trust_remote_code": source.trust_remote_code,
-        **({} if source.revision is None else {"revision": source.revision}),
-    }
+    common = _common(source, place)
     tokenizer = _load_tokenizer(source, place, common)
     loaded = _load_weights(source, place, common)
     if target is None:
@@ -52,6 +69,14 @@ def load_model(model: str | os.PathLike[str] | ModelSource | None = None, device
         return loaded.to(target).eval(), tokenizer
     except (RuntimeError, AssertionError) as error:
         raise CompareError(f"device {target!r} can't hold the model: {_first_line(error)}") from error
+
+
+def _common(source: ModelSource, place: Place) -> dict[str, Any]:
+    return {
+        "local_files_only": place.local or not hub_answers(),
+        "trust_remote_code": source.trust_remote_code,
+        **({} if source.revision is None else {"revision": source.revision}),
+    }
 
 
 def _load_tokenizer(source: ModelSource, place: Place, common: dict[str, Any]) -> Any:
