@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import time
 import warnings
 from collections.abc import Iterator
@@ -174,10 +175,13 @@ def _connect(address: str | None) -> None:
     import ray
 
     before = signal.getsignal(signal.SIGTERM)
+    named = address or os.environ.get("RAY_ADDRESS", "auto")
     try:
+        host, colon, port = named.rpartition(":")
+        if colon and port.isdigit():  # Ray itself tries for minutes
+            socket.create_connection((host, int(port)), timeout=10).close()
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        named = address or os.environ.get("RAY_ADDRESS", "auto")
+    except (OSError, ValueError, RuntimeError) as error:
         raise CompareError(
             f"the Ray cluster {quoted(named)} can't be reached: {_first_line(error)}; start it (ray start --head), or "
             "give its address (--address)"

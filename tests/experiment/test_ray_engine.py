@@ -12,7 +12,7 @@ from engines import ARMS, GIVEN, facts_of, serial
 
 from kvpolicy import compare
 from kvpolicy.errors import CompareError
-from kvpolicy.experiment.cluster import ClusterPool, asked_for
+from kvpolicy.experiment.cluster import ClusterPool, asked_for, open_cluster
 from kvpolicy.experiment.engines import Engine
 from kvpolicy.experiment.store import Store
 
@@ -65,3 +65,7 @@ def test_what_is_asked_of_ray() -> None:
     assert asked_for(Engine(name="ray", gpus=4), None, cards) == {"CPU": 1, "GPU": 4}
     with pytest.raises(CompareError, match="device must have no number, found 'cuda:1'"):
         asked_for(engine, "cuda:1", cards)
+    nowhere, job = Engine(name="ray", address="127.0.0.1:1"), None
+    told = r"cluster '127\.0\.0\.1:1' can't be reached: ConnectionRefused.*--address"
+    with pytest.raises(CompareError, match=told), open_cluster(nowhere, job):  # type: ignore[arg-type]
+        raise AssertionError("connected")
