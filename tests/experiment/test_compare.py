@@ -163,7 +163,7 @@ def load_recipe_text(text: str) -> Any:
 def test_printed_tables_state_n_and_every_arm(result: Comparison) -> None:
     text = str(result)
     assert "n = 3 samples" in text
-    assert all(text.count(arm) == 3 for arm in ARMS[1:])
+    assert all(text.count(arm) == 4 for arm in ARMS[1:])  # verdicts, quality, cost, attention
     assert "without reading a stored token" in " ".join(text.split())
 
 
