@@ -161,7 +161,6 @@ def _check_comparison(
     from kvpolicy.arguments import check_comparison, check_directory, check_room
     from kvpolicy.hf.source import check_model
     from kvpolicy.recipe.source import check_sources
-    from kvpolicy.tasks.load import check_task
 
     n, seed = 16 if n is None else n, 0 if seed is None else seed
     check_comparison(n, seed, tokens, "lines", out)
@@ -179,6 +178,8 @@ def _check_comparison(
         return
     check_sources(arms)
     limit = check_model(model)
+    from kvpolicy.tasks.load import check_task
+
     for task in tasks or ["lines"]:
         check_task(task, n, tokens)
         check_room(tokens, limit)

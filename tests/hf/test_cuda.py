@@ -32,11 +32,11 @@ MOST_BITS = {"turboquant-2.5": 3}
 
 
 def options(name: str) -> dict[str, Any]:
-    return {"group_size": 16} if name in ("kivi", "kivi-sink") else {}
+    return {"kivi": {"group_size": 16}, "kivi-sink": {"group_size": 16}, "adakv": {"capacity": 60}}.get(name, {})
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["even", "padded"])
-@pytest.mark.parametrize("name", [name for name in DISTINCT if name != "full"])
+@pytest.mark.parametrize("name", [*(name for name in DISTINCT if name != "full"), "adakv", "best-3bit"])
 def test_a_layer_attends_and_holds_what_it_does_on_a_cpu(name: str, padded: bool) -> None:
     query, keys, values = random_tokens(330, 3, batch=2)
     real = torch.ones(2, 330, dtype=torch.bool)

@@ -46,6 +46,17 @@ def test_an_8b_model_at_131072_tokens() -> None:
     assert exact.speedup_ceiling == pytest.approx(1.0, abs=1e-4)
 
 
+@pytest.mark.parametrize("heads", [(3, 64), (8, 128)], ids=str)
+def test_our_own_recipes_keep_their_budgets_at_4096_tokens(heads: tuple[int, int]) -> None:
+    kv_heads, head_dim = heads
+    config = {**LLAMA_8B, "num_key_value_heads": kv_heads, "num_attention_heads": kv_heads, "head_dim": head_dim}
+    budgets = {"best-2bit": 3.0, "best-3bit": 3.6, "best-4bit": 4.6}
+    for generated in (1, 40, 96):
+        found = kvpolicy.plan(list(budgets), config, tokens=4096, generated=generated)
+        for name, most in budgets.items():
+            assert found[name].memory.bits_per_value <= most, (name, generated)
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -18,7 +18,8 @@ def held(recipe: Recipe, tokens: int) -> list[list[int]]:
 
 def test_all_are_there() -> None:
     promised = (
-        "full best-2bit logquant partial-logquant kivi kivi-sink hf-quantized streaming-llm streaming-quant "
+        "full best-2bit best-3bit best-4bit logquant partial-logquant kivi kivi-sink hf-quantized streaming-llm "
+        "streaming-quant "
         "logquant-evict kivi-evict flexgen atom balanced h2o mas mikv zipcache zipcache-code turboquant "
         "turboquant-2.5 turboquant-3.5 turboquant-prod quarot fp8 mxfp4 nvfp4 nf4 gear gear-l "
         "gear-kcvt gear-code kvtuner-llama-3.1-8b kvtuner-mistral-7b-v0.3 kvtuner-qwen2.5-3b kvtuner-qwen2.5-7b "

@@ -16,10 +16,10 @@ ALIKE = ("best-2bit", "turboquant", "turboquant-3.5", "turboquant-prod", "quarot
 """Recipes of one tier, whose tokens lie and move as those of `atom` or `turboquant-2.5`."""
 VARIANTS = (
     "gear-l", "gear-kcvt", "gear-code", "qaq", "adakv", "pyramidkv", "tova", "key-norm", "expected-attention",
-    "logquant-attention", "logquant-jitter", "quest", "cam", "kvzip",
+    "logquant-attention", "logquant-jitter", "quest", "cam", "kvzip", "best-3bit", "best-4bit",
 )  # fmt: skip
-"""Recipes whose stores and moves are those of another (gear, zipcache, snapkv, logquant), with other options. What they
-select has tests of its own."""
+"""Recipes whose stores and moves are those of another (gear, zipcache, snapkv, logquant, balanced), with other options.
+What they select has tests of its own."""
 UNCALIBRATED = [name for name in bundled_names() if not load_recipe(name).calibration]
 """The bundled recipes that need no calibration; the others are tested with calibrations of their models."""
 DISTINCT = [name for name in UNCALIBRATED if load_recipe(name).model_layers is None and name not in (*ALIKE, *VARIANTS)]
