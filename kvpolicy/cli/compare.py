@@ -40,6 +40,14 @@ def compare(
     metric: Annotated[
         list[str] | None, typer.Option(help="What is measured; may be repeated. Without score nothing is generated.")
     ] = None,
+    match: Annotated[
+        str | None,
+        typer.Option(
+            metavar="bits[=X]",
+            help="Choose what arms leave open (logquant:window=?, kivi:residual=32..256) so that their effective bits "
+            "agree within 2%, or come to X.",
+        ),
+    ] = None,
     batch: Annotated[int | None, typer.Option(help="Samples that run together; default: 1.")] = None,
     aa: Annotated[
         bool, typer.Option("--aa", help="Run the exact cache again in another batch: the noise floor.")
@@ -68,8 +76,8 @@ def compare(
         warnings.showwarning = warner()
         _check_comparison(arms, model, task, n, seed, tokens, out)
         given: dict[str, Any] = {
-            "model": model, "tasks": task, "n": n, "seed": seed, "tokens": tokens, "metrics": metric, "batch": batch,
-            "aa": aa or None, "attach": False if unattached else None, "errors": not no_errors,
+            "model": model, "tasks": task, "n": n, "seed": seed, "tokens": tokens, "metrics": metric, "match": match,
+            "batch": batch, "aa": aa or None, "attach": False if unattached else None, "errors": not no_errors,
         }  # fmt: skip
         source: Any = arms[0] if len(arms) == 1 else arms
         if dry_run:

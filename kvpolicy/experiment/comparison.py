@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -16,7 +17,7 @@ from kvpolicy.experiment.experiment import Experiment, load_experiment
 from kvpolicy.experiment.lock import locked
 from kvpolicy.experiment.names import ATTENTION, EXACT, METRICS
 from kvpolicy.experiment.outputs import write_results
-from kvpolicy.experiment.prepared import Prepared, early_identity, prepare
+from kvpolicy.experiment.prepared import Prepared, early_identity, match_arms, prepare
 from kvpolicy.experiment.result import Comparison
 from kvpolicy.experiment.run import Runner
 from kvpolicy.experiment.store import Store, check_same, open_store
@@ -44,6 +45,7 @@ def compare(
     tokens: int | None = None,
     metrics: Iterable[str] | None = None,
     margins: Mapping[str, float] | None = None,
+    match: str | Mapping[str, float | None] | None = None,
     baseline: str | None = None,
     aa: bool | None = None,
     batch: int | None = None,
@@ -89,6 +91,9 @@ def compare(
         metrics: what is measured, by default all. Without `score` nothing is generated; without those of attention
             none is watched.
         margins: by metric, a difference from the baseline that counts as none.
+        match: `"bits"`: choose the parameter that each arm leaves open (`"logquant:window=?"`,
+            `"kivi:residual=32..256"`) so that effective bits agree within 2%; `"bits=3.0"` or `{"bits": 3.0}`: so that
+            they come to that.
         baseline: the arm that others are compared with, by default `exact`.
         aa: run the exact cache again, in another batch, as the arm `exact again`: the noise floor.
         batch: samples that run together, by default 1. In batches attention is not watched.
@@ -116,11 +121,13 @@ def compare(
     """
     given = {
         "model": model, "task": task, "tasks": tasks, "n": n, "seed": seed, "tokens": tokens, "metrics": metrics,
-        "margins": margins, "baseline": baseline, "aa": aa, "batch": batch, "device": device, "attach": attach,
-        "errors": errors,
+        "margins": margins, "match": match, "baseline": baseline, "aa": aa, "batch": batch, "device": device,
+        "attach": attach, "errors": errors,
     }  # fmt: skip
     check_comparison(16 if n is None else n, 0 if seed is None else seed, tokens, "lines", out)
-    experiment, recipes, loaded = declare(arms, **given)
+    experiment, recipes, loaded = declare(arms, tokenizer=tokenizer, **given)
+    if progress and experiment.matching is not None:
+        print(experiment.matching, file=sys.stderr)
     return run_experiment(
         experiment, recipes, model=loaded, tokenizer=tokenizer, out=None if out is None else Path(out),
         overwrite=overwrite, retry=retry, progress=progress, command=command,
@@ -128,7 +135,14 @@ def compare(
 
 
 def declare(
-    arms: Any, *, model: Any = None, seed: int | None = None, task: Any = None, errors: bool = True, **given: Any
+    arms: Any,
+    *,
+    model: Any = None,
+    tokenizer: Any = None,
+    seed: int | None = None,
+    task: Any = None,
+    errors: bool = True,
+    **given: Any,
 ) -> tuple[Experiment, dict[str, Recipe], Any]:
     """The experiment that arguments of `compare` declare, its recipes, and the model if that is an object."""
     if task is not None and given.get("tasks") is not None:
@@ -142,8 +156,12 @@ def declare(
     given["seeds"] = None if seed is None else [seed]
     for name, kind in (("metrics", list), ("tasks", list), ("margins", dict)):
         given[name] = None if given.get(name) is None else kind(given[name])
-    experiment, recipes = load_experiment(arms, **{key: value for key, value in given.items() if value is not None})
     loaded = model if source is None else None
+    experiment, recipes = load_experiment(
+        arms,
+        lambda e, opened, beside: match_arms(e, opened, beside, loaded, tokenizer),
+        **{key: value for key, value in given.items() if value is not None},
+    )
     check_experiment(experiment, loaded)
     return experiment, recipes, loaded
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
-from itertools import product
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
+    PrivateAttr,
     ValidationError,
     ValidationInfo,
     WithJsonSchema,
@@ -20,63 +18,27 @@ from pydantic import (
     model_validator,
 )
 
-from kvpolicy.errors import CompareError, KvpolicyError, RecipeError
-from kvpolicy.experiment.names import AGAIN, ATTENTION, EXACT, METRICS
+from kvpolicy.errors import CompareError, KvpolicyError
+from kvpolicy.experiment.arms import Arm, Declared, Matching, Open, recipes_of
+from kvpolicy.experiment.arms import is_exact as is_exact
+from kvpolicy.experiment.names import ATTENTION, EXACT, METRICS
 from kvpolicy.hf.source import ModelSource
-from kvpolicy.recipe.build import build
-from kvpolicy.recipe.load import Recipe, load_recipe
+from kvpolicy.recipe.load import Recipe
 from kvpolicy.recipe.source import refuse_misplaced
-from kvpolicy.recipe.yaml import Document, Path_, read_file, read_mapping
+from kvpolicy.recipe.yaml import Document, parse_scalar, read_file, read_mapping
 from kvpolicy.tasks.task import Task as TaskKind
 from kvpolicy.words import in_words, listed, quoted, suggest
 
 IS = "an experiment is a mapping with keys such as arms and tasks"
-MOST_ARMS = 1000
-"""Arms that grids may expand to."""
-
-Scalar = str | int | float | bool
+MOST_BITS = 64
+"""Bits of a number that no cache exceeds."""
 Metric = Literal[
     "score", "nll", "kl", "top1", "bits", "peak_bytes", "final_bytes", "exact_bytes", "prefill_seconds", "step_seconds",
     "l1", "l2", "exact_mass", "quantized_mass", "dropped_mass",
 ]  # fmt: skip
 
 
-_SCALAR = {"type": ["string", "integer", "number", "boolean", "null"]}
-
-
-def _values(value: Any) -> Any:
-    of = value if isinstance(value, list) else [value]
-    wrong = next((x for x in of if x is not None and not isinstance(x, Scalar)), None)
-    if not of or wrong is not None:
-        raise ValueError(
-            "the value of a parameter must be a word, a number, true, false or null, or a list of such, found "
-            f"{in_words(value if wrong is None else wrong)}"
-        )
-    return value
-
-
-Values = Annotated[
-    Any,
-    BeforeValidator(_values),
-    WithJsonSchema({"if": {"type": "array"}, "then": {"items": _SCALAR, "minItems": 1}, "else": _SCALAR}),
-]
-
-
-class _Declared(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, arbitrary_types_allowed=True)
-
-
-class Arm(_Declared):
-    """A recipe with parameters. A list of values makes an arm of each; several lists, of each combination."""
-
-    recipe: Any = Field(description="A bundled name, a file, or a recipe written here.")
-    params: dict[str, Values] = Field(
-        default={}, description="Values of its parameters. A list is a grid: an arm for each of its values."
-    )
-    name: str | None = Field(default=None, min_length=1, description="What the arm is called; by default its recipe.")
-
-
-class Task(_Declared):
+class Task(Declared):
     """Samples."""
 
     task: Any = Field(
@@ -92,7 +54,37 @@ class Task(_Declared):
     )
 
 
-class Experiment(_Declared):
+def _matched(value: Any) -> Any:
+    """What arms are matched by: `{"bits": None}` where no number is given."""
+    found = value
+    if isinstance(value, str):
+        name, equals, number = value.partition("=")
+        found = {name.strip(): parse_scalar(number) if equals else None}
+    bits = found.get("bits", "") if isinstance(found, Mapping) and list(found) == ["bits"] else ""
+    if value is None or bits is None:
+        return found
+    if isinstance(bits, bool) or not isinstance(bits, int | float) or not 0 < bits <= MOST_BITS:
+        raise ValueError(
+            f"match must be bits, or bits with a number up to {MOST_BITS} such as {{bits: 3.0}} (on the shell "
+            f"bits=3.0), found {in_words(value if bits == '' else bits)}"
+        )
+    return {"bits": float(bits)}
+
+
+_NUMBER = {"type": ["number", "null"], "exclusiveMinimum": 0, "maximum": MOST_BITS}
+_MATCH = {
+    "if": {"type": "string"},
+    "then": {"pattern": "^bits(=.*)?$"},
+    "else": {
+        "type": ["object", "null"],
+        "properties": {"bits": _NUMBER},
+        "required": ["bits"],
+        "additionalProperties": False,
+    },
+}
+
+
+class Experiment(Declared):
     """Arms and tasks, and how they are run. Made by `load_experiment`."""
 
     model: str | None = Field(
@@ -122,10 +114,20 @@ class Experiment(_Declared):
     margins: dict[str, Annotated[float, Field(gt=0, strict=False)]] = Field(
         default={}, description="By metric: a difference from the baseline that counts as none."
     )
+    match: Annotated[Any, BeforeValidator(_matched), WithJsonSchema(_MATCH)] = Field(
+        default=None,
+        description="bits: choose parameters of arms so that their effective bits agree, or are those given.",
+    )
     baseline: str = Field(default=EXACT, description="The arm that the others are compared with.")
     aa: bool = Field(default=False, description="Run the exact cache again in another batch: the noise floor.")
     batch: int = Field(default=1, ge=1, le=4096, description="Samples that run together.")
     attach: bool = Field(default=True, description="Let the model read the compressed stores directly.")
+    _matching: Matching | None = PrivateAttr(None)
+
+    @property
+    def matching(self) -> Matching | None:
+        """How its arms were matched; None where they were not."""
+        return self._matching
 
     @field_validator("arms", "tasks", mode="before")
     @classmethod
@@ -192,12 +194,15 @@ def is_experiment(source: Any) -> bool:
         return False
 
 
-def load_experiment(source: Any, **given: Any) -> tuple[Experiment, dict[str, Recipe]]:
+def load_experiment(
+    source: Any, choose: Callable[[Experiment, list[Open], dict[str, Recipe]], Matching] | None = None, **given: Any
+) -> tuple[Experiment, dict[str, Recipe]]:
     """An experiment and its arms by name.
 
     Args:
         source: the path of a YAML file, a mapping like it, an `Experiment`, or arms: recipes in a list, or by name in a
             mapping.
+        choose: chooses the parameters of arms that are to be matched; where there are such arms, it must be given.
         **given: values for keys of the experiment, which count before its own.
 
     Raises:
@@ -224,11 +229,35 @@ def load_experiment(source: Any, **given: Any) -> tuple[Experiment, dict[str, Re
             raise CompareError(f"tasks must have different names, found {quoted(label)} twice; give them names (name)")
     if document is not None and document.base is not None:
         experiment = _from_home(experiment, document.base, frozenset(given))
-    recipes = _recipes(experiment, document)
+    experiment, recipes = _matched_recipes(experiment, document, choose)
     names = [EXACT, *recipes]
     if experiment.baseline not in names:
         hint = suggest(experiment.baseline, names)
         raise CompareError(f"baseline must be one of {listed(names)}, found {quoted(experiment.baseline)}{hint}")
+    return experiment, recipes
+
+
+def _matched_recipes(
+    experiment: Experiment, document: Document | None, choose: Any
+) -> tuple[Experiment, dict[str, Recipe]]:
+    """The recipes, with the values that are chosen for open parameters; the baseline may be such an arm."""
+    found: list[Matching] = []
+
+    def values(waiting: list[Open], beside: dict[str, Recipe]) -> list[Any]:
+        if not waiting:
+            raise CompareError(
+                "match needs an arm that leaves a parameter open, found none; write one as NAME:parameter=? (in a "
+                "file, match: parameter)"
+            )
+        found.append(choose(experiment, waiting, beside))
+        return [arm.value for arm in found[0].arms]
+
+    wanted = experiment.match is not None and choose is not None
+    recipes = recipes_of(experiment.arms, document, values if wanted else None)
+    if found:
+        names = {arm.label: arm.arm for arm in found[0].arms}
+        experiment = experiment.model_copy(update={"baseline": names.get(experiment.baseline, experiment.baseline)})
+        experiment._matching = found[0]
     return experiment, recipes
 
 
@@ -305,96 +334,3 @@ def _from_home(experiment: Experiment, home: Path, given: frozenset[str]) -> Exp
 def _is_file(task: Any) -> bool:
     name = task.partition(":")[0] if isinstance(task, str) else ""
     return name.endswith((".jsonl", ".json", ".ndjson")) and not Path(name).is_absolute()
-
-
-def _recipes(experiment: Experiment, document: Document | None) -> dict[str, Recipe]:
-    """Every arm's recipe, grids expanded, in the order of the file."""
-    found: dict[str, Recipe] = {}
-    for place, arm in enumerate(experiment.arms):
-        path: Path_ = ("arms", place)
-        for params in _grid(arm):
-            try:
-                recipe = _recipe(arm, params, path, document)
-            except RecipeError as error:
-                if document is None:
-                    raise
-                _note(document, path, error)
-                continue
-            name = _name(arm, recipe, params)
-            problem = _name_problem(name, recipe, found)
-            if problem and document is None:
-                raise CompareError(problem)
-            if problem and document is not None:
-                document.note(path, problem)
-            found[name] = recipe
-        if len(found) > MOST_ARMS:
-            raise CompareError(f"grids must expand to at most {MOST_ARMS} arms, found more; leave some values out")
-    if document is not None:
-        document.check()
-    return found
-
-
-def _grid(arm: Arm) -> Iterable[dict[str, Any]]:
-    values = [value if isinstance(value, list) else [value] for value in arm.params.values()]
-    return (dict(zip(arm.params, chosen, strict=True)) for chosen in product(*values))
-
-
-def _recipe(arm: Arm, params: dict[str, Any], path: Path_, document: Document | None) -> Recipe:
-    source, base = arm.recipe, None if document is None else document.base
-    if document is None or base is None:
-        return load_recipe(source, **params)
-    if isinstance(source, str):
-        return load_recipe(_anchored(source, base), **params)
-    if not isinstance(source, dict):
-        raise RecipeError(f"recipe must be a name, a file or a recipe written here, found {in_words(source)}")
-    inner = (*path, "recipe") if (*path, "recipe") in document.marks else path
-    marks = {at[len(inner) :]: mark for at, mark in document.marks.items() if at[: len(inner)] == inner}
-    name = {"name": arm.name or f"arm {path[1]}"} if "name" not in source else {}
-    return build(Document({**name, **source}, document.file, base, marks), params)
-
-
-def _anchored(source: str, home: Path) -> str:
-    """A file of a recipe, relative to the experiment's."""
-    head, colon, tail = source.partition(":")
-    is_file = "/" in head or head.endswith((".yaml", ".yml"))
-    return f"{home / head}{colon}{tail}" if is_file and not Path(head).is_absolute() else source
-
-
-def _note(document: Document, path: Path_, error: RecipeError) -> None:
-    """Note the problems of an arm; those that don't say where they are, in the line of the arm."""
-    file, line = document.where(path)
-    for text in str(error).splitlines():
-        if text.startswith(f"{file}:"):
-            document.add(text, file, line)
-        else:
-            document.note(path, text)
-
-
-def _name(arm: Arm, recipe: Recipe, params: dict[str, Any]) -> str:
-    own = os.fspath(arm.recipe) if isinstance(arm.recipe, str | os.PathLike) else recipe.name
-    shown = ",".join(
-        f"{key}={value}" for key, value in params.items() if arm.name is None or isinstance(arm.params[key], list)
-    )
-    name = arm.name or own
-    return f"{name}{',' if ':' in name else ':'}{shown}" if shown else name
-
-
-def _name_problem(name: str, recipe: Recipe, known: Mapping[str, Recipe]) -> str:
-    if name in known:
-        return (
-            f"arms must have different names, found {quoted(name)} twice; leave one out (from Python, a mapping "
-            "gives them names)"
-        )
-    if name == AGAIN or (name == EXACT and not is_exact(recipe)):
-        return f"an arm must not be named {name!r}, which stands for the exact cache; rename it"
-    return ""
-
-
-def is_exact(recipe: Any) -> bool:
-    """Whether a recipe keeps every token of every layer exactly, and every query reads all of them."""
-    lists = [recipe.tiers, *recipe.layers.values()]
-    return all(tiers == "full" or all(map(_plainly_kept, tiers)) for tiers in lists)
-
-
-def _plainly_kept(tier: Any) -> bool:
-    return tier.keys == "full" and tier.values == "full" and tier.read is None

@@ -13,14 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from kvpolicy.errors import CompareError
+from kvpolicy.experiment.arms import Matching, Open
 from kvpolicy.experiment.experiment import Experiment
+from kvpolicy.experiment.matching import Counter, Lengths, bits_wanted, match
 from kvpolicy.experiment.names import AGAIN, ATTENTION, EXACT
 from kvpolicy.experiment.run import encode
 from kvpolicy.experiment.store import Contents, Planned
 from kvpolicy.experiment.work import Item
 from kvpolicy.hf.fingerprint import fingerprint_of
-from kvpolicy.hf.models import load_model
+from kvpolicy.hf.models import load_config, load_model
 from kvpolicy.hf.source import source_of
+from kvpolicy.planning.read import read_shape
 from kvpolicy.recipe.load import Recipe, load_recipe
 from kvpolicy.recipe.yaml import dump_yaml, read_text
 from kvpolicy.tasks.load import load_task
@@ -62,10 +65,33 @@ class Prepared:
             "batch": e.batch,
             "aa": AGAIN if e.aa else None,
             "experiment": declared_again(e, self.recipes),
+            **({} if e.matching is None else {"match": e.matching.plain()}),
         }
         arms = {name: recipe.to_yaml(resolved=True) for name, recipe in self.all_arms().items()}
         samples = [item.planned for item in self.items]
         return Contents({**self.identity, "attached": attached}, settings, arms, samples, e.baseline)
+
+
+def match_arms(
+    experiment: Experiment, opened: list[Open], beside: dict[str, Recipe], model: Any = None, tokenizer: Any = None
+) -> Matching:
+    """Choose the open parameters of arms by the bits that they come to on the experiment's samples. No weight is read.
+
+    Raises:
+        CompareError: an arm can't come near enough, or a sample does not fit the model.
+    """
+    config = getattr(model, "config", None)
+    if model is None:
+        config, own = load_config(experiment.source)
+        tokenizer = own if tokenizer is None else tokenizer
+    if config is None or tokenizer is None:
+        load_given(model, tokenizer, None)  # says what is missing
+    drawn = draw(experiment, tokenizer)
+    encoded = encode([sample for _, sample in drawn], tokenizer, config)
+    lengths = Lengths.of((planned.task, item) for (planned, _), item in zip(drawn, encoded, strict=True))
+    dtype = None if model is None else str(model.dtype).removeprefix("torch.")
+    counter = Counter(read_shape(config, dtype), lengths, experiment.attach)
+    return match(opened, beside, counter, bits_wanted(experiment.match))
 
 
 def draw(experiment: Experiment, tokenizer: Any) -> Drawn:
@@ -179,7 +205,9 @@ def _described(experiment: Experiment, items: Sequence[Item]) -> dict[str, Any]:
 
 def declared_again(experiment: Experiment, recipes: dict[str, Recipe]) -> str:
     """The experiment as YAML that stands for itself: every recipe written out."""
-    data = experiment.model_dump(mode="json", exclude={"arms", "tasks", "trust_remote_code"}, exclude_defaults=True)
+    data = experiment.model_dump(
+        mode="json", exclude={"arms", "tasks", "match", "trust_remote_code"}, exclude_defaults=True
+    )
     data["tasks"] = [
         {"task": shown_task(task.task), **task.model_dump(mode="json", exclude={"task"}, exclude_defaults=True)}
         for task in experiment.tasks

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from kvpolicy.experiment.plot import Point
     from kvpolicy.experiment.store import Store
     from kvpolicy.recipe.load import Recipe
+    from kvpolicy.statistics.verdicts import Verdicts
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,30 @@ class Comparison(Printed):
         ours, theirs = self.values(arm, metric), self.values(other, metric)
         return estimate([ours[sample] - theirs[sample] for sample in ours if sample in theirs])
 
+    def verdicts(
+        self,
+        *,
+        metric: str | None = None,
+        margins: Mapping[str, float] | float | None = None,
+        baseline: str | None = None,
+        alpha: float = 0.05,
+    ) -> Verdicts:
+        """Whether each arm is better, worse, equivalent or undecided, by task and over all tasks, and why.
+
+        Args:
+            metric: what all tasks are judged by; by default each by `score`, or `nll`, or `kl`, or its first metric.
+            margins: differences that don't matter, by metric or one for all; by default those of the experiment, and
+                0.01 for scores.
+            baseline: the arm that the others are compared with; by default the experiment's.
+            alpha: probability that any arm is wrongly called better or worse.
+
+        Raises:
+            CompareError: the baseline or the metric is unknown, or a number is out of range.
+        """
+        from kvpolicy.statistics.verdicts import judge
+
+        return judge(self.evidence, metric=metric, margins=margins, baseline=baseline, alpha=alpha)
+
     def diverged(self, arm: str) -> tuple[int, int]:
         """In how many samples greedy decoding left that of the exact cache, and the number of samples."""
         rows = [row for row in self.rows if row["arm"] == arm and row["generated"] is not None]
@@ -196,8 +221,8 @@ class Comparison(Printed):
         return points
 
     def tables(self) -> list[Any]:
-        """Rich tables: of each task quality, cost, and attention unless that was not asked for."""
-        found = []
+        """Rich tables: verdicts, then of each task quality, cost, and attention unless that was not asked for."""
+        found = self._verdicts()
         for part in map(self.of_task, self.tasks):
             attention = [part._attention()] if self.settings.get("errors") else []
             found += [part._quality(), part._cost(), *attention]
@@ -223,10 +248,25 @@ class Comparison(Printed):
             lines.append(
                 f"answers of a single token: {len(answers)}; the prefill gives it, so that no cache can change it."
             )
+        lines += self._matched_notes()
         lines += [f"failed: {arm}{self._everywhere(arm)}: {cause}" for arm, cause in self.failures.items()]
         if not self.complete:
             lines.append(self._partial_note())
         return "\n".join(lines)
+
+    def _matched_notes(self) -> list[str]:
+        """What was chosen so that bits match, and the bits that were measured: a mean over tasks, as planned."""
+        found = self.settings.get("match") or {}
+        lines = []
+        for arm, chosen in found.get("arms", {}).items():
+            means = [x.mean for task in self.tasks if (x := self.of_task(task).mean(arm, "bits")) is not None]
+            measured = f"{sum(means) / len(means):.3f} measured" if means else "not measured"
+            bound = "at most " if chosen["at_most"] else ""
+            lines.append(
+                f"matched: {arm}: {bound}{chosen['planned_bits']:.3f} bits planned, {measured}, {found['bits']:.3f} "
+                "wanted."
+            )
+        return lines
 
     @property
     def complete(self) -> bool:
@@ -241,6 +281,19 @@ class Comparison(Printed):
 
     def _everywhere(self, arm: str) -> str:
         return "" if self.samples(arm) else " (on every sample that it was given)"
+
+    @cached_property
+    def _judged(self) -> Verdicts:
+        return self.verdicts()
+
+    def _verdicts(self) -> list[Any]:
+        """Nothing where no arm is judged: an exact arm has the rows of the exact cache, and shows no noise."""
+        from kvpolicy.experiment.verdict_table import verdict_table
+
+        verdicts = self._judged
+        copies = {arm for arm, recipe in self.arms.items() if arm != AGAIN and is_exact(recipe)}
+        found = tuple(v for v in verdicts.found if not (v.noise and v.arm in copies))
+        return [verdict_table(replace(verdicts, found=found), self.complete)] if found else []
 
     def _quality(self) -> Any:
         differences = ("Δ score", "Δ NLL\n(nats)", "KL to exact\n(nats)", "top-1", "texts that\ndiverge")

@@ -39,11 +39,7 @@ def load_model(model: str | os.PathLike[str] | ModelSource | None = None, device
     if source.device_map is None:
         target = source.device or ("cuda" if torch.cuda.is_available() else "cpu")
         _check_torch_device(target)
-    common = {
-        "local_files_only": place.local or not hub_answers(),
-        "trust_remote_code": source.trust_remote_code,
-        **({} if source.revision is None else {"revision": source.revision}),
-    }
+    common = _common(source, place)
     tokenizer = _load_tokenizer(source, place, common)
     loaded = _load_weights(source, place, common)
     if target is None:
@@ -52,6 +48,37 @@ def load_model(model: str | os.PathLike[str] | ModelSource | None = None, device
         return loaded.to(target).eval(), tokenizer
     except (RuntimeError, AssertionError) as error:
         raise CompareError(f"device {target!r} can't hold the model: {_first_line(error)}") from error
+
+
+def load_config(source: ModelSource) -> tuple[Any, Any]:
+    """The config of a model that is given by its name, with the dtype that it would be loaded in, and its tokenizer.
+
+    Raises:
+        CompareError: there is no such model, or it lacks a tokenizer.
+    """
+    from transformers import AutoConfig
+
+    place = source.place()
+    common = _common(source, place)
+    tokenizer = _load_tokenizer(source, place, common)
+    try:
+        config = AutoConfig.from_pretrained(place.home, **common, **({"gguf_file": place.file} if place.file else {}))
+    except Exception as error:
+        if not place.local and (why := unreachable(place, error)):
+            raise not_from_hub(place, why) from error
+        raise CompareError(f"{place.shown}: the config can't be loaded: {_cause(error)}") from error
+    if source.dtype not in (None, "auto") or (place.file and source.dtype is None):
+        config.dtype = source.dtype or "float32"
+    return config, tokenizer
+
+
+def _common(source: ModelSource, place: Place) -> dict[str, Any]:
+    """What is said of every part of a model."""
+    return {
+        "local_files_only": place.local or not hub_answers(),
+        "trust_remote_code": source.trust_remote_code,
+        **({} if source.revision is None else {"revision": source.revision}),
+    }
 
 
 def _load_tokenizer(source: ModelSource, place: Place, common: dict[str, Any]) -> Any:

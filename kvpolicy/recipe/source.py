@@ -23,7 +23,7 @@ def read_source(source: str) -> tuple[Document, dict[str, Any]]:
     Raises:
         RecipeError: there is no such recipe, or the parameters are not written NAME:key=value,key=value.
     """
-    name, text = _split(source)
+    name, text = split_source(source)
     given = {} if text is None else _shell_params(source, text)
     return _find(name), given
 
@@ -90,7 +90,7 @@ def _joined(groups: list[list[str]]) -> str:
     return " ".join(shown)
 
 
-def _split(source: str) -> tuple[str, str | None]:
+def split_source(source: str) -> tuple[str, str | None]:
     """Name or path, and parameters where there are some."""
     if source in bundled_names() or _is_file(source):
         return source, None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -276,20 +277,32 @@ class Heat:
     """For each depth its cells: text, score and samples."""
 
 
+_LENGTH = re.compile(r"(?<=[:,])tokens=\d+(,|$)")
+
+
+def _of_any_length(task: str) -> str:
+    """A task without its length: the same at several lengths is one map."""
+    return _LENGTH.sub("", task).rstrip(":,")
+
+
 def heat_maps(report: Report) -> list[Heat]:
-    """Depth by length, where the samples of a task differ in both."""
-    found = []
+    """Depth by length, where samples differ in depth; tasks that differ by their length alone are one map."""
+    by_task: dict[tuple[str, str], list[tuple[float, float, float]]] = {}
     for (arm, task), rows in report.rows.items():
-        known = [
+        by_task.setdefault((_of_any_length(task), arm), []).extend(
             (float(row.facts["depth"]), float(row.facts["length"]), row.metrics["score"])
             for row in rows.values()
             if row.error is None
             and "score" in row.metrics
             and all(isinstance(row.facts.get(name), int | float) for name in ("depth", "length"))
-        ]
+        )
+    found = []
+    order = {arm: place for place, arm in enumerate(report.arms)}
+    for (task, arm), known in sorted(by_task.items(), key=lambda item: order[item[0][1]]):
         lengths = sorted({length for _, length, _ in known})
-        bands = sorted({min(int(depth * 10), 9) for depth, _, _ in known})
-        if len(lengths) < 2 or len(bands) < 2 or len(lengths) > 24:
+        drawn = {min(int(depth * 10), 9) for depth, _, _ in known}
+        bands = range(min(drawn, default=0), max(drawn, default=-1) + 1)  # also those without a sample between others
+        if len(bands) < 2 or len(lengths) > 24:
             continue
         lines = []
         for band in bands:

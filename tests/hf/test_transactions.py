@@ -167,13 +167,13 @@ def sweep(name: str, n: int, lines: Callable[[int], Any], error: type[BaseExcept
 @pytest.mark.parametrize("name", CASES)
 def test_a_step_interrupted_at_any_line(name: str, error: type[BaseException]) -> None:
     first = list(CASES).index(name)  # other lines of each case
-    found = sweep(name, 1, lambda count: range(1 + first, count + 1, 97), error)
+    found = sweep(name, 1, lambda count: range(1 + first, count + 1, 151), error)
     assert found["right"] > found["refused"] + found["done"]
 
 
 @pytest.mark.parametrize("name", ["unattached", "attached-evict", "heads", "padded-heads"])
 def test_a_longer_update_interrupted(name: str) -> None:
-    found = sweep(name, 25, lambda count: range(3, count + 1, 149), Stop)
+    found = sweep(name, 25, lambda count: range(3, count + 1, 251), Stop)
     assert found["right"]
 
 

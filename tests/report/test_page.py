@@ -15,8 +15,11 @@ import pytest
 from evidence import ARMS, evidence
 
 from kvpolicy.report.charts import Point, Scale, scatter
+from kvpolicy.report.figures import heat_maps
+from kvpolicy.report.tables import Report
 from kvpolicy.report.write import write
 from kvpolicy.statistics.rows import Evidence, Row
+from kvpolicy.statistics.verdicts import judge
 
 BROWSER, DRIVER = shutil.which("chromium") or shutil.which("chromium-browser"), shutil.which("chromedriver")
 FLAGS = (
@@ -229,3 +232,17 @@ def test_a_keyboard_is_enough_and_paper_shows_all(browser: Any, written: Path) -
     assert browser.execute_script(closed) == 0
     browser.execute_script("dispatchEvent(new Event('afterprint'))")
     assert browser.execute_script(closed) == folded
+
+
+def test_a_task_at_several_lengths_is_one_map() -> None:
+    rows = tuple(
+        Row("arm", f"needle:tokens={n},keys=2", str(i), {"score": 1.0 - i}, facts={"depth": i * 0.5, "length": n})
+        for n in (64, 128)
+        for i in (0, 1)
+    )
+    found = Evidence(rows, {"arm": None}, "arm")
+    (heat,) = heat_maps(Report.of(found, judge(found)))
+    assert (heat.arm, heat.task, list(heat.lengths)) == ("arm", "needle:keys=2", ["64", "128"])
+    assert [band for band, _ in heat.lines] == [f"{d} to {d + 10}%" for d in range(0, 60, 10)]
+    assert [value for _, value, _ in heat.lines[0][1]] == [1.0, 1.0]
+    assert [value for _, value, _ in heat.lines[1][1]] == [None, None]
