@@ -28,6 +28,7 @@ MAX_SEARCHED = 1 << 24
 """Tokens of prompts that a search reads, all samples together."""
 OLDEST_OPTUNA = 4
 OLDEST_LM_EVAL = (0, 4, 13)
+OLDEST_RAY = (2, 40)
 _PICTURES = (
     "avif", "eps", "gif", "jpeg", "jpg", "pdf", "pgf", "png", "ps", "raw", "rgba", "svg", "svgz", "tif", "tiff", "webp",
 )  # fmt: skip
@@ -184,6 +185,22 @@ def check_optuna() -> None:
         raise MissingDependencyError(
             f"kvpolicy tune needs Optuna {OLDEST_OPTUNA} or newer, {state}; pip install 'kvpolicy[tune]'"
         )
+
+
+def check_ray() -> None:
+    """Refuse the engine ray where Ray is missing or too old.
+
+    Raises:
+        MissingDependencyError: saying how it is installed.
+    """
+    try:
+        found = version("ray")
+    except PackageNotFoundError:
+        found = ""
+    known = tuple(int(part) for part in found.split(".")[:2] if part.isdigit())
+    if known < OLDEST_RAY:
+        least, state = ".".join(map(str, OLDEST_RAY)), f"found {clip(found)}" if found else "which is not installed"
+        raise MissingDependencyError(f"the engine ray needs Ray {least} or newer, {state}; pip install 'kvpolicy[ray]'")
 
 
 def check_lm_eval() -> None:

@@ -63,6 +63,23 @@ def compare(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would run, how long, and what so many samples can show.")
     ] = False,
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            metavar="local|ray",
+            help="Let workers run the samples: processes here, one for each device, or actors of a Ray cluster.",
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Workers of the engine; default: one for each device, or what Ray has room for.")
+    ] = None,
+    cpus: Annotated[int | None, typer.Option(help="CPUs, and threads on the CPU, of a worker; default: 1.")] = None,
+    gpus: Annotated[
+        int | None, typer.Option(help="GPUs that Ray gives a worker; default: 1 where the device is cuda.")
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Of a Ray cluster; default: RAY_ADDRESS, or one of its own.")
+    ] = None,
     unattached: Annotated[
         bool, typer.Option("--unattached", help="Decode the stores for the model's own attention at each step.")
     ] = False,
@@ -78,6 +95,7 @@ def compare(
         given: dict[str, Any] = {
             "model": model, "tasks": task, "n": n, "seed": seed, "tokens": tokens, "metrics": metric, "match": match,
             "batch": batch, "aa": aa or None, "attach": False if unattached else None, "errors": not no_errors,
+            "engine": _engine(engine, workers=workers, cpus=cpus, gpus=gpus, address=address),
         }  # fmt: skip
         source: Any = arms[0] if len(arms) == 1 else arms
         if dry_run:
@@ -91,6 +109,21 @@ def compare(
         _show_files(out)
     if result.failures:
         raise typer.Exit(1)
+
+
+def _engine(name: str | None, **given: Any) -> dict[str, Any] | None:
+    """The options of an engine as the file of an experiment has them."""
+    given = {key: value for key, value in given.items() if value is not None}
+    if name is None and given:
+        from kvpolicy.errors import CompareError
+
+        key = next(iter(given))
+        raise CompareError(f"{key} (--{key}) is of an engine, found none; name it (--engine local or --engine ray)")
+    if name == "ray":
+        from kvpolicy.arguments import check_ray
+
+        check_ray()
+    return None if name is None else {"name": name, **given}
 
 
 def _run(source: Any, given: dict[str, Any], out: str | None, overwrite: bool, retry: bool) -> Any:

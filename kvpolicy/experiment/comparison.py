@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import sys
 import warnings
@@ -12,19 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from kvpolicy.arguments import check_comparison, check_directory, check_room
-from kvpolicy.errors import CompareError, KvpolicyError
+from kvpolicy.errors import CompareError
+from kvpolicy.experiment.bench import Terms, bench
+from kvpolicy.experiment.elsewhere import check_workers, elsewhere
 from kvpolicy.experiment.experiment import Experiment, load_experiment
 from kvpolicy.experiment.lock import locked
 from kvpolicy.experiment.names import ATTENTION, EXACT, METRICS
 from kvpolicy.experiment.outputs import write_results
 from kvpolicy.experiment.prepared import Prepared, early_identity, match_arms, prepare
 from kvpolicy.experiment.result import Comparison
-from kvpolicy.experiment.run import Runner
 from kvpolicy.experiment.store import Store, check_same, open_store
-from kvpolicy.experiment.work import NO_EXACT, Item, Worker, cause_of, missing, units
-from kvpolicy.hf.cache import make_cache
-from kvpolicy.hf.layer import TieredLayer
-from kvpolicy.hf.models import attached, one_thread, positions_of
+from kvpolicy.experiment.work import NO_EXACT, Finished, Labour, Pending, Said, missing, named, units
+from kvpolicy.hf.models import one_thread, positions_of
 from kvpolicy.hf.source import ModelSource, check_model, source_of
 from kvpolicy.recipe.load import Recipe
 from kvpolicy.statistics.rows import Row
@@ -56,6 +54,7 @@ def compare(
     progress: bool = True,
     attach: bool | None = None,
     errors: bool = True,
+    engine: Any = None,
     command: str | None = None,
 ) -> Comparison:
     """Run recipes on the same samples in the same order, each against the exact cache.
@@ -108,21 +107,28 @@ def compare(
             already stays so.
         errors: False leaves out the metrics of attention. Watching keeps an exact copy of keys and values beside the
             cache of the arm that runs, which is not counted in its bytes, nor is the work in its times.
+        engine: what runs the samples: by default this process; `"local"`, worker processes of this machine, one for
+            each device; `"ray"`, actors of a Ray cluster (the extra `ray`); or a mapping with `name`, `workers`,
+            `cpus`, `gpus` and `address`, as in the file of an experiment. The model must be given by its name. Rows
+            are the same, and a run may go on with another engine. Programs that call this need the guard
+            `if __name__ == "__main__"`, because local workers import them.
         command: what was run, for the record.
 
     Returns:
         The rows, means with confidence intervals, paired differences; printable.
 
     Raises:
-        CompareError: an argument is not valid, `out` is in use or holds another experiment, a row can't be written, or
-            every sample failed. A sample that fails is a row with its error, and the run goes on.
+        CompareError: an argument is not valid, `out` is in use or holds another experiment, a row can't be written,
+            workers can't be started, or every sample failed. A sample that fails is a row with its error, and the run
+            goes on.
         RecipeError: a recipe is not valid, or does not fit the model.
         TaskError: a task is unknown, or its file is not valid.
+        MissingDependencyError: an engine, or a model, needs a package that is not installed.
     """
     given = {
         "model": model, "task": task, "tasks": tasks, "n": n, "seed": seed, "tokens": tokens, "metrics": metrics,
         "margins": margins, "match": match, "baseline": baseline, "aa": aa, "batch": batch, "device": device,
-        "attach": attach, "errors": errors,
+        "attach": attach, "errors": errors, "engine": engine,
     }  # fmt: skip
     check_comparison(16 if n is None else n, 0 if seed is None else seed, tokens, "lines", out)
     experiment, recipes, loaded = declare(arms, tokenizer=tokenizer, **given)
@@ -209,24 +215,23 @@ def run_experiment(
 
     What ends it early, Ctrl-C or a full disk, is raised with the rows that are finished as its attribute `partial`.
     """
+    if experiment.engine is not None:
+        check_workers(experiment, model, tokenizer)
     with ExitStack() as stack:
         if out is not None:
             check_directory(out)
             stack.enter_context(locked(out, "a comparison"))
         if out is not None and not overwrite:
             check_same(out, early_identity(experiment, recipes))
-        ready = prepare(experiment, recipes, model, tokenizer, command)
-        reads = stack.enter_context(attached(ready.model, experiment.attach))
-        if experiment.batch > 1 and not reads:
-            raise CompareError(
-                f"batch must be 1 where the model is not attached, found {experiment.batch}: only an attached model "
-                "tells caches which tokens are padding; attach it, or run samples one by one (--batch 1)"
-            )
-        caches = {name: _cache(name, recipe, ready.model, reads) for name, recipe in ready.all_arms().items()}
+        if experiment.engine is not None:
+            ready, reads, labour = stack.enter_context(elsewhere(experiment, recipes, command))
+        else:
+            ready = prepare(experiment, recipes, model, tokenizer, command)
+            reads, labour = stack.enter_context(_here(ready))
+            stack.enter_context(one_thread(ready.bundled))
         store = stack.enter_context(open_store(out, ready.contents(reads), overwrite))
-        stack.enter_context(one_thread(ready.bundled))
         try:
-            _run(ready, caches, store, retry, progress)
+            _run(ready, labour, store, retry, progress)
         except BaseException as error:
             error.partial = Comparison.of(store, recipes)  # type: ignore[attr-defined]
             raise
@@ -249,44 +254,40 @@ def _refuse_failure(result: Comparison) -> None:
     )
 
 
-def _cache(name: str, recipe: Recipe, model: Any, attached: bool) -> Any:
-    try:
-        return fitting_cache(recipe, model, attached)
-    except KvpolicyError as error:
-        raise type(error)(f"arm {quoted(name)}: {error}") from None
-
-
-def fitting_cache(recipe: Recipe, model: Any, attached: bool) -> Any:
-    """A cache for a model that is attached or not; refused where the recipe needs one that is."""
-    cache = make_cache(recipe, model)
-    for layer in cache.layers:
-        if isinstance(layer, TieredLayer) and not attached:
-            layer.check_attached()
-    return cache
-
-
-def _run(ready: Prepared, caches: dict[str, Any], store: Store, retry: bool, show: bool) -> None:
-    measures, batch = set(ready.experiment.measures), ready.experiment.batch
-    watch = bool(measures & set(ATTENTION)) and store.contents.identity["attached"] and batch == 1
-    runner = Runner(ready.model, ready.tokenizer, watch, "score" in measures)
-    worker = Worker(runner, caches, lambda text: warnings.warn(text, stacklevel=8))
-    done, arms, failing = store.finished(failed=not retry), list(caches), set[str]()
-    pending = [(unit, missing(unit, arms, done)) for unit in units(ready.items, batch)]
+def _run(ready: Prepared, labour: Labour, store: Store, retry: bool, show: bool) -> None:
+    done, arms, failing = store.finished(failed=not retry), list(ready.all_arms()), set[str]()
+    pending = [(unit, missing(unit, arms, done)) for unit in units(ready.items, ready.experiment.batch)]
     pending = [(unit, wanted) for unit, wanted in pending if wanted]
     if not pending:
         return
     total = sum(len(wanted) for _, wanted in pending)
-    with runner.ready(), progress_bar(total, show) as advance:
-        _warm_up(runner, caches[EXACT])
-        for number, (unit, wanted) in enumerate(pending):
-            where = f"{_named(unit)}, {number + 1} of {len(pending)}"
+    with progress_bar(total, show) as advance, labour(pending, advance) as rows:
+        for finished in rows:
+            store.add(finished.row, finished.attention)
+            _warn_of(finished.row, failing)
 
-            def said(arm: str, n: int, at: str = where) -> None:
-                advance(f"{at}: {arm}" if arm else "", n)
 
-            for finished in worker.run(unit, wanted, said):
-                store.add(finished.row, finished.attention)
-                _warn_of(finished.row, failing)
+@contextmanager
+def _here(ready: Prepared) -> Iterator[tuple[bool, Labour]]:
+    """This process runs every unit, one after another."""
+    warn = lambda text: warnings.warn(text, stacklevel=8)  # noqa: E731
+    with bench(ready.model, ready.tokenizer, ready.all_arms(), Terms.of(ready.experiment), warn) as found:
+
+        def rows(pending: Pending, said: Said) -> Iterator[Finished]:
+            for number, (unit, wanted) in enumerate(pending):
+                where = f"{named(unit)}, {number + 1} of {len(pending)}"
+
+                def told(arm: str, n: int, at: str = where) -> None:
+                    said(f"{at}: {arm}" if arm else "", n)
+
+                yield from found.run(unit, wanted, told)
+
+        @contextmanager
+        def labour(pending: Pending, said: Said) -> Iterator[Iterator[Finished]]:
+            with found.ready():
+                yield rows(pending, said)
+
+        yield found.reads, labour
 
 
 def _warn_of(row: Row, failing: set[str]) -> None:
@@ -299,18 +300,6 @@ def _warn_of(row: Row, failing: set[str]) -> None:
         f"{clip(row.error, 300)}. Said once",
         stacklevel=6,
     )
-
-
-def _named(unit: list[Item]) -> str:
-    first = unit[0].planned
-    return f"{clip(first.task, 30)}, sample {first.sample}{f' to {unit[-1].planned.sample}' if len(unit) > 1 else ''}"
-
-
-def _warm_up(runner: Runner, cache: Any) -> None:
-    try:
-        runner.warm_up(copy.deepcopy(cache))
-    except Exception as error:
-        raise CompareError(f"the exact cache: the model can't be run: {cause_of(error)}") from error
 
 
 def limit_of(model: Any) -> int | None:

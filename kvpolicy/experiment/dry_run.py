@@ -12,7 +12,8 @@ from typing import Any
 from rich.table import Table
 
 from kvpolicy.errors import CompareError
-from kvpolicy.experiment.comparison import declare, fitting_cache
+from kvpolicy.experiment.bench import fitting_cache
+from kvpolicy.experiment.comparison import declare
 from kvpolicy.experiment.names import AGAIN, ATTENTION, EXACT
 from kvpolicy.experiment.prepared import Prepared, prepare
 from kvpolicy.experiment.printed import Printed
@@ -34,6 +35,8 @@ class DryRun(Printed):
     """What all of it takes, estimated from one sample; None where that could not be run."""
     cause: str = ""
     """Why not."""
+    shared: bool = False
+    """Whether an engine's workers would share the work."""
 
     @property
     def comparisons(self) -> int:
@@ -67,6 +70,7 @@ class DryRun(Printed):
     def notes(self) -> str:
         """How long it takes, and how the table is to be read."""
         time_ = f"unknown: {self.cause}" if self.seconds is None else f"about {_duration(self.seconds)}"
+        time_ += " of one worker, which those of the engine share" if self.shared and self.seconds is not None else ""
         return (
             f"arms: {', '.join(self.arms)}\nrows: {self.rows}; time: {time_}\n"
             "Smallest difference: what a paired comparison finds with a probability of 80% where "
@@ -96,7 +100,7 @@ def dry_run(arms: Any, **given: Any) -> DryRun:
         raise
     except Exception as error:
         seconds, cause = None, cause_of(error)
-    return DryRun(tuple(ready.all_arms()), tasks, seconds, cause)
+    return DryRun(tuple(ready.all_arms()), tasks, seconds, cause, experiment.engine is not None)
 
 
 def _size(encoded: Any) -> int:

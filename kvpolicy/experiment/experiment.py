@@ -21,6 +21,7 @@ from pydantic import (
 from kvpolicy.errors import CompareError, KvpolicyError
 from kvpolicy.experiment.arms import Arm, Declared, Matching, Open, recipes_of
 from kvpolicy.experiment.arms import is_exact as is_exact
+from kvpolicy.experiment.engines import Engine, Given
 from kvpolicy.experiment.names import ATTENTION, EXACT, METRICS
 from kvpolicy.hf.source import ModelSource
 from kvpolicy.recipe.load import Recipe
@@ -122,6 +123,7 @@ class Experiment(Declared):
     aa: bool = Field(default=False, description="Run the exact cache again in another batch: the noise floor.")
     batch: int = Field(default=1, ge=1, le=4096, description="Samples that run together.")
     attach: bool = Field(default=True, description="Let the model read the compressed stores directly.")
+    engine: Given = None
     _matching: Matching | None = PrivateAttr(None)
 
     @property
@@ -300,11 +302,8 @@ def _problem(problem: Any) -> str:
     kind, context, found = problem["type"], problem.get("ctx", {}), in_words(problem.get("input"))
     key = str(problem["loc"][-1]) if problem["loc"] else ""
     if kind == "extra_forbidden":
-        home: Any = (
-            {"arms": Arm, "tasks": Task}.get(str(problem["loc"][0]), Experiment)
-            if len(problem["loc"]) > 1
-            else Experiment
-        )
+        homes = {"arms": Arm, "tasks": Task, "engine": Engine} if len(problem["loc"]) > 1 else {}
+        home: Any = homes.get(str(problem["loc"][0]), Experiment)
         return f"unknown key {quoted(key)}{suggest(key, home.model_fields)}; allowed: {', '.join(home.model_fields)}"
     if kind == "missing":
         return f"must be given, found no {key}"

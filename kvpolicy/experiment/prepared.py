@@ -6,7 +6,7 @@ import hashlib
 import json
 import platform
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -40,6 +40,7 @@ class Prepared:
     recipes: dict[str, Recipe]
     """The arms as they were given."""
     model: Any
+    """None where it is in workers."""
     tokenizer: Any
     items: list[Item]
     bundled: bool
@@ -50,8 +51,7 @@ class Prepared:
 
     def all_arms(self) -> dict[str, Recipe]:
         """The arms, the exact cache first, and the A/A arm last."""
-        full = load_recipe("full")
-        return {EXACT: full, **self.recipes, **({AGAIN: full} if self.experiment.aa else {})}
+        return all_arms(self.experiment, self.recipes)
 
     def contents(self, attached: bool) -> Contents:
         """What a store of it begins with."""
@@ -64,6 +64,7 @@ class Prepared:
             "margins": dict(e.margins),
             "batch": e.batch,
             "aa": AGAIN if e.aa else None,
+            "engine": None if e.engine is None else e.engine.model_dump(exclude_none=True),
             "experiment": declared_again(e, self.recipes),
             **({} if e.matching is None else {"match": e.matching.plain()}),
         }
@@ -92,6 +93,12 @@ def match_arms(
     dtype = None if model is None else str(model.dtype).removeprefix("torch.")
     counter = Counter(read_shape(config, dtype), lengths, experiment.attach)
     return match(opened, beside, counter, bits_wanted(experiment.match))
+
+
+def all_arms(experiment: Experiment, recipes: Mapping[str, Recipe]) -> dict[str, Recipe]:
+    """Recipes by arm, the exact cache first, and the A/A arm last."""
+    full = load_recipe("full")
+    return {EXACT: full, **recipes, **({AGAIN: full} if experiment.aa else {})}
 
 
 def draw(experiment: Experiment, tokenizer: Any) -> Drawn:
@@ -153,36 +160,61 @@ def prepare(
     bundled = model is None and experiment.model is None
     given, device = (experiment.source, None) if model is None else (model, experiment.device)
     loaded, tokenizer, shown = load_given(given, tokenizer, device)
-    drawn = draw(experiment, tokenizer)
-    encoded = encode([sample for _, sample in drawn], tokenizer, loaded.config)
-    items = [Item(planned, found) for (planned, _), found in zip(drawn, encoded, strict=True)]
-    found = fingerprint_of(loaded)
-    model_facts = {**about(loaded, shown), **_environment()}
+    work = Work.of(experiment, tokenizer, loaded.config)
+    seen = seen_of(loaded, tokenizer, shown)
+    return put_together(experiment, recipes, work, seen, command, model=loaded, bundled=bundled)
+
+
+@dataclass(frozen=True)
+class Work:
+    """The samples of an experiment, and the tokenizer that put them into tokens."""
+
+    drawn: Drawn
+    items: list[Item]
+    tokenizer: Any
+
+    @classmethod
+    def of(cls, experiment: Experiment, tokenizer: Any, config: Any) -> Work:
+        """Draw the samples, and encode them for a model with this config."""
+        drawn = draw(experiment, tokenizer)
+        encoded = encode([sample for _, sample in drawn], tokenizer, config)
+        return cls(drawn, [Item(p, found) for (p, _), found in zip(drawn, encoded, strict=True)], tokenizer)
+
+
+def seen_of(model: Any, tokenizer: Any, shown: str) -> dict[str, Any]:
+    """What a process that has the model says of it: `facts`, and `same`, on which numbers depend. Plain data."""
+    found, facts = fingerprint_of(model), about(model, shown)
     digests = {
         "config": _digest(repr(sorted(found.config.items()))),
         "weights": _digest(repr(sorted((found.weights or {}).items()))),
         "tokenizer": _tokenizer(tokenizer),
     }
-    identity, texts = early_identity(experiment, recipes), _texts(drawn)
+    same = {"dtype": facts["dtype"], "device": model.device.type, "versions": facts["versions"], "model": digests}
+    return {"facts": {**facts, **_environment()}, "same": same}
+
+
+def put_together(
+    experiment: Experiment,
+    recipes: dict[str, Recipe],
+    work: Work,
+    seen: Mapping[str, Any],
+    command: str | None,
+    *,
+    model: Any,
+    bundled: bool,
+) -> Prepared:
+    """An experiment that is ready. The model is None where workers have it, who said what they see of it."""
+    texts, drawn = _texts(work.drawn), work.drawn
     facts = {
-        **model_facts,
-        **_described(experiment, items),
-        "digests": {**digests, "tasks": texts},
-        "template": _template(tokenizer) if any(planned.facts.get("template") for planned, _ in drawn) else None,
+        **seen["facts"],
+        **_described(experiment, work.items),
+        "digests": {**seen["same"]["model"], "tasks": texts},
+        "template": _template(work.tokenizer) if any(planned.facts.get("template") for planned, _ in drawn) else None,
         "truncation": _truncation(drawn),
         "command": command,
     }
-    same = {"dtype": facts["dtype"], "device": loaded.device.type, "versions": facts["versions"]}
-    return Prepared(
-        experiment,
-        recipes,
-        loaded,
-        tokenizer,
-        items,
-        bundled,
-        facts,
-        {**identity, **same, "model": digests, "texts": texts},
-    )
+    identity = {**early_identity(experiment, recipes), **seen["same"], "texts": texts}
+    return Prepared(experiment, recipes, model, work.tokenizer, work.items, bundled, facts, identity)
 
 
 def _described(experiment: Experiment, items: Sequence[Item]) -> dict[str, Any]:
@@ -205,9 +237,8 @@ def _described(experiment: Experiment, items: Sequence[Item]) -> dict[str, Any]:
 
 def declared_again(experiment: Experiment, recipes: dict[str, Recipe]) -> str:
     """The experiment as YAML that stands for itself: every recipe written out."""
-    data = experiment.model_dump(
-        mode="json", exclude={"arms", "tasks", "match", "trust_remote_code"}, exclude_defaults=True
-    )
+    hidden = {"arms", "tasks", "match", "trust_remote_code", "engine"}
+    data = experiment.model_dump(mode="json", exclude=hidden, exclude_defaults=True)
     data["tasks"] = [
         {"task": shown_task(task.task), **task.model_dump(mode="json", exclude={"task"}, exclude_defaults=True)}
         for task in experiment.tasks

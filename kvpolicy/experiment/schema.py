@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from kvpolicy.experiment.engines import NAMES
 from kvpolicy.experiment.experiment import Experiment
 from kvpolicy.recipe.schema import recipe_schema
 
@@ -23,4 +24,6 @@ def experiment_schema() -> dict[str, Any]:
     arm = {"if": words, "else": {"if": whole, "then": {"$ref": "#/$defs/recipe"}, "else": {"$ref": "#/$defs/Arm"}}}
     schema["properties"]["arms"]["items"] = arm
     schema["properties"]["tasks"]["items"] = {"if": {"type": "string"}, "then": words, "else": {"$ref": "#/$defs/Task"}}
+    engine = schema["properties"]["engine"]
+    engine["anyOf"] = [{"enum": list(NAMES)}, *engine["anyOf"]]
     return {"$schema": recipe["$schema"], **schema, "title": "kvpolicy experiment", "$defs": definitions}

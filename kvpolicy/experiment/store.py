@@ -294,7 +294,7 @@ def check_same(directory: Path, identity: Mapping[str, Any]) -> None:
     with _reading(directory / FILE) as connection:
         there = _about(connection, "identity")
     here = json.loads(_dump(identity))
-    told = list(_differences({key: there.get(key) for key in here}, here, ""))
+    told = list(differences({key: there.get(key) for key in here}, here, ""))
     if told:
         more = f", and {len(told) - 4} more" if len(told) > 4 else ""
         raise CompareError(
@@ -303,16 +303,16 @@ def check_same(directory: Path, identity: Mapping[str, Any]) -> None:
         )
 
 
-def _differences(there: Any, here: Any, path: str) -> Iterable[str]:
+def differences(there: Any, here: Any, path: str) -> Iterable[str]:
     """What tells two experiments apart, in words."""
     if isinstance(there, dict) and isinstance(here, dict):
         for key in dict.fromkeys([*there, *here]):
             if isinstance(there.get(key) or here.get(key), dict) and not (key in there and key in here):
                 continue  # an arm or a task that one of them lacks, which the lists of their names say
-            yield from _differences(there.get(key), here.get(key), f"{path} {key}" if path else key)
+            yield from differences(there.get(key), here.get(key), f"{path} {key}" if path else key)
     elif isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
         for i, (a, b) in enumerate(zip(there, here, strict=True)):
-            yield from _differences(a, b, f"{path} {i + 1}")
+            yield from differences(a, b, f"{path} {i + 1}")
     elif there != here:
         yield f"{path} is {_shown(there)} there and {_shown(here)} here"
 

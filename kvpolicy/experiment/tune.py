@@ -13,7 +13,8 @@ from torch import Tensor
 
 from kvpolicy.arguments import check_directory, check_optuna, check_room, check_search
 from kvpolicy.errors import CompareError
-from kvpolicy.experiment.comparison import fitting_cache, limit_of, progress_bar
+from kvpolicy.experiment.bench import fitting_cache
+from kvpolicy.experiment.comparison import limit_of, progress_bar
 from kvpolicy.experiment.prepared import about, load_given
 from kvpolicy.experiment.result import estimate
 from kvpolicy.experiment.run import Runner, divergence

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from kvpolicy.experiment.run import Encoded, Run, Runner, row, unlikely
 from kvpolicy.experiment.store import Planned
 from kvpolicy.experiment.together import Together
 from kvpolicy.statistics.rows import Row
+from kvpolicy.words import clip
 
 NO_EXACT = "the exact cache, with which it is compared, failed"
 Wanted = set[tuple[str, str, str]]
@@ -43,6 +45,12 @@ class Finished:
     attention: Mapping[str, Any] | None = None
 
 
+Pending = list[tuple[list[Item], Wanted]]
+"""Units with the rows that they still lack."""
+Labour = Callable[[Pending, Said], AbstractContextManager[Iterator[Finished]]]
+"""Whatever runs units; rows come in any order."""
+
+
 def units(items: Sequence[Item], batch: int) -> list[list[Item]]:
     """Batches of consecutive samples of one task; the same for a run that goes on, so that its rows are the same.
 
@@ -57,6 +65,13 @@ def units(items: Sequence[Item], batch: int) -> list[list[Item]]:
         else:
             found.append([item])
     return found
+
+
+def named(unit: Sequence[Item]) -> str:
+    """A unit in a few words."""
+    first = unit[0].planned
+    more = f" to {unit[-1].planned.sample}" if len(unit) > 1 else ""
+    return f"{clip(first.task, 30)}, sample {first.sample}{more}"
 
 
 def missing(unit: Sequence[Item], arms: Sequence[str], done: Wanted) -> Wanted:

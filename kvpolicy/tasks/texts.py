@@ -119,7 +119,7 @@ def cut(files: Sequence[Path], tokenizer: Any, tokens: int, samples: int, held_o
     Raises:
         TaskError: a file is no text, or all together are shorter than asked.
     """
-    chosen = windows(files, tokenizer, tokens, samples)
+    chosen = windows(files, tokenizer, tokens, samples, ANSWER)
     kept = min(max(round(held_out * samples), 1), samples - 1)
     away = [(i + 1) * kept // samples > i * kept // samples for i in range(samples)]
     return Split(
