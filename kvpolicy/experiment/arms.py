@@ -341,8 +341,10 @@ def _name_problem(name: str, recipe: Recipe, known: Mapping[str, Recipe]) -> str
 
 
 def is_exact(recipe: Any) -> bool:
-    """Whether a recipe keeps every token of every layer exactly."""
+    """Whether a recipe keeps every token of every layer exactly, and every query reads all of them."""
     lists = [recipe.tiers, *recipe.layers.values()]
-    return all(
-        tiers == "full" or all(tier.keys == "full" and tier.values == "full" for tier in tiers) for tiers in lists
-    )
+    return all(tiers == "full" or all(map(_plainly_kept, tiers)) for tiers in lists)
+
+
+def _plainly_kept(tier: Any) -> bool:
+    return tier.keys == "full" and tier.values == "full" and tier.read is None

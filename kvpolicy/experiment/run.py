@@ -22,6 +22,7 @@ from kvpolicy.experiment.prefill import Prompt, can_share
 from kvpolicy.experiment.store import Planned
 from kvpolicy.hf.models import cache_word
 from kvpolicy.hf.passes import is_attached
+from kvpolicy.hf.prepare import asking, end_prompt, read_again
 from kvpolicy.layer.report import PARTS, Memory
 from kvpolicy.statistics.rows import Row
 from kvpolicy.tasks.encoding import encode as tokens_of
@@ -200,6 +201,21 @@ class Runner:
     def _prefill(self, cache: CompressedCache, item: Encoded, watcher: Watcher | None) -> tuple[Tensor, float, bool]:
         """Logits after the prompt, seconds, and whether another cache's run computed the prompt, or its first part."""
         first, *more = item.parts
+        ids, start = torch.tensor([first], device=self.device), time.perf_counter()
+        with read_again(self.model, cache, ids):
+            told = time.perf_counter() - start
+            logits, seconds, shared = self._begin(cache, item, first, watcher)
+        if more and asking(cache):
+            end_prompt(cache)
+        for part in more:
+            logits, spent = self._step(part, cache, watcher)
+            seconds += spent
+        return logits, seconds + told, shared
+
+    def _begin(
+        self, cache: CompressedCache, item: Encoded, first: list[int], watcher: Watcher | None
+    ) -> tuple[Tensor, float, bool]:
+        """The same for the part of the prompt that is read at once."""
         known = self.prompt[1] if self.prompt is not None and self.prompt[0] is item else None
         shared = known is not None and can_share(cache)
         if known is not None and shared:
@@ -210,14 +226,12 @@ class Runner:
             logits, seconds = self._step(first, cache, watcher)
             if self.share and known is None and is_exact(cache.recipe):
                 self.prompt = item, Prompt.of(cache, logits, seconds, None if watcher is None else watcher.seen())
-        for part in more:
-            logits, spent = self._step(part, cache, watcher)
-            seconds += spent
         return logits, seconds, shared
 
     def predictions(self, cache: CompressedCache, prompt: list[int], answer: list[int]) -> Tensor:
         """Log-probabilities `[answer tokens, vocabulary]`: prefill at once, then the answer token by token."""
-        rows = [self._step(prompt, cache)[0]]
+        with read_again(self.model, cache, torch.tensor([prompt], device=self.device)):
+            rows = [self._step(prompt, cache)[0]]
         rows += [self._step([token], cache)[0] for token in answer[:-1]]
         return log_probs_of(rows)
 

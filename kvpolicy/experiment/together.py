@@ -14,6 +14,7 @@ from torch import Tensor
 from kvpolicy.experiment.experiment import is_exact
 from kvpolicy.experiment.prefill import Prompt, can_share
 from kvpolicy.experiment.run import Encoded, Run, Runner, by_part, log_probs_of
+from kvpolicy.hf.prepare import read_again
 from kvpolicy.tasks.scorers import score
 
 if TYPE_CHECKING:
@@ -78,12 +79,15 @@ class Together:
     def _prefill(self, cache: CompressedCache, items: Sequence[Encoded], feed: _Feed) -> tuple[Tensor, float, bool]:
         runner, key = self.runner, tuple(map(id, items))
         known = runner.prompt[1] if runner.prompt is not None and runner.prompt[0] == key else None
-        if known is not None and can_share(cache):
-            return known.logits, known.seconds + runner.fill(cache, known), True
-        logits, seconds = feed.step(None, cache)
+        start = time.perf_counter()
+        with read_again(runner.model, cache, feed.ids, feed.given):
+            told = time.perf_counter() - start
+            if known is not None and can_share(cache):
+                return known.logits, known.seconds + told + runner.fill(cache, known), True
+            logits, seconds = feed.step(None, cache)
         if runner.share and known is None and is_exact(cache.recipe):
             runner.prompt = key, Prompt.of(cache, logits, seconds, mask=feed.given)
-        return logits, seconds, False
+        return logits, seconds + told, False
 
     def _greedy(
         self, found: list[Tensor], items: Sequence[Encoded], cache: CompressedCache, feed: _Feed

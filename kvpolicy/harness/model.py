@@ -18,6 +18,7 @@ from kvpolicy.harness.scoring import Context, Score, Scorer, batches, ordered
 from kvpolicy.hf.cache import CompressedCache, make_cache
 from kvpolicy.hf.layer import TieredLayer
 from kvpolicy.hf.models import apply_template, attached, cache_word
+from kvpolicy.hf.prepare import read_again
 from kvpolicy.hf.source import ModelSource, check_model
 from kvpolicy.recipe.load import load_recipe
 from kvpolicy.words import in_words
@@ -142,7 +143,8 @@ class CompressedLM(HFLM):
     def _model_generate(self, context: Any, max_length: int, stop: list[str], **generation_kwargs: Any) -> Any:
         cache = self._fresh()
         given = {"cache_implementation": None, **generation_kwargs, self._word: cache}
-        found = super()._model_generate(context, max_length, stop, **given)
+        with read_again(self.model, cache, context, generation_kwargs.get("attention_mask")):
+            found = super()._model_generate(context, max_length, stop, **given)
         self._bits.append(cache.memory().bits_per_value)
         return found
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy.hf.models import cache_word
+from kvpolicy.hf.prepare import read_again
 
 
 @dataclass
@@ -155,7 +156,9 @@ class _Rows:
         widest = self.mask.shape[1]
         all_logits = any(context.scored < context.prefill for context in self.batch)
         ids = [(0,) * (widest - c.prefill) + c.tokens[: c.prefill] for c in self.batch]
-        logits = self._pass(self.cache, self.mask, torch.tensor(ids, device=self.scorer.device), all_logits)
+        prompt = torch.tensor(ids, device=self.scorer.device)
+        with read_again(self.scorer.model, self.cache, prompt, self.mask if self.padded else None):
+            logits = self._pass(self.cache, self.mask, prompt, all_logits)
         for row, context in enumerate(self.batch):
             scored = context.tokens[context.scored : context.prefill]
             if scored:

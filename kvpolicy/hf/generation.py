@@ -11,6 +11,7 @@ from kvpolicy.arguments import check_generation
 from kvpolicy.errors import CompareError, KvpolicyError
 from kvpolicy.hf.cache import make_cache
 from kvpolicy.hf.models import attached, cache_word, load_model, one_thread, positions_of
+from kvpolicy.hf.prepare import read_again
 from kvpolicy.hf.source import ModelSource, check_model, is_bundled
 from kvpolicy.recipe.load import load_recipe
 from kvpolicy.words import clip
@@ -53,19 +54,20 @@ def generate_text(
     with attached(network, attach), torch.inference_mode(), one_thread(is_bundled(model)):
         cache = make_cache(loaded, network)
         try:
-            output = network.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                **{cache_word(network): cache},
-                streamer=_Streamer(tokenizer, out),
-                max_new_tokens=tokens,
-                do_sample=False,
-                num_beams=1,
-                temperature=None,
-                top_p=None,
-                top_k=None,
-                cache_implementation=None,
-            )
+            with read_again(network, cache, ids):
+                output = network.generate(
+                    ids,
+                    attention_mask=torch.ones_like(ids),
+                    **{cache_word(network): cache},
+                    streamer=_Streamer(tokenizer, out),
+                    max_new_tokens=tokens,
+                    do_sample=False,
+                    num_beams=1,
+                    temperature=None,
+                    top_p=None,
+                    top_k=None,
+                    cache_implementation=None,
+                )
         except (KvpolicyError, OSError):
             raise
         except Exception as error:

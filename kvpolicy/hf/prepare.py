@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from kvpolicy.hf.passes import is_attached
 from kvpolicy.interfaces.prompt_scorer import PromptScorer, noted, settled, spans_of
 from kvpolicy.layer.view import View
 
-__all__ = ["prepare"]
+__all__ = ["asking", "end_prompt", "prepare", "read_again"]
 
 
 @torch.no_grad()
@@ -50,35 +51,69 @@ def prepare(
         CacheError: the recipe asks for no such scores, the cache holds tokens, the model is not attached, or the prompt
             or the mask does not fit.
     """
-    asking = _asking(model, cache, input_ids, attention_mask)
-    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids.device).long()
-    told: dict[int, list[Tensor]] = {layer: [] for layer in asking}
-    for row, real in zip(input_ids, mask.bool(), strict=True):
-        found = _scores(model, asking, row[real].unsqueeze(0), list(instruction))
-        for layer, scores in found.items():
-            whole = scores.new_zeros((1, scores.shape[1], len(row)))
-            whole[..., real.to(scores.device)] = scores
-            told[layer].append(whole)
-    try:
-        for layer, rows in told.items():
-            cache.layers[layer].tiers.told = torch.cat(rows)
-        _run(model, cache, input_ids, (mask.cumsum(1) - 1).clamp(min=0), mask)
-        cache.guard.commit(1)  # as before a first single token: the prompt ends
-    finally:
-        for layer in told:
-            cache.layers[layer].tiers.told = None
-    return cache
-
-
-def _asking(model: Any, cache: CompressedCache, ids: Tensor, mask: Tensor | None) -> dict[int, PromptScorer]:
-    """The scorer of each layer that asks for the prompt to be read again."""
-    layers = {i: x.tiers for i, x in enumerate(cache.layers) if isinstance(x, TieredLayer)}
-    found = {i: scorer for i, tiers in layers.items() if (scorer := tiers.placement.scores.told) is not None}
-    if not found:
+    if not asking(cache):
         raise CacheError(
             f"prepare must be given a cache whose recipe ranks tokens by a prompt read again, found recipe "
             f"{cache.recipe.name!r}; use generate alone"
         )
+    with read_again(model, cache, input_ids, attention_mask, instruction=instruction):
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids.device).long()
+        _run(model, cache, input_ids, (mask.cumsum(1) - 1).clamp(min=0), mask)
+        end_prompt(cache)
+    return cache
+
+
+@contextmanager
+def read_again(
+    model: Any,
+    cache: CompressedCache,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    instruction: Sequence[int] = (),
+) -> Iterator[None]:
+    """Within, an empty cache knows what the tokens of a prompt score, and the prompt is given to it.
+
+    A cache whose recipe doesn't ask for it is left alone. Takes what `prepare` takes, and raises the same.
+    """
+    scorers = asking(cache)
+    if not scorers:
+        yield
+        return
+    _check(model, cache, scorers, input_ids, attention_mask)
+    real = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids.device)
+    told: dict[int, list[Tensor]] = {layer: [] for layer in scorers}
+    with torch.no_grad():
+        for row, kept in zip(input_ids, real.bool(), strict=True):
+            found = _scores(model, scorers, row[kept].unsqueeze(0), list(instruction))
+            for layer, scores in found.items():
+                whole = scores.new_zeros((1, scores.shape[1], len(row)))
+                whole[..., kept.to(scores.device)] = scores
+                told[layer].append(whole)
+    try:
+        for layer, rows in told.items():
+            cache.layers[layer].tiers.told = torch.cat(rows)
+        yield
+    finally:
+        for layer in told:
+            cache.layers[layer].tiers.told = None
+
+
+def end_prompt(cache: CompressedCache) -> None:
+    """End the prompt, as a first single token would: what comes is no part of it."""
+    cache.guard.commit(1)
+
+
+def asking(cache: CompressedCache) -> dict[int, PromptScorer]:
+    """The scorer of each layer that asks for the prompt to be read again; empty where none does."""
+    layers = {i: x.tiers for i, x in enumerate(cache.layers) if isinstance(x, TieredLayer)}
+    return {i: scorer for i, tiers in layers.items() if (scorer := tiers.placement.scores.told) is not None}
+
+
+def _check(
+    model: Any, cache: CompressedCache, found: dict[int, PromptScorer], ids: Tensor, mask: Tensor | None
+) -> None:
+    """Refuse what can't be read again."""
     if len(set(found.values())) > 1:
         raise CacheError("all layers must ask for the same scores of a prompt, found several scorers; use one")
     if cache.get_seq_length():
@@ -90,12 +125,11 @@ def _asking(model: Any, cache: CompressedCache, ids: Tensor, mask: Tensor | None
         raise CacheError(f"a prompt and its mask must be [batch, tokens], found {tuple(ids.shape)} and {shape}")
     if mask is not None and not mask.bool().any(1).all():
         raise CacheError("each row of a prompt must have a token that is no padding, found one without; leave it out")
-    return found
 
 
-def _scores(model: Any, asking: dict[int, PromptScorer], ids: Tensor, instruction: list[int]) -> dict[int, Tensor]:
+def _scores(model: Any, scorers: dict[int, PromptScorer], ids: Tensor, instruction: list[int]) -> dict[int, Tensor]:
     """What the tokens of one row score in each layer: `[1, kv_heads, tokens]`."""
-    scorer, length = next(iter(asking.values())), ids.shape[1]
+    scorer, length = next(iter(scorers.values())), ids.shape[1]
     exact, found = make_cache("full", model), dict[int, Tensor]()
     _run(model, exact, ids)
     slides = any(not isinstance(layer, TieredLayer) for layer in exact.layers)  # which can't be cropped
@@ -104,7 +138,7 @@ def _scores(model: Any, asking: dict[int, PromptScorer], ids: Tensor, instructio
 
         def note(module: nn.Module, query: Tensor, key: Any, *rest: Any, span: tuple[int, int] = span) -> None:
             layer: Any = module.layer_idx
-            if layer not in asking:
+            if layer not in scorers:
                 return
             keys = key.dense() if isinstance(key, View) else key
             scaling = rest[2].get("scaling") or query.shape[3] ** -0.5

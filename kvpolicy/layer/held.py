@@ -189,7 +189,8 @@ class Held:
             CacheError: a scorer must be told of them.
         """
         scorer, end = self.placement.scores.told, self.seen + keys.shape[2]
-        if scorer is None or self.step.prompt is not None:
+        ends = keys.shape[2] == 1 and self.seen > 0  # what comes is no part of the prompt
+        if scorer is None or self.step.prompt is not None or ends:
             return
         if self.told is None or self.told.shape != (*keys.shape[:2], end):
             raise CacheError(

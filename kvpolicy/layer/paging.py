@@ -21,6 +21,11 @@ MORE = 4
 """A table has room for this part of its pages more."""
 
 
+def room_for(pages: int) -> int:
+    """Pages that a table made for so many has room for, and the one that takes what belongs to none."""
+    return pages + pages // MORE + MORE + 1
+
+
 class PageTable:
     """Where the tokens of each page are, and what a reader keeps of it.
 
@@ -66,9 +71,8 @@ class PageTable:
         pages, length = self.pages_of(planner.step.seen), store.length
         if self.places is None or self.places.shape[2] <= pages or self.settled > length:
             self.forget()
-            room = pages + pages // MORE + MORE
             with torch.inference_mode(False):
-                shape = (*planner.shape, room + 1, self.reader.page)
+                shape = (*planner.shape, room_for(pages), self.reader.page)
                 self.places = torch.full(shape, NONE, dtype=torch.int32, device=planner.device)
         new = length - self.settled
         if not new:

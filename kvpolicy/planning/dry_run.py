@@ -29,6 +29,7 @@ from kvpolicy.placement.ranking import NOWHERE, Ranking, Turn
 from kvpolicy.placement.selection import highest
 from kvpolicy.placement.step import Step
 from kvpolicy.planning.counted import Counting, Learnt, Scale
+from kvpolicy.planning.counted_pages import PlannedPages
 from kvpolicy.planning.shape import LayerShape, ModelShape
 from kvpolicy.recipe.load import Recipe
 from kvpolicy.storage.pages import planned_for
@@ -143,6 +144,8 @@ class PlannedLayer(LayerCache):
     def __init__(self, start: Step, scratch: PlannedScratch | None, reading: Reading, site: Site, of: Any) -> None:
         self.shape, self.batch, self.dtype, self.learnt = of
         super().__init__(start, scratch, reading, site)
+        if self.page_table is not None:
+            self.page_table = PlannedPages(self.page_table.reader, self.batch, self.shape.key_dim)
 
     def start(self, keys: Tensor, values: Tensor) -> None:
         shape, self.stores = self.shape, {}
@@ -175,6 +178,7 @@ class PlannedLayer(LayerCache):
         """Note what a step keeps that decodes the stores, or reads them."""
         if self.reading.attached and self.told_apart:
             self.columns()
+            self.pages()  # as attention asks for them
             return
         for side, like in self.like.items():
             self.planner.layout(side)

@@ -184,3 +184,24 @@ def test_what_is_told_more_than_keys_and_values_computes_its_own_prompt() -> Non
     model = tiny("llama")
     for recipe in MANY:
         assert can_share(make_cache(recipe, model)) is (recipe not in ATTENDING), recipe
+
+
+@pytest.mark.parametrize("lengths", [(60,), (60, 41)])
+def test_recipes_that_read_less_or_have_the_prompt_read_again_are_run(lengths: tuple[int, ...]) -> None:
+    model, unit = tiny("llama"), items(*lengths)
+    if len(lengths) == 1:  # of several turns the first is what is read again
+        unit = [replace(unit[0], encoded=replace(unit[0].encoded, turns=(40, 20)))]
+    told = ["kvzip:threshold=0.0,chunk=16", "kvzip:threshold=0.5,chunk=16"]
+    quest = {"name": "quest", "tiers": [{"store": "full", "read": {"kind": "quest", "budget": 12, "page": 4}}]}
+    with kvpolicy.attach(model):
+        runner = Runner(model, Words())
+        empty = {**caches(model, told, True), "quest": make_cache(quest, model)}
+        assert len(empty) == 4
+        worker, wanted = Worker(runner, empty, lambda text: None), missing(unit, list(empty), set())
+        with runner.ready():
+            found = list(worker.run(unit, wanted, lambda *_: None))
+    for made in found:
+        row = made.row
+        assert row.error is None, row
+        assert (row.metrics["kl"] < 1e-5) is (row.arm in (EXACT, told[0])), row
+        assert (row.metrics["final_bytes"] < 0.9 * row.metrics["exact_bytes"]) is (row.arm == told[1])

@@ -142,6 +142,19 @@ def test_a_recipe_that_destroys_changes_every_score(loaded: Any) -> None:
     assert prompt.loglikelihood(one_token)[0][0] == pytest.approx(exact.loglikelihood(one_token)[0][0], abs=1e-3)
 
 
+def test_a_recipe_that_has_the_prompt_read_again_is_told(loaded: Any) -> None:
+    found = []
+    for recipe in ("full", "kvzip:threshold=0.0", "kvzip:threshold=0.9,sinks=1"):
+        lm = made(CompressedLM, loaded, recipe=recipe, batch_size=3)
+        scores = [score for score, _ in lm.loglikelihood(asked("loglikelihood", LIKELY[:6]), disable_tqdm=True)]
+        written = lm.generate_until(asked("generate_until", [(c, UNTIL) for c in CONTEXTS[:2]]), disable_tqdm=True)
+        found.append((scores, written))
+    full, all_kept, few = found
+    assert all_kept[0] == pytest.approx(full[0], abs=1e-3)
+    assert all_kept[1] == full[1]
+    assert max(abs(a - b) for a, b in zip(few[0], full[0], strict=True)) > 1e-2
+
+
 def test_the_choices_of_a_context_share_its_prompt(loaded: Any) -> None:
     read: list[int] = []
     hook = loaded[0].register_forward_pre_hook(

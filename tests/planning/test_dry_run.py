@@ -13,6 +13,7 @@ from transformers import AutoConfig
 
 from kvpolicy import load_recipe, make_cache
 from kvpolicy.hf.attach import attention_forward
+from kvpolicy.hf.prepare import asking, end_prompt
 from kvpolicy.layer.report import Memory
 from kvpolicy.planning import counted
 from kvpolicy.planning.dry_run import DryRun, unsure
@@ -38,9 +39,13 @@ def fed(cache: Any, shape: Any, batch: int, passes: list[int], attached: bool) -
     def random(layer: Any, heads: int, n: int, dim: int) -> torch.Tensor:
         return torch.randn(batch, heads, n, dim, generator=generator).to(dtype)
 
-    for n in passes:
+    for number, n in enumerate(passes):
+        if number and asking(cache):  # whose prompt is what is read at first
+            end_prompt(cache)
         cache.begin(n, attached=attached)
         for i, layer in enumerate(shape.layers):
+            if not number and i in asking(cache):
+                cache.layers[i].tiers.told = torch.rand(batch, layer.kv_heads, n, generator=generator)
             keys, values = (random(layer, layer.kv_heads, n, dim) for dim in (layer.key_dim, layer.value_dim))
             found = cache.update(keys, values, i)
             if attached and layer.compressible:
@@ -91,6 +96,18 @@ def test_bytes_are_those_of_a_real_cache(name: str, monkeypatch: pytest.MonkeyPa
             continue
         assert found.stores == real.stores, where
         assert found == real, where
+
+
+@pytest.mark.parametrize("prompt", [3, 70])
+def test_pages_are_counted_as_they_grow(prompt: int) -> None:
+    shape = read_shape(tiny("llama"), "float32")
+    window = {"policy": {"kind": "recent", "window": 9}, "store": "full"}
+    for above, keys in (([], "full"), ([window], {"kind": "int", "nbits": 4})):
+        last = {"keys": keys, "values": keys, "read": {"kind": "quest", "budget": 12, "page": 4}}
+        recipe = load_recipe({"name": "paged", "tiers": [*above, last]})
+        passes = [prompt, *[1] * 40]
+        real = fed(make_cache(recipe, tiny("llama")), shape, 2, passes, True)
+        assert planned(recipe, shape, 2, passes, True) == real, (prompt, above)
 
 
 @pytest.mark.parametrize("family", ["gemma3_text", "deepseek_v3", "gpt_oss", "mistral"])
