@@ -28,7 +28,7 @@ def check(pages: Pages, expected: torch.Tensor) -> None:
     assert pages.reserved() == sum(p.untyped_storage().nbytes() for p in pages.pages)
     assert pages.reserved() >= pages.used()
     sizes, addresses = [p.shape[2] for p in pages.pages], [p.data_ptr() for p in pages.pages]
-    assert pages.marks == ((pages.start, pages.length, *sizes), addresses)
+    assert pages.marks == ((pages.start, pages.length, 0, *sizes), addresses)  # 0: nothing lies flat before the pages
     if not pages.length:
         assert pages.reserved() == 0
         return
