@@ -50,26 +50,37 @@ def load_model(model: str | os.PathLike[str] | ModelSource | None = None, device
         raise CompareError(f"device {target!r} can't hold the model: {_first_line(error)}") from error
 
 
-def load_config(source: ModelSource) -> tuple[Any, Any]:
-    """The config of a model that is given by its name, with the dtype that it would be loaded in, and its tokenizer.
+def read_config(source: ModelSource) -> Any:
+    """The config of a model that is given by its name, with the dtype that it would be loaded in.
 
     Raises:
-        CompareError: there is no such model, or it lacks a tokenizer.
+        CompareError: there is no such model.
+        MissingDependencyError: a package that such a model needs is not installed.
     """
     from transformers import AutoConfig
 
     place = source.place()
-    common = _common(source, place)
-    tokenizer = _load_tokenizer(source, place, common)
+    given = {"gguf_file": place.file} if place.file else {}
     try:
-        config = AutoConfig.from_pretrained(place.home, **common, **({"gguf_file": place.file} if place.file else {}))
+        config = AutoConfig.from_pretrained(place.home, **_common(source, place), **given)
     except Exception as error:
         if not place.local and (why := unreachable(place, error)):
             raise not_from_hub(place, why) from error
         raise CompareError(f"{place.shown}: the config can't be loaded: {_cause(error)}") from error
     if source.dtype not in (None, "auto") or (place.file and source.dtype is None):
         config.dtype = source.dtype or "float32"
-    return config, tokenizer
+    return config
+
+
+def load_config(source: ModelSource) -> tuple[Any, Any]:
+    """`read_config`, and the model's tokenizer.
+
+    Raises:
+        CompareError: there is no such model, or it lacks a tokenizer.
+    """
+    place = source.place()
+    tokenizer = _load_tokenizer(source, place, _common(source, place))
+    return read_config(source), tokenizer
 
 
 def _common(source: ModelSource, place: Place) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from kvpolicy.errors import PlanError
+from kvpolicy.errors import CompareError, PlanError
+from kvpolicy.hf.source import GGUF, ModelSource
 from kvpolicy.planning.plain import plain_shape
 from kvpolicy.planning.shape import DTYPES, ModelShape
 from kvpolicy.words import clip, in_words, quoted, suggest
@@ -73,6 +74,8 @@ def _config(model: Any) -> tuple[str, Any]:
             )
         return str(getattr(config, "name_or_path", "") or config.model_type), config
     text = os.fspath(model)
+    if text.endswith(GGUF):
+        return _named(text)
     path, shown = Path(text), quoted(text)
     try:
         file = path / "config.json" if path.is_dir() else path
@@ -83,9 +86,7 @@ def _config(model: Any) -> tuple[str, Any]:
     if raw is None and there:
         raise PlanError(f"{shown}: a model directory must hold config.json, found none")
     if raw is None:
-        from kvpolicy.planning.transformers_shape import config_of_hub
-
-        return text, config_of_hub(text)
+        return _named(text)
     try:
         found = json.loads(raw)
     except (ValueError, RecursionError) as error:
@@ -93,6 +94,16 @@ def _config(model: Any) -> tuple[str, Any]:
     if not isinstance(found, dict):
         raise PlanError(f"{shown}: config.json must be a JSON object, found {in_words(found)}")
     return (path if path.is_dir() or path.name != "config.json" else path.parent).name or text, found
+
+
+def _named(text: str) -> tuple[str, Any]:
+    """The config of a GGUF file, or of a model on the hub."""
+    from kvpolicy.hf.models import read_config
+
+    try:
+        return Path(text).name if text.endswith(GGUF) else text, read_config(ModelSource(text))
+    except CompareError as error:
+        raise PlanError(f"{error}; a config.json will do, too") from error
 
 
 def _check_numbers(name: str, config: Mapping[str, Any]) -> None:

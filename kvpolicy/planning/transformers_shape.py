@@ -17,9 +17,9 @@ from kvpolicy.hf.models import cache_word
 from kvpolicy.hf.rotary import MOVING
 from kvpolicy.hf.suitability import compressible, set_apart
 from kvpolicy.planning.shape import LayerShape, ModelShape
-from kvpolicy.words import clip, quoted
+from kvpolicy.words import clip
 
-__all__ = ["config_from", "config_of_hub", "shape_from"]
+__all__ = ["config_from", "shape_from"]
 
 EXPERTS = re.compile(r"(^|\.)experts(\.|$)")
 
@@ -37,21 +37,6 @@ def config_from(name: str, found: Mapping[str, Any]) -> Any:
         return AutoConfig.for_model(kind, **{key: value for key, value in found.items() if key != "model_type"})
     except Exception as error:
         raise PlanError(f"{clip(name)}: the config can't be used: {_line(error)}") from error
-
-
-def config_of_hub(name: str) -> Any:
-    """The config of a model on the Hugging Face hub, or of its copy in transformers' own store.
-
-    Raises:
-        PlanError: there is none, or no network.
-    """
-    try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:
-        raise PlanError(
-            f"model must be a config.json, a directory that holds one, or the id of a model on the Hugging Face hub, "
-            f"found {quoted(name)}: there is no such file, and from the hub it can't be had: {_line(error)}"
-        ) from error
 
 
 def shape_from(name: str, given: Any) -> ModelShape:

@@ -120,7 +120,9 @@ BAD: list[tuple[Any, dict[str, Any], str]] = [
     ({"hidden_size": 64, "architectures": ["X"]}, {}, "must name a model_type"),
     ({**COMMON, "model_type": "t5"}, {}, "decoder models"),
     (7, {}, "model must be a config.json"),
-    ("/nowhere/at/all", {}, "there is no such file"),
+    ("/nowhere/at/all", {}, "found no directory or file"),
+    ("nowhere.gguf", {}, "found no directory or file"),
+    ("nobody/nothing", {}, "the hub can't be reached"),
 ]
 
 
