@@ -22,6 +22,7 @@ from kvpolicy.experiment.prefill import Prompt, can_share
 from kvpolicy.experiment.store import Planned
 from kvpolicy.hf.models import cache_word
 from kvpolicy.hf.passes import is_attached
+from kvpolicy.hf.predictions import divergence
 from kvpolicy.hf.prepare import asking, end_prompt, read_again
 from kvpolicy.layer.report import PARTS, Memory
 from kvpolicy.statistics.rows import Row
@@ -369,13 +370,6 @@ def row(planned: Planned, arm: str, item: Encoded, run: Run, exact: Run) -> Row:
 def _nll(run: Run, item: Encoded) -> list[float]:
     answer = torch.tensor(item.answer, device=run.log_probs.device)
     found: list[float] = (-run.log_probs.gather(1, answer[:, None])[:, 0]).tolist()
-    return found
-
-
-def divergence(exact: Tensor, other: Tensor) -> list[float]:
-    """KL(exact || other) in nats, of each step."""
-    terms = torch.where(exact > -torch.inf, exact.exp() * (exact - other), 0.0)
-    found: list[float] = terms.sum(-1).clamp(min=0).tolist()
     return found
 
 

@@ -17,7 +17,7 @@ from kvpolicy.experiment.bench import fitting_cache
 from kvpolicy.experiment.comparison import limit_of, progress_bar
 from kvpolicy.experiment.prepared import about, load_given
 from kvpolicy.experiment.result import estimate
-from kvpolicy.experiment.run import Runner, divergence
+from kvpolicy.experiment.run import Runner
 from kvpolicy.experiment.search import Search, Trial
 from kvpolicy.experiment.study import open_study
 from kvpolicy.experiment.tuning import Found, Tuning
@@ -25,6 +25,7 @@ from kvpolicy.experiment.work import cause_of
 from kvpolicy.hf.cache import make_cache
 from kvpolicy.hf.fingerprint import fingerprint_of
 from kvpolicy.hf.models import attached, one_thread, positions_of
+from kvpolicy.hf.predictions import divergence
 from kvpolicy.hf.source import is_bundled
 from kvpolicy.recipe.load import Recipe
 from kvpolicy.recipe.space import Space, load_space

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import inspect
+import math
 import os
 import textwrap
 from collections.abc import Iterator, Mapping
@@ -21,6 +22,7 @@ from kvpolicy.hf.cache import make_cache
 from kvpolicy.hf.fingerprint import blocks_of
 from kvpolicy.hf.model_config import config_of, head_dim_of
 from kvpolicy.hf.models import attached, cache_word, load_model, one_thread, positions_of
+from kvpolicy.hf.predictions import divergence
 from kvpolicy.hf.source import check_model, source_of
 from kvpolicy.hf.suitability import compressible, set_apart
 from kvpolicy.planning.found import Check, KeyLayer, Probe
@@ -147,7 +149,7 @@ def _quiet(model: Any) -> Iterator[None]:
 
 
 def _divergence(exact: Tensor, other: Tensor) -> float:
-    return float((exact.exp() * (exact - other)).sum(-1).clamp(min=0).mean())
+    return math.fsum(found := divergence(exact, other)) / len(found)
 
 
 def _probe(
