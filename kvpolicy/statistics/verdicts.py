@@ -342,6 +342,8 @@ def _decide(verdict: Verdict, alpha: float, family: int) -> Verdict:
     elif differs and paired.agrees:
         word = _side(rises)
         notes.insert(0, f"{paired.test}, {_p(verdict.p_holm)} after Holm")
+        if paired.bounded:
+            notes.append("few pairs differ, so the interval is an outer bound")
     else:
         word = "undecided"
         notes.insert(0, _open(verdict, paired, differs, family, alpha, detectable))
