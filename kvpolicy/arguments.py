@@ -26,7 +26,7 @@ MAX_TEXT = 1 << 30
 """Bytes of a text that a model is calibrated on."""
 MAX_SEARCHED = 1 << 24
 """Tokens of prompts that a search reads, all samples together."""
-OLDEST_OPTUNA = 4
+OLDEST_OPTUNA = (4,)
 OLDEST_LM_EVAL = (0, 4, 13)
 OLDEST_RAY = (2, 40)
 _PICTURES = (
@@ -171,54 +171,34 @@ def check_search(settings: Mapping[str, Any]) -> None:
 
 
 def check_optuna() -> None:
-    """Refuse to search where Optuna is missing or too old.
-
-    Raises:
-        MissingDependencyError: saying how it is installed.
-    """
-    try:
-        found = version("optuna")
-    except PackageNotFoundError:
-        found = ""
-    if not found or not found.split(".")[0].isdigit() or int(found.split(".")[0]) < OLDEST_OPTUNA:
-        state = f"found {clip(found)}" if found else "which is not installed"
-        raise MissingDependencyError(
-            f"kvpolicy tune needs Optuna {OLDEST_OPTUNA} or newer, {state}; pip install 'kvpolicy[tune]'"
-        )
+    """Refuse to search where Optuna is missing or too old."""
+    _check_library("optuna", "kvpolicy tune needs Optuna", OLDEST_OPTUNA, "tune")
 
 
 def check_ray() -> None:
-    """Refuse the engine ray where Ray is missing or too old.
-
-    Raises:
-        MissingDependencyError: saying how it is installed.
-    """
-    try:
-        found = version("ray")
-    except PackageNotFoundError:
-        found = ""
-    known = tuple(int(part) for part in found.split(".")[:2] if part.isdigit())
-    if known < OLDEST_RAY:
-        least, state = ".".join(map(str, OLDEST_RAY)), f"found {clip(found)}" if found else "which is not installed"
-        raise MissingDependencyError(f"the engine ray needs Ray {least} or newer, {state}; pip install 'kvpolicy[ray]'")
+    """Refuse the engine ray where Ray is missing or too old."""
+    _check_library("ray", "the engine ray needs Ray", OLDEST_RAY, "ray")
 
 
 def check_lm_eval() -> None:
-    """Refuse to evaluate where lm-evaluation-harness is missing or too old.
+    """Refuse to evaluate where lm-evaluation-harness is missing or too old."""
+    _check_library("lm-eval", "kvpolicy lm-eval needs lm-evaluation-harness", OLDEST_LM_EVAL, "lm-eval")
+
+
+def _check_library(name: str, needs: str, oldest: tuple[int, ...], extra: str) -> None:
+    """Refuse to go on where an optional library is missing or too old.
 
     Raises:
         MissingDependencyError: saying how it is installed.
     """
     try:
-        found = version("lm-eval")
+        found = version(name)
     except PackageNotFoundError:
         found = ""
-    known = tuple(int(part) for part in found.split(".")[:3] if part.isdigit())
-    if known < OLDEST_LM_EVAL:
-        least, state = ".".join(map(str, OLDEST_LM_EVAL)), f"found {clip(found)}" if found else "which is not installed"
-        raise MissingDependencyError(
-            f"kvpolicy lm-eval needs lm-evaluation-harness {least} or newer, {state}; pip install 'kvpolicy[lm-eval]'"
-        )
+    known = tuple(int(part) for part in found.split(".")[: len(oldest)] if part.isdigit())
+    if known < oldest:
+        least, state = ".".join(map(str, oldest)), f"found {clip(found)}" if found else "which is not installed"
+        raise MissingDependencyError(f"{needs} {least} or newer, {state}; pip install 'kvpolicy[{extra}]'")
 
 
 CALIBRATION = "kvpolicy-calibration"

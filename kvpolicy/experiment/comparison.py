@@ -270,7 +270,10 @@ def _run(ready: Prepared, labour: Labour, store: Store, retry: bool, show: bool)
 @contextmanager
 def _here(ready: Prepared) -> Iterator[tuple[bool, Labour]]:
     """This process runs every unit, one after another."""
-    warn = lambda text: warnings.warn(text, stacklevel=8)  # noqa: E731
+
+    def warn(text: str) -> None:
+        warnings.warn(text, stacklevel=8)
+
     with bench(ready.model, ready.tokenizer, ready.all_arms(), Terms.of(ready.experiment), warn) as found:
 
         def rows(pending: Pending, said: Said) -> Iterator[Finished]:

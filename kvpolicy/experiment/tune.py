@@ -222,5 +222,7 @@ def _found(study: Any, search: Search, texts: Texts, trial: Trial, place: int, a
         study.set_user_attr(key, rows)
     columns = [estimate(list(column)) for column in zip(*rows, strict=True)]
     kl, bits, top1 = columns
-    assert kl is not None and bits is not None and top1 is not None  # noqa: PT018
+    assert kl is not None
+    assert bits is not None
+    assert top1 is not None
     return Found(label, trial, recipe, space.values(trial.drawn), bits, kl, top1)
