@@ -24,6 +24,9 @@ from kvpolicy.plugins import registry
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers warn of forks otherwise
 _DEFAULTS = [("default", None, DeprecationWarning, "__main__", 0)]
 
+RUNNING = ("generate", "compare", "calibrate", "tune", "check", "lm-eval")
+"""Commands that run a model: in a process of their own, since torch's pools of threads don't always outlive a fork."""
+
 
 def kvpolicy(
     *arguments: str, cwd: Path | None = None, env: Mapping[str, str] | None = None, site: Path | None = None
@@ -36,6 +39,11 @@ def kvpolicy(
         env: environment variables to set.
         site: a directory of installed plugins.
     """
+    if arguments[:1] and arguments[0] in RUNNING:
+        path = os.pathsep.join(filter(None, [str(site or ""), os.environ.get("PYTHONPATH")]))
+        given = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **(env or {})}
+        command = [sys.executable, "-m", "kvpolicy", *arguments]
+        return subprocess.run(command, cwd=cwd, env=given, capture_output=True, text=True, check=False)
     with TemporaryFile("w+b") as out, TemporaryFile("w+b") as err:
         child = os.fork()
         if child == 0:
