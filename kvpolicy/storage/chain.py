@@ -79,6 +79,11 @@ class Chain:
             self._linear = not self.by_position and isinstance(self._adjoint(one), Tensor)
         return bool(self._linear)
 
+    @property
+    def fixed(self) -> bool:
+        """Whether it keeps nothing, so that it does the same in all stores of a quantizer."""
+        return bool(self.state) and not any(self.state) and not self.by_position and self.late.rows is None
+
     def _lines(self) -> list[int]:
         """Rows and heads that tell themselves apart in what is kept."""
         return [max((t.shape[i] for kept in self.state for t in kept.values()), default=1) for i in (0, 1)]

@@ -75,15 +75,22 @@ def _shifts(nbits: int, device: torch.device) -> Tensor:
     return torch.arange(0, 8, nbits, dtype=torch.uint8).unsqueeze(1).to(device)
 
 
+def _packed_part(codes: Tensor, bits: int) -> Tensor:
+    """The lower bits of codes, packed, where all planes are as wide."""
+    planes_of = codes.unflatten(-1, (8 // bits, -1)) & ((1 << bits) - 1)
+    packed: Tensor = (planes_of << _shifts(bits, codes.device)).sum(-2, dtype=torch.uint8)
+    return packed
+
+
 def pack(codes: Tensor, nbits: int) -> Tensor:
     """Pack `codes`, uint8 in `[0, 2**nbits)`, along their last dimension."""
     head_dim, parts = codes.shape[-1], []
     if nbits == 8:
         return codes
-    if nbits != 3 and head_dim * nbits % 8 == 0:
-        planes_of = codes.unflatten(-1, (8 // nbits, -1)) & ((1 << nbits) - 1)
-        packed: Tensor = (planes_of << _shifts(nbits, codes.device)).sum(-2, dtype=torch.uint8)
-        return packed
+    even = all(head_dim * bits % 8 == 0 for bits, _ in PARTS[nbits])
+    if even and (nbits != 3 or codes.device.type != "cpu"):  # elsewhere what counts is the number of calls
+        whole = [_packed_part(codes >> low if low else codes, bits) for bits, low in PARTS[nbits]]
+        return whole[0] if len(whole) == 1 else torch.cat(whole, dim=-1)
     for bits, low in PARTS[nbits]:
         width = _width(head_dim, bits)
         part = codes.new_zeros((*codes.shape[:-1], width))

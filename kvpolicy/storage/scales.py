@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvpolicy.errors import PluginError
 from kvpolicy.interfaces.component import TRY, call
-from kvpolicy.interfaces.quantizer import Affine, AffineQuantizer
+from kvpolicy.interfaces.quantizer import Affine, AffineQuantizer, rank_among
 from kvpolicy.interfaces.site import Site
 
 __all__ = ["Scales", "levels_of"]
@@ -57,6 +57,8 @@ class Scales:
         """How many there are."""
         self.small = quantizer.scale_dtype in ("float8_e4m3", "e8m0")
         """Whether scales have 8 bits."""
+        self.bounds = () if levels is None else tuple(((levels[1:] + levels[:-1]) / 2).tolist())
+        """The middles between levels."""
 
     def dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Type of the tensor that is kept for numbers of type `dtype`.
@@ -76,22 +78,26 @@ class Scales:
         scale, offset = affine.scale, affine.offset
         if self.quantizer.scale_dtype == "e8m0":
             scale = _power(_exponent(scale))
+        elif not self.quantizer.offsets:
+            scale = _e4m3(scale, up=True).float()
         else:
             offset = _e4m3(offset, up=False).float()
             top = 2**self.quantizer.nbits - 1 if self.levels is None else float(self.levels[-1])
             # Whatever the offset lost is to be within the levels still.
             scale = _e4m3(scale + (affine.offset - offset) / max(top, 1e-3), up=True).float()
-        same = (scale == affine.scale) & (offset == affine.offset)  # then the quantizer knows better where ties go
-        x = (groups.float() - offset) / torch.where(scale > 0, scale, 1.0)
+        same = scale == affine.scale  # then the quantizer knows better where ties go
+        x = groups.float()
+        if self.quantizer.offsets:
+            same, x = same & (offset == affine.offset), x - offset
+        x = x / torch.where(scale > 0, scale, 1.0)
         if self.levels is None:
-            codes = x.round().clamp(0, 2**self.quantizer.nbits - 1).nan_to_num(0)
+            codes = x.round_().clamp_(0, 2**self.quantizer.nbits - 1).nan_to_num_(0)
         else:
-            levels = self.levels.to(x.device)
-            codes = torch.bucketize(x.nan_to_num(0), (levels[1:] + levels[:-1]) / 2)
+            codes = rank_among(x.nan_to_num_(0), self.bounds)
         return Affine(torch.where(same, affine.codes, codes.to(torch.uint8)), scale, offset)
 
     def join(self, scale: Tensor, offset: Tensor, dtype: torch.dtype) -> Tensor:
-        """What is kept of scales and offsets `[..., numbers]`, in float32, of numbers of type `dtype`."""
+        """What is kept of scales and offsets `[..., numbers]`, as `rounded` gives them, of numbers of type `dtype`."""
         kept = self.dtype(dtype)
         if not self.small:
             both = torch.cat([scale, offset], dim=-1) if self.quantizer.offsets else scale
@@ -100,7 +106,7 @@ class Scales:
             wide = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
             parts = [_exponent(scale), offset.to(wide).view(torch.uint8)]
         else:
-            parts = [_e4m3(scale, up=True).view(torch.uint8), _e4m3(offset, up=False).view(torch.uint8)]
+            parts = [scale.to(E4M3).view(torch.uint8), offset.to(E4M3).view(torch.uint8)]
         return torch.cat(parts, dim=-1) if self.quantizer.offsets else parts[0]
 
     def split(self, params: Tensor, numbers: int) -> tuple[Tensor, Tensor]:
@@ -174,8 +180,10 @@ def _power(exponent: Tensor) -> Tensor:
 
 def _e4m3(x: Tensor, up: bool) -> Tensor:
     """`x` rounded up, or down, to float8_e4m3; what is beyond its range is brought within."""
-    size = x.abs().clamp(max=LARGEST)
+    size = x.abs().clamp_(max=LARGEST)
     near = size.to(E4M3)
-    bits, away = near.view(torch.uint8).int(), (x >= 0) == up
-    bits = bits + (away & (near.float() < size)).int() - (~away & (near.float() > size)).int()
-    return (bits | ((x < 0).int() << 7)).to(torch.uint8).view(E4M3)
+    kept, bits, negative = near.float(), near.view(torch.uint8), x < 0
+    # A byte more or less is the next number away from zero, or towards it; 255 is less.
+    away, back = (kept < size).view(torch.uint8), (kept > size).view(torch.uint8).mul_(255)
+    bits = bits + (torch.where(negative, back, away) if up else torch.where(negative, away, back))
+    return bits.bitwise_or_(negative.view(torch.uint8) << 7).view(E4M3)
