@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -59,6 +59,7 @@ class Hadamard(Transform):
     """
 
     kind: Literal["hadamard"] = "hadamard"
+    butterflies: ClassVar[bool] = True
     seed: int | None = Field(
         None,
         ge=0,

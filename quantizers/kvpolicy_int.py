@@ -8,7 +8,7 @@ import torch
 from pydantic import Field, model_validator
 
 from kvpolicy.hookspecs import hookimpl
-from kvpolicy.interfaces.quantizer import Affine, AffineQuantizer, Quantizer, root_mean_square
+from kvpolicy.interfaces.quantizer import Affine, AffineQuantizer, Quantizer, Rounding, root_mean_square
 from kvpolicy.interfaces.site import Site
 
 if TYPE_CHECKING:
@@ -71,6 +71,11 @@ class Int(AffineQuantizer):
 
     def levels(self, site: Site) -> Tensor | None:
         return None if self.offsets else torch.arange(2**self.nbits) - (2**self.nbits - 1) / 2
+
+    def rounding(self) -> Rounding | None:
+        if self.range == "percentiles":
+            return None
+        return Rounding(self.range, self.symmetric, 0.0 if self.offsets else STEPS[self.nbits])
 
     def calibrate(self, groups: Tensor) -> Affine:
         x = groups.float()

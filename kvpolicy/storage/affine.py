@@ -17,6 +17,7 @@ from kvpolicy.interfaces.quantizer import AffineQuantizer, Quantizer
 from kvpolicy.interfaces.site import Site
 from kvpolicy.storage.base import LARGE, Ints
 from kvpolicy.storage.coded import NOTHING, POSITIONS, Aside, CodedStore
+from kvpolicy.storage.fused import fuse
 from kvpolicy.storage.gather import gather_tokens
 from kvpolicy.storage.group_size import group_size_of
 from kvpolicy.storage.groups import Groups
@@ -180,6 +181,8 @@ class AffineStore(CodedStore):
 
     def _append_codes(self, x: Tensor, size: int, later: Later | None = None) -> None:
         """Encode and keep tokens; per channel, `size` at a time are a group."""
+        if fuse(self, x, size, later if self.row_heads is None else None):
+            return
         if self.beside is None and (self.chain is None or self.chain.fixed):
             if not self.quantizer.independent:
                 self.keep(*self.encode(x, size))

@@ -120,6 +120,12 @@ class Chain:
             self.asked = self.asked if self.late.rows is not None else None
         return y.to(x.dtype)
 
+    def begin(self, x: Tensor) -> None:
+        """Find what a transform that is alone keeps of the first tokens; `fixed` says then whether that is nothing."""
+        if not self.state and len(self.transforms) == 1 and not self.asks:
+            self._keep([fitted(self.transforms[0], x, None, self.site)])
+            self.late.note(x)
+
     def _keep(self, state: list[dict[str, Tensor]]) -> None:
         with torch.inference_mode(False):  # or they could not be used outside
             self.state = [{name: t.detach().clone() for name, t in kept.items()} for kept in state]
