@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,14 +31,14 @@ def levels_of(quantizer: AffineQuantizer, site: Site) -> Tensor | None:
         return None
     count = 2**quantizer.nbits
     fits = isinstance(found, Tensor) and found.dtype == torch.float32 and found.ndim == 1 and 1 < len(found) <= count
-    if not fits or not found.isfinite().all() or not (found.diff() > 0).all():
+    numbers = found.detach().cpu().numpy() if fits else np.empty(0)
+    if not fits or not np.isfinite(numbers).all() or not (np.diff(numbers) > 0).all():
         shown = f"{tuple(found.shape)} in {found.dtype}" if isinstance(found, Tensor) else type(found).__name__
         raise PluginError(
             f"quantizer {quantizer.kind!r} must give 2 to {count} ascending numbers in float32 from levels, found "
             f"{shown}. {TRY}"
         )
-    levels: Tensor = found.detach().cpu().clone()
-    return levels
+    return torch.from_numpy(numbers.copy())
 
 
 class Scales:
@@ -48,16 +49,17 @@ class Scales:
 
     def __init__(self, quantizer: AffineQuantizer, levels: Tensor | None) -> None:
         self.quantizer, self.levels = quantizer, levels
-        even = levels is not None and bool((levels.diff() == 1).all())
+        known = None if levels is None else levels.numpy()
+        even = known is not None and bool((np.diff(known) == 1).all())
         self.uneven = None if even or levels is None else _filled(levels, 2**quantizer.nbits)
         """What each code stands for, if levels don't lie one apart: else they are codes, and an offset in scales."""
-        self.origin = float(levels[0]) if levels is not None and even else 0.0
+        self.origin = float(known[0]) if known is not None and even else 0.0
         """That offset."""
         self.codes = 2**quantizer.nbits if levels is None else len(levels)
         """How many there are."""
         self.small = quantizer.scale_dtype in ("float8_e4m3", "e8m0")
         """Whether scales have 8 bits."""
-        self.bounds = () if levels is None else tuple(((levels[1:] + levels[:-1]) / 2).tolist())
+        self.bounds = () if known is None else tuple(((known[1:] + known[:-1]) / 2).tolist())
         """The middles between levels."""
 
     def dtype(self, dtype: torch.dtype) -> torch.dtype:
