@@ -88,10 +88,10 @@ def test_formats_that_differ(keys: Any, values: Any) -> None:
     [
         (token(2, 16), token(2, 128), 128),
         (token(4, 32, range="rms"), token(4, "head", range="rms"), 128),
-        (token(8, 32), token(3, 32, range="rms"), 96),
+        (token(8, 48), token(3, 48, range="rms"), 96),
         (token(1, 40), token(2, 40), 80),
         (channel(1, 16), token(2, 64), 64),
-        (channel(2, 48), token(2, 32), 80),
+        (channel(2, 48), token(2, 40), 80),
         (channel(3, 32), token(1, 128, range="rms"), 256),
         (channel(8, 128), "full", 128),
     ],
