@@ -48,7 +48,7 @@ def test_sums_of_attention(dim: int, masked: str) -> None:
         seen = torch.from_numpy(real)
         later = torch.arange(tokens) > torch.arange(queries)[:, None] + tokens - queries
         mask = None if masked == "none" else seen if masked == "2-D" else seen[:, None, None] & ~later
-        padding = None if masked == "none" else Padding(real)
+        padding = None if masked == "none" else Padding.none(batch, 0).append(real)
         for options in ({}, {"softcap": 3.0}, {"sinks": torch.randn(kv_heads * groups, generator=generator)}):
             for heads, kinds in ((kv_heads, [PROBES]), (1, [ALL]), (kv_heads, [ALL, replace(PROBES, heads="mean")])):
                 counted = Counted.of(kinds, tokens, 0, padding, 0)
