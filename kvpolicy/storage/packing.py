@@ -72,7 +72,7 @@ def _signed(word: int) -> int:
 @functools.cache
 def _shifts(nbits: int, device: torch.device) -> Tensor:
     """Where in a byte each plane begins: `[planes, 1]`."""
-    return torch.arange(0, 8, nbits, dtype=torch.uint8).unsqueeze(1).to(device)
+    return torch.arange(0, 8, nbits, dtype=torch.uint8, device=device).unsqueeze(1)  # made there: nothing waits
 
 
 def _packed_part(codes: Tensor, bits: int) -> Tensor:
