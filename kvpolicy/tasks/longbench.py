@@ -29,10 +29,10 @@ class LongBench(Chat):
 
     Prompts and numbers of new tokens come from `dataset2prompt.json` and `dataset2maxlen.json`, rows from
     `DATASET.jsonl`, or from Parquet or what `datasets` saved. A prompt longer than `max_length` tokens loses its
-    middle. Prompts are chats but for trec, triviaqa, samsum, lsht, lcc and repobench-p. The metrics are the official ones, the best over the answers. They
-    differ in one thing: the official ROUGE is 0 wherever its library exceeds Python's recursion limit, which summaries
-    of some hundred words do; here these are scored. Chinese tasks need jieba. Samples with the same context share a
-    document.
+    middle. Prompts are chats but for trec, triviaqa, samsum, lsht, lcc and repobench-p. The metrics are the official
+    ones, the best over the answers. They differ in one thing: the official ROUGE is 0 wherever its library exceeds
+    Python's recursion limit, which summaries of some hundred words do; here these are scored. Chinese tasks need
+    jieba. Samples with the same context share a document.
     """
 
     name: ClassVar[str] = "longbench"

@@ -10,7 +10,7 @@ import pytest
 from toys import chatty, plain, write
 
 from kvpolicy.errors import KvpolicyError, TaskError
-from kvpolicy.tasks.encoding import encode
+from kvpolicy.tasks.encoding import encode, length_of
 from kvpolicy.tasks.files import JsonLines
 from kvpolicy.tasks.load import check_task, load_task
 from kvpolicy.tasks.longbench_metrics import DATASETS
@@ -224,6 +224,9 @@ def test_questions_stand_among_documents_of_others(tmp_path: Path) -> None:
         assert score(sample, f"It is {name.upper()}.") == 1
     assert len({round(sample.facts["depth"], 1) for sample in samples}) > 3
     assert load_task(f"qa:path={tmp_path / 'squad.json'},tokens=600", 2, 0) == samples[:2]
+    (chat,) = load_task(f"qa:path={tmp_path / 'squad.json'},tokens=600", 1, 0, tokenizer=chatty())
+    assert chat.rendered
+    assert 500 < length_of(chat, chatty()) <= 600
     (last,) = load_task(f"qa:path={tmp_path / 'squad.json'},depth=1,tokens=600", 1, 0)
     assert last.facts["depth"] > 0.85
     assert load_task(f"qa:path={tmp_path / 'squad.json'},tokens=100000", 1, 0)[0].facts["documents"] == 60
