@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ def bundled_names() -> list[str]:
     return list(_bundled_names())
 
 
-@lru_cache(maxsize=None)
+@cache
 def _bundled(path: Path) -> Document:
     return read_file(path)
 

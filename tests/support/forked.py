@@ -1,4 +1,4 @@
-"""The command `kvpolicy` in a fork of a process that imported already: what a new one does, without loading torch again.
+"""The command `kvpolicy` in a fork of a process that imported already: as in a new one, without loading torch again.
 
 What is about a new process itself (its imports, a broken installation, bytes that are no text) starts one.
 """
@@ -16,7 +16,9 @@ import threading
 import traceback
 import warnings
 from collections.abc import Callable, Mapping
-from functools import lru_cache
+from contextlib import suppress
+from functools import lru_cache, partial
+from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
@@ -32,6 +34,15 @@ _DEFAULTS = [("default", None, DeprecationWarning, "__main__", 0)]
 RUNNING = ("generate", "compare", "calibrate", "tune", "check", "lm-eval")
 """Commands that run a model. torch's pools of threads don't outlive a fork, so that these are forks of a process that
 has imported what they need and has never computed anything."""
+
+LATE = (
+    "transformers.models.llama.modeling_llama", "transformers.models.auto.tokenization_auto", "kvpolicy.hf.generation",
+    "kvpolicy.experiment.comparison", "kvpolicy.experiment.plot", "kvpolicy.report.write", "matplotlib.pyplot",
+    "pandas", "statsmodels.stats.api",
+)  # fmt: skip
+"""What commands import when they need it."""
+SINGLE = {"OMP_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
+"""So that no import starts a thread."""
 
 
 def kvpolicy(
@@ -100,7 +111,7 @@ def _server() -> tuple[Any, Any]:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        env={**os.environ, "PYTHONPATH": path, **SINGLE},
     )
 
     def end() -> None:
@@ -113,17 +124,17 @@ def _server() -> tuple[Any, Any]:
 def serve() -> None:
     """Fork for each line of the input, and say how each fork ended."""
     import torch
-    import transformers.models.llama.modeling_llama  # what is imported late, by the first that needs it
 
-    import kvpolicy.experiment.comparison
-    import kvpolicy.hf.generation  # noqa: F401
-
+    for late in LATE:
+        with suppress(ImportError):
+            import_module(late)
+    registry()
     assert torch.get_num_threads() == threading.active_count() == len(os.listdir("/proc/self/task")) == 1
     for line in sys.stdin:
         request = json.loads(line)
         child = os.fork()
         if child == 0:
-            _run(lambda: _python(request["arguments"]), request)
+            _run(partial(_python, request["arguments"]), request)
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 
 
