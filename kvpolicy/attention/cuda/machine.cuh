@@ -90,8 +90,11 @@ template <int N> __device__ __forceinline__ void copy(u32 to, const u8* from, bo
     asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(to), "l"(from), "r"(there ? 8 : 0) : "memory");
   } else if (N == 4) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(there ? 4 : 0) : "memory");
-  } else {
+  } else if (N == 2) {
     const u16 x = there ? *(const u16*)from : (u16)0;
     asm volatile("st.shared.u16 [%0], %1;" ::"r"(to), "h"(x) : "memory");
+  } else {
+    const u32 x = there ? *from : 0u;
+    asm volatile("st.shared.u8 [%0], %1;" ::"r"(to), "r"(x) : "memory");
   }
 }

@@ -1,14 +1,18 @@
 // Operands of products: numbers and codes, and where they lie.
-// A number of the model's type, or (per quantizer) of float32: 0 float16, 1 bfloat16, 2 float32.
+// A number of the model's type, or as quantizers ask for: 0 float16, 1 bfloat16, 2 float32, 3 float8_e4m3.
 template <int T> struct Number {
-  static constexpr int SIZE = T == 2 ? 4 : 2;
+  static constexpr int SIZE = T == 2 ? 4 : T == 3 ? 1 : 2;
+  // Put where a float16 has them, sign, exponent and mantissa of eight bits are 2^-8 of the number, subnormal or not.
+  static __device__ __forceinline__ float small(u32 byte) { return 256.f * half((byte & 0x80u) << 8 | (byte & 0x7fu) << 7); }
   static __device__ __forceinline__ float of(const u32* words, int i) {
     if (T == 2) return __uint_as_float(words[i]);
+    if (T == 3) return small(words[i >> 2] >> 8 * (i & 3) & 0xffu);
     const u32 w = words[i >> 1];
     return T == 1 ? ((i & 1) ? hi(w) : lo(w)) : half((i & 1) ? w >> 16 : w);
   }
   static __device__ __forceinline__ float at(const u8* p, i64 i) {
     if (T == 2) return ((const float*)p)[i];
+    if (T == 3) return small(p[i]);
     const u32 w = ((const u16*)p)[i];
     return T == 1 ? lo(w) : half(w);
   }
@@ -21,7 +25,16 @@ template <int BITS, int GROUPS, int T> struct Scaled {
   static constexpr int PARAMS = (CENTRED ? 1 : 2) * GROUPS * N::SIZE, WORDS = (PARAMS + 3) / 4;
   static __device__ __forceinline__ void load(u32 x[WORDS], u32 at) {
     if (PARAMS % 4 == 0) load_words<WORDS>(x, at);
-    else
+    else if (N::SIZE == 1) {
+#pragma unroll
+      for (int i = 0; i < WORDS; i++) x[i] = 0;
+#pragma unroll
+      for (int i = 0; i < PARAMS; i++) {
+        u32 byte;
+        asm volatile("ld.shared.u8 %0, [%1];" : "=r"(byte) : "r"(at + i) : "memory");
+        x[i / 4] |= byte << 8 * (i % 4);
+      }
+    } else
 #pragma unroll
       for (int i = 0; i < WORDS; i++) {
         u32 low, high = 0;
@@ -119,20 +132,20 @@ template <int DIM, int BITS, int PARAMS_, int TS, bool BY_CHANNEL, int GROUP> st
     if (!PLAIN) params.open(place(plan, s.params, s.params_offset, w) + (BY_CHANNEL ? 0 : (i64)done * PARAMS), w.lane, PARAMS);
   }
   __device__ __forceinline__ i64 token() const { return BITS == 16 ? (i64)step : (i64)Codes<DIM, BITS>::ROW; }
-  // Scales of two bytes a token, two tokens at a time where they lie so.
-  __device__ __forceinline__ void fetch_pairs(u32 to, int count, int lane) {
+  // Scales of one or two bytes a token, four bytes at a time where they lie so.
+  __device__ __forceinline__ void fetch_small(u32 to, int count, int lane) {
     const u8* from = params.from - lane * PARAMS;
     if (((u64)from & 3) == 0) {
-      if (lane < TS / 2) copy<4>(to + 4 * lane, from + 4 * lane, 2 * lane < count);
+      if (lane < TS * PARAMS / 4) copy<4>(to + 4 * lane, from + 4 * lane, 4 / PARAMS * lane < count);
     } else if (lane < TS) {
-      copy<2>(to + 2 * lane, from + 2 * lane, lane < count);
+      copy<PARAMS>(to + PARAMS * lane, from + PARAMS * lane, lane < count);
     }
   }
   __device__ __forceinline__ void fetch(u32 to, u32 to_params, int done, int count, int lane) {
-    if (BY_TOKEN && PARAMS == 2) {
+    if (BY_TOKEN && PARAMS <= 2) {
       if (count >= TS) codes.template copy_all<true>(to, TS, lane, token());
       else codes.template copy_all<false>(to, count, lane, token());
-      fetch_pairs(to_params, count, lane);
+      fetch_small(to_params, count, lane);
       return;
     }
     if (count >= TS) {
