@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from functools import lru_cache
+from copy import deepcopy
+from dataclasses import replace
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,17 @@ def _bundled_names() -> tuple[str, ...]:
 def bundled_names() -> list[str]:
     """The recipes that kvpolicy brings along."""
     return list(_bundled_names())
+
+
+@cache
+def _bundled(path: Path) -> Document:
+    return read_file(path)
+
+
+def read_bundled(path: Path) -> Document:
+    """The document in one of kvpolicy's own files, which is parsed once; the caller's to change."""
+    own = _bundled(path)
+    return replace(own, data=deepcopy(own.data), marks=dict(own.marks), problems=dict(own.problems))
 
 
 def inherit(document: Document) -> Document:
@@ -67,7 +80,7 @@ def inherit(document: Document) -> Document:
 
 def _read(child: Document, path: Path) -> Document:
     try:
-        parent = read_file(path)
+        parent = read_bundled(path) if path.parent == BUNDLED else read_file(path)
     except RecipeError as error:
         for problem in str(error).splitlines():
             child.add(problem, str(path), None)

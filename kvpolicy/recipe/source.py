@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kvpolicy.errors import RecipeError
-from kvpolicy.recipe.inherit import BUNDLED, bundled_names, inherit, parameters
+from kvpolicy.recipe.inherit import BUNDLED, bundled_names, inherit, parameters, read_bundled
 from kvpolicy.recipe.yaml import Document, parse_scalar, read_file
 from kvpolicy.words import clip, listed, quoted, suggest
 
@@ -121,7 +121,7 @@ def _shell_params(source: str, text: str) -> dict[str, Any]:
 def _find(name: str) -> Document:
     names = bundled_names()
     if name in names:
-        return read_file(BUNDLED / f"{name}.yaml")
+        return read_bundled(BUNDLED / f"{name}.yaml")
     stem = name.removesuffix(".yml").removesuffix(".yaml")
     if os.sep in name or "/" in name or stem != name or name in (".", "..") or (name and _exists(name)):
         if "/" not in name and stem != name and not _exists(name):

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import csv
 import importlib.util
-import os
 import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import forked
 import pytest
 from words import CACHE
 
@@ -96,6 +98,11 @@ def test_a_prompt_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert int(sizes[1].replace(",", "")) == written.st_size < int(sizes[2].replace(",", ""))
 
 
+def in_a_fork(site: Path, command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+    assert command[0] == sys.executable
+    return forked.python(*command[1:], site=site)
+
+
 def test_a_policy_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Built and installed as a distribution, from a copy; its own tests pass, the contract suite among them."""
     source, site = tmp_path / "policy_plugin", tmp_path / "site"
@@ -104,7 +111,6 @@ def test_a_policy_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     done = subprocess.run([*command, "--target", site, source], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     monkeypatch.syspath_prepend(str(site))
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])]))
     spec = importlib.util.spec_from_file_location("test_every", source / "test_every.py")
     assert spec is not None
     assert spec.loader is not None
@@ -115,6 +121,7 @@ def test_a_policy_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         assert registry().policies["every"].distribution == "kvpolicy-every"
         tests = [getattr(module, name) for name in dir(module) if name.startswith("test_")]
         assert len(tests) == 3
+        monkeypatch.setattr(module, "subprocess", SimpleNamespace(run=partial(in_a_fork, site)))
         for test in tests:
             test()
     finally:

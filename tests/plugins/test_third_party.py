@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
+import forked
 import pytest
 
 import kvpolicy
@@ -44,10 +44,7 @@ def install(source: Path, target: Path) -> None:
 
 
 def python(site: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1", "COLUMNS": "300"}
-    return subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, check=False, env=environment, cwd=site
-    )
+    return forked.python(*arguments, cwd=site, env={"PYTHONPATH": str(site), "COLUMNS": "300"}, site=site)
 
 
 def distribution(folder: Path, name: str, entry: str, module: str, text: str) -> Path:

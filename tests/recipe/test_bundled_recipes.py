@@ -7,7 +7,9 @@ import pytest
 
 from kvpolicy.interfaces.quantizer import AffineQuantizer
 from kvpolicy.placement.simulate import simulate
+from kvpolicy.recipe.inherit import BUNDLED, read_bundled
 from kvpolicy.recipe.load import Recipe, bundled_names, load_recipe, load_yaml
+from kvpolicy.recipe.yaml import read_file
 
 NAMES = bundled_names()
 
@@ -28,6 +30,16 @@ def test_all_are_there() -> None:
         "snapkv pyramidkv adakv tova key-norm expected-attention kvzip quest cam logquant-attention logquant-jitter"
     )
     assert sorted(promised.split()) == NAMES
+
+
+def test_what_is_done_to_a_document_is_not_seen_in_the_next() -> None:
+    path = BUNDLED / "logquant.yaml"
+    first = read_bundled(path)
+    first.data["tiers"][0]["policy"]["window"] = 3
+    first.data["params"].clear()
+    first.marks.clear()
+    first.add("no good", "a file", 1)
+    assert read_bundled(path) == read_file(path) != first
 
 
 @pytest.mark.parametrize("name", NAMES)
