@@ -28,7 +28,7 @@ def levels_of(quantizer: AffineQuantizer, site: Site) -> Tensor | None:
     found = call(quantizer, "levels", site)
     if found is None:
         return None
-    count = 2**quantizer.nbits
+    count = 2 ** _most(quantizer)
     fits = isinstance(found, Tensor) and found.dtype == torch.float32 and found.ndim == 1 and 1 < len(found) <= count
     if not fits or not found.isfinite().all() or not (found.diff() > 0).all():
         shown = f"{tuple(found.shape)} in {found.dtype}" if isinstance(found, Tensor) else type(found).__name__
@@ -49,11 +49,11 @@ class Scales:
     def __init__(self, quantizer: AffineQuantizer, levels: Tensor | None) -> None:
         self.quantizer, self.levels = quantizer, levels
         even = levels is not None and bool((levels.diff() == 1).all())
-        self.uneven = None if even or levels is None else _filled(levels, 2**quantizer.nbits)
+        self.uneven = None if even or levels is None else _filled(levels, 2 ** _most(quantizer))
         """What each code stands for, if levels don't lie one apart: else they are codes, and an offset in scales."""
         self.origin = float(levels[0]) if levels is not None and even else 0.0
         """That offset."""
-        self.codes = 2**quantizer.nbits if levels is None else len(levels)
+        self.codes = 2 ** _most(quantizer) if levels is None else len(levels)
         """How many there are."""
         self.small = quantizer.scale_dtype in ("float8_e4m3", "e8m0")
         """Whether scales have 8 bits."""
@@ -66,7 +66,7 @@ class Scales:
         """
         if self.small:
             return torch.uint8
-        low = dtype == torch.float16 and self.quantizer.nbits > 2
+        low = dtype == torch.float16 and _most(self.quantizer) > 2
         return torch.float32 if low or self.quantizer.scale_dtype == "float32" else dtype
 
     def rounded(self, affine: Affine, groups: Tensor) -> Affine:
@@ -78,13 +78,13 @@ class Scales:
             scale = _power(_exponent(scale))
         else:
             offset = _e4m3(offset, up=False).float()
-            top = 2**self.quantizer.nbits - 1 if self.levels is None else float(self.levels[-1])
+            top = torch.as_tensor(self.quantizer.highest(groups) if self.levels is None else float(self.levels[-1]))
             # Whatever the offset lost is to be within the levels still.
-            scale = _e4m3(scale + (affine.offset - offset) / max(top, 1e-3), up=True).float()
+            scale = _e4m3(scale + (affine.offset - offset) / top.clamp(min=1e-3), up=True).float()
         same = (scale == affine.scale) & (offset == affine.offset)  # then the quantizer knows better where ties go
         x = (groups.float() - offset) / torch.where(scale > 0, scale, 1.0)
         if self.levels is None:
-            codes = x.round().clamp(0, 2**self.quantizer.nbits - 1).nan_to_num(0)
+            codes = x.round().clamp(min=0).clamp(max=self.quantizer.highest(groups)).nan_to_num(0)
         else:
             levels = self.levels.to(x.device)
             codes = torch.bucketize(x.nan_to_num(0), (levels[1:] + levels[:-1]) / 2)
@@ -141,6 +141,11 @@ class Scales:
         if not self.quantizer.offsets:
             return Fraction(1)
         return Fraction(numbers, params.shape[-1]) if self.small else Fraction(1, 2)
+
+
+def _most(quantizer: AffineQuantizer) -> int:
+    """Bits of the widest codes."""
+    return quantizer.bits if isinstance(quantizer.bits, int) else max(quantizer.bits)
 
 
 def _filled(levels: Tensor, count: int) -> Tensor:
