@@ -48,7 +48,7 @@ demo: $(VENV)/.installed
 	@for arm in $(filter-out full,$(ARMS)); do $(BIN)/kvpolicy show $$arm --tokens 512 --plot $(OUT)/placement-$$arm.png > /dev/null || exit; done
 	@echo "Rows and pictures are in $(OUT)."
 
-# The model takes 100 MB to fetch and 540 MB on disk; either comparison about a quarter of an hour on two cores.
+# The model takes 100 MB to fetch and 540 MB on disk; either comparison about half an hour on two cores.
 $(REAL)/model/model.safetensors: $(VENV)/.installed
 	$(PIP) install --quiet -c $(CONSTRAINTS) -e ".[gguf]"
 	$(BIN)/python benchmarks/real_model.py $(REAL)

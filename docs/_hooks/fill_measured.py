@@ -1,6 +1,7 @@
 """Writes measured figures between the marks of README.md and docs/explanation/benchmarks.md.
 
 make demo && .venv/bin/python docs/_hooks/fill_measured.py demo out/demo
+make real && .venv/bin/python docs/_hooks/fill_measured.py real out/real/recipes
 make bench ARGS="--update --tokens 4096 16384 --batch 1 --nbits 2 --md out/decode.md" &&
     .venv/bin/python docs/_hooks/fill_measured.py decode out/decode.md
 (and so on for store and attend, each with the command that stands above its mark)
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
+MODELS = {"demo": "bundled model", "real": "SmolLM2-135M-Instruct"}
+L1 = "L1 error"
 PAGES = [ROOT / "README.md", ROOT / "docs" / "explanation" / "benchmarks.md"]
 
 
@@ -24,8 +27,8 @@ def _mean(found: Any, digits: int, sign: bool = False) -> str:
     return mean if not found.half_width else f"{mean} ± {found.half_width:.{digits}f}"
 
 
-def demo(path: Path) -> str:
-    """The table of a comparison's directory."""
+def compared(command: str, path: Path) -> str:
+    """The table of a comparison's directory, which a command made."""
     from kvpolicy.experiment.names import EXACT
     from kvpolicy.experiment.result import Comparison
     from kvpolicy.experiment.store import read
@@ -34,36 +37,35 @@ def demo(path: Path) -> str:
     evidence = read(path)
     arms = {name: load_yaml(recipe) for name, recipe in evidence.arms.items() if name != EXACT and recipe}
     found, summary = Comparison(evidence, arms), evidence.settings
-    head = (
-        "Recipe",
-        "Bits per value",
-        "Smaller than exact",
-        "Score",
-        "Δ NLL (nats per token)",
-        "KL (nats)",
-        "Top-1",
-        "L1 error",
-    )
-    rows = []
-    for name in arms:
-        bits, exact, final, top1, l1 = (
-            found.mean(name, metric) for metric in ("bits", "exact_bytes", "final_bytes", "top1", "l1")
-        )
-        row = [f"`{name}`", f"{bits.mean:.2f}", f"{exact.mean / final.mean:.2f}x", _mean(found.mean(name, "score"), 3)]
-        row += [_mean(found.difference(name, metric="nll"), 4, sign=True), _mean(found.mean(name, "kl"), 4)]
-        row.append("-" if top1 is None else f"{100 * top1.mean:.1f} %")
-        row.append("-" if l1 is None else f"{l1.mean:.3f}")
-        rows.append(row)
+    rows = [_row(found, name) for name in arms]
+    head = [name for name in rows[0] if any(row[name] != "-" for row in rows)]
     lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
-    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    lines += ["| " + " | ".join(row[name] for name in head) + " |" for row in rows]
     versions = ", ".join(f"{library} {version}" for library, version in summary["versions"].items())
     note = (
-        f"`make demo`: task `{summary['task']}`, {summary['n']} samples, the same for all arms, seed "
-        f"{summary['seed']}; {summary['model']} model in {summary['dtype']} on {summary['device']}; {versions}.\n"
+        f"`make {command}`: task `{summary['task']}`, {summary['n']} samples, the same for all arms, seed "
+        f"{summary['seed']}; {MODELS[command]} in {summary['dtype']} on {summary['device']}; {versions}.\n"
         "± is the half-width of a 95% confidence interval. Δ NLL is the paired difference to the exact cache; KL and "
-        "top-1\ncompare the predictions with the exact cache's. L1 is the relative error of attention outputs."
+        "top-1\ncompare the predictions with the exact cache's."
     )
+    note += " L1 is the relative error of attention outputs." if L1 in head else ""
     return "\n".join([*lines, "", note])
+
+
+def _row(found: Any, name: str) -> dict[str, str]:
+    bits, exact, final, top1, l1 = (
+        found.mean(name, metric) for metric in ("bits", "exact_bytes", "final_bytes", "top1", "l1")
+    )
+    return {
+        "Recipe": f"`{name}`",
+        "Bits per value": f"{bits.mean:.2f}",
+        "Smaller than exact": f"{exact.mean / final.mean:.2f}x",
+        "Score": _mean(found.mean(name, "score"), 3),
+        "Δ NLL (nats per token)": _mean(found.difference(name, metric="nll"), 4, sign=True),
+        "KL (nats)": _mean(found.mean(name, "kl"), 4),
+        "Top-1": "-" if top1 is None else f"{100 * top1.mean:.1f} %",
+        L1: "-" if l1 is None else f"{l1.mean:.3f}",
+    }
 
 
 def decode(path: Path) -> str:
@@ -73,7 +75,7 @@ def decode(path: Path) -> str:
 
 def main(what: str, source: str) -> None:
     """Fill in one kind of figures wherever its marks stand."""
-    text = (demo if what == "demo" else decode)(Path(source))
+    text = compared(what, Path(source)) if what in MODELS else decode(Path(source))
     mark = re.compile(rf"(<!-- measured: {what} -->\n).*?(<!-- /measured: {what} -->)", re.DOTALL)
     for page in PAGES:
         old = page.read_text(encoding="utf-8")

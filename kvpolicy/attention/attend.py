@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kvpolicy.attention.backend import assigned, computed, merged
+from kvpolicy.attention.backend import asked, assigned, computed, merged, observed, others
 from kvpolicy.attention.mask import Queries, as_mask
 from kvpolicy.attention.reading import read
 from kvpolicy.attention.reference import REFERENCE, SCORES, only_new, weights
@@ -114,7 +114,11 @@ def observe(
     kv_heads, tokens = keys.shape[1:3]
     groups = heads // kv_heads
     scale = dim**-0.5 if scaling is None else scaling
-    mask = as_mask(mask, tokens, kv_heads)
+    shaped = as_mask(mask, tokens, kv_heads)
+    options = AttentionOptions(scale, softcap, sinks, observer)
+    if asked(query.device.type) and any(observed(backend, query, keys, mask, options) for backend in others()):
+        return
+    mask = shaped
     most = OBSERVED if query.device.type == "cpu" else SCORES
     offset = tokens - queries  # the observer counts tokens
     wanted = torch.tensor([token - offset for token in observer.queries if token >= offset], dtype=torch.int64)

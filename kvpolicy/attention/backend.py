@@ -179,6 +179,20 @@ def computed(
     return parts[0], parts[1]
 
 
+def observed(backend: Backend, query: Tensor, keys: Tensor, mask: Tensor | None, options: AttentionOptions) -> bool:
+    """Whether a backend told an observer of a prompt's attention, its answer checked.
+
+    Raises:
+        PluginError: it raised, or answered otherwise than by a bool.
+    """
+    if not backend.watches or backend.device not in (None, query.device.type):
+        return False
+    done = call(backend, "observe", query, keys, mask, options)
+    if not isinstance(done, bool):
+        raise PluginError(f"backend {backend.kind!r}: observe must return a bool, found {done!r:.80}. {TRY}")
+    return done
+
+
 def merged(found: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Partial results, outputs and logarithms of sums, as one."""
     if len(found) == 1:

@@ -169,3 +169,22 @@ class Backend(Component):
             `options.alone`), zero where nothing is seen; and the logarithm of the sum of the exponentials of the
             scores, sinks included: float32 `[batch, heads, queries]`, minus infinity where nothing is seen.
         """
+
+    def observe(self, query: Tensor, keys: Tensor, mask: Tensor | None, options: AttentionOptions) -> bool:
+        """Tell `options.observer` what queries of a prompt's first part attend to, without an output.
+
+        An observer whose `sums` is true need not be told of each query: `observer.add_sums(kind, weights, seen, heads)`
+        for each kind of scores in `observer.counted` gives the weights of the queries that count, summed over these and
+        over the `heads` of a KV head, `[batch, kv_heads, tokens]`, and how many of them could see a token,
+        `[batch or 1, kv_heads or 1, tokens]`.
+
+        Args:
+            query: `[batch, heads, queries, head_dim]`, the newest of the tokens.
+            keys: all keys there are, `[batch, kv_heads, tokens, head_dim]`.
+            mask: as transformers gives it; None: a query sees all tokens that are not newer.
+            options: as in `attend`.
+
+        Returns:
+            Whether it did. The default does not: the reference then computes the weights.
+        """
+        return False

@@ -155,6 +155,22 @@ class Observer:
         return self.counted.tokens
 
     @property
+    def sums(self) -> bool:
+        """Whether weights summed over the queries that count, and over the heads of a KV head, are all it asks for."""
+        counted = self.counted
+        return not (counted.apart or counted.all or any(kind.heads == "max" for kind in counted.kinds))
+
+    def add_sums(self, k: int, weights: Tensor, seen: Tensor, heads: int) -> None:
+        """Add weights of a kind, summed over queries and over `heads` of each KV head; see `Backend.observe`."""
+        if self.counted.kinds[k].heads == "mean":
+            weights = weights / heads
+        if self.heads == 1:
+            weights, seen = weights.mean(1, keepdim=True), seen[:, :1]
+        sums, counts = self._totals(k, weights)
+        sums.add_(weights.unsqueeze(2))
+        counts.add_(seen.unsqueeze(2))
+
+    @property
     def told(self) -> bool:
         """Whether it was told of any query that counts."""
         return any(x is not None for x in self.found)

@@ -27,7 +27,7 @@ def _no_grad() -> Any:
         yield
 
 
-MOST_BITS = {"turboquant-2.5": 3}
+MOST_BITS = {"turboquant-2.5": 2}
 """By recipe, where it is not 8."""
 
 

@@ -14,7 +14,7 @@ from kvpolicy.attention.cuda.compile import Variant
 from kvpolicy.attention.cuda.kernel import Kernel
 from kvpolicy.storage.packing import packed_width, unpack
 
-NUMBERS = [torch.float16, torch.bfloat16, torch.float32]
+NUMBERS = [torch.float16, torch.bfloat16, torch.float32, torch.float8_e4m3fn]
 LN2 = 0.6931471805599453
 
 

@@ -8,6 +8,9 @@ from kvpolicy.attention.cuda.formats import EXACT, Format, kind_of
 BFLOAT = 1
 """The number of bfloat16 among the types of scale and offset."""
 
+SMALL = 3
+"""That of float8_e4m3."""
+
 
 def token(bits: int, group: int, number: int = BFLOAT) -> Format:
     return Format(bits, group, False, number)
@@ -41,6 +44,7 @@ FEW = [
     variant(128, LOGQUANT, rows=8, mask=1, places=4, causal=True, softcap=True, scores=True),
     variant(128, LOGQUANT, (token(4, 64), token(4, 64)), wide=True),
     variant(128, (numbered(4), token(4, 128)), (numbered(2), token(2, 128)), wide=True),
+    variant(128, (channel(4, 64, SMALL), centred(2, 128, SMALL)), (channel(4, 64, SMALL), EXACT), wide=True),
 ]
 """What is compiled for every architecture."""
 MANY = [
@@ -61,6 +65,8 @@ MANY = [
     variant(64, (centred(3, 64), centred(2, 64)), rows=8, wide=True),
     variant(128, (centred(2, 128), centred(2, 128)), wide=True),
     variant(128, (channel(4, 64), centred(2, 128)), (centred(8, 32, 2), centred(1, 64, 0)), wide=True),
+    variant(64, (channel(1, 16, SMALL), token(2, 32, SMALL)), (numbered(8, SMALL), token(3, 64, SMALL)), rows=8),
+    variant(96, (token(4, 32, SMALL), centred(4, 32, SMALL)), wide=True),
     variant(80, (numbered(1), token(1, 40)), (numbered(2), EXACT)),
     variant((64, 128), (token(4, 64), token(2, 64)), (EXACT, token(2, 64))),
     variant(128, LOGQUANT, mask=2, places=8),

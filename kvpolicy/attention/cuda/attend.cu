@@ -5,6 +5,7 @@
 // before this file defines KEY_DIM, VALUE_DIM, ROWS (4 or 8 columns for query heads), BFLOAT (the model's type), FLOAT (a
 // float32 output), KINDS, KIND_i, RUNS, PAGES, STAGES, MEMORY, BLOCKS, MASK (0 none, 1 bytes, 2 float32, 3 bfloat16,
 // 4 float16), PLACES (bytes of a number in `places`, 0 for none), CAUSAL, SOFTCAP and SCORES.
+#include "machine.cuh"
 #include "plan.cuh"
 #include "operands.cuh"
 #include "keys.cuh"

@@ -14,6 +14,7 @@ from kvpolicy.attention.cuda.compile import missing
 from kvpolicy.attention.cuda.graph import Launch, Recording, change, current
 from kvpolicy.attention.cuda.kernel import THREADS, launch
 from kvpolicy.attention.cuda.layout import MAPS, Declined, scan
+from kvpolicy.attention.cuda.observe import sums
 from kvpolicy.attention.cuda.plan import Plan, columns_of, make_plan
 from kvpolicy.attention.cuda.scratch import counters, partials
 from kvpolicy.hookspecs import hookimpl
@@ -73,6 +74,15 @@ class Cuda(Backend):
             known = (part, *_planned(query, part, mask, options))
         _, plan, pointers, places = known
         return _attend(plan, pointers, places, query, part, mask, options)
+
+    def observe(self, query: Tensor, keys: Tensor, mask: Tensor | None, options: AttentionOptions) -> bool:
+        dim, groups = query.shape[3], query.shape[1] // keys.shape[1]
+        exact = AttentionSpec(
+            ("exact",), ("exact",), query.device.type, query.dtype, dim, dim, groups, 1, False, False, False, False
+        )
+        if keys.dtype != query.dtype or self.refuses(exact) is not None:
+            return False
+        return sums(query, keys, options.observer, mask, options)
 
 
 @functools.cache

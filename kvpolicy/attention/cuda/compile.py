@@ -8,9 +8,20 @@ import os
 import struct
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
-__all__ = ["FEW", "MANY", "Resources", "Variant", "cache_directory", "compiled", "missing", "resources", "source"]
+__all__ = [
+    "FEW",
+    "MANY",
+    "Resources",
+    "Source",
+    "Variant",
+    "cache_directory",
+    "compiled",
+    "missing",
+    "resources",
+    "source",
+]
 
 STAGES = 3
 """Tiles of a warp on their way or at work."""
@@ -19,11 +30,28 @@ MEMORY = {"sm_80": 160, "sm_90": 224, "sm_100": 224, "sm_103": 224}
 FEW, MANY = (40, 32), (360, 240)
 """Runs and pages that a launch's arguments hold: 4 KB of them, or nearly the 32 KB that CUDA 12.1 allows."""
 OPTIONS = ("-std=c++17",)
-HEADERS = ("plan.cuh", "operands.cuh", "keys.cuh", "values.cuh", "merge.cuh")
+HEADERS = ("machine.cuh", "plan.cuh", "operands.cuh", "keys.cuh", "values.cuh", "merge.cuh")
+
+
+class Source(Protocol):
+    """A kernel, and what it is compiled for."""
+
+    def __hash__(self) -> int: ...
+
+    @property
+    def name(self) -> str:
+        """Of the kernel, and of its file."""
+
+    @property
+    def blocks(self) -> int:
+        """Blocks that a multiprocessor is to hold at once."""
+
+    def defined(self, arch: str) -> dict[str, object]:
+        """What stands before the file, by name."""
 
 
 class Variant(NamedTuple):
-    """What a kernel is compiled for."""
+    """What attention on stores is compiled for."""
 
     dims: tuple[int, int]
     """Channels of keys and of values."""
@@ -47,9 +75,33 @@ class Variant(NamedTuple):
     """Whether scores are written, for policies that rank tokens by attention."""
 
     @property
+    def name(self) -> str:
+        return "attend"
+
+    @property
     def blocks(self) -> int:
-        """Blocks that a multiprocessor is to hold at once."""
         return 1 if max(self.dims) > 128 and any("<3," in kind for kind in self.kinds) else 2
+
+    def defined(self, arch: str) -> dict[str, object]:
+        return {
+            "KEY_DIM": self.dims[0],
+            "VALUE_DIM": self.dims[1],
+            "ROWS": self.rows,
+            "BFLOAT": int(self.bfloat),
+            "FLOAT": int(self.wide),
+            "KINDS": len(self.kinds),
+            "RUNS": self.room[0],
+            "PAGES": self.room[1],
+            "STAGES": STAGES,
+            "MEMORY": MEMORY.get(arch, 98),
+            "BLOCKS": self.blocks,
+            "MASK": self.mask,
+            "PLACES": self.places,
+            "CAUSAL": int(self.causal),
+            "SOFTCAP": int(self.softcap),
+            "SCORES": int(self.scores),
+            **{f"KIND_{i}": kind for i, kind in enumerate(self.kinds)},
+        }
 
 
 class Resources(NamedTuple):
@@ -77,32 +129,13 @@ def missing() -> str | None:
     return None
 
 
-def source(variant: Variant, arch: str) -> str:
-    """The source of a variant for an architecture, whole."""
+def source(kernel: Source, arch: str) -> str:
+    """The source of a kernel for an architecture, whole."""
     folder = Path(__file__).parent
-    values = {
-        "KEY_DIM": variant.dims[0],
-        "VALUE_DIM": variant.dims[1],
-        "ROWS": variant.rows,
-        "BFLOAT": int(variant.bfloat),
-        "FLOAT": int(variant.wide),
-        "KINDS": len(variant.kinds),
-        "RUNS": variant.room[0],
-        "PAGES": variant.room[1],
-        "STAGES": STAGES,
-        "MEMORY": MEMORY.get(arch, 98),
-        "BLOCKS": variant.blocks,
-        "MASK": variant.mask,
-        "PLACES": variant.places,
-        "CAUSAL": int(variant.causal),
-        "SOFTCAP": int(variant.softcap),
-        "SCORES": int(variant.scores),
-        **{f"KIND_{i}": kind for i, kind in enumerate(variant.kinds)},
-    }
-    text = (folder / "attend.cu").read_text(encoding="utf-8")
+    text = (folder / f"{kernel.name}.cu").read_text(encoding="utf-8")
     for name in HEADERS:
         text = text.replace(f'#include "{name}"\n', (folder / name).read_text(encoding="utf-8"))
-    return "".join(f"#define {name} {value}\n" for name, value in values.items()) + text
+    return "".join(f"#define {name} {value}\n" for name, value in kernel.defined(arch).items()) + text
 
 
 def cache_directory() -> Path:
@@ -122,18 +155,18 @@ def _compiler() -> str:
 
 
 @functools.cache
-def compiled(variant: Variant, arch: str) -> bytes:
-    """The cubin of a variant for an architecture such as `sm_90`; from disk where it was compiled before."""
+def compiled(kernel: Source, arch: str) -> bytes:
+    """The cubin of a kernel for an architecture such as `sm_90`; from disk where it was compiled before."""
     from cuda.core import Program, ProgramOptions
 
-    text = source(variant, arch)
+    text = source(kernel, arch)
     key = hashlib.sha256("\0".join([text, arch, _compiler(), *OPTIONS]).encode()).hexdigest()
     path = cache_directory() / f"{key}.cubin"
     try:
         return path.read_bytes()
     except OSError:
         pass
-    program = Program(text, "c++", ProgramOptions(arch=arch, std="c++17", name="attend.cu"))
+    program = Program(text, "c++", ProgramOptions(arch=arch, std="c++17", name=f"{kernel.name}.cu"))
     found = bytes(program.compile("cubin").code)
     _keep(path, found)
     return found

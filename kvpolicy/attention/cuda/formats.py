@@ -14,6 +14,9 @@ from kvpolicy.storage.packing import PARTS
 __all__ = ["EXACT", "Format", "affine_form", "kind_of", "kinds_of", "refuses_store", "weight_of"]
 
 NUMBERS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
+SMALL = {"float8_e4m3": 3}
+"""Of scales that are kept as bytes."""
+SIZES = (2, 2, 4, 1)
 
 
 class Format(NamedTuple):
@@ -23,8 +26,8 @@ class Format(NamedTuple):
     group: int = 0
     by_channel: bool = False
     number: int = 0
-    """The type of scale and offset: 0 float16, 1 bfloat16, 2 float32, -1 one that kernels can't read; 4 more without
-    offsets, where levels are symmetric to zero."""
+    """The type of scale and offset: 0 float16, 1 bfloat16, 2 float32, 3 float8_e4m3, -1 one that kernels can't read; 4
+    more without offsets, where levels are symmetric to zero."""
     dim: int = 0
     """Channels of a token; 0 where they are exact."""
     numbered: bool = False
@@ -40,7 +43,7 @@ class Format(NamedTuple):
         """Bytes of the scales and offsets of a token, or of a group of tokens, or of the number of a token's group."""
         if self.numbered:
             return 4
-        own = (self.dim if self.by_channel else self.dim // self.group) * (4 if self.number % 4 == 2 else 2)
+        own = (self.dim if self.by_channel else self.dim // self.group) * SIZES[self.number % 4]
         return own if self.number >= 4 else 2 * own
 
 
@@ -52,7 +55,9 @@ def affine_form(store: AffineStore) -> Format:
     """The format of what a store has coded; it must hold some."""
     found, numbered = _forms.get(store), store.by_channel and store.groups.numbers is not None
     if found is None or found.numbered != numbered:
-        number = NUMBERS.get(store.parts["params"].pages[0].dtype, -1) + (0 if store.quantizer.offsets else 4)
+        small = SMALL.get(store.quantizer.scale_dtype)
+        number = NUMBERS.get(store.parts["params"].pages[0].dtype, -1) if small is None else small
+        number += 0 if store.quantizer.offsets else 4
         group = 0 if numbered else store.group_size
         found = Format(store.quantizer.nbits, group, store.by_channel, number, store.head_dim, numbered)
         _forms[store] = found
@@ -64,7 +69,7 @@ def refuses_store(store: Any, side: str) -> str | None:
     if not isinstance(store, AffineStore):
         return None
     quantizer, dim, group = store.quantizer, store.head_dim, store.group_size
-    if quantizer.scale_dtype not in ("model", "float32"):
+    if quantizer.scale_dtype not in ("model", "float32", *SMALL):
         return f"scales in {quantizer.scale_dtype}"
     if not isinstance(quantizer.bits, int):
         return "codes of several widths"

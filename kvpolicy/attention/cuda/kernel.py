@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from kvpolicy.attention.cuda.compile import Variant, compiled, resources
+from kvpolicy.attention.cuda.compile import Source, compiled, resources
 
 __all__ = ["THREADS", "Kernel", "kernel_of", "launch"]
 
@@ -29,12 +29,12 @@ class Kernel(NamedTuple):
 
 
 @functools.cache
-def kernel_of(variant: Variant, device: int) -> Kernel:
-    """A variant on a device, compiled and loaded at first use."""
+def kernel_of(source: Source, device: int) -> Kernel:
+    """A kernel on a device, compiled and loaded at first use."""
     from cuda.bindings import driver
 
     major, minor = torch.cuda.get_device_capability(device)
-    cubin = compiled(variant, f"sm_{major}{minor}")
+    cubin = compiled(source, f"sm_{major}{minor}")
     shared = resources(cubin).shared
     limit = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
     with torch.cuda.device(device):
@@ -42,11 +42,13 @@ def kernel_of(variant: Variant, device: int) -> Kernel:
         if shared > _checked(driver.cuDeviceGetAttribute(limit, _checked(driver.cuCtxGetDevice()))):
             return Kernel(driver.cuLaunchKernel, None, shared, 0)
         library = _checked(driver.cuLibraryLoadData(cubin, [], [], 0, [], [], 0))
-        function = _checked(driver.cuKernelGetFunction(_checked(driver.cuLibraryGetKernel(library, b"attend"))))
+        function = _checked(
+            driver.cuKernelGetFunction(_checked(driver.cuLibraryGetKernel(library, source.name.encode())))
+        )
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         _checked(driver.cuFuncSetAttribute(function, attribute, shared))
         blocks = _checked(driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(function, THREADS, shared))
-    blocks = max(1, min(blocks, variant.blocks))  # more of them read in too many places at once
+    blocks = max(1, min(blocks, source.blocks))  # more of them read in too many places at once
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     return Kernel(driver.cuLaunchKernel, function, shared, blocks * processors)
 

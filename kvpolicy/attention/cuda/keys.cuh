@@ -180,7 +180,7 @@ template <int BITS, int GROUP, int T, int TS> struct ChannelKeys {
         const int first = i % (PIECES / SETS) * PIECE + j;
         u32 at = to[k] + 4 * j;
         float f = by[k];
-        if (A::WIDTH % 8 && j) {  // four more channels may be of another plane
+        if (A::WIDTH % PIECE && j) {  // four more channels may be of another plane
           at = w.scratch + i / (PIECES / SETS) * SET + place<A>(first % DK) + first / DK * 8;
           f = first < DK ? factor<A>(first) : 1.f;
         }

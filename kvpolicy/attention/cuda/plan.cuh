@@ -1,12 +1,6 @@
 // What a launch is given: `Plan`, by value. Its last part, `Layout`, is the same for all layers of a step.
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef long long i64;
-typedef unsigned long long u64;
-
 constexpr int DK = KEY_DIM, DV = VALUE_DIM, R = ROWS, WARPS = 4;
-constexpr float LOWEST = -1e30f, RISE = 6.f, UNIT = 16777216.f;  // of a code: 2^-24
+constexpr float RISE = 6.f, UNIT = 16777216.f;  // of a code: 2^-24
 constexpr int SLOT = 8 * (DV + 4) + 16;  // floats: what a warp found for its columns, then maximum and sum of each
 constexpr int PART = R * DV + 2 * R;     // the same of a block, for its rows
 constexpr int MAPS = 4;                  // spaces of keys, and of values: the model's own, and those of transforms

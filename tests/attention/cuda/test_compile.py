@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from variants import FEW, LARGEST, MANY
 
 from kvpolicy.attention.cuda import compile as compiling
 from kvpolicy.attention.cuda.compile import Variant, compiled, missing, resources
+from kvpolicy.attention.cuda.observe import Sums
 
 absent = missing()
 pytestmark = pytest.mark.skipif(absent is not None, reason=f"the kernels can't be compiled: {absent}")
@@ -28,6 +30,15 @@ def test_every_format_compiles_without_spills(variant: Variant) -> None:
     found = resources(compiled(variant, "sm_90"))
     assert found.stack == 0
     assert found.registers > 32
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_120"])
+def test_sums_of_a_prompts_attention_compile_without_spills(arch: str) -> None:
+    for dim, weighs, mask in product((64, 80, 96, 128, 256), (False, True), (False, True)):
+        if arch == "sm_90" or dim == 128:
+            found = resources(compiled(Sums(dim, dim != 80, weighs, mask, softcap=mask), arch))
+            assert found.stack == 0
+            assert found.shared <= 99 * 1024
 
 
 def test_the_largest_format_spills_little() -> None:

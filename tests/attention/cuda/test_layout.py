@@ -89,6 +89,8 @@ def test_softcap_and_sinks() -> None:
         (channel(2, 48), token(4)),
         (channel(8, 16, scale_dtype="float32"), "full"),
         ("full", token(8, 32, scale_dtype="float32")),
+        (channel(4, 64, scale_dtype="float8_e4m3"), token(2, "head", range="rms", scale_dtype="float8_e4m3")),
+        (token(3, 32, scale_dtype="float8_e4m3"), "full"),
         (token(3, "head", range="rms"), token(2, "head", range="rms", transforms=[{"kind": "hadamard"}])),
         (token(2, transforms=[{"kind": "hadamard", "seed": 3}]), token(2, transforms=[{"kind": "hadamard"}])),
     ],

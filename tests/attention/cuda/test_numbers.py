@@ -22,7 +22,21 @@ def _no_grad() -> Any:
 
 
 @pytest.mark.parametrize(
-    "name", ["logquant", "kivi", "balanced", "hf-quantized", "streaming-quant", "kivi-sink", "atom", "mikv", "zipcache"]
+    "name",
+    [
+        "logquant",
+        "kivi",
+        "balanced",
+        "hf-quantized",
+        "streaming-quant",
+        "kivi-sink",
+        "atom",
+        "mikv",
+        "zipcache",
+        "best-2bit",
+        "best-3bit",
+        "best-4bit",
+    ],
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_recipes(name: str, dtype: torch.dtype) -> None:
@@ -67,6 +81,24 @@ def test_any_number_of_query_heads(groups: int) -> None:
 )
 def test_formats_that_differ(keys: Any, values: Any) -> None:
     Served(own(keys, values)).check((500, 3, 1))
+
+
+@pytest.mark.parametrize(
+    ("keys", "values", "dim"),
+    [
+        (token(2, 16), token(2, 128), 128),
+        (token(4, 32, range="rms"), token(4, "head", range="rms"), 128),
+        (token(8, 48), token(3, 48, range="rms"), 96),
+        (token(1, 40), token(2, 40), 80),
+        (channel(1, 16), token(2, 64), 64),
+        (channel(2, 48), token(2, 40), 80),
+        (channel(3, 32), token(1, 128, range="rms"), 256),
+        (channel(8, 128), "full", 128),
+    ],
+)
+def test_scales_of_eight_bits(keys: Any, values: Any, dim: int) -> None:
+    sides = [x if x == "full" else {**x, "scale_dtype": "float8_e4m3"} for x in (keys, values)]
+    Served(own(*sides), dim=dim).check((501, 3, 1, 60, 1))
 
 
 @pytest.mark.parametrize("name", ["logquant", "kivi", "balanced"])

@@ -1,0 +1,214 @@
+"""What the tokens of a prompt receive of attention, summed by kernels that write no scores."""
+
+from __future__ import annotations
+
+import math
+import struct
+import threading
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kvpolicy.attention.cuda.kernel import Kernel, kernel_of, launch
+from kvpolicy.interfaces.backend import AttentionOptions
+
+__all__ = ["Sums", "sums"]
+
+COLUMNS = 64
+"""Queries or keys of a tile; queries that count are filled up to a multiple."""
+WAVES = 4
+"""Blocks for each that the card holds at once, so that the last to end are few."""
+MASKED = 1024
+"""Queries whose masks are summed at a time."""
+LOG2E = math.log2(math.e)
+ADDRESSES = struct.Struct("<10q6Q8i2f")
+_known = threading.local()
+
+
+class Sums(NamedTuple):
+    """A variant of the kernel that sums the weights of attention by token."""
+
+    dim: int
+    bfloat: bool
+    weighs: bool
+    """Whether it is the second pass, which weighs; the first one normalises."""
+    mask: bool = False
+    softcap: bool = False
+
+    @property
+    def name(self) -> str:
+        return "observe"
+
+    @property
+    def blocks(self) -> int:
+        return 3 if self.dim <= 64 else 2
+
+    @property
+    def rows(self) -> int:
+        """Queries, or keys, of a block."""
+        return 64 if self.dim > 128 else 128
+
+    def defined(self, arch: str) -> dict[str, object]:
+        return {
+            "PASS": 1 + self.weighs,
+            "HEAD_DIM": self.dim,
+            "BFLOAT": int(self.bfloat),
+            "BLOCKS": self.blocks,
+            "MASK": int(self.mask),
+            "SOFTCAP": int(self.softcap),
+        }
+
+
+class Queries(NamedTuple):
+    """Queries of an update that count."""
+
+    at: Tensor
+    """Their numbers, then the last one again: int32, on the device."""
+    length: int
+    kinds: dict[int, tuple[Tensor, bool]]
+    """Of each kind of scores the ones that count, `[rows or 1, queries]`, on the device; and whether all of them do."""
+
+    @classmethod
+    def of(cls, counted: Any, offset: int, device: torch.device) -> Queries:
+        """Those of an update whose first query is token `offset`; layers that share `counted` share them."""
+        known = _known.__dict__.get("queries")
+        if known is None or known[0] is not counted or known[1:3] != (offset, device):
+            _known.queries = known = counted, offset, device, cls._of(counted, offset, device)
+        found: Queries = known[3]
+        return found
+
+    @classmethod
+    def _of(cls, counted: Any, offset: int, device: torch.device) -> Queries:
+        tokens = torch.tensor([n for n in counted.queries if n >= offset], dtype=torch.int64)
+        if not len(tokens):
+            return cls(tokens, 0, {})
+        at = torch.nn.functional.pad(tokens - offset, (0, -len(tokens) % COLUMNS), value=int(tokens[-1]) - offset)
+        masks = {k: mask[:, tokens] for k, mask in enumerate(counted.masks)}
+        kinds = {k: (mask.to(device), bool(mask.all())) for k, mask in masks.items() if mask.any()}
+        return cls(at.int().to(device), len(tokens), kinds)
+
+
+class _Call(NamedTuple):
+    """What both passes are given."""
+
+    query: Tensor
+    keys: Tensor
+    mask: Tensor | None
+    options: AttentionOptions
+    queries: Queries
+    causal: bool
+
+    def variant(self, weighs: bool) -> Sums:
+        capped = self.options.softcap is not None
+        return Sums(self.query.shape[3], self.query.dtype == torch.bfloat16, weighs, self.mask is not None, capped)
+
+    def run(self, variant: Sums, lse: Tensor | None, splits: int, grid: tuple[int, int], to: Tensor) -> None:
+        """Launch a pass, whose result goes `to` a tensor `[splits, ...]`."""
+        query, keys, mask, options, queries, causal = self
+        heads, asked = query.shape[1:3]
+        kv_heads, tokens = keys.shape[1:3]
+        strides = (0, 0, 0, 0) if mask is None else _strides(mask)
+        device = query.get_device()
+        given = ADDRESSES.pack(
+            *query.stride()[:3], *keys.stride()[:3], *strides,
+            query.data_ptr(), keys.data_ptr(), 0 if mask is None else mask.data_ptr(), queries.at.data_ptr(),
+            (to if lse is None else lse).data_ptr(), to.data_ptr(),
+            queries.length, len(queries.at), tokens, heads, heads // kv_heads, tokens - asked, splits, int(causal),
+            options.scaling * LOG2E, (options.softcap or 0.0) * LOG2E,
+        )  # fmt: skip
+        launch(kernel_of(variant, device), given, (*grid, splits), device)
+
+
+def _strides(mask: Tensor) -> tuple[int, ...]:
+    """Of a mask `[batch or 1, heads or 1, queries or 1, tokens]`, 0 where it has one for all."""
+    steps = [0 if n == 1 else step for n, step in zip(mask.shape[:3], mask.stride()[:3], strict=True)]
+    return (*steps, mask.stride(3))
+
+
+def _splits(kernel: Kernel, blocks: int, tiles: int) -> int:
+    """Parts into which columns are cut, so that there is work for all of a card."""
+    return max(1, min(-(-WAVES * kernel.slots // max(1, blocks)), tiles // 4, 64))
+
+
+def normalised(call: _Call) -> Tensor:
+    """The logarithm (base 2) of the sum of exponentials of each query that counts: `[batch, heads, filled up]`.
+
+    Infinite where a query sees nothing, and for those that fill up: its weights become zeros.
+    """
+    query, keys = call.query, call.keys
+    batch, heads = query.shape[:2]
+    variant = call.variant(False)
+    room, count = len(call.queries.at), call.queries.length
+    grid = batch * heads, -(-room // variant.rows)
+    splits = _splits(kernel_of(variant, query.get_device()), grid[0] * grid[1], -(-keys.shape[2] // COLUMNS))
+    parts = query.new_empty((splits, batch, heads, room), dtype=torch.float32)
+    call.run(variant, None, splits, grid, parts)
+    lse = parts[0] if splits == 1 else parts.mul_(1 / LOG2E).logsumexp(0).mul_(LOG2E)
+    if call.options.sinks is not None:
+        lse = torch.logaddexp2(lse, call.options.sinks.float().mul(LOG2E).view(1, -1, 1))
+    lse.masked_fill_(lse == -torch.inf, torch.inf)
+    lse[..., count:] = torch.inf
+    return lse
+
+
+def weighed(call: _Call, lse: Tensor) -> Tensor:
+    """Weights of each key summed over queries and their heads: `[batch, kv_heads, tokens]`."""
+    batch = call.query.shape[0]
+    kv_heads, tokens = call.keys.shape[1:3]
+    variant = call.variant(True)
+    grid = batch * kv_heads, -(-tokens // variant.rows)
+    tiles = lse.shape[2] // COLUMNS * (call.query.shape[1] // kv_heads)
+    splits = _splits(kernel_of(variant, call.query.get_device()), grid[0] * grid[1], tiles)
+    parts = call.query.new_empty((splits, batch, kv_heads, tokens), dtype=torch.float32)
+    call.run(variant, lse, splits, grid, parts)
+    return parts[0] if splits == 1 else parts.sum(0)
+
+
+def sums(query: Tensor, keys: Tensor, observer: Any, mask: Tensor | None, options: AttentionOptions) -> bool:
+    """Tell an observer that asks for no more than sums; False where this can't be done here. See `Backend.observe`."""
+    heads, asked = query.shape[1:3]
+    kv_heads, tokens = keys.shape[1:3]
+    if not observer.sums or not (_readable(query) and _readable(keys)) or options.scaling <= 0:
+        return False
+    if mask is not None and (mask.dtype != torch.bool or mask.ndim != 4 or mask.shape[2] not in (1, asked)):
+        return False
+    queries = Queries.of(observer.counted, tokens - asked, query.device)
+    if not queries.length:
+        return True
+    call = _Call(query, keys, mask, options, queries, asked > 1 and (mask is None or mask.shape[2] != asked))
+    if any(kernel_of(call.variant(weighs), query.get_device()).slots == 0 for weighs in (False, True)):
+        return False
+    lse = normalised(call)
+    for k, (counted, every) in queries.kinds.items():
+        known = lse
+        if not every:
+            filled = torch.nn.functional.pad(counted, (0, lse.shape[2] - queries.length))
+            known = torch.where(filled[:, None], lse, torch.inf)
+        observer.add_sums(k, weighed(call, known), _seen(call, counted.float()), heads // kv_heads)
+    return True
+
+
+def _readable(x: Tensor) -> bool:
+    return x.stride(3) == 1 and not any(step % 8 for step in x.stride()[:3]) and x.data_ptr() % 16 == 0
+
+
+def _seen(call: _Call, counted: Tensor) -> Tensor:
+    """How many of the queries that count could see each token: `[batch or 1, kv_heads or 1, tokens]`."""
+    query, keys, mask, _, queries, causal = call
+    at = queries.at[: queries.length].long()
+    kv_heads, tokens = keys.shape[1:3]
+    seeing = counted.sum(1, keepdim=True)
+    if causal:
+        ends = counted.new_zeros((len(counted), tokens)).index_add_(1, at + (tokens - query.shape[2]), counted)
+        seeing = ends.flip(1).cumsum(1).flip(1)
+    if mask is None:
+        return seeing.expand(-1, tokens).unsqueeze(1)
+    shown = mask if mask.shape[1] == 1 else mask[:, :: query.shape[1] // kv_heads]
+    if shown.shape[2] == 1:
+        return shown[:, :, 0] * seeing.unsqueeze(1)
+    found: Tensor = counted.new_zeros((max(len(shown), len(counted)), shown.shape[1], tokens))
+    for first in range(0, queries.length, MASKED):
+        visible = shown.index_select(2, at[first : first + MASKED]).float()
+        found += (counted[:, None, None, first : first + MASKED] @ visible).squeeze(2)
+    return found
