@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, PrivateAttr, Tag, model_validator
 
 from kvpolicy.errors import RecipeError
 from kvpolicy.hookspecs import hookimpl
@@ -16,11 +16,21 @@ from kvpolicy.interfaces.site import Site
 if TYPE_CHECKING:
     from torch import Tensor
 
-Width = Annotated[int, Field(ge=0, le=8)]
-Widths = Annotated[
-    tuple[Width, ...],
-    Field(min_length=2, max_length=64),
-    BeforeValidator(lambda given: tuple(given) if isinstance(given, list) else given),
+
+def _widths(given: Any) -> Any:
+    """A list of bits as a tuple."""
+    fits = 2 <= len(given) <= 64 and all(type(bits) is int and 0 <= bits <= 8 for bits in given)
+    if not fits:
+        raise ValueError(
+            f"a list must hold the bits of 2 to 64 runs of channels, each from 0 to 8, found {given!r:.80}"
+        )
+    return tuple(given)
+
+
+Widths = Annotated[tuple[int, ...], BeforeValidator(_widths)]
+Nbits = Annotated[
+    Annotated[Literal[1, 2, 3, 4, 8], Tag("one")] | Annotated[Widths, Tag("list")],
+    Discriminator(lambda given: "list" if isinstance(given, list | tuple) else "one"),
 ]
 
 STEPS = {1: 1.595769122, 2: 0.995686701, 3: 0.586019459, 4: 0.335200597, 8: 0.030762381}
@@ -57,7 +67,7 @@ class Int(AffineQuantizer):
     kind: Literal["int"] = "int"
     independent: ClassVar[bool] = True
     mixed: ClassVar[bool] = True
-    nbits: Literal[1, 2, 3, 4, 8] | Widths = Field(  # type: ignore[assignment]
+    nbits: Nbits = Field(  # type: ignore[assignment]
         4,
         description=(
             "Bits per code; or, per channel and without range: rms, a list of the bits, 0 to 8, of equal runs of "
