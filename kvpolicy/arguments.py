@@ -7,10 +7,11 @@ import os
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from kvpolicy.errors import CalibrationError, CompareError, MissingDependencyError
-from kvpolicy.words import clip, in_words, quoted, suggest
+from kvpolicy.words import clip, in_line, in_words, quoted, suggest
 
 RESULTS = ("run.sqlite", "report.html", "report.md", "comparison.png", "attention.png")
 """Files that a comparison writes; the first holds every row, from which the others follow."""
@@ -121,6 +122,33 @@ def check_picture(path: Path) -> None:
         raise CompareError(f"{name}: a picture must end in one of {', '.join(_PICTURES)}, found {quoted(path.suffix)}")
     if not home:
         raise CompareError(f"{name}: the picture can't be written: there is no directory {clip(str(path.parent))}")
+    if (why := unwritable(path)) is not None:
+        raise CompareError(f"{name}: the picture can't be written: {why}; name another file")
+
+
+def unwritable(path: Path) -> str | None:
+    """Why a file of this name, or one within a directory of this name, can't be written; None where it can.
+
+    Directories that are missing would be made. What can be tried is tried, since rights alone don't tell of a mount
+    that is read-only or of a system that refuses; nothing is left behind.
+
+    Raises:
+        OSError: it can't even be looked at.
+        ValueError: it is no name of a file.
+    """
+    there = next((home for home in (path, *path.parents) if home.exists()), None)
+    if there is not None and there != path and not there.is_dir():
+        return f"{in_line(there)} is a file"
+    try:
+        if there is not None and there.is_dir():
+            with TemporaryFile(dir=there):
+                pass
+        elif there is not None and there.is_file():
+            with there.open("ab"):
+                pass
+    except OSError as error:
+        return f"{in_line(there)}: {_reason(error)}"
+    return None
 
 
 def check_directory(path: Path) -> None:
@@ -133,12 +161,11 @@ def check_directory(path: Path) -> None:
     try:
         if path.exists() and not path.is_dir():
             raise CompareError(f"{name}: the results go into a directory, found a file; choose another name")
-        above = next((home for home in (path, *path.parents) if home.exists()), None)
-        if above is not None and not (above.is_dir() and os.access(above, os.W_OK | os.X_OK)):
-            what = "directory that can't be written" if above.is_dir() else "file"
-            raise CompareError(f"{name}: the results can't be written there: {clip(str(above))} is a {what}")
+        why = unwritable(path)
     except (OSError, ValueError) as error:
         raise CompareError(f"{name}: the results can't be written there: {_reason(error)}") from error
+    if why is not None:
+        raise CompareError(f"{name}: the results can't be written there: {why}; choose another name")
 
 
 def check_search(settings: Mapping[str, Any]) -> None:
@@ -230,7 +257,7 @@ def check_calibration(samples: Any, tokens: Any, text: Any, out: Path, overwrite
             raise CalibrationError(f"{name} must be an integer from {least} to {MAX_PROMPT}, found {in_words(value)}")
     name = clip(str(out), 300)
     try:
-        if out.is_dir() or not out.parent.is_dir() or not os.access(out.parent, os.W_OK | os.X_OK):
+        if out.is_dir() or not out.parent.is_dir() or unwritable(out):
             what = "a directory of that name" if out.is_dir() else "no directory that it could be written to"
             raise CalibrationError(f"{name}: the calibration goes into a file, found {what}; name another (--out)")
         known = out.exists() and isinstance(text, str | os.PathLike) and os.path.exists(text)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from importlib.metadata import EntryPoint, PackageNotFoundError, distribution, entry_points
+from importlib.metadata import Distribution, EntryPoint, PackageNotFoundError, distribution, entry_points
 from importlib.util import find_spec
 from itertools import pairwise
 from types import ModuleType
@@ -231,8 +231,14 @@ def _installed(library: str) -> bool:
 
 
 def _home(point: EntryPoint) -> tuple[str, str]:
-    dist = point.dist
-    return ("an unknown distribution", "") if dist is None else (dist.metadata["Name"], dist.version)
+    return ("an unknown distribution", "") if point.dist is None else _named(point.dist)
+
+
+@lru_cache(maxsize=256)
+def _named(dist: Distribution) -> tuple[str, str]:
+    """Name and version. Kept, since each look parses all of the metadata, the README included."""
+    metadata = dist.metadata
+    return metadata["Name"], metadata["Version"]
 
 
 def _hooks() -> list[str]:

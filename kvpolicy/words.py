@@ -20,6 +20,11 @@ def clip(text: str, longest: int = LONGEST) -> str:
     return line if len(line) <= longest else line[: longest - 3] + "..."
 
 
+def in_line(path: Any) -> str:
+    """A path, on one line and not too long."""
+    return clip(str(path), 300)
+
+
 def quoted(text: str) -> str:
     """A name in quotes, shortened."""
     return repr(text) if len(text) <= LONGEST - 2 else repr(text[: LONGEST - 5]) + "..."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -26,12 +26,16 @@ def _block(channels: int) -> int:
 def _rotated(x: Tensor) -> Tensor:
     """`x` times the matrix, by sums and differences alone: a token's numbers don't depend on how many come with it."""
     channels, width = x.shape[-1], 1
+    spare = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    other = torch.empty_like(spare)
     while width < _block(channels):
         a, b = x.unflatten(-1, (-1, 2, width)).unbind(-2)
-        x = torch.stack([a + b, a - b], dim=-2).flatten(-3)
+        total, difference = spare.unflatten(-1, (-1, 2, width)).unbind(-2)
+        torch.add(a, b, out=total)
+        torch.sub(a, b, out=difference)
+        x, spare, other = spare, other, spare
         width *= 2
-    scaled: Tensor = x * width**-0.5
-    return scaled
+    return x * width**-0.5 if width == 1 else x.mul_(width**-0.5)
 
 
 @lru_cache(maxsize=32)
@@ -55,6 +59,7 @@ class Hadamard(Transform):
     """
 
     kind: Literal["hadamard"] = "hadamard"
+    butterflies: ClassVar[bool] = True
     seed: int | None = Field(
         None,
         ge=0,

@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Discriminator, Field, PrivateAttr, Tag, mo
 
 from kvpolicy.errors import RecipeError
 from kvpolicy.hookspecs import hookimpl
-from kvpolicy.interfaces.quantizer import Affine, AffineQuantizer, Quantizer, root_mean_square
+from kvpolicy.interfaces.quantizer import Affine, AffineQuantizer, Quantizer, Rounding, root_mean_square
 from kvpolicy.interfaces.site import Site
 
 if TYPE_CHECKING:
@@ -147,6 +147,11 @@ class Int(AffineQuantizer):
         if self.offsets or isinstance(self.nbits, tuple):
             return None
         return torch.arange(2**self.nbits) - (2**self.nbits - 1) / 2
+
+    def rounding(self) -> Rounding | None:
+        if self.range == "percentiles" or isinstance(self.nbits, tuple):
+            return None
+        return Rounding(self.range, self.symmetric, 0.0 if self.offsets else STEPS[self.nbits])
 
     def calibrate(self, groups: Tensor) -> Affine:
         x = groups.float()

@@ -10,6 +10,7 @@ import typer
 
 from kvpolicy.cli.model_options import takes_model
 from kvpolicy.cli.output import silence_transformers, warner
+from kvpolicy.words import in_line
 
 
 @takes_model
@@ -50,7 +51,7 @@ def calibrate(
             raise typer.Exit(130) from None
     if bar.said:
         typer.echo(bar.said)
-    typer.echo(f"wrote {target}", err=True)
+    typer.echo(f"wrote {in_line(target)}", err=True)
 
 
 def _check(

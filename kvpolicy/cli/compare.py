@@ -14,6 +14,7 @@ import typer
 from kvpolicy.cli.model_options import takes_model
 from kvpolicy.cli.output import show_result, silence_transformers, warner
 from kvpolicy.errors import KvpolicyError
+from kvpolicy.words import in_line
 
 
 @takes_model
@@ -149,7 +150,7 @@ def _show_partial(error: BaseException, out: str | None) -> None:
         return
     show_result(partial)
     if out is not None:
-        typer.echo(f"finished rows in {out}: {len(partial.evidence.rows)}; the same command goes on", err=True)
+        typer.echo(f"finished rows in {in_line(out)}: {len(partial.evidence.rows)}; the same command goes on", err=True)
 
 
 class _Terminated(KeyboardInterrupt):
@@ -186,7 +187,7 @@ def _show_files(out: str) -> None:
 
     *most, last = [name for name in RESULTS if (Path(out) / name).exists()]
     listed = f"{', '.join(most)} and {last}" if most else last
-    typer.echo(f"wrote {listed} into {out}", err=True)
+    typer.echo(f"wrote {listed} into {in_line(out)}", err=True)
 
 
 def _check_comparison(

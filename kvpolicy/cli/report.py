@@ -9,7 +9,7 @@ import typer
 
 from kvpolicy.cli.output import new_table, show_table
 from kvpolicy.errors import CompareError
-from kvpolicy.words import in_words, listed, quoted, suggest
+from kvpolicy.words import in_line, in_words, listed, quoted, suggest
 
 if TYPE_CHECKING:
     from kvpolicy.statistics.rows import Evidence
@@ -76,7 +76,7 @@ def report(
         typer.echo(line, err=True)
     if out is not None:
         written = write_report(found, Path(out), wanted)
-        typer.echo(f"wrote {', '.join(path.name for path in written)} into {out}", err=True)
+        typer.echo(f"wrote {', '.join(path.name for path in written)} into {in_line(out)}", err=True)
 
 
 def _formats(text: str) -> tuple[str, ...]:
@@ -120,7 +120,7 @@ def _read(name: str | None, path: Path, document: str | None) -> Evidence:
     from kvpolicy.report.readers import is_lm_eval, read_csv, read_lm_eval
 
     if not path.exists():
-        raise CompareError(f"{path}: there is no such run; give a directory of kvpolicy compare, or a file")
+        raise CompareError(f"{in_line(path)}: there is no such run; give a directory of kvpolicy compare, or a file")
     if is_lm_eval(path):
         return read_lm_eval(path, name or _arm_of(path), document)
     if path.is_dir():
@@ -130,7 +130,7 @@ def _read(name: str | None, path: Path, document: str | None) -> Evidence:
     if path.name.lower().endswith((".csv", ".csv.gz")):
         return read_csv(path)
     endings = listed([".csv", ".csv.gz", "samples_<task>_<date>.jsonl of lm_eval --log_samples"])
-    raise CompareError(f"{path}: a file must be one of {endings}, found {in_words(path.suffix or path.name)}")
+    raise CompareError(f"{in_line(path)}: a file must be one of {endings}, found {in_words(path.suffix or path.name)}")
 
 
 def _arm_of(path: Path) -> str:

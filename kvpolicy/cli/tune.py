@@ -10,6 +10,7 @@ import typer
 
 from kvpolicy.cli.model_options import takes_model
 from kvpolicy.cli.output import show_result, silence_transformers, warner
+from kvpolicy.words import in_line
 
 
 @takes_model
@@ -60,13 +61,13 @@ def tune(
         try:
             result = run(found, **options, attach=not unattached)
         except KeyboardInterrupt:
-            kept = f"; finished trials are kept in {directory}, the same command goes on"
+            kept = f"; finished trials are kept in {in_line(directory)}, the same command goes on"
             typer.echo(f"interrupted{kept if Path(directory, 'study.journal').exists() else ''}", err=True)
             raise typer.Exit(130) from None
     show_result(result)
     recipes = ", ".join(f"{found.label}.yaml" for found in result.found[:3])
     more = f" and {len(result.found) - 3} more" if len(result.found) > 3 else ""
-    typer.echo(f"wrote {recipes}{more}, result.json and front.png into {directory}", err=True)
+    typer.echo(f"wrote {recipes}{more}, result.json and front.png into {in_line(directory)}", err=True)
 
 
 def _check(space: str, options: dict[str, Any]) -> Any:

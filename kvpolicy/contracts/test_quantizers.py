@@ -11,7 +11,7 @@ from torch import Tensor
 from kvpolicy.attention.products import add_values, key_scores
 from kvpolicy.contracts.samples import name_of, normal, quantizers, tensor
 from kvpolicy.errors import MissingDependencyError, RecipeError
-from kvpolicy.interfaces.quantizer import Affine, AffineQuantizer, Quantizer, precision_of
+from kvpolicy.interfaces.quantizer import Affine, AffineQuantizer, Quantizer, precision_of, root_mean_square
 from kvpolicy.interfaces.site import Site
 from kvpolicy.storage.base import Store
 from kvpolicy.storage.group_size import group_size_of
@@ -88,6 +88,23 @@ def test_independent_groups_are_coded_the_same_alone_and_together(
     parts = [quantizer.calibrate(some) for some in groups.split([1, 20, 75])]
     for found, pieces in zip(whole, zip(*parts, strict=True), strict=True):
         assert torch.equal(found, torch.cat(pieces)), "independent is true, and a group is coded otherwise alone"
+
+
+@EVERY_AFFINE
+def test_it_rounds_as_it_says(quantizer: AffineQuantizer) -> None:
+    """Backends code in its place by what it says."""
+    said, x, top = quantizer.rounding(), _groups(torch.float32), 2**quantizer.nbits - 1
+    if said is None or quantizer.clip < 1:
+        return
+    low, high = torch.aminmax(x, dim=1, keepdim=True)
+    if said.symmetric:
+        low, high = -torch.maximum(-low, high), torch.maximum(-low, high)
+    scale = (high - low) / top if said.by == "extremes" else root_mean_square(x) * said.step
+    codes = (x - low) / scale if said.by == "extremes" else x / scale + top / 2
+    found = quantizer.calibrate(x)
+    assert quantizer.offsets == (said.by == "extremes"), "a quantizer has offsets where it rounds between extremes"
+    assert torch.equal(found.scale, scale), f"calibrate must give the scales of {said}"
+    assert torch.equal(found.codes, codes.round().clamp(0, top).to(torch.uint8)), f"calibrate must round as {said}"
 
 
 @EVERY_AFFINE

@@ -89,6 +89,19 @@ def test_queries_may_be_of_any_size(transform: Transform) -> None:
 
 
 @EVERY
+def test_butterflies_are_sums_and_differences(transform: Transform) -> None:
+    """Backends compute them in its place."""
+    x, state = _fitted(transform, 64)
+    if not transform.butterflies or state:
+        return
+    y, width = x, 1
+    while width < 64:
+        a, b = y.unflatten(-1, (-1, 2, width)).unbind(-2)
+        y, width = torch.stack([a + b, a - b], dim=-2).flatten(-3), 2 * width
+    assert torch.equal(transform.forward(x, state, None), y * 64**-0.5), "forward must be the Hadamard matrix"
+
+
+@EVERY
 @DIMS
 def test_the_inverse_gives_back_what_went_through(transform: Transform, head_dim: int) -> None:
     x, state = _fitted(transform, head_dim)

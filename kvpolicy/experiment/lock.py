@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from kvpolicy.errors import CompareError
-from kvpolicy.words import clip
+from kvpolicy.words import clip, in_line
 
 HOLDER = ".running"
 """Names the process that has a directory. What it says counts only while the lock is held."""
@@ -27,7 +27,7 @@ def locked(directory: Path, what: str) -> Iterator[None]:
         directory.mkdir(parents=True, exist_ok=True)
         import fcntl
     except OSError as error:
-        raise CompareError(f"{directory}: the results can't be written there: {error}") from error
+        raise CompareError(f"{in_line(directory)}: the results can't be written there: {error}") from error
     except ImportError:  # not on Windows
         yield
         return
@@ -38,7 +38,7 @@ def locked(directory: Path, what: str) -> Iterator[None]:
     except BlockingIOError as error:
         os.close(handle)
         raise CompareError(
-            f"{clip(str(directory), 300)}: {what} is running there{_named(holder)}; wait for it, or choose another "
+            f"{in_line(directory)}: {what} is running there{_named(holder)}; wait for it, or choose another "
             "directory (--out)"
         ) from error
     except OSError:  # a file system without locks

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kvpolicy.errors import CompareError
+from kvpolicy.words import in_line
 
 _BLUE, _ORANGE, _GREY = "#0b5394", "#c55a11", "0.45"
 _TICKS = (0.25, 0.5, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32)
@@ -120,7 +121,9 @@ def check_ending(path: Path) -> None:
 
     supported = sorted(FigureCanvasAgg.get_supported_filetypes())
     if path.suffix.lstrip(".").lower() not in supported:
-        raise CompareError(f"{path}: a picture must end in one of {', '.join(supported)}, found {path.suffix!r}")
+        raise CompareError(
+            f"{in_line(path)}: a picture must end in one of {', '.join(supported)}, found {path.suffix!r}"
+        )
 
 
 def write_picture(figure: Any, path: Path) -> Path:
@@ -128,7 +131,7 @@ def write_picture(figure: Any, path: Path) -> Path:
     try:
         figure.savefig(path)
     except OSError as error:
-        raise CompareError(f"{path}: the picture can't be written: {error}") from error
+        raise CompareError(f"{in_line(path)}: the picture can't be written: {error}") from error
     return path
 
 

@@ -14,7 +14,7 @@ from kvpolicy.errors import CompareError, MissingDependencyError
 from kvpolicy.experiment.lock import locked
 from kvpolicy.hf.fingerprint import Fingerprint, differences
 from kvpolicy.recipe.yaml import path_text
-from kvpolicy.words import clip, in_words
+from kvpolicy.words import clip, in_line, in_words
 
 JOURNAL, ABOUT = "study.journal", "study.json"
 """Optuna's log of all trials, and what was searched."""
@@ -66,7 +66,7 @@ def open_study(directory: Path | None, about: dict[str, Any], bits: float | None
             study.sampler = _sampler(bits, (seed + len(before)) % SEEDS)
             yield study
     except OSError as error:
-        raise CompareError(f"{directory}: the study can't be read or written: {error}") from error
+        raise CompareError(f"{in_line(directory)}: the study can't be read or written: {error}") from error
     finally:
         optuna.logging.set_verbosity(shown)
 
@@ -92,7 +92,7 @@ def _study(storage: Any, directory: Path | None, bits: float | None) -> Any:
         raise
     except Exception as error:  # whatever a damaged log leads to
         raise CompareError(
-            f"{clip(str(directory), 300)}: {JOURNAL} can't be read: {type(error).__name__}: {clip(str(error), 200)}; "
+            f"{in_line(directory)}: {JOURNAL} can't be read: {type(error).__name__}: {clip(str(error), 200)}; "
             "choose another directory (--out), or remove this one"
         ) from error
 
@@ -124,7 +124,7 @@ def _storage(directory: Path) -> Any:
         raise
     except Exception as error:
         raise CompareError(
-            f"{clip(str(directory), 300)}: {JOURNAL} can't be read: {type(error).__name__}: {clip(str(error), 200)}; "
+            f"{in_line(directory)}: {JOURNAL} can't be read: {type(error).__name__}: {clip(str(error), 200)}; "
             "choose another directory (--out), or remove this one"
         ) from error
 

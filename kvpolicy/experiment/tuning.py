@@ -19,7 +19,7 @@ from kvpolicy.experiment.result import Estimate
 from kvpolicy.experiment.search import Trial
 from kvpolicy.experiment.study import write_text
 from kvpolicy.recipe.load import Recipe
-from kvpolicy.words import clip
+from kvpolicy.words import clip, in_line
 
 RESULT, PICTURE = "result.json", "front.png"
 _RECIPES = re.compile(r"(best|front-\d+)\.yaml")
@@ -146,7 +146,7 @@ class Tuning(Printed):
                 if _RECIPES.fullmatch(file.name):
                     file.unlink()
         except OSError as error:
-            raise CompareError(f"{directory}: the results can't be written there: {error}") from error
+            raise CompareError(f"{in_line(directory)}: the results can't be written there: {error}") from error
         for found in self.found:
             write_text(directory / f"{found.label}.yaml", found.recipe.to_yaml().rstrip("\n"))
         write_text(directory / RESULT, json.dumps(self.summary(), indent=2, allow_nan=False))

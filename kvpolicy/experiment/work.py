@@ -104,6 +104,10 @@ class Worker:
     def _unit(self, unit: Sequence[Item], wanted: Wanted, said: Said) -> Iterator[Finished]:
         said(EXACT, 0)
         exact = self._try(EXACT, unit)
+        if isinstance(exact, str) and len(unit) > 1:  # maybe one sample's fault, or too much at once
+            for item in unit:
+                yield from self.run([item], wanted, said)
+            return
         if isinstance(exact, str):
             for arm in self.caches:
                 cause = exact if arm == EXACT else f"{NO_EXACT}: {exact}"
@@ -115,12 +119,12 @@ class Worker:
                 continue
             said(arm, 0)
             same = arm == EXACT or (arm != AGAIN and is_exact(cache.recipe))
-            runs = exact if same else self._try(arm, unit)
-            if isinstance(runs, str):
-                yield from self._failed(unit, arm, runs, wanted, said)
-                continue
+            runs = exact if same else self._try_each(arm, unit)
             for item, run, reference in zip(unit, runs, exact, strict=True):
-                yield from self._rows(item, arm, run, reference, wanted, said)
+                if isinstance(run, str):
+                    yield from self._failed([item], arm, run, wanted, said)
+                else:
+                    yield from self._rows(item, arm, run, reference, wanted, said)
 
     def _rows(self, item: Item, arm: str, run: Run, reference: Run, wanted: Wanted, said: Said) -> Iterator[Finished]:
         if (arm, item.planned.task, item.planned.sample) not in wanted:
@@ -133,6 +137,16 @@ class Worker:
         seen = run.attention if arm == EXACT else None
         said("", 1)
         yield Finished(made, None if seen is None else seen.distances.sums() or None)
+
+    def _try_each(self, arm: str, unit: Sequence[Item]) -> Iterator[Run | str]:
+        """The run of an arm on each sample, or why there is none. A batch that fails is run one by one."""
+        runs = self._try(arm, unit)
+        for i, item in enumerate(unit):
+            if isinstance(runs, str) and len(unit) > 1:
+                found = self._try(arm, [item])
+                yield found if isinstance(found, str) else found[0]
+            else:
+                yield runs if isinstance(runs, str) else runs[i]
 
     def _try(self, arm: str, unit: Sequence[Item]) -> list[Run] | str:
         """The runs of an arm, or why there are none."""

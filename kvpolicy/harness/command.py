@@ -7,8 +7,10 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+from kvpolicy.arguments import check_directory
 from kvpolicy.errors import CompareError, KvpolicyError
 from kvpolicy.harness import NAME, register
 from kvpolicy.hf.source import BUNDLED, ModelSource
@@ -64,6 +66,8 @@ def _complete(asked: Any, recipe: str, source: ModelSource) -> None:
     twice = sorted(given.keys() & ours.keys())
     if twice:
         raise CompareError(f"an argument is given once, found {twice[0]} in --model_args and before --")
+    if asked.output_path or written.get("output_path"):
+        check_directory(Path(asked.output_path or written["output_path"]).parent)  # it may be a file's
     asked.model = NAME
     asked.model_args = {"pretrained": str(BUNDLED), **ours, **given, "recipe": recipe}
     if kept := asked.use_cache or written.get("use_cache"):

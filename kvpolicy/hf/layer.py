@@ -96,34 +96,7 @@ class TieredLayer(DenseAccess, CacheLayerMixin):
         Raises:
             CacheError: a policy must see attention, or rows or heads hold different numbers of tokens.
         """
-        if self.attached:
-            return
-        if self.tiers.placement.attends:
-            raise CacheError(
-                f"policy {self.tiers.attending[0]!r} selects tokens by the attention that they receive, which only an "
-                "attached model shows; use: with kvpolicy.attach(model): ..."
-            )
-        if self.tiers.placement.reader is not None:
-            raise CacheError(
-                f"reader {self.tiers.placement.reader.kind!r} chooses by each query what it reads, which only an "
-                "attached model shows; use: with kvpolicy.attach(model): ..."
-            )
-        if self.tiers.wants_queries:
-            raise CacheError(
-                f"transform {self.tiers.asking!r} fits keys to the queries that meet them, which only an attached "
-                "model shows; use: with kvpolicy.attach(model): ..."
-            )
-        if self.tiers.placement.reads_counts:
-            raise CacheError(
-                f"policy {self.tiers.placement.reads_counts[0]!r} lets other numbers of tokens stay in each row "
-                "and head, which only an attached model can read; use: with kvpolicy.attach(model): ..."
-            )
-        if self.tiers.step.by_row or (self.tiers.evicts and self.tiers.planner.uneven):
-            raise CacheError(
-                "a cache whose rows or heads hold different numbers of tokens (padded batches, or a crop of what "
-                "had descended) must go on with an attached model, found one that is not; use: with "
-                "kvpolicy.attach(model): ..."
-            )
+        self.tiers.check_attached()
 
     @uncompiled
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeAlias
 
-from kvpolicy.interfaces.component import Component
+from kvpolicy.errors import PluginError
+from kvpolicy.interfaces.component import TRY, Component
+from kvpolicy.interfaces.quantizer import Rounding
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-__all__ = ["AttentionOptions", "AttentionSpec", "Backend", "Part", "StoreView", "Stored", "Stretches"]
+__all__ = ["AttentionOptions", "AttentionSpec", "Backend", "Encoding", "Part", "StoreView", "Stored", "Stretches"]
 
 Stretches: TypeAlias = tuple[tuple[int, int, int], ...]
 """Tokens of a store that are neighbours among the columns, too: of each stretch its first token, the column of that,
@@ -109,6 +111,24 @@ class AttentionOptions:
     """Whether nothing is to be merged with the result. The output may then be in the type of the query."""
 
 
+class Encoding(NamedTuple):
+    """How tokens are coded: what a store of packed codes keeps of them."""
+
+    dtype: torch.dtype
+    """The type of the tokens."""
+    head_dim: int
+    nbits: int
+    group: int
+    """Channels of a token, or tokens of a channel, that share a scale."""
+    by_channel: bool
+    rounding: Rounding
+    rotated: bool
+    """Whether a Hadamard matrix comes first, as of `Transform.butterflies`, rounded to the type of the tokens."""
+    kept: torch.dtype
+    """The type in which scales are kept, those before offsets: `[..., numbers]`, twice as many with offsets. As
+    float8_e4m3, which stores hold as bytes, they are rounded up and offsets down, and codes are the nearest then."""
+
+
 class Backend(Component):
     """Computes attention of queries over a part of what a layer holds.
 
@@ -188,3 +208,18 @@ class Backend(Component):
             Whether it did. The default does not: the reference then computes the weights.
         """
         return False
+
+    def encodes(self, encoding: Encoding) -> bool:
+        """Whether it can code tokens in the place of PyTorch, with the same result. The same answer each time."""
+        return False
+
+    def encode(self, encoding: Encoding, pieces: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
+        """Code tokens, and write what is kept of them. It must not wait for the device.
+
+        Args:
+            encoding: one that it `encodes`.
+            pieces: of each the tokens, `[batch, kv_heads, tokens, head_dim]`, per channel whole groups; where packed
+                codes go, uint8 `[batch, kv_heads, tokens, width]`, plane by plane; and where scales and offsets go,
+                `[batch, kv_heads, tokens or groups, numbers]`. What is written to is contiguous from the tokens on.
+        """
+        raise PluginError(f"backend {self.kind!r} must have encode where it encodes, found none. {TRY}")

@@ -24,6 +24,7 @@ __all__ = [
     "Bits",
     "GroupSize",
     "Quantizer",
+    "Rounding",
     "TensorQuantizer",
     "known_grouping",
     "precision_of",
@@ -53,6 +54,21 @@ class Affine(NamedTuple):
     """float32: `[groups, 1]`."""
     offset: Tensor
     """float32, in the unit of the values (not of the codes): `[groups, 1]`."""
+
+
+class Rounding(NamedTuple):
+    """A way to round that backends know: what they compute is what `calibrate` gives.
+
+    Numbers x of a group become `round((x - offset) / scale)` within the codes, of equal distances the even one, nan 0;
+    a scale that is not above 0 divides as 1. All in float32.
+    """
+
+    by: Literal["extremes", "rms"]
+    """extremes: the offset is the minimum, the scale `(maximum - minimum) / (2**nbits - 1)`. rms: there is no offset,
+    the scale is `step` times `root_mean_square`, and codes are `round(x / scale + (2**nbits - 1) / 2)`."""
+    symmetric: bool = False
+    """With extremes: of a group whose numbers differ, minimum and maximum are minus and plus the largest magnitude."""
+    step: float = 0.0
 
 
 class Quantizer(Component):
@@ -117,8 +133,14 @@ def root_mean_square(groups: Tensor) -> Tensor:
     from torch import where
 
     largest = groups.abs().amax(dim=1, keepdim=True)
-    mean: Tensor = (groups / where(largest > 0, largest, 1.0)).square_().mean(dim=1, keepdim=True)
-    return mean.sqrt_().mul_(largest)
+    squares: Tensor = (groups / where(largest > 0, largest, 1.0)).square_()
+    count = squares.shape[1]
+    if squares.device.type == "cpu" or count & (count - 1):
+        return squares.mean(dim=1, keepdim=True).sqrt_().mul_(largest)
+    # By pairs of neighbours: the order of a GPU's own sums goes by its libraries, and by how many groups there are.
+    while squares.shape[1] > 1:
+        squares = squares[:, ::2] + squares[:, 1::2]
+    return squares.mul_(1 / count).sqrt_().mul_(largest)
 
 
 @lru_cache(maxsize=64)
@@ -288,6 +310,13 @@ class AffineQuantizer(Quantizer):
 
         There are `2**nbits` or fewer, the same each time for a place in a model; codes beyond them are not used. Levels
         that lie one apart cost attention no more than None does.
+        """
+        return None
+
+    def rounding(self) -> Rounding | None:
+        """The way in which `calibrate` rounds, if backends may do it in its place; `clip` comes before. None: call it.
+
+        A subclass that has another `calibrate` is taken to have none, unless it says so itself.
         """
         return None
 

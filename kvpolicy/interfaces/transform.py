@@ -52,6 +52,11 @@ class Transform(Component):
     keeps the position of each token then, as int32. With `"queries"` it serves keys alone, as the first of a list, and
     only an attached model shows them."""
 
+    butterflies: ClassVar[bool] = False
+    """Whether `forward`, where `fit` keeps nothing and head_dim is a power of two, is the Hadamard matrix by sums and
+    differences of channels that lie 1, 2, 4, ... apart, then times `head_dim**-0.5`. Backends may do it in its place.
+    A subclass that has another `forward` is taken to be none, unless it says so itself."""
+
     _role: ClassVar[str] = "transform"
 
     def needed(self) -> frozenset[str]:

@@ -131,6 +131,41 @@ class Held:
         asking = [p for p in ranks if (scorer := p._scorer()) is not None and "query" in scorer.needs]
         return [p.kind for p in ranks if p in asking or p._scores() is not None]
 
+    def check_attached(self) -> None:
+        """Refuse what only an attached model can do, before any token is let in.
+
+        Raises:
+            CacheError: a policy must see attention, or rows or heads hold different numbers of tokens.
+        """
+        if self.reading.attached:
+            return
+        if self.placement.attends:
+            raise CacheError(
+                f"policy {self.attending[0]!r} selects tokens by the attention that they receive, which only an "
+                "attached model shows; use: with kvpolicy.attach(model): ..."
+            )
+        if self.placement.reader is not None:
+            raise CacheError(
+                f"reader {self.placement.reader.kind!r} chooses by each query what it reads, which only an "
+                "attached model shows; use: with kvpolicy.attach(model): ..."
+            )
+        if self.wants_queries:
+            raise CacheError(
+                f"transform {self.asking!r} fits keys to the queries that meet them, which only an attached "
+                "model shows; use: with kvpolicy.attach(model): ..."
+            )
+        if self.placement.reads_counts:
+            raise CacheError(
+                f"policy {self.placement.reads_counts[0]!r} lets other numbers of tokens stay in each row "
+                "and head, which only an attached model can read; use: with kvpolicy.attach(model): ..."
+            )
+        if self.step.by_row or (self.evicts and self.planner.uneven):
+            raise CacheError(
+                "a cache whose rows or heads hold different numbers of tokens (padded batches, or a crop of what "
+                "had descended) must go on with an attached model, found one that is not; use: with "
+                "kvpolicy.attach(model): ..."
+            )
+
     @property
     def asking(self) -> str | None:
         """The transform of keys that must see queries, if there is one."""

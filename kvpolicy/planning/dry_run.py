@@ -277,8 +277,14 @@ class DryRun:
 
     @torch.no_grad()
     def feed(self, tokens: int) -> None:
-        """A forward pass that brings so many tokens."""
+        """A forward pass that brings so many tokens.
+
+        Raises:
+            CacheError: the model is not attached, and the recipe needs that.
+        """
         caches = [cache for _, _, caches in self.kinds for cache in caches]
+        for cache in caches:
+            cache.check_attached()
         with planned_for(self.device):
             together = any(cache.placement.shared for cache in caches)
             # As a cache does: where a pass may end the prompt, each layer is told by its own update.

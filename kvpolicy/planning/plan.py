@@ -62,6 +62,7 @@ def plan(
 
     Raises:
         RecipeError: a recipe is not valid, or does not fit the model.
+        CacheError: `attach` is false, and a recipe needs an attached model.
         PlanError: the model's config can't be read, or an argument is out of range.
     """
     lengths = [tokens] if isinstance(tokens, int) else list(tokens)

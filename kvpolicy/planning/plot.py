@@ -6,6 +6,7 @@ from pathlib import Path
 
 from kvpolicy.errors import PlanError
 from kvpolicy.planning.result import Plan
+from kvpolicy.words import in_line
 
 __all__ = ["lengths_to", "plot_plan"]
 
@@ -60,5 +61,5 @@ def plot_plan(plan: Plan, path: str | Path, limit: int | None = None) -> Path:
     try:
         figure.savefig(target, dpi=144)
     except (OSError, ValueError) as error:
-        raise PlanError(f"{target}: the picture can't be written: {error}") from error
+        raise PlanError(f"{in_line(target)}: the picture can't be written: {error}") from error
     return target

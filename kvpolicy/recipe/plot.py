@@ -10,6 +10,7 @@ from kvpolicy.errors import RecipeError
 from kvpolicy.interfaces.component import in_brief
 from kvpolicy.interfaces.policy import RankPolicy
 from kvpolicy.recipe.spec import Recipe, Tier
+from kvpolicy.words import in_line
 
 MAX_TOKENS = 4096
 _EXACT = ["#08306b", "#2979b9", "#6baed6", "#9ecae1", "#c6dbef", "#deebf7"]
@@ -92,7 +93,9 @@ def plot_placement(recipe: Recipe, tokens: int, path: str | Path) -> Path:
     target = Path(path)
     supported = sorted(FigureCanvasAgg.get_supported_filetypes())
     if target.suffix.lstrip(".").lower() not in supported:
-        raise RecipeError(f"{target}: a picture must end in one of {', '.join(supported)}, found {target.suffix!r}")
+        raise RecipeError(
+            f"{in_line(target)}: a picture must end in one of {', '.join(supported)}, found {target.suffix!r}"
+        )
     prompt = max(1, tokens // 4)
     picture = history(recipe.tiers, tokens, prompt)
     colours = _colours(recipe.tiers)
@@ -121,5 +124,5 @@ def plot_placement(recipe: Recipe, tokens: int, path: str | Path) -> Path:
     try:
         figure.savefig(target, dpi=144)
     except OSError as error:
-        raise RecipeError(f"{target}: the picture can't be written: {error}") from error
+        raise RecipeError(f"{in_line(target)}: the picture can't be written: {error}") from error
     return target

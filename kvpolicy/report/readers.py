@@ -14,7 +14,7 @@ from typing import Any
 
 from kvpolicy.errors import CompareError
 from kvpolicy.statistics.rows import Evidence, Row
-from kvpolicy.words import in_words, listed, quoted
+from kvpolicy.words import in_line, in_words, listed, quoted
 
 NEEDED = ("arm", "task", "sample")
 TEXTS = ("document", "prompt", "answer", "output", "error")
@@ -52,22 +52,23 @@ def read_csv(path: Path) -> Evidence:
             _check_header(path, names)
             reader.fieldnames = names
             for cells in reader:
-                row = _row_of(f"{path}, line {reader.line_num}", cells)
+                row = _row_of(f"{in_line(path)}, line {reader.line_num}", cells)
                 key = (row.arm, row.task, row.sample)
                 if key in seen:
                     raise CompareError(
-                        f"{path}, line {reader.line_num}: an arm must have one row for each sample of a task, found "
-                        f"arm {quoted(row.arm)}, task {quoted(row.task)}, sample {quoted(row.sample)} in line "
+                        f"{in_line(path)}, line {reader.line_num}: an arm must have one row for each sample of a task, "
+                        f"found arm {quoted(row.arm)}, task {quoted(row.task)}, sample {quoted(row.sample)} in line "
                         f"{seen[key]}, too; remove one"
                     )
                 seen[key] = reader.line_num
                 rows.append(row)
         except (csv.Error, UnicodeError, EOFError, OSError) as error:
             raise CompareError(
-                f"{path}, line {reader.line_num + 1}: the file must be CSV in UTF-8, found {error}; export it again"
+                f"{in_line(path)}, line {reader.line_num + 1}: the file must be CSV in UTF-8, found {error}; "
+                "export it again"
             ) from None
     if not rows:
-        raise CompareError(f"{path}: the file must have a line for each arm and sample, found none")
+        raise CompareError(f"{in_line(path)}: the file must have a line for each arm and sample, found none")
     return Evidence(_metrics_alike(rows), _arms(rows), default_baseline(_arms(rows)), settings={"source": path.name})
 
 
@@ -119,7 +120,7 @@ def _opened(path: Path) -> Any:
             return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
         return path.open(encoding="utf-8-sig", newline="")
     except OSError as error:
-        raise CompareError(f"{path}: the file can't be read: {error.strerror or error}") from None
+        raise CompareError(f"{in_line(path)}: the file can't be read: {error.strerror or error}") from None
 
 
 def _check_header(path: Path, names: list[str]) -> None:
@@ -127,8 +128,8 @@ def _check_header(path: Path, names: list[str]) -> None:
     if missing or len(set(names)) < len(names) or not set(names) - {*NEEDED, *TEXTS}:
         found = listed([name or "(empty)" for name in names]) or "an empty file"
         raise CompareError(
-            f"{path}, line 1: the header must name arm, task, sample and score, each once, found {found}; add the "
-            "columns, or name them so"
+            f"{in_line(path)}, line 1: the header must name arm, task, sample and score, each once, found {found}; add "
+            "the columns, or name them so"
         )
 
 
@@ -197,8 +198,8 @@ def _newest(directory: Path) -> Iterator[tuple[str, Path]]:
         task = _task_of(file)
         if parents.setdefault(task, file.parent) != file.parent:
             raise CompareError(
-                f"{directory}: a run must hold the samples of one model, found those of task {quoted(task)} in "
-                f"{parents[task].name} and {file.parent.name}; give each of these directories as NAME=DIRECTORY"
+                f"{in_line(directory)}: a run must hold the samples of one model, found those of task {quoted(task)} "
+                f"in {parents[task].name} and {file.parent.name}; give each of these directories as NAME=DIRECTORY"
             )
         yield task, file
 
@@ -213,13 +214,15 @@ def _records(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     with _opened(path) as file:
         try:
             for number, line in enumerate(file, 1):
-                place = f"{path}, line {number}"
+                place = f"{in_line(path)}, line {number}"
                 if line.strip():
                     yield place, _record(place, line)
         except UnicodeError as error:
-            raise CompareError(f"{path}, line {number + 1}: the file must be UTF-8, found {error}") from None
+            raise CompareError(f"{in_line(path)}, line {number + 1}: the file must be UTF-8, found {error}") from None
     if not number:
-        raise CompareError(f"{path}: the file must have a line for each sample, found none; was the run cut short?")
+        raise CompareError(
+            f"{in_line(path)}: the file must have a line for each sample, found none; was the run cut short?"
+        )
 
 
 def _record(place: str, line: str) -> Mapping[str, Any]:

@@ -6,10 +6,12 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from kvpolicy.arguments import unwritable
 from kvpolicy.errors import CompareError
 from kvpolicy.report.tables import Report
 from kvpolicy.statistics.rows import Evidence
 from kvpolicy.statistics.verdicts import judge
+from kvpolicy.words import in_line
 
 FILES = {
     "html": ("report.html",),
@@ -57,12 +59,19 @@ def check_directory(directory: Path, formats: Sequence[str], overwrite: bool) ->
     Raises:
         CompareError: naming it.
     """
-    if directory.exists() and not directory.is_dir():
-        raise CompareError(f"{directory}: --out must be a directory, found a file; choose another")
+    try:
+        if directory.exists() and not directory.is_dir():
+            raise CompareError(f"{in_line(directory)}: --out must be a directory, found a file; choose another")
+        why = unwritable(directory)
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or str(error)
+    if why is not None:
+        raise CompareError(f"{in_line(directory)}: the report can't be written there: {why}; choose another --out")
     there = [name for kind in formats for name in FILES[kind] if (directory / name).exists()]
     if there and not overwrite:
         raise CompareError(
-            f"{directory}: --out must not hold a report, found {there[0]}; choose another directory, or --overwrite"
+            f"{in_line(directory)}: --out must not hold a report, found {there[0]}; choose another directory, "
+            "or --overwrite"
         )
 
 
@@ -105,6 +114,6 @@ def _replace(path: Path, text: str) -> Path:
             beside.unlink(missing_ok=True)
     except OSError as error:
         raise CompareError(
-            f"{path}: the report can't be written: {error.strerror or error}; choose another --out"
+            f"{in_line(path)}: the report can't be written: {error.strerror or error}; choose another --out"
         ) from None
     return path

@@ -17,6 +17,7 @@ from kvpolicy.interfaces.quantizer import AffineQuantizer, Quantizer
 from kvpolicy.interfaces.site import Site
 from kvpolicy.storage.base import LARGE, Ints
 from kvpolicy.storage.coded import NOTHING, POSITIONS, Aside, CodedStore
+from kvpolicy.storage.fused import fuse
 from kvpolicy.storage.gather import gather_tokens
 from kvpolicy.storage.group_size import group_size_of
 from kvpolicy.storage.groups import Groups
@@ -180,7 +181,9 @@ class AffineStore(CodedStore):
 
     def _append_codes(self, x: Tensor, size: int, later: Later | None = None) -> None:
         """Encode and keep tokens; per channel, `size` at a time are a group."""
-        if self.chain is None and self.beside is None:
+        if fuse(self, x, size, later if self.row_heads is None else None):
+            return
+        if self.beside is None and (self.chain is None or self.chain.fixed):
             if not self.quantizer.independent:
                 self.keep(*self.encode(x, size))
                 return
@@ -198,14 +201,21 @@ class AffineStore(CodedStore):
             x = self.chain.forward(x, self._places(coded, coded + n))
         arrivals = n // size if self.by_channel else 1
         x, beside = self.beside.take(x) if self.beside is not None else (x, [])
-        packed, params = self.encode(x, size)
+        packed, params = self._coded(x, size)
         self.keep(packed, params)
         if self.beside is not None:
             error = self._error(x, packed, params, arrivals) if self.beside.fits else None
             self.beside.keep(beside, error, x)
 
     def encode(self, x: Tensor, size: int) -> tuple[Tensor, Tensor]:
-        """Packed codes, and what is kept of scales and offsets, of tokens `[batch, kv_heads, tokens, head_dim]`."""
+        """Packed codes, and what is kept of scales and offsets, of tokens `[batch, kv_heads, tokens, head_dim]`.
+
+        Transforms, if there are any, must be `fixed`.
+        """
+        return self._coded(x if self.chain is None else self.chain.forward(x, None), size)
+
+    def _coded(self, x: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        """The same of tokens that went through the transforms."""
         batch, heads, n, dim = x.shape
         groups = (x.unflatten(2, (-1, size)).transpose(3, 4) if self.by_channel else x).reshape(-1, size)
         if self.quantizer.clip < 1:

@@ -79,6 +79,11 @@ class Chain:
             self._linear = not self.by_position and isinstance(self._adjoint(one), Tensor)
         return bool(self._linear)
 
+    @property
+    def fixed(self) -> bool:
+        """Whether it keeps nothing, so that it does the same in all stores of a quantizer."""
+        return bool(self.state) and not any(self.state) and not self.by_position and self.late.rows is None
+
     def _lines(self) -> list[int]:
         """Rows and heads that tell themselves apart in what is kept."""
         return [max((t.shape[i] for kept in self.state for t in kept.values()), default=1) for i in (0, 1)]
@@ -114,6 +119,12 @@ class Chain:
             self.late.note(x)
             self.asked = self.asked if self.late.rows is not None else None
         return y.to(x.dtype)
+
+    def begin(self, x: Tensor) -> None:
+        """Find what a transform that is alone keeps of the first tokens; `fixed` says then whether that is nothing."""
+        if not self.state and len(self.transforms) == 1 and not self.asks:
+            self._keep([fitted(self.transforms[0], x, None, self.site)])
+            self.late.note(x)
 
     def _keep(self, state: list[dict[str, Tensor]]) -> None:
         with torch.inference_mode(False):  # or they could not be used outside

@@ -8,14 +8,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from kvpolicy.storage.fused import Coded, fusing, run_fused
+
 TOGETHER = 1 << 25
 """Bytes of tokens that are coded in one go at most: they are copied side by side first."""
 
 
-class Coding(Protocol):
+class Coding(Coded, Protocol):
     """A store of codes."""
-
-    quantizer: Any
 
     def encode(self, x: Tensor, size: int) -> tuple[Tensor, Tensor]: ...
     def keep(self, packed: Tensor, params: Tensor) -> None: ...
@@ -35,7 +35,10 @@ class Later:
         """Code what was noted, and let the stores keep it, in the order in which it came."""
         asked, self._asked = self._asked, []
         like: dict[Any, list[int]] = {}
+        fused = [fusing(store, x, size) for store, x, size in asked]
         for i, (store, x, size) in enumerate(asked):
+            if fused[i] is not None:
+                continue
             # Layers of a recipe share their quantizers.
             like.setdefault((id(store.quantizer), size, x.shape, x.dtype, x.device), []).append(i)
         found: dict[int, tuple[Tensor, Tensor]] = {}
@@ -44,8 +47,14 @@ class Later:
             for first in range(0, len(numbers), most):
                 some = numbers[first : first + most]
                 found.update(zip(some, _coded([asked[i] for i in some]), strict=True))
-        for i, (store, _, _) in enumerate(asked):
-            store.keep(*found[i])
+        apart = []
+        for i, (store, x, _) in enumerate(asked):
+            own = fused[i]
+            if own is None:
+                store.keep(*found[i])
+            else:
+                apart.append((store, x, own))
+        run_fused(apart)
 
 
 def _coded(asked: list[tuple[Coding, Tensor, int]]) -> Iterable[tuple[Tensor, Tensor]]:

@@ -107,7 +107,14 @@ def _signed(word: int) -> int:
 @functools.cache
 def _shifts(nbits: int, device: torch.device) -> Tensor:
     """Where in a byte each plane begins: `[planes, 1]`."""
-    return torch.arange(0, 8, nbits, dtype=torch.uint8).unsqueeze(1).to(device)
+    return torch.arange(0, 8, nbits, dtype=torch.uint8, device=device).unsqueeze(1)  # made there: nothing waits
+
+
+def _packed_part(codes: Tensor, bits: int) -> Tensor:
+    """The lower bits of codes, packed, where all planes are as wide."""
+    planes_of = codes.unflatten(-1, (8 // bits, -1)) & ((1 << bits) - 1)
+    packed: Tensor = (planes_of << _shifts(bits, codes.device)).sum(-2, dtype=torch.uint8)
+    return packed
 
 
 def pack(codes: Tensor, nbits: Bits) -> Tensor:
@@ -115,10 +122,11 @@ def pack(codes: Tensor, nbits: Bits) -> Tensor:
     head_dim, parts = codes.shape[-1], []
     if nbits == 8:
         return codes
-    if isinstance(nbits, int) and len(PARTS[nbits]) == 1 and head_dim * nbits % 8 == 0:
-        planes_of = codes.unflatten(-1, (8 // nbits, -1)) & ((1 << nbits) - 1)
-        packed: Tensor = (planes_of << _shifts(nbits, codes.device)).sum(-2, dtype=torch.uint8)
-        return packed
+    even = isinstance(nbits, int) and all(head_dim * bits % 8 == 0 for bits, _ in PARTS[nbits])
+    # On a CPU planes are put in place one by one; elsewhere what counts is the number of calls.
+    if isinstance(nbits, int) and even and (len(PARTS[nbits]) == 1 or codes.device.type != "cpu"):
+        whole = [_packed_part(codes >> low if low else codes, bits) for bits, low in PARTS[nbits]]
+        return whole[0] if len(whole) == 1 else torch.cat(whole, dim=-1)
     for run, start, end in _runs(head_dim, nbits):
         for bits, low in PARTS[run]:
             part = codes.new_zeros((*codes.shape[:-1], _width(end - start, bits)))

@@ -108,27 +108,37 @@ class Pages:
         return self._marks
 
     def append(self, x: Tensor) -> None:
+        done = 0
+        for place in self.room(x, x.shape[2]):
+            n = place.shape[2]
+            place.copy_(x if n == x.shape[2] else x[:, :, done : done + n])
+            done += n
+
+    def room(self, like: Tensor, tokens: int) -> list[Tensor]:
+        """Let so many tokens like those of a tensor in; returns where they are to be written, in order."""
         self._marks = None
-        done, n = 0, x.shape[2]
-        while done < n:
-            held = self.length - self._before
-            free = self.capacity - self.start - held
-            if free == 0 and (self.whole or (0 < held + n - done <= LARGEST and self.pages)):
-                self._regrow(x, held + n - done)
-                continue
+        found: list[Tensor] = []
+        held, left = self.length - self._before, tokens
+        free = self.capacity - self.start - held
+        if free < tokens and (self.whole or (held + tokens <= LARGEST and self.pages)):
+            self._regrow(like, held + tokens)
+            free = self.capacity - held
+        while left:
             if free == 0:
-                most = at_once(x)
-                size = max(min(most * LARGEST // FULL, max(SMALLEST, self.length // 4)), min(most, n - done))
+                most = at_once(like)
+                size = max(min(most * LARGEST // FULL, max(SMALLEST, self.length // 4)), min(most, left))
                 # An inference tensor could not be written to once inference mode is left.
                 with torch.inference_mode(False):
-                    self.pages.append(torch.empty((*x.shape[:2], size, x.shape[3]), dtype=x.dtype, device=x.device))
+                    shape = (*like.shape[:2], size, like.shape[3])
+                    self.pages.append(torch.empty(shape, dtype=like.dtype, device=like.device))
                 free = size
-            take = min(free, n - done)
+            n = min(free, left)
             page = self.pages[-1]
             at = page.shape[2] - free
-            page[:, :, at : at + take] = x if take == n else x[:, :, done : done + take]
-            done += take
-            self.length += take
+            found.append(page[:, :, at : at + n])
+            self.length += n
+            left, free = left - n, free - n
+        return found
 
     def _regrow(self, like: Tensor, tokens: int) -> None:
         self._marks = None

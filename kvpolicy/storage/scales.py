@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from fractions import Fraction
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from kvpolicy.errors import PluginError
 from kvpolicy.interfaces.component import TRY, call
-from kvpolicy.interfaces.quantizer import Affine, AffineQuantizer
+from kvpolicy.interfaces.quantizer import Affine, AffineQuantizer, rank_among
 from kvpolicy.interfaces.site import Site
 
 __all__ = ["Scales", "levels_of"]
@@ -30,14 +31,14 @@ def levels_of(quantizer: AffineQuantizer, site: Site) -> Tensor | None:
         return None
     count = 2 ** _most(quantizer)
     fits = isinstance(found, Tensor) and found.dtype == torch.float32 and found.ndim == 1 and 1 < len(found) <= count
-    if not fits or not found.isfinite().all() or not (found.diff() > 0).all():
+    numbers = found.detach().cpu().numpy() if fits else np.empty(0)
+    if not fits or not np.isfinite(numbers).all() or not (np.diff(numbers) > 0).all():
         shown = f"{tuple(found.shape)} in {found.dtype}" if isinstance(found, Tensor) else type(found).__name__
         raise PluginError(
             f"quantizer {quantizer.kind!r} must give 2 to {count} ascending numbers in float32 from levels, found "
             f"{shown}. {TRY}"
         )
-    levels: Tensor = found.detach().cpu().clone()
-    return levels
+    return torch.from_numpy(numbers.copy())
 
 
 class Scales:
@@ -48,15 +49,18 @@ class Scales:
 
     def __init__(self, quantizer: AffineQuantizer, levels: Tensor | None) -> None:
         self.quantizer, self.levels = quantizer, levels
-        even = levels is not None and bool((levels.diff() == 1).all())
+        known = None if levels is None else levels.numpy()
+        even = known is not None and bool((np.diff(known) == 1).all())
         self.uneven = None if even or levels is None else _filled(levels, 2 ** _most(quantizer))
         """What each code stands for, if levels don't lie one apart: else they are codes, and an offset in scales."""
-        self.origin = float(levels[0]) if levels is not None and even else 0.0
+        self.origin = float(known[0]) if known is not None and even else 0.0
         """That offset."""
         self.codes = 2 ** _most(quantizer) if levels is None else len(levels)
         """How many there are."""
         self.small = quantizer.scale_dtype in ("float8_e4m3", "e8m0")
         """Whether scales have 8 bits."""
+        self.bounds = () if known is None else tuple(((known[1:] + known[:-1]) / 2).tolist())
+        """The middles between levels."""
 
     def dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Type of the tensor that is kept for numbers of type `dtype`.
@@ -76,22 +80,27 @@ class Scales:
         scale, offset = affine.scale, affine.offset
         if self.quantizer.scale_dtype == "e8m0":
             scale = _power(_exponent(scale))
+        elif not self.quantizer.offsets:
+            scale = _e4m3(scale, up=True).float()
         else:
             offset = _e4m3(offset, up=False).float()
-            top = torch.as_tensor(self.quantizer.highest(groups) if self.levels is None else float(self.levels[-1]))
+            top = self.quantizer.highest(groups) if self.levels is None else float(self.levels[-1])
+            top = top.clamp(min=1) if isinstance(top, Tensor) else max(top, 1e-3)
             # Whatever the offset lost is to be within the levels still.
-            scale = _e4m3(scale + (affine.offset - offset) / top.clamp(min=1e-3), up=True).float()
-        same = (scale == affine.scale) & (offset == affine.offset)  # then the quantizer knows better where ties go
-        x = (groups.float() - offset) / torch.where(scale > 0, scale, 1.0)
+            scale = _e4m3(scale + (affine.offset - offset) / top, up=True).float()
+        same = scale == affine.scale  # then the quantizer knows better where ties go
+        x = groups.float()
+        if self.quantizer.offsets:
+            same, x = same & (offset == affine.offset), x - offset
+        x = x / torch.where(scale > 0, scale, 1.0)
         if self.levels is None:
-            codes = x.round().clamp(min=0).clamp(max=self.quantizer.highest(groups)).nan_to_num(0)
+            codes = x.round_().clamp_(min=0).clamp_(max=self.quantizer.highest(groups)).nan_to_num_(0)
         else:
-            levels = self.levels.to(x.device)
-            codes = torch.bucketize(x.nan_to_num(0), (levels[1:] + levels[:-1]) / 2)
+            codes = rank_among(x.nan_to_num_(0), self.bounds)
         return Affine(torch.where(same, affine.codes, codes.to(torch.uint8)), scale, offset)
 
     def join(self, scale: Tensor, offset: Tensor, dtype: torch.dtype) -> Tensor:
-        """What is kept of scales and offsets `[..., numbers]`, in float32, of numbers of type `dtype`."""
+        """What is kept of scales and offsets `[..., numbers]`, as `rounded` gives them, of numbers of type `dtype`."""
         kept = self.dtype(dtype)
         if not self.small:
             both = torch.cat([scale, offset], dim=-1) if self.quantizer.offsets else scale
@@ -100,7 +109,7 @@ class Scales:
             wide = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
             parts = [_exponent(scale), offset.to(wide).view(torch.uint8)]
         else:
-            parts = [_e4m3(scale, up=True).view(torch.uint8), _e4m3(offset, up=False).view(torch.uint8)]
+            parts = [scale.to(E4M3).view(torch.uint8), offset.to(E4M3).view(torch.uint8)]
         return torch.cat(parts, dim=-1) if self.quantizer.offsets else parts[0]
 
     def split(self, params: Tensor, numbers: int) -> tuple[Tensor, Tensor]:
@@ -179,8 +188,10 @@ def _power(exponent: Tensor) -> Tensor:
 
 def _e4m3(x: Tensor, up: bool) -> Tensor:
     """`x` rounded up, or down, to float8_e4m3; what is beyond its range is brought within."""
-    size = x.abs().clamp(max=LARGEST)
+    size = x.abs().clamp_(max=LARGEST)
     near = size.to(E4M3)
-    bits, away = near.view(torch.uint8).int(), (x >= 0) == up
-    bits = bits + (away & (near.float() < size)).int() - (~away & (near.float() > size)).int()
-    return (bits | ((x < 0).int() << 7)).to(torch.uint8).view(E4M3)
+    kept, bits, negative = near.float(), near.view(torch.uint8), x < 0
+    # A byte more or less is the next number away from zero, or towards it; 255 is less.
+    away, back = (kept < size).view(torch.uint8), (kept > size).view(torch.uint8).mul_(255)
+    bits = bits + (torch.where(negative, back, away) if up else torch.where(negative, away, back))
+    return bits.bitwise_or_(negative.view(torch.uint8) << 7).view(E4M3)

@@ -17,6 +17,7 @@ from kvpolicy.tasks.files import JsonLines
 from kvpolicy.tasks.lines import Arithmetic, Lines
 from kvpolicy.tasks.longbench import LongBench
 from kvpolicy.tasks.needles import Needle, Passkey
+from kvpolicy.tasks.questions import Questions
 from kvpolicy.tasks.recall import Copying, ToolCall, Turns
 from kvpolicy.tasks.sample import Sample
 from kvpolicy.tasks.source import Code
@@ -36,6 +37,7 @@ BUILT_IN: Final[tuple[type[Task], ...]] = (
     Variables,
     CommonWords,
     FrequentWords,
+    Questions,
     Copying,
     Turns,
     ToolCall,

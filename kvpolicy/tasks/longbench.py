@@ -12,30 +12,32 @@ from pydantic import Field
 from kvpolicy.errors import TaskError
 from kvpolicy.tasks.files import draw
 from kvpolicy.tasks.longbench_metrics import DATASETS, check_dataset
-from kvpolicy.tasks.rows import json_rows, text_field, text_list
+from kvpolicy.tasks.rows import rows_of, text_field, text_list
 from kvpolicy.tasks.sample import Sample
 from kvpolicy.tasks.task import Chat
-from kvpolicy.words import clip, in_words, listed
+from kvpolicy.words import clip, in_line, in_words, listed
 
 PLAIN: Final = ("trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p")
 """Tasks whose prompts are no chats."""
 _FILES: Final = ("dataset2prompt.json", "dataset2maxlen.json")
+_SAVED: Final = ("dataset_dict.json", "state.json")
+"""What `datasets` marks a directory with that it saved."""
 
 
 class LongBench(Chat):
     """One of LongBench's 21 tasks, or of LongBench-E's.
 
     Prompts and numbers of new tokens come from `dataset2prompt.json` and `dataset2maxlen.json`, rows from
-    `DATASET.jsonl`. A prompt longer than `max_length` tokens loses its middle. Prompts are chats but for trec,
-    triviaqa, samsum, lsht, lcc and repobench-p. The metrics are the official ones, the best over the answers. They
-    differ in one thing: the official ROUGE is 0 wherever its library exceeds Python's recursion limit, which summaries
-    of some hundred words do; here these are scored. Chinese tasks need jieba. Samples with the same context share a
-    document.
+    `DATASET.jsonl`, or from Parquet or what `datasets` saved. A prompt longer than `max_length` tokens loses its
+    middle. Prompts are chats but for trec, triviaqa, samsum, lsht, lcc and repobench-p. The metrics are the official
+    ones, the best over the answers. They differ in one thing: the official ROUGE is 0 wherever its library exceeds
+    Python's recursion limit, which summaries of some hundred words do; here these are scored. Chinese tasks need
+    jieba. Samples with the same context share a document.
     """
 
     name: ClassVar[str] = "longbench"
     dataset: Literal[tuple(DATASETS)] = Field(description="Which task.")  # type: ignore[valid-type]
-    path: str = Field(description="Directory of the copy: rows in it or in `data/`.")
+    path: str = Field(description="Directory of the copy: rows in it or in `data/`; or one file of rows.")
     config: str | None = Field(
         None, description="Directory of the two config files; default: `config/` or `LongBench/config/` of the copy."
     )
@@ -48,7 +50,7 @@ class LongBench(Chat):
         """Read the files."""
         self._config()
         check_dataset(self.dataset)
-        json_rows(self._rows())
+        self._rows()
 
     def samples(self, n: int, seed: int, tokenizer: Any = None) -> list[Sample]:
         """`n` rows, drawn by the seed, in the order of the file."""
@@ -58,16 +60,30 @@ class LongBench(Chat):
             raise TaskError(
                 "longbench: max_length counts tokens, which takes a tokenizer, found none; give tokenizer=..."
             )
-        rows = draw(json_rows(self._rows()), n, seed, str(self._rows()))
+        rows = draw(self._rows(), n, seed, self.path)
         return [self._sample(place, row, prompt, most, tokenizer) for place, row in rows]
 
-    def _rows(self) -> Path:
-        name = f"{self.dataset}{'_e' if self.extended else ''}.jsonl"
+    def _rows(self) -> list[tuple[str, dict[str, Any]]]:
+        """The rows of JSON Lines, of Parquet, or of what `datasets` saved; of several tasks in one place, its own."""
+        name = f"{self.dataset}{'_e' if self.extended else ''}"
         home = Path(self.path).expanduser()
-        return next((place for place in (home / name, home / "data" / name) if place.is_file()), home / "data" / name)
+        if home.is_file() or any((home / mark).is_file() for mark in _SAVED):
+            rows = rows_of(str(home), "test")
+            named = [(place, row) for place, row in rows if row.get("dataset", name) in (name, self.dataset)]
+            if not named:
+                others = listed(list(dict.fromkeys(str(row.get("dataset")) for _, row in rows)))
+                raise TaskError(
+                    f"{in_line(home)}: must hold rows of {name}, found those of {others}; give the copy of {name}"
+                )
+            return named
+        ends = (".jsonl", ".parquet", ".arrow", "")
+        places = [folder / f"{name}{end}" for end in ends for folder in (home, home / "data")]
+        place = next((place for place in places if place.exists()), home / "data" / f"{name}.jsonl")
+        return rows_of(str(place), "test")
 
     def _config(self) -> tuple[str, int]:
         home = Path(self.path).expanduser()
+        home = home.parent if home.is_file() else home
         places = (
             [Path(self.config).expanduser()] if self.config else [home / "config", home / "LongBench" / "config", home]
         )

@@ -19,6 +19,7 @@ from kvpolicy.experiment.names import EXACT
 from kvpolicy.experiment.prefill import Prompt, can_share
 from kvpolicy.experiment.run import Encoded, Run, Runner
 from kvpolicy.experiment.store import Planned
+from kvpolicy.experiment.together import Together
 from kvpolicy.experiment.work import Finished, Item, Worker, missing, units
 from kvpolicy.hf.cache import make_cache
 from kvpolicy.tasks.sample import Sample
@@ -146,6 +147,36 @@ def test_a_batch_shares_its_prompt_as_a_sample_does(monkeypatch: pytest.MonkeyPa
     assert filled == [1]
     for arm in together:
         assert list(map(plain, together[arm])) == list(map(plain, alone[arm]))
+
+
+@pytest.mark.parametrize("failing", [EXACT, "logquant:window=8"])
+def test_the_samples_of_a_batch_that_fails_run_one_by_one(monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
+    model, unit = tiny("llama"), items(40, 31, 36, answer=3)
+    alone = [rows(model, ["logquant:window=8", "kivi"], [item], attached=True, share=True) for item in unit]
+    together, run = Together.run, Runner.run
+    fails = {EXACT: "full"}.get(failing, "logquant")
+
+    def no_room(self: Together, cache: Any, encoded: Any) -> list[Run]:
+        if cache.recipe.name == fails:
+            raise RuntimeError("out of memory")
+        return together(self, cache, encoded)
+
+    def at_fault(self: Runner, cache: Any, encoded: Encoded) -> Run:
+        if encoded is unit[1].encoded and cache.recipe.name == fails:
+            raise RuntimeError("a fault of its own")
+        return run(self, cache, encoded)
+
+    monkeypatch.setattr(Together, "run", no_room)
+    monkeypatch.setattr(Runner, "run", at_fault)
+    found = rows(model, ["logquant:window=8", "kivi"], unit, attached=True, share=True)
+    for arm, made in found.items():
+        assert [x.row.sample for x in made] == ["0", "1", "2"]
+        wrong = ["1"] if failing in (EXACT, arm) else []
+        assert [x.row.sample for x in made if x.row.error and "a fault of its own" in x.row.error] == wrong
+        for i, x in enumerate(made):
+            if x.row.sample not in wrong:
+                expected = alone[i][arm][0].row
+                assert x.row.facts["nll_steps"] == pytest.approx(expected.facts["nll_steps"], abs=2e-3)
 
 
 def test_the_turns_of_a_prompt_are_read_one_after_another() -> None:

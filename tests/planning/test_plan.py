@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from models import COMMON
+import torch
+from models import COMMON, build, ids
 from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
+from words import CACHE
 
 import kvpolicy
-from kvpolicy.errors import KvpolicyError, PlanError
+from kvpolicy.errors import CacheError, KvpolicyError, PlanError
+from kvpolicy.hf.cache import make_cache
 from kvpolicy.planning.plain import plain_shape
 from kvpolicy.planning.read import read_shape
 from kvpolicy.planning.transformers_shape import shape_from
@@ -160,3 +163,13 @@ def test_the_command(tmp_path: Path) -> None:
     small = CliRunner().invoke(app, ["plan", "full", "--model", str(config), "--tokens", "4096", "--memory", "300KiB"])
     assert small.exit_code == 2
     assert "full: one row of 4,096 tokens does not fit into 300.0 KiB" in small.output
+
+
+@pytest.mark.parametrize("recipe", ["h2o", "quest", "adakv", "qaq"])
+def test_what_a_cache_refuses_of_a_model_not_attached_a_plan_refuses_too(recipe: str) -> None:
+    model = build("llama", torch.float32, num_hidden_layers=3)
+    with pytest.raises(CacheError) as refused, torch.inference_mode():
+        model(ids(64), **{CACHE: make_cache(recipe, model)})
+    with pytest.raises(CacheError) as found:
+        kvpolicy.plan(recipe, model.config, tokens=64, attach=False, device="cpu")
+    assert str(found.value) == str(refused.value)

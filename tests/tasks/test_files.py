@@ -10,7 +10,7 @@ import pytest
 from toys import chatty, plain, write
 
 from kvpolicy.errors import KvpolicyError, TaskError
-from kvpolicy.tasks.encoding import encode
+from kvpolicy.tasks.encoding import encode, length_of
 from kvpolicy.tasks.files import JsonLines
 from kvpolicy.tasks.load import check_task, load_task
 from kvpolicy.tasks.longbench_metrics import DATASETS
@@ -160,6 +160,99 @@ def test_longbench_has_its_prompts_truncation_and_metrics(tmp_path: Path) -> Non
         check_task(spec, 1)
     with pytest.raises(TaskError, match=r"option 'dataset' must be 'narrativeqa'.*found 'trek'"):
         check_task("longbench:dataset=trek,path=x", 1)
+
+
+def test_longbench_is_read_from_parquet_and_from_what_datasets_saved(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = [{**row_of("text", ["Dog"], None), "dataset": "qasper"}, {**row_of("b", ["Cat", "cats"]), "dataset": "trec"}]
+    expected = load_task(longbench(tmp_path, "qasper", rows[:1]), 1, 0)
+    frame, config = datasets.Dataset.from_list(rows), tmp_path / "config"
+    own = datasets.Dataset.from_list(rows[:1])
+    frame.to_parquet(tmp_path / "all.parquet")
+    frame.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"test": frame}).save_to_disk(tmp_path / "dict")
+    for kind in ("file", "saved", "shards"):
+        (tmp_path / kind).mkdir()
+    own.to_parquet(tmp_path / "file" / "qasper.parquet")
+    own.save_to_disk(tmp_path / "saved" / "data" / "qasper")
+    own.to_parquet(tmp_path / "shards" / "qasper" / "test-00000-of-00001.parquet")
+    for place in ("all.parquet", "one", "dict", "file", "saved", "shards"):
+        found = load_task(f"longbench:dataset=qasper,path={tmp_path / place},config={config}", 1, 0)
+        assert [(x.prompt, x.references, x.document) for x in found] == [
+            (x.prompt, x.references, x.document) for x in expected
+        ], place
+    with pytest.raises(TaskError, match=r"must hold rows of lcc, found those of qasper, trec"):
+        check_task(f"longbench:dataset=lcc,path={tmp_path / 'one'},config={config}", 1)
+
+
+SQUAD = [
+    {
+        "context": f"Paragraph {i} tells of town {i} and its mayor, called Ann{i}.",
+        "qas": [
+            {
+                "question": f"Who is mayor of {i}?",
+                "answers": [{"text": f"Ann{i}"}, {"text": f"Ann{i}"}, {"text": "Ann"}],
+            },
+            {"question": "Why?", "answers": [], "is_impossible": True},
+        ],
+    }
+    for i in range(60)
+]
+HOTPOT = [
+    {
+        "question": f"Q{i}?",
+        "answer": f"A{i}",
+        "context": [[f"{kind}{i}", [f"{kind}{i} is", " short."]] for kind in "abc"],
+        "supporting_facts": [[f"a{i}", 0], [f"c{i}", 1]],
+    }
+    for i in range(40)
+]
+
+
+def test_questions_stand_among_documents_of_others(tmp_path: Path) -> None:
+    (tmp_path / "squad.json").write_text(json.dumps({"data": [{"paragraphs": SQUAD}]}))
+    samples = load_task(f"qa:path={tmp_path / 'squad.json'},tokens=600", 6, 0)
+    for sample in samples:
+        name = sample.references[0]
+        assert sample.references == (name, "Ann")
+        assert sample.prompt.count(f"called {name}.") == 1
+        assert sample.prompt.count("Document 2:\n") == 1
+        assert sample.document == f"Who is mayor of {name[3:]}?"
+        assert sample.document in sample.prompt
+        before = sample.prompt[: sample.prompt.index(f"called {name}.")]
+        assert before.count("Document ") / sample.facts["documents"] == pytest.approx(sample.facts["depth"], abs=0.15)
+        assert score(sample, f"It is {name.upper()}.") == 1
+    assert len({round(sample.facts["depth"], 1) for sample in samples}) > 3
+    assert load_task(f"qa:path={tmp_path / 'squad.json'},tokens=600", 2, 0) == samples[:2]
+    (chat,) = load_task(f"qa:path={tmp_path / 'squad.json'},tokens=600", 1, 0, tokenizer=chatty())
+    assert chat.rendered
+    assert 500 < length_of(chat, chatty()) <= 600
+    (last,) = load_task(f"qa:path={tmp_path / 'squad.json'},depth=1,tokens=600", 1, 0)
+    assert last.facts["depth"] > 0.85
+    assert load_task(f"qa:path={tmp_path / 'squad.json'},tokens=100000", 1, 0)[0].facts["documents"] == 60
+    (tmp_path / "hotpot.json").write_text(json.dumps(HOTPOT))
+    spread = [
+        {
+            **row,
+            "context": {"title": [x[0] for x in row["context"]], "sentences": [x[1] for x in row["context"]]},
+            "supporting_facts": {"title": [x[0] for x in row["supporting_facts"]], "sent_id": [0, 1]},
+        }
+        for row in HOTPOT
+    ]
+    made = load_task(f"qa:path={tmp_path / 'hotpot.json'},tokens=300", 4, 0)
+    assert made == load_task(f"qa:path={write(tmp_path / 'hotpot.jsonl', spread)},tokens=300", 4, 0)
+    for sample in made:
+        assert all(f"\n{kind}{sample.answer.strip()[1:]}\n" in sample.prompt for kind in "abc")
+        assert len(sample.facts["depths"]) == 2
+    for rows, message in (
+        ([{"question": "x", "context": 3}], "must be a text as in SQuAD"),
+        ([{"paragraphs": [{}]}], r"an article must have paragraphs .* found none of 'qas'"),
+        ([{"question": "x", "context": "y", "answers": []}], "must hold a question that has an answer"),
+        ([3], "must be an object as in SQuAD or HotpotQA, found a int"),
+    ):
+        (tmp_path / "wrong.json").write_text(json.dumps(rows))
+        with pytest.raises(TaskError, match=message):
+            check_task(f"qa:path={tmp_path / 'wrong.json'}", 1)
 
 
 def test_ruler_files_are_scored_by_parts_or_all(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from kvpolicy.tasks.sample import Sample
 from kvpolicy.tasks.scorers import SCORERS, score
 from kvpolicy.tasks.task import Chat, Fitted, Generated
 
-FITTED = [name for name, task in tasks().items() if issubclass(task, Fitted)]
+FITTED = [name for name, task in tasks().items() if issubclass(task, Fitted) and "path" not in task.model_fields]
 SPECS = [
     *FITTED,
     "needle:keys=4,haystack=noise,depth=0.5",

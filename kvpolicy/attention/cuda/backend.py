@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import threading
 import warnings
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from kvpolicy.attention.cuda.compile import missing
+from kvpolicy.attention.cuda.encode import encode, variant_of
 from kvpolicy.attention.cuda.graph import Launch, Recording, change, current
 from kvpolicy.attention.cuda.kernel import THREADS, launch
 from kvpolicy.attention.cuda.layout import MAPS, Declined, scan
@@ -18,7 +20,7 @@ from kvpolicy.attention.cuda.observe import sums
 from kvpolicy.attention.cuda.plan import Plan, columns_of, make_plan
 from kvpolicy.attention.cuda.scratch import counters, partials
 from kvpolicy.hookspecs import hookimpl
-from kvpolicy.interfaces.backend import AttentionOptions, AttentionSpec, Backend, Part, StoreView
+from kvpolicy.interfaces.backend import AttentionOptions, AttentionSpec, Backend, Encoding, Part, StoreView
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 MOST_ROWS = 256
@@ -83,6 +85,15 @@ class Cuda(Backend):
         if keys.dtype != query.dtype or self.refuses(exact) is not None:
             return False
         return sums(query, keys, options.observer, mask, options)
+
+    def encodes(self, encoding: Encoding) -> bool:
+        served = torch.version.cuda is not None and torch.cuda.get_device_capability() >= (8, 0)
+        return served and variant_of(encoding) is not None and missing() is None
+
+    def encode(self, encoding: Encoding, pieces: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
+        variant = variant_of(encoding)
+        assert variant is not None
+        encode(variant, pieces)
 
 
 @functools.cache

@@ -1,0 +1,114 @@
+"""Tokens coded by a kernel that writes codes, scales and offsets where stores keep them."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kvpolicy.attention.cuda.kernel import THREADS, kernel_of, launch
+from kvpolicy.interfaces.backend import Encoding
+
+__all__ = ["Encode", "encode", "variant_of"]
+
+PIECES = 32
+"""Stores that a launch serves at most."""
+TURNS = 4
+"""Tokens that a warp codes, or part of a warp."""
+SHARED = 1 << 15
+"""Bytes of shared memory for the codes of a group of tokens at most."""
+KEPT = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float8_e4m3fn: 3}
+GIVEN = struct.Struct("<7q4i")
+ADDRESSES = struct.Struct("<3Q")
+Piece = tuple[Tensor, Tensor, Tensor]
+
+
+class Encode(NamedTuple):
+    """A variant of the kernel that codes tokens."""
+
+    dim: int
+    bits: int
+    group: int
+    by_channel: bool
+    bfloat: bool
+    kept: int
+    """The type of scales: 0 float16, 1 bfloat16, 2 float32, 3 float8_e4m3."""
+    step: float | None = None
+    """With it scales are so many times the root mean square, without an offset; None: from minimum to maximum."""
+    symmetric: bool = False
+    rotated: bool = False
+
+    @property
+    def name(self) -> str:
+        return "encode"
+
+    @property
+    def blocks(self) -> int:
+        return 4
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a block."""
+        return self.group if self.by_channel else THREADS // min(self.dim // 4, 32) * TURNS
+
+    def defined(self, arch: str) -> dict[str, object]:
+        return {
+            "HEAD_DIM": self.dim,
+            "BITS": self.bits,
+            "GROUP": self.group,
+            "BY_CHANNEL": int(self.by_channel),
+            "BFLOAT": int(self.bfloat),
+            "RMS": int(self.step is not None),
+            "STEP": repr(self.step or 0.0),
+            "SYMMETRIC": int(self.symmetric),
+            "ROTATED": int(self.rotated),
+            "FACTOR": repr(self.dim**-0.5),
+            "KEPT": self.kept,
+            "PIECES": PIECES,
+            "TURNS": TURNS,
+            "BLOCKS": self.blocks,
+        }
+
+
+def variant_of(encoding: Encoding) -> Encode | None:
+    """The kernel for an encoding; None where there is none."""
+    dim, group, rounding = encoding.head_dim, encoding.group, encoding.rounding
+    if encoding.dtype not in (torch.float16, torch.bfloat16) or encoding.kept not in KEPT:
+        return None
+    if encoding.by_channel:
+        if encoding.rotated or rounding.by != "extremes" or dim % 32 or not 0 < group * dim <= SHARED:
+            return None
+    elif dim not in (32, 64, 128, 256) or group & (group - 1) or not max(4, dim // 32) <= group <= dim:
+        return None
+    return Encode(
+        dim, encoding.nbits, group, encoding.by_channel, encoding.dtype == torch.bfloat16, KEPT[encoding.kept],
+        rounding.step if rounding.by == "rms" else None, rounding.symmetric, encoding.rotated,
+    )  # fmt: skip
+
+
+def encode(variant: Encode, pieces: Sequence[Piece]) -> None:
+    """Code tokens; see `Backend.encode`. Pieces of one shape share a launch."""
+    alike: dict[tuple[object, ...], list[Piece]] = {}
+    for x, codes, params in pieces:
+        if x.stride(3) != 1 or x.data_ptr() % 16 or any(step % 8 for step in x.stride()[:3]):
+            x = x.contiguous()
+        alike.setdefault((x.shape, x.stride(), codes.stride(), params.stride()), []).append((x, codes, params))
+    for own in alike.values():
+        for first in range(0, len(own), PIECES):
+            _launch(variant, own[first : first + PIECES])
+
+
+def _launch(variant: Encode, pieces: Sequence[Piece]) -> None:
+    x, codes, params = pieces[0]
+    batch, heads, tokens = x.shape[:3]
+    blocks, wide = -(-tokens // variant.tokens), params.element_size()
+    given = GIVEN.pack(
+        *x.stride()[:3], *codes.stride()[:2], *(step * wide for step in params.stride()[:2]), heads, tokens, blocks, 0
+    )
+    given += b"".join(ADDRESSES.pack(*(t.data_ptr() for t in piece)) for piece in pieces)
+    device = x.get_device()
+    size = GIVEN.size + PIECES * ADDRESSES.size
+    launch(kernel_of(variant, device), given.ljust(size, b"\0"), (batch * heads * blocks, len(pieces), 1), device)

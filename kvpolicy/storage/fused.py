@@ -1,0 +1,153 @@
+"""Tokens that a backend of attention codes in one launch, and writes where their stores keep them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple, Protocol
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from kvpolicy.interfaces.backend import Backend, Encoding
+from kvpolicy.interfaces.component import call
+from kvpolicy.interfaces.quantizer import AffineQuantizer
+from kvpolicy.interfaces.transform import Transform
+from kvpolicy.plugins import registry
+from kvpolicy.storage.chain import Chain
+from kvpolicy.storage.packing import packed_width
+from kvpolicy.storage.pages import Pages
+from kvpolicy.storage.scales import E4M3, Scales
+
+__all__ = ["Coded", "Fused", "fuse", "fusing", "run_fused"]
+
+
+class Coded(Protocol):
+    """A store of packed codes."""
+
+    quantizer: AffineQuantizer
+    head_dim: int
+    group_size: int
+    by_channel: bool
+    numbers: int
+    scales: Scales
+    chain: Chain | None
+    parts: dict[str, Pages]
+
+    @property
+    def beside(self) -> Any: ...
+
+
+class Fused(NamedTuple):
+    """Who codes, and how."""
+
+    backend: Backend
+    encoding: Encoding
+
+
+_known: WeakKeyDictionary[Any, dict[torch.dtype, Encoding | None]] = WeakKeyDictionary()
+
+
+@lru_cache
+def _encoders(device: str) -> tuple[Backend, ...]:
+    """The installed backends that may code tokens on a type of device, in the order in which they are asked."""
+    found = [
+        info.cls(kind=info.kind)
+        for info in registry().backends.values()
+        if info.missing is None and info.cls.encodes is not Backend.encodes and info.cls.device in (None, device)
+    ]
+    return tuple(sorted(found, key=lambda backend: (-backend.priority, backend.kind)))
+
+
+@lru_cache(4096)
+def _encoder(device: str, encoding: Encoding) -> Backend | None:
+    return next((backend for backend in _encoders(device) if call(backend, "encodes", encoding) is True), None)
+
+
+def fusing(store: Coded, x: Tensor, size: int) -> Fused | None:
+    """Who codes tokens of a store, per channel `size` of them a group, in place of PyTorch; None for nobody."""
+    device = x.device.type
+    if not _encoders(device) or not x.shape[2] or size != store.group_size:
+        return None
+    known = _known.setdefault(store, {})
+    if x.dtype not in known:
+        known[x.dtype] = _encoding(store, x.dtype)
+    encoding = known[x.dtype]
+    backend = None if encoding is None else _encoder(device, encoding)
+    if backend is None or encoding is None:
+        return None
+    if store.chain is not None:
+        store.chain.begin(x)
+        if not store.chain.fixed:
+            return None
+    return Fused(backend, encoding)
+
+
+def _encoding(store: Coded, dtype: torch.dtype) -> Encoding | None:
+    """What a store does to tokens, if backends have words for it."""
+    quantizer, dim = store.quantizer, store.head_dim
+    rounding = call(quantizer, "rounding") if _speaks_for(type(quantizer), "rounding", "calibrate") else None
+    transforms = () if store.chain is None else store.chain.transforms
+    rotates = all(t.butterflies and _speaks_for(type(t), "butterflies", "forward") for t in transforms)
+    if (
+        rounding is None
+        or not isinstance(quantizer.bits, int)
+        or store.beside is not None
+        or len(transforms) > 1
+        or not rotates
+        or quantizer.clip < 1
+    ):
+        return None
+    if not quantizer.independent or quantizer.scale_dtype == "e8m0" or (transforms and dim & (dim - 1)):
+        return None
+    if quantizer.offsets != (rounding.by == "extremes") or store.scales.uneven is not None:
+        return None
+    kept = E4M3 if store.scales.small else store.scales.dtype(dtype)
+    return Encoding(dtype, dim, quantizer.nbits, store.group_size, store.by_channel, rounding, bool(transforms), kept)
+
+
+def _speaks_for(cls: type[AffineQuantizer | Transform], name: str, method: str) -> bool:
+    """Whether what a class says by `name` was said of the `method` that it has, not of one that it replaced."""
+    said, has = (next(i for i, c in enumerate(cls.__mro__) if n in vars(c)) for n in (name, method))
+    return said <= has
+
+
+def fuse(store: Coded, x: Tensor, size: int, later: Any) -> bool:
+    """Have tokens of a store coded by a backend, or leave that to `later`, if that is given; False where none does."""
+    found = fusing(store, x, size)
+    if found is not None and later is not None:
+        later.add(store, x, size)
+    elif found is not None:
+        run_fused([(store, x, found)])
+    return found is not None
+
+
+def run_fused(asked: Sequence[tuple[Any, Tensor, Fused]]) -> None:
+    """Have tokens of stores coded, those that are coded alike in one go. Stores keep them in the order given."""
+    pieces: dict[Fused, list[tuple[Tensor, Tensor, Tensor]]] = {}
+    apart: list[tuple[list[Tensor], Tensor]] = []
+    for store, x, fused in asked:
+        places = []
+        for part, width, tokens, dtype in _kept(store, x):
+            like = torch.empty((*x.shape[:2], 0, width), dtype=dtype, device=x.device)
+            room = store.parts[part].room(like, tokens)
+            place = room[0] if len(room) == 1 else like.new_empty((*x.shape[:2], tokens, width))
+            if len(room) > 1:  # over two pages
+                apart.append((room, place))
+            places.append(place)
+        pieces.setdefault(fused, []).append((x, places[0], places[1]))
+    for fused, own in pieces.items():
+        call(fused.backend, "encode", fused.encoding, own)
+    for room, x in apart:
+        for place, some in zip(room, x.split([place.shape[2] for place in room], dim=2), strict=True):
+            place.copy_(some)
+
+
+def _kept(store: Coded, x: Tensor) -> list[tuple[str, int, int, torch.dtype]]:
+    """Of codes, and of scales and offsets: their part, bytes or numbers, how many, and their type."""
+    tokens = x.shape[2]
+    groups = tokens // store.group_size if store.by_channel else tokens
+    numbers = store.numbers * (2 if store.quantizer.offsets else 1)
+    width = packed_width(store.head_dim, store.quantizer.nbits)
+    return [("codes", width, tokens, torch.uint8), ("params", numbers, groups, store.scales.dtype(x.dtype))]
