@@ -107,7 +107,7 @@ def _mapped(store: AffineStore | NamedStore, rows: Tensor) -> Tensor:
 def _block(store: Store, like: Tensor) -> int:
     """Tokens to read at a time; `like` has the batch, the heads and the channels of the store."""
     most = BLOCK if like.device.type == "cpu" else ELSEWHERE
-    width = plane_width(store.head_dim, store.quantizer.nbits) if isinstance(store, AffineStore) else like.shape[3]
+    width = plane_width(store.head_dim, store.quantizer.bits) if isinstance(store, AffineStore) else like.shape[3]
     return max(64, most // (width * like.shape[0] * like.shape[1]))
 
 
@@ -188,7 +188,9 @@ def _pieces(store: AffineStore, count: int) -> tuple[int, Tensor | None]:
     Returns:
         Their number, and factors `[head_dim]`.
     """
-    nbits = store.quantizer.nbits
+    nbits = store.quantizer.bits
+    if not isinstance(nbits, int):
+        return count, None
     planes = PIECES.get(nbits, 0)
     if store.levels is None and planes and store.head_dim % planes == 0 and planes % count == 0:
         return planes, _factors(nbits, store.head_dim, store.parts["codes"].pages[0].device)
@@ -207,15 +209,16 @@ def _cut(store: AffineStore, codes: Tensor, count: int, room: _Room) -> Iterator
     Yields:
         The first piece, the last + 1, and `[pieces, ..., channels of a piece]`.
     """
-    nbits, dim = store.quantizer.nbits, store.head_dim
+    bits, dim = store.quantizer.bits, store.head_dim
     levels = store.levels_on(codes.device)
     pieces, factors = _pieces(store, count)
     if factors is None:
-        whole = unpack(codes, nbits, dim) if nbits < 8 else codes
+        whole = unpack(codes, bits, dim) if bits != 8 else codes
         x = whole.unflatten(-1, (count, -1)).permute(-2, *range(whole.ndim - 1), -1)
         yield 0, count, room.as_float(x.contiguous()) if levels is None else looked_up(x, levels)
         return
-    masks, words = _masks(nbits, codes.ndim, codes.device)
+    assert isinstance(bits, int)
+    masks, words = _masks(bits, codes.ndim, codes.device)
     step = pieces if codes.numel() * pieces <= BLOCK else 1
     strides = (*codes.stride()[:-1], codes.storage_offset())
     if codes.shape[-1] % 8 == 0 and codes.stride(-1) == 1 and not any(n % 8 for n in strides):

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Affine",
     "AffineQuantizer",
+    "Bits",
     "GroupSize",
     "Quantizer",
     "Rounding",
@@ -40,6 +41,8 @@ MOST_BITS = 64
 
 GroupSize = Annotated[int, Field(ge=1, le=MOST)] | Literal["auto", "half", "head", "arrival"]
 """Numbers that share a scale, or a word for them."""
+Bits = int | tuple[int, ...]
+"""Bits of a code: of all channels, or of each of so many equal runs of channels."""
 
 
 class Affine(NamedTuple):
@@ -258,6 +261,8 @@ class AffineQuantizer(Quantizer):
     offsets: ClassVar[bool] = True
     """Whether groups have an offset. Without, `calibrate` gives zeros and none is kept. A property, where it depends on
     options."""
+    mixed: ClassVar[bool] = False
+    """Whether `nbits` may also be a list, the bits of equal runs of channels. `highest` then tells groups apart."""
     independent: ClassVar[bool] = False
     """Whether `calibrate` gives each group the same whatever it is given besides. Tokens of several layers are then
     coded in one call, and long prompts in several."""
@@ -277,7 +282,7 @@ class AffineQuantizer(Quantizer):
         """For classes that declare these options anew."""
         size = self.group_size
         fits = size in ("auto", "half", "head", "arrival") if isinstance(size, str) else type(size) is int and size >= 1
-        fits = fits and type(self.nbits) is int and self.nbits in (1, 2, 3, 4, 8)
+        fits = fits and (self.nbits in (1, 2, 3, 4, 8) if type(self.nbits) is int else self.mixed)
         fits = fits and type(self.clip) in (int, float) and 0 < self.clip <= 1
         if not fits or self.per not in ("token", "channel") or self.scale_dtype not in SCALES:
             raise PluginError(
@@ -286,6 +291,19 @@ class AffineQuantizer(Quantizer):
                 f"1, found {self.nbits!r}, {size!r}, {self.per!r}, {self.scale_dtype!r} and {self.clip!r}"
             )
         return self
+
+    @property
+    def bits(self) -> Bits:
+        """Bits per code, as the core packs them."""
+        return self.nbits
+
+    def highest(self, groups: Tensor) -> Tensor | int:
+        """The highest code of `groups`, `[groups, group_size]`: of all, or float32 `[groups, 1]`."""
+        return 2**self.nbits - 1
+
+    def precision(self) -> float:
+        bits = self.bits
+        return float(bits) if isinstance(bits, int) else sum(bits) / len(bits)
 
     def levels(self, site: Site) -> Tensor | None:
         """What codes stand for before scale and offset: float32, ascending. None: 0, 1, 2, ...

@@ -226,7 +226,7 @@ class AffineStore(CodedStore):
         if self.by_channel:
             codes = codes.view(batch, heads, n // size, dim, size).transpose(3, 4)
         scale, offset = (p.view(batch, heads, -1, self.numbers) for p in affine[1:])
-        packed = pack(codes.reshape(batch, heads, n, dim), self.quantizer.nbits)
+        packed = pack(codes.reshape(batch, heads, n, dim), self.quantizer.bits)
         return packed, self.scales.join(scale, offset, x.dtype)
 
     def keep(self, packed: Tensor, params: Tensor) -> None:
@@ -246,7 +246,7 @@ class AffineStore(CodedStore):
 
     def _dequantize(self, codes: Tensor, params: Tensor, out: Tensor) -> None:
         scale, offset = self.scales.split(params, self.numbers)
-        dequantize(codes, self.quantizer.nbits, self.head_dim, scale, offset, out, self.levels_on(out.device))
+        dequantize(codes, self.quantizer.bits, self.head_dim, scale, offset, out, self.levels_on(out.device))
 
     def _grouping(self, quantizer: Quantizer) -> Grouping:
         assert isinstance(quantizer, AffineQuantizer)

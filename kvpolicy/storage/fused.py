@@ -90,7 +90,14 @@ def _encoding(store: Coded, dtype: torch.dtype) -> Encoding | None:
     rounding = call(quantizer, "rounding") if _speaks_for(type(quantizer), "rounding", "calibrate") else None
     transforms = () if store.chain is None else store.chain.transforms
     rotates = all(t.butterflies and _speaks_for(type(t), "butterflies", "forward") for t in transforms)
-    if rounding is None or store.beside is not None or len(transforms) > 1 or not rotates or quantizer.clip < 1:
+    if (
+        rounding is None
+        or not isinstance(quantizer.bits, int)
+        or store.beside is not None
+        or len(transforms) > 1
+        or not rotates
+        or quantizer.clip < 1
+    ):
         return None
     if not quantizer.independent or quantizer.scale_dtype == "e8m0" or (transforms and dim & (dim - 1)):
         return None

@@ -1,15 +1,19 @@
 """Integer codes in bytes, plane by plane, and their decoding.
 
-A code of `nbits` bits is cut into parts of 1, 2, 4 or 8 bits (3 bits: the lower two, then the upper one). Of a
-part, byte j holds channels j, j + w, j + 2w, ... with `w` the number of bytes, the first in the lowest bits: with
-2 bits and 128 channels byte j holds channels j, j + 32, j + 64, j + 96. So each plane `(bytes >> shift) & mask`
-is a contiguous run of channels, and nothing is ever interleaved.
+A code of `nbits` bits is cut into parts of 1, 2, 4 or 8 bits (3 bits: the lower two, then the upper one; 7: four, two,
+one). Of a part, byte j holds channels j, j + w, j + 2w, ... with `w` the number of bytes, the first in the lowest bits:
+with 2 bits and 128 channels byte j holds channels j, j + 32, j + 64, j + 96. So each plane `(bytes >> shift) & mask` is
+a contiguous run of channels, and nothing is ever interleaved.
+
+Bits may differ: a tuple has those of equal runs of channels, which lie one after the other as if each were a token of
+its own. With 0 bits all codes are 0 and need no room.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,7 +21,19 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-PARTS = {1: ((1, 0),), 2: ((2, 0),), 3: ((2, 0), (1, 2)), 4: ((4, 0),), 8: ((8, 0),)}
+    from kvpolicy.interfaces.quantizer import Bits
+
+PARTS: dict[int, tuple[tuple[int, int], ...]] = {
+    0: (),
+    1: ((1, 0),),
+    2: ((2, 0),),
+    3: ((2, 0), (1, 2)),
+    4: ((4, 0),),
+    5: ((4, 0), (1, 4)),
+    6: ((4, 0), (2, 4)),
+    7: ((4, 0), (2, 4), (1, 6)),
+    8: ((8, 0),),
+}
 """Of each part of a code: its bits, and the bits of the code below it."""
 
 BLOCK_BYTES = 1 << 21
@@ -28,14 +44,33 @@ def _width(head_dim: int, bits: int) -> int:
     return -(-head_dim * bits // 8)
 
 
-def packed_width(head_dim: int, nbits: int) -> int:
+@functools.cache
+def _runs(head_dim: int, nbits: Bits) -> tuple[tuple[int, int, int], ...]:
+    """Bits, first and last + 1 channel of neighbouring channels with as many bits."""
+    if isinstance(nbits, int):
+        return ((nbits, 0, head_dim),)
+    each, first, runs = head_dim // len(nbits), 0, []
+    for bits, same in groupby(nbits):
+        last = first + each * len(list(same))
+        runs.append((bits, first, last))
+        first = last
+    return tuple(runs)
+
+
+def _widths(head_dim: int, nbits: Bits) -> list[int]:
+    """Bytes of each part of each run of channels."""
+    runs = _runs(head_dim, nbits)
+    return [_width(last - first, bits) for width, first, last in runs for bits, _ in PARTS[width]]
+
+
+def packed_width(head_dim: int, nbits: Bits) -> int:
     """Bytes of the packed codes of `head_dim` channels."""
-    return sum(_width(head_dim, bits) for bits, _ in PARTS[nbits])
+    return sum(_widths(head_dim, nbits))
 
 
-def plane_width(head_dim: int, nbits: int) -> int:
+def plane_width(head_dim: int, nbits: Bits) -> int:
     """Channels of the widest plane."""
-    return max(_width(head_dim, bits) for bits, _ in PARTS[nbits])
+    return max(_widths(head_dim, nbits))
 
 
 def _planes(head_dim: int, bits: int) -> Iterator[tuple[int, int, int]]:
@@ -82,28 +117,30 @@ def _packed_part(codes: Tensor, bits: int) -> Tensor:
     return packed
 
 
-def pack(codes: Tensor, nbits: int) -> Tensor:
+def pack(codes: Tensor, nbits: Bits) -> Tensor:
     """Pack `codes`, uint8 in `[0, 2**nbits)`, along their last dimension."""
     head_dim, parts = codes.shape[-1], []
     if nbits == 8:
         return codes
-    even = all(head_dim * bits % 8 == 0 for bits, _ in PARTS[nbits])
-    if even and (nbits != 3 or codes.device.type != "cpu"):  # elsewhere what counts is the number of calls
+    even = isinstance(nbits, int) and all(head_dim * bits % 8 == 0 for bits, _ in PARTS[nbits])
+    # On a CPU planes are put in place one by one; elsewhere what counts is the number of calls.
+    if isinstance(nbits, int) and even and (len(PARTS[nbits]) == 1 or codes.device.type != "cpu"):
         whole = [_packed_part(codes >> low if low else codes, bits) for bits, low in PARTS[nbits]]
         return whole[0] if len(whole) == 1 else torch.cat(whole, dim=-1)
-    for bits, low in PARTS[nbits]:
-        width = _width(head_dim, bits)
-        part = codes.new_zeros((*codes.shape[:-1], width))
-        for shift, first, last in _planes(head_dim, bits):
-            plane = (codes[..., first:last] >> low) & ((1 << bits) - 1)
-            part[..., : last - first] |= plane << shift
-        parts.append(part)
+    for run, start, end in _runs(head_dim, nbits):
+        for bits, low in PARTS[run]:
+            part = codes.new_zeros((*codes.shape[:-1], _width(end - start, bits)))
+            for shift, first, last in _planes(end - start, bits):
+                plane = (codes[..., start + first : start + last] >> low) & ((1 << bits) - 1)
+                part[..., : last - first] |= plane << shift
+            parts.append(part)
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
-def unpack(packed: Tensor, nbits: int, head_dim: int) -> Tensor:
+def unpack(packed: Tensor, nbits: Bits, head_dim: int) -> Tensor:
     """The inverse of `pack`: uint8 codes of `head_dim` channels."""
-    codes = packed.new_empty((*packed.shape[:-1], head_dim))
+    shape = (*packed.shape[:-1], head_dim)
+    codes = packed.new_empty(shape) if isinstance(nbits, int) else packed.new_zeros(shape)
     for factor, first, last, plane in planes(packed, nbits, head_dim):
         if factor > 1:
             codes[..., first:last] += plane * int(factor)
@@ -112,12 +149,14 @@ def unpack(packed: Tensor, nbits: int, head_dim: int) -> Tensor:
     return codes
 
 
-def planes(packed: Tensor, nbits: int, head_dim: int, shifted: bool = True) -> Iterator[tuple[float, int, int, Tensor]]:
+def planes(
+    packed: Tensor, nbits: Bits, head_dim: int, shifted: bool = True
+) -> Iterator[tuple[float, int, int, Tensor]]:
     """The contiguous runs of channels in packed codes: a code is the sum of its planes, each times its factor.
 
     Args:
         packed: packed codes, uint8 `[..., packed_width(head_dim, nbits)]`.
-        nbits: bits per code.
+        nbits: bits per code, or those of equal runs of channels.
         head_dim: channels.
         shifted: whether the bits of a plane are moved to the lowest. Left where they are they cost a pass less, and
             factors may be fractions: powers of two all the same.
@@ -126,17 +165,18 @@ def planes(packed: Tensor, nbits: int, head_dim: int, shifted: bool = True) -> I
         Factor, first and last + 1 channel, and the plane: uint8 `[..., last - first]`.
     """
     start = 0
-    for bits, low in PARTS[nbits]:
-        part = packed[..., start : start + _width(head_dim, bits)]
-        for shift, first, last in _planes(head_dim, bits):
-            factor = 2.0 ** (low if shifted else low - shift)
-            yield factor, first, last, _plane(part[..., : last - first], shift, bits, shifted)
-        start += part.shape[-1]
+    for run, begin, end in _runs(head_dim, nbits):
+        for bits, low in PARTS[run]:
+            part = packed[..., start : start + _width(end - begin, bits)]
+            for shift, first, last in _planes(end - begin, bits):
+                factor = 2.0 ** (low if shifted else low - shift)
+                yield factor, begin + first, begin + last, _plane(part[..., : last - first], shift, bits, shifted)
+            start += part.shape[-1]
 
 
 def dequantize(
     packed: Tensor,
-    nbits: int,
+    nbits: Bits,
     head_dim: int,
     scale: Tensor,
     offset: Tensor,
@@ -147,13 +187,13 @@ def dequantize(
 
     Args:
         packed: packed codes, uint8 `[..., packed_width(head_dim, nbits)]`.
-        nbits: bits per code.
+        nbits: bits per code, or those of equal runs of channels.
         head_dim: channels.
         scale: `[..., P]` where P divides `head_dim`: each covers `head_dim // P` consecutive channels. The
             leading dimensions broadcast against those of `packed`.
         offset: like `scale`.
         out: any float dtype, `[..., head_dim]` with the leading dimensions of `packed`; need not be contiguous.
-        levels: what stands in place of each code, float32 `[2**nbits]`.
+        levels: what stands in place of each code, float32 `[2**nbits]`; with the same bits in all channels.
     """
     block_elements = BLOCK_BYTES // out.element_size() * torch.get_num_threads()
     if out.numel() <= block_elements or out.ndim == 1:
@@ -179,7 +219,7 @@ def looked_up(codes: Tensor, levels: Tensor) -> Tensor:
 
 
 def _dequantize_block(
-    packed: Tensor, nbits: int, head_dim: int, scale: Tensor, offset: Tensor, out: Tensor, levels: Tensor | None
+    packed: Tensor, nbits: Bits, head_dim: int, scale: Tensor, offset: Tensor, out: Tensor, levels: Tensor | None
 ) -> None:
     # On a CPU addcmul of 16-bit numbers computes in float32 and rounds once.
     fused = levels is None and scale.dtype == out.dtype and out.dtype != torch.float32 and out.device.type == "cpu"
@@ -187,7 +227,7 @@ def _dequantize_block(
     x = out if out.dtype == torch.float32 else torch.empty(out.shape, dtype=dtype, device=out.device)
     if levels is not None:
         x.copy_(looked_up(unpack(packed, nbits, head_dim), levels))
-    elif nbits == 3:
+    elif isinstance(nbits, tuple) or len(PARTS[nbits]) > 1:
         x.copy_(unpack(packed, nbits, head_dim))
     else:
         for _, first, last, plane in planes(packed, nbits, head_dim):

@@ -29,7 +29,7 @@ def levels_of(quantizer: AffineQuantizer, site: Site) -> Tensor | None:
     found = call(quantizer, "levels", site)
     if found is None:
         return None
-    count = 2**quantizer.nbits
+    count = 2 ** _most(quantizer)
     fits = isinstance(found, Tensor) and found.dtype == torch.float32 and found.ndim == 1 and 1 < len(found) <= count
     numbers = found.detach().cpu().numpy() if fits else np.empty(0)
     if not fits or not np.isfinite(numbers).all() or not (np.diff(numbers) > 0).all():
@@ -51,11 +51,11 @@ class Scales:
         self.quantizer, self.levels = quantizer, levels
         known = None if levels is None else levels.numpy()
         even = known is not None and bool((np.diff(known) == 1).all())
-        self.uneven = None if even or levels is None else _filled(levels, 2**quantizer.nbits)
+        self.uneven = None if even or levels is None else _filled(levels, 2 ** _most(quantizer))
         """What each code stands for, if levels don't lie one apart: else they are codes, and an offset in scales."""
         self.origin = float(known[0]) if known is not None and even else 0.0
         """That offset."""
-        self.codes = 2**quantizer.nbits if levels is None else len(levels)
+        self.codes = 2 ** _most(quantizer) if levels is None else len(levels)
         """How many there are."""
         self.small = quantizer.scale_dtype in ("float8_e4m3", "e8m0")
         """Whether scales have 8 bits."""
@@ -70,7 +70,7 @@ class Scales:
         """
         if self.small:
             return torch.uint8
-        low = dtype == torch.float16 and self.quantizer.nbits > 2
+        low = dtype == torch.float16 and _most(self.quantizer) > 2
         return torch.float32 if low or self.quantizer.scale_dtype == "float32" else dtype
 
     def rounded(self, affine: Affine, groups: Tensor) -> Affine:
@@ -84,16 +84,17 @@ class Scales:
             scale = _e4m3(scale, up=True).float()
         else:
             offset = _e4m3(offset, up=False).float()
-            top = 2**self.quantizer.nbits - 1 if self.levels is None else float(self.levels[-1])
+            top = self.quantizer.highest(groups) if self.levels is None else float(self.levels[-1])
+            top = top.clamp(min=1) if isinstance(top, Tensor) else max(top, 1e-3)
             # Whatever the offset lost is to be within the levels still.
-            scale = _e4m3(scale + (affine.offset - offset) / max(top, 1e-3), up=True).float()
+            scale = _e4m3(scale + (affine.offset - offset) / top, up=True).float()
         same = scale == affine.scale  # then the quantizer knows better where ties go
         x = groups.float()
         if self.quantizer.offsets:
             same, x = same & (offset == affine.offset), x - offset
         x = x / torch.where(scale > 0, scale, 1.0)
         if self.levels is None:
-            codes = x.round_().clamp_(0, 2**self.quantizer.nbits - 1).nan_to_num_(0)
+            codes = x.round_().clamp_(min=0).clamp_(max=self.quantizer.highest(groups)).nan_to_num_(0)
         else:
             codes = rank_among(x.nan_to_num_(0), self.bounds)
         return Affine(torch.where(same, affine.codes, codes.to(torch.uint8)), scale, offset)
@@ -149,6 +150,11 @@ class Scales:
         if not self.quantizer.offsets:
             return Fraction(1)
         return Fraction(numbers, params.shape[-1]) if self.small else Fraction(1, 2)
+
+
+def _most(quantizer: AffineQuantizer) -> int:
+    """Bits of the widest codes."""
+    return quantizer.bits if isinstance(quantizer.bits, int) else max(quantizer.bits)
 
 
 def _filled(levels: Tensor, count: int) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from kvpolicy.storage import packing
 from kvpolicy.storage.packing import dequantize, pack, packed_width, planes, unpack
 
-BITS = [1, 2, 3, 4, 8]
+BITS = [1, 2, 3, 4, 5, 6, 7, 8]
 
 
 def random_codes(*shape: int, nbits: int, seed: int = 0) -> Tensor:
@@ -24,7 +24,7 @@ def expected(codes: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
     return codes.float() * scale + offset
 
 
-@pytest.mark.parametrize(("nbits", "width"), [(1, 16), (2, 32), (3, 48), (4, 64), (8, 128)])
+@pytest.mark.parametrize(("nbits", "width"), [(1, 16), (2, 32), (3, 48), (4, 64), (5, 80), (6, 96), (7, 112), (8, 128)])
 def test_width(nbits: int, width: int) -> None:
     assert packed_width(128, nbits) == width
 
@@ -41,7 +41,7 @@ def test_round_trip(nbits: int, head_dim: int, shape: list[int], seed: int) -> N
     packed = pack(codes, nbits)
     assert packed.dtype == torch.uint8
     assert packed.shape == (*shape, packed_width(head_dim, nbits))
-    assert packed_width(head_dim, nbits) * 8 < head_dim * nbits + (16 if nbits == 3 else 8)
+    assert packed_width(head_dim, nbits) * 8 < head_dim * nbits + 8 * len(packing.PARTS[nbits])
     assert torch.equal(unpack(packed, nbits, head_dim), codes)
 
 
@@ -166,3 +166,19 @@ def test_nan_parameters_spoil_their_group_only() -> None:
     spoilt = torch.zeros(4, 64, dtype=torch.bool)
     spoilt[1, :32] = True
     assert torch.equal(out.isnan(), spoilt)
+
+
+@pytest.mark.parametrize("head_dim", [8, 64, 128])
+@pytest.mark.parametrize("nbits", [(7, 6, 5, 4, 3, 3, 2, 0), (0, 8), (8, 8), (1, 0, 4, 4)], ids=str)
+def test_bits_may_differ_by_run_of_channels(nbits: tuple[int, ...], head_dim: int) -> None:
+    widths = torch.tensor(nbits).repeat_interleave(head_dim // len(nbits))
+    drawn = random_codes(3, 5, head_dim, nbits=8)
+    codes = (drawn.int() % 2**widths).to(torch.uint8)
+    packed = pack(codes, nbits)
+    assert packed.shape == (3, 5, packed_width(head_dim, nbits))
+    if head_dim >= 64:
+        assert packed.shape[2] * 8 == int(widths.sum())
+    assert torch.equal(unpack(packed, nbits, head_dim), codes)
+    scale, offset, out = torch.rand(3, 5, head_dim), torch.rand(3, 5, head_dim), torch.empty(3, 5, head_dim)
+    dequantize(packed, nbits, head_dim, scale, offset, out)
+    assert torch.equal(out, codes.float() * scale + offset)

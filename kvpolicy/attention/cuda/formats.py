@@ -71,6 +71,8 @@ def refuses_store(store: Any, side: str) -> str | None:
     quantizer, dim, group = store.quantizer, store.head_dim, store.group_size
     if quantizer.scale_dtype not in ("model", "float32", *SMALL):
         return f"scales in {quantizer.scale_dtype}"
+    if not isinstance(quantizer.bits, int):
+        return "codes of several widths"
     middle = (2**quantizer.nbits - 1) / 2
     if store.scales.origin != (0.0 if quantizer.offsets else -middle) or (store.by_channel and not quantizer.offsets):
         return "scales without offsets, or levels"
