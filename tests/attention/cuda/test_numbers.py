@@ -35,7 +35,6 @@ def _no_grad() -> Any:
         "zipcache",
         "best-2bit",
         "best-3bit",
-        "best-4bit",
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
