@@ -152,7 +152,7 @@ def divergence(report: Report) -> Figure | None:
         for task in report.tasks:
             theirs = rows.get((baseline, task), {})
             for sample, row in rows.get((arm, task), {}).items():
-                if row.error is None and by_token and "first_divergence" in row.facts:
+                if by_token and _written(row, baseline) and "first_divergence" in row.facts:
                     by_arm.setdefault(arm, []).append(row.facts["first_divergence"])
                 elif not by_token and sample in theirs and row.output is not None and theirs[sample].output is not None:
                     by_arm.setdefault(arm, []).append(parting(theirs[sample].output or "", row.output))
