@@ -257,7 +257,7 @@ def check_calibration(samples: Any, tokens: Any, text: Any, out: Path, overwrite
             raise CalibrationError(f"{name} must be an integer from {least} to {MAX_PROMPT}, found {in_words(value)}")
     name = clip(str(out), 300)
     try:
-        if out.is_dir() or not out.parent.is_dir() or unwritable(out):
+        if out.is_dir() or not out.parent.is_dir() or unwritable(out.parent if overwrite else out):
             what = "a directory of that name" if out.is_dir() else "no directory that it could be written to"
             raise CalibrationError(f"{name}: the calibration goes into a file, found {what}; name another (--out)")
         known = out.exists() and isinstance(text, str | os.PathLike) and os.path.exists(text)

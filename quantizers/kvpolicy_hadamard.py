@@ -26,6 +26,12 @@ def _block(channels: int) -> int:
 def _rotated(x: Tensor) -> Tensor:
     """`x` times the matrix, by sums and differences alone: a token's numbers don't depend on how many come with it."""
     channels, width = x.shape[-1], 1
+    if x.requires_grad and torch.is_grad_enabled():  # what is written in place has no gradient
+        while width < _block(channels):
+            a, b = x.unflatten(-1, (-1, 2, width)).unbind(-2)
+            x = torch.stack([a + b, a - b], dim=-2).flatten(-3)
+            width *= 2
+        return x * width**-0.5
     spare = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     other = torch.empty_like(spare)
     while width < _block(channels):

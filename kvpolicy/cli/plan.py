@@ -53,10 +53,13 @@ def plan(
     check_sources(recipes)
     if memory is not None:
         memory_bytes(memory)
+    collects = gc.isenabled()
     gc.disable()  # a tenth of the time of the imports, which leave no garbage
-    from kvpolicy.planning.plan import plan as run
-
-    gc.enable()
+    try:
+        from kvpolicy.planning.plan import plan as run
+    finally:
+        if collects:
+            gc.enable()
     options = {"batch": batch, "generated": generated, "dtype": dtype, "device": device, "chunk": prefill_chunk}
     found = run(recipes, model, tokens=tokens, memory=memory, attach=not unattached, **options)  # type: ignore[arg-type]
     if json:

@@ -119,7 +119,7 @@ class Worker:
                 continue
             said(arm, 0)
             same = arm == EXACT or (arm != AGAIN and is_exact(cache.recipe))
-            runs = exact if same else self._try_each(arm, unit)
+            runs = exact if same else self._try_each(arm, unit, wanted)
             for item, run, reference in zip(unit, runs, exact, strict=True):
                 if isinstance(run, str):
                     yield from self._failed([item], arm, run, wanted, said)
@@ -138,11 +138,11 @@ class Worker:
         said("", 1)
         yield Finished(made, None if seen is None else seen.distances.sums() or None)
 
-    def _try_each(self, arm: str, unit: Sequence[Item]) -> Iterator[Run | str]:
+    def _try_each(self, arm: str, unit: Sequence[Item], wanted: Wanted) -> Iterator[Run | str]:
         """The run of an arm on each sample, or why there is none. A batch that fails is run one by one."""
         runs = self._try(arm, unit)
         for i, item in enumerate(unit):
-            if isinstance(runs, str) and len(unit) > 1:
+            if isinstance(runs, str) and len(unit) > 1 and (arm, item.planned.task, item.planned.sample) in wanted:
                 found = self._try(arm, [item])
                 yield found if isinstance(found, str) else found[0]
             else:

@@ -165,7 +165,7 @@ class Observer:
         if self.counted.kinds[k].heads == "mean":
             weights = weights / heads
         if self.heads == 1:
-            weights, seen = weights.mean(1, keepdim=True), seen[:, :1]
+            weights, seen = (x.mean(1, keepdim=True) for x in (weights, seen))
         sums, counts = self._totals(k, weights)
         sums.add_(weights.unsqueeze(2))
         counts.add_(seen.unsqueeze(2))

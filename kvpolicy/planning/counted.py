@@ -251,8 +251,8 @@ class CountedAffine(Counting, AffineStore):
 
     def _append_codes(self, x: Tensor, size: int, later: Later | None = None) -> None:
         n = x.shape[2]
-        self.coded = True
-        if self.chain is None and self.beside is None and self.quantizer.independent:
+        before, self.coded = self.coded, True
+        if self.beside is None and self.quantizer.independent and self._fixed(before):
             numbers = self.scale.batch * self.scale.kv_heads * self.scale.dim
             step = max(AT_ONCE // numbers // size, 1) * size
             for first in range(0, n, step):
@@ -265,6 +265,12 @@ class CountedAffine(Counting, AffineStore):
                 pieces = _pieces(x, self.beside._arrival(extra))
                 sizes.append([part.shape[2] // count for part, count in pieces for _ in range(count)])
             self._keep_beside(self.beside.kept, sizes)
+
+    def _fixed(self, before: bool) -> bool:
+        """Whether tokens come in steps: nothing is kept by the transforms, as is known before the first or after it."""
+        chain = self.chain
+        alone = chain is None or before or (len(chain.transforms) == 1 and not chain.asks)
+        return chain is None or (alone and not self.entries.state and not chain.by_position)
 
     def _count(self, n: int, size: int) -> None:
         self.keep(_thin(n, torch.uint8), _thin(n // size if self.by_channel else n, torch.uint8))

@@ -181,19 +181,22 @@ class AffineStore(CodedStore):
 
     def _append_codes(self, x: Tensor, size: int, later: Later | None = None) -> None:
         """Encode and keep tokens; per channel, `size` at a time are a group."""
-        if fuse(self, x, size, later if self.row_heads is None else None):
-            return
+        if self.chain is not None and self.beside is None:
+            self.chain.begin(x)
         if self.beside is None and (self.chain is None or self.chain.fixed):
             if not self.quantizer.independent:
                 self.keep(*self.encode(x, size))
                 return
             step = max(AT_ONCE // (x.shape[0] * x.shape[1] * x.shape[3]) // size, 1) * size
             # By row and head groups have numbers, which go by those kept already.
-            if later is not None and self.levels is None and self.row_heads is None and x.shape[2] <= step:
-                later.add(self, x, size)
-                return
+            gathers = later if self.row_heads is None and x.shape[2] <= step else None
             for part in x.split(step, dim=2):
-                self.keep(*self.encode(part, size))
+                if fuse(self, part, size, gathers):
+                    continue
+                if gathers is not None and self.levels is None:
+                    gathers.add(self, part, size)
+                else:
+                    self.keep(*self.encode(part, size))
             return
         n = x.shape[2]
         if self.chain is not None:

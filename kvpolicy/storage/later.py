@@ -26,14 +26,19 @@ class Later:
 
     def __init__(self) -> None:
         self._asked: list[tuple[Coding, Tensor, int]] = []
+        self._stores: set[int] = set()
 
     def add(self, store: Coding, x: Tensor, size: int) -> None:
         """Note tokens `[batch, kv_heads, tokens, head_dim]` of a store; per channel, `size` at a time are a group."""
+        if id(store) in self._stores:  # a store's tokens are given their places once in a run
+            self.run()
+        self._stores.add(id(store))
         self._asked.append((store, x, size))
 
     def run(self) -> None:
         """Code what was noted, and let the stores keep it, in the order in which it came."""
         asked, self._asked = self._asked, []
+        self._stores.clear()
         like: dict[Any, list[int]] = {}
         fused = [fusing(store, x, size) for store, x, size in asked]
         for i, (store, x, size) in enumerate(asked):

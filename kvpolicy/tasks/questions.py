@@ -154,7 +154,7 @@ def _question(place: str, row: Mapping[str, Any]) -> Question:
     try:
         pairs = zip(given["title"], given["sentences"], strict=True) if isinstance(given, dict) else given
         told = {str(title): f"{title}\n{''.join(sentences)}" for title, sentences in pairs or ()}
-        named = facts["title"] if isinstance(facts, dict) else [title for title, _ in facts or ()]
+        named = facts["title"] if isinstance(facts, dict) else [str(title) for title, _ in facts or ()]
     except (KeyError, TypeError, ValueError) as error:
         raise TaskError(
             f'{place}: "context" must be a text as in SQuAD, or titles and sentences as in HotpotQA, found another '

@@ -63,7 +63,7 @@ def planned(recipe: Any, shape: Any, batch: int, passes: list[int], attached: bo
     return run.memory()
 
 
-PASSES = [[200, 1, 1], [64, 70, 1]]
+PASSES = [[200, 1, 1], [64, 170, 1]]
 ALIKE = [name for name in bundled_names() if name.startswith("kvtuner") and "qwen2.5-7b" not in name]
 """Recipes that differ from others in bits alone, and take time: models of 32 layers and more."""
 SLOW = ("gear", "gear-kcvt", "gear-code", "gear-l")

@@ -94,8 +94,10 @@ def encode(variant: Encode, pieces: Sequence[Piece]) -> None:
     alike: dict[tuple[object, ...], list[Piece]] = {}
     for x, codes, params in pieces:
         if x.stride(3) != 1 or x.data_ptr() % 16 or any(step % 8 for step in x.stride()[:3]):
-            x = x.contiguous()
-        alike.setdefault((x.shape, x.stride(), codes.stride(), params.stride()), []).append((x, codes, params))
+            x = x.clone(memory_format=torch.contiguous_format)
+        alike.setdefault((x.device, x.shape, x.stride(), codes.stride(), params.stride()), []).append(
+            (x, codes, params)
+        )
     for own in alike.values():
         for first in range(0, len(own), PIECES):
             _launch(variant, own[first : first + PIECES])

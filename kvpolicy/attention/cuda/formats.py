@@ -57,7 +57,7 @@ def affine_form(store: AffineStore) -> Format:
     if found is None or found.numbered != numbered:
         small = SMALL.get(store.quantizer.scale_dtype)
         number = NUMBERS.get(store.parts["params"].pages[0].dtype, -1) if small is None else small
-        number += 0 if store.quantizer.offsets else 4
+        number += 0 if store.quantizer.offsets or number < 0 else 4
         group = 0 if numbered else store.group_size
         found = Format(store.quantizer.nbits, group, store.by_channel, number, store.head_dim, numbered)
         _forms[store] = found

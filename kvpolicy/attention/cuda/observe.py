@@ -19,8 +19,10 @@ COLUMNS = 64
 """Queries or keys of a tile; queries that count are filled up to a multiple."""
 WAVES = 4
 """Blocks for each that the card holds at once, so that the last to end are few."""
-MASKED = 1024
-"""Queries whose masks are summed at a time."""
+MASKS = 1 << 24
+"""Numbers of masks that are summed at a time, about."""
+UPDATES = 4
+"""Updates whose queries are kept on the device: layers of other kinds, and those of other devices, have their own."""
 LOG2E = math.log2(math.e)
 ADDRESSES = struct.Struct("<10q6Q8i2f")
 _known = threading.local()
@@ -72,10 +74,13 @@ class Queries(NamedTuple):
     @classmethod
     def of(cls, counted: Any, offset: int, device: torch.device) -> Queries:
         """Those of an update whose first query is token `offset`; layers that share `counted` share them."""
-        known = _known.__dict__.get("queries")
-        if known is None or known[0] is not counted or known[1:3] != (offset, device):
-            _known.queries = known = counted, offset, device, cls._of(counted, offset, device)
-        found: Queries = known[3]
+        kept: list[tuple[Any, int, torch.device, Queries]] = _known.__dict__.setdefault("queries", [])
+        for known in kept:
+            if known[0] is counted and known[1:3] == (offset, device):
+                return known[3]
+        found = cls._of(counted, offset, device)
+        kept[UPDATES - 1 :] = []
+        kept.insert(0, (counted, offset, device, found))
         return found
 
     @classmethod
@@ -85,8 +90,8 @@ class Queries(NamedTuple):
             return cls(tokens, 0, {})
         at = torch.nn.functional.pad(tokens - offset, (0, -len(tokens) % COLUMNS), value=int(tokens[-1]) - offset)
         masks = {k: mask[:, tokens] for k, mask in enumerate(counted.masks)}
-        kinds = {k: (mask.to(device), bool(mask.all())) for k, mask in masks.items() if mask.any()}
-        return cls(at.int().to(device), len(tokens), kinds)
+        kinds = {k: (mask.to(device, non_blocking=True), bool(mask.all())) for k, mask in masks.items() if mask.any()}
+        return cls(at.int().to(device, non_blocking=True), len(tokens), kinds)
 
 
 class _Call(NamedTuple):
@@ -171,7 +176,13 @@ def sums(query: Tensor, keys: Tensor, observer: Any, mask: Tensor | None, option
     kv_heads, tokens = keys.shape[1:3]
     if not observer.sums or not (_readable(query) and _readable(keys)) or options.scaling <= 0:
         return False
-    if mask is not None and (mask.dtype != torch.bool or mask.ndim != 4 or mask.shape[2] not in (1, asked)):
+    if mask is not None and (
+        mask.dtype != torch.bool
+        or mask.ndim != 4
+        or mask.shape[0] not in (1, len(query))
+        or mask.shape[1] not in (1, heads)
+        or mask.shape[2] not in (1, asked)
+    ):
         return False
     queries = Queries.of(observer.counted, tokens - asked, query.device)
     if not queries.length:
@@ -208,7 +219,8 @@ def _seen(call: _Call, counted: Tensor) -> Tensor:
     if shown.shape[2] == 1:
         return shown[:, :, 0] * seeing.unsqueeze(1)
     found: Tensor = counted.new_zeros((max(len(shown), len(counted)), shown.shape[1], tokens))
-    for first in range(0, queries.length, MASKED):
-        visible = shown.index_select(2, at[first : first + MASKED]).float()
-        found += (counted[:, None, None, first : first + MASKED] @ visible).squeeze(2)
+    step = max(1, MASKS // (shown.shape[0] * shown.shape[1] * tokens))
+    for first in range(0, queries.length, step):
+        visible = shown.index_select(2, at[first : first + step]).float()
+        found += (counted[:, None, None, first : first + step] @ visible).squeeze(2)
     return found

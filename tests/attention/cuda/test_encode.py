@@ -135,6 +135,28 @@ def test_the_source_on_a_cpu_codes_as_pytorch_does(
     same(found, expected)
 
 
+@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+def test_a_store_that_comes_twice_keeps_all_that_came(on_cpu: Any) -> None:
+    together, alone = (AffineStore(Int(nbits=2, group_size=64), 64) for _ in range(2))
+    later = Later()
+    for seed, n in enumerate((32, 32, 64)):
+        x = torch.randn(1, 1, n, 64, generator=torch.Generator().manual_seed(seed)).bfloat16()
+        together.append(x, later=later)
+        alone.append(x)
+    later.run()
+    assert on_cpu
+    one, other = together.tensors(), alone.tensors()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_what_lies_on_several_devices_is_no_single_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: list[set[str]] = []
+    monkeypatch.setattr(module, "_launch", lambda _, pieces: launched.append({x.device.type for x, *_ in pieces}))
+    piece = tokens((1, 1, 64, 64), torch.bfloat16), torch.zeros(1, 1, 64, 16), torch.zeros(1, 1, 64, 2)
+    encode(variant({"nbits": 2, "group_size": 64}, 64), [piece, tuple(x.to("meta") for x in piece)])
+    assert launched == [{"cpu"}, {"meta"}]
+
+
 def variant(options: dict[str, Any], dim: int) -> Encode:
     store = AffineStore(Int(**options), dim)
     encoding = fused._encoding(store, torch.bfloat16)
