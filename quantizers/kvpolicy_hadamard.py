@@ -31,7 +31,7 @@ def _rotated(x: Tensor) -> Tensor:
             a, b = x.unflatten(-1, (-1, 2, width)).unbind(-2)
             x = torch.stack([a + b, a - b], dim=-2).flatten(-3)
             width *= 2
-        return x * width**-0.5
+        return x.mul(width**-0.5)
     spare = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     other = torch.empty_like(spare)
     while width < _block(channels):
