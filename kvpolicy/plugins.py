@@ -129,6 +129,11 @@ class Registry:
             self._load_one(manager, point)
         return self
 
+    def usable_backends(self) -> list[Backend]:
+        """Those whose libraries are there, in the order in which they are asked."""
+        found = [info.cls(kind=info.kind) for info in self.backends.values() if info.missing is None]
+        return sorted(found, key=lambda backend: (-backend.priority, backend.kind))
+
     def _load_one(self, manager: pluggy.PluginManager, point: EntryPoint) -> None:
         try:
             module = point.load()

@@ -42,7 +42,7 @@ def _highest(nbits: tuple[int, ...], head_dim: int, device: torch.device) -> Ten
     """The highest code of each channel, `[head_dim, 1]`."""
     with torch.inference_mode(False):
         codes = torch.tensor([2.0**bits - 1 for bits in nbits]).repeat_interleave(head_dim // len(nbits))
-        return codes.unsqueeze(1).to(device)
+        return codes.unsqueeze(1).to(device, non_blocking=True)
 
 
 class Int(AffineQuantizer):

@@ -22,12 +22,7 @@ from kvpolicy.plugins import registry
 @lru_cache(1)
 def others() -> tuple[Backend, ...]:
     """The installed backends that are asked before the reference, in the order in which they are."""
-    found = [
-        info.cls(kind=info.kind)
-        for info in registry().backends.values()
-        if info.cls.priority > 0 and info.missing is None
-    ]
-    return tuple(sorted(found, key=lambda backend: (-backend.priority, backend.kind)))
+    return tuple(backend for backend in registry().usable_backends() if backend.priority > 0)
 
 
 @cache

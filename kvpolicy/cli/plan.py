@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -60,8 +61,11 @@ def plan(
     finally:
         if collects:
             gc.enable()
-    options = {"batch": batch, "generated": generated, "dtype": dtype, "device": device, "chunk": prefill_chunk}
-    found = run(recipes, model, tokens=tokens, memory=memory, attach=not unattached, **options)  # type: ignore[arg-type]
+    planned = partial(
+        run, recipes, model, batch=batch, generated=generated, dtype=dtype, device=device, chunk=prefill_chunk,
+        attach=not unattached,
+    )  # fmt: skip
+    found = planned(tokens=tokens, memory=memory)
     if json:
         from json import dumps
 
@@ -73,7 +77,7 @@ def plan(
     if plot is not None:
         from kvpolicy.planning.plot import lengths_to, plot_plan
 
-        curve = run(recipes, model, tokens=lengths_to(max(tokens)), attach=not unattached, **options)  # type: ignore[arg-type]
+        curve = planned(tokens=lengths_to(max(tokens)))
         typer.echo(f"wrote {plot_plan(curve, plot, found.limit)}", err=True)
     unfit = found.unfit()
     if unfit:

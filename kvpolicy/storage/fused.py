@@ -52,12 +52,8 @@ _known: WeakKeyDictionary[Any, dict[torch.dtype, Encoding | None]] = WeakKeyDict
 @lru_cache
 def _encoders(device: str) -> tuple[Backend, ...]:
     """The installed backends that may code tokens on a type of device, in the order in which they are asked."""
-    found = [
-        info.cls(kind=info.kind)
-        for info in registry().backends.values()
-        if info.missing is None and info.cls.encodes is not Backend.encodes and info.cls.device in (None, device)
-    ]
-    return tuple(sorted(found, key=lambda backend: (-backend.priority, backend.kind)))
+    found = (backend for backend in registry().usable_backends() if backend.device in (None, device))
+    return tuple(backend for backend in found if type(backend).encodes is not Backend.encodes)
 
 
 @lru_cache(4096)
