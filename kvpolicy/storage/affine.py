@@ -88,12 +88,13 @@ class AffineStore(CodedStore):
         x: Tensor,
         empty: Tensor | None = None,
         positions: Tensor | None = None,
+        full: bool = False,
         later: Later | None = None,
     ) -> None:
         """As of every store. With `later` what is to be coded is left to it, if that is the same in other layers."""
         if not x.shape[2]:
             return
-        self._note(x, positions)
+        self._note(x, positions, full)
         if not self.by_channel:
             self._append_codes(x, self.group_size, later)
             return
