@@ -19,10 +19,10 @@ from torch import Tensor
 from kvpolicy.placement.attention_scores import Observer
 from kvpolicy.placement.held_per_head import HeldPerHead
 from kvpolicy.placement.moves import EMPTY, NEW, NOTHING, AllMoves, Arrival, Moves
+from kvpolicy.placement.new_by_store import NewByStore
 from kvpolicy.placement.padding import Padding
 from kvpolicy.placement.ranking import Turn
 from kvpolicy.placement.step import Step
-from kvpolicy.placement.new_by_store import NewByStore
 from kvpolicy.placement.token_table import Candidates, TokenTable, indices_of
 from kvpolicy.storage.gather import gather_tokens
 from kvpolicy.storage.make import may_be_flat

@@ -14,6 +14,7 @@ from kvpolicy_hadamard import Hadamard
 from kvpolicy_lloyd_max import ABOVE, LloydMax, SplitLloydMax
 from kvpolicy_ternary import Ternary
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvpolicy import Site, load_recipe
 from kvpolicy.errors import RecipeError
@@ -299,3 +300,36 @@ def test_ternary_keeps_the_nearest_of_three_levels_in_a_fifth_of_a_byte(
 def test_ternary_groups_that_fit_no_head_are_refused() -> None:
     with pytest.raises(RecipeError, match="group_size must divide head_dim, found group_size 64 and head_dim 80"):
         make_store(Ternary(), 80)
+
+
+class Calls(TorchDispatchMode):
+    """What a device is called for: views cost nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func.is_view and "_unsafe_view" not in func.name():
+            self.found.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
+def test_a_device_rotates_sums_back_in_one_call_as_exactly(dim: int) -> None:
+    size = dim & -dim
+    block = np.ones((1, 1))
+    while len(block) < size:
+        block = np.kron([[1, 1], [1, -1]], block)
+    whole = torch.from_numpy(np.kron(np.eye(dim // size), block) / math.sqrt(size))
+    transform, y = Hadamard(), torch.randn(2, 3, 4, dim, generator=torch.Generator().manual_seed(dim))
+    expected = y.double() @ whole
+    by_sums, by_product = transform.inverse(y, {}, None), transform.adjoint(y, {})
+    for found in (by_sums, by_product):
+        torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-6)
+    there = y.to("meta")
+    transform.inverse(there, {}, None)  # makes the matrix
+    with Calls() as calls:
+        found = transform.inverse(there, {}, None)
+    assert found.shape == y.shape
+    assert len(calls.found) == 1, calls.found
