@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from types import FunctionType
 from typing import Any, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
@@ -83,9 +84,9 @@ def fusing(store: Coded, x: Tensor, size: int) -> Fused | None:
 def _encoding(store: Coded, dtype: torch.dtype) -> Encoding | None:
     """What a store does to tokens, if backends have words for it."""
     quantizer, dim = store.quantizer, store.head_dim
-    rounding = call(quantizer, "rounding") if _speaks_for(type(quantizer), "rounding", "calibrate") else None
+    rounding = call(quantizer, "rounding") if _speaks_for(type(quantizer), "rounding") else None
     transforms = () if store.chain is None else store.chain.transforms
-    rotates = all(t.butterflies and _speaks_for(type(t), "butterflies", "forward") for t in transforms)
+    rotates = all(t.butterflies and _speaks_for(type(t), "butterflies") for t in transforms)
     if (
         rounding is None
         or not isinstance(quantizer.bits, int)
@@ -103,10 +104,18 @@ def _encoding(store: Coded, dtype: torch.dtype) -> Encoding | None:
     return Encoding(dtype, dim, quantizer.nbits, store.group_size, store.by_channel, rounding, bool(transforms), kept)
 
 
-def _speaks_for(cls: type[AffineQuantizer | Transform], name: str, method: str) -> bool:
-    """Whether what a class says by `name` was said of the `method` that it has, not of one that it replaced."""
-    said, has = (next(i for i, c in enumerate(cls.__mro__) if n in vars(c)) for n in (name, method))
-    return said <= has
+def _speaks_for(cls: type[AffineQuantizer | Transform], name: str) -> bool:
+    """Whether what a class says by `name` holds of it: no subclass of what said it replaced anything that this had."""
+    said = next(i for i, c in enumerate(cls.__mro__) if name in vars(c))
+    had = {n for c in cls.__mro__[said:] for n in vars(c)}
+    return not any(n in had and _written(n, own) for c in cls.__mro__[:said] for n, own in vars(c).items())
+
+
+def _written(name: str, own: Any) -> bool:
+    """Whether an attribute of a class was written by its author, not added by Python or pydantic."""
+    if str(getattr(own, "__module__", None)).startswith("pydantic") or name in ("model_config", "_abc_impl"):
+        return False
+    return not name.startswith("__") or (isinstance(own, FunctionType) and name != "__annotate__")
 
 
 def fuse(store: Coded, x: Tensor, size: int, later: Any) -> bool:

@@ -326,7 +326,7 @@ def test_a_device_rotates_sums_back_in_one_call_as_exactly(dim: int) -> None:
     expected = y.double() @ whole
     by_sums, by_product = transform.inverse(y, {}, None), transform.adjoint(y, {})
     for found in (by_sums, by_product):
-        torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-6)
+        torch.testing.assert_close(found.double(), expected, rtol=0, atol=4e-6)
     there = y.to("meta")
     transform.inverse(there, {}, None)  # makes the matrix
     with Calls() as calls:

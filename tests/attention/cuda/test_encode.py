@@ -182,9 +182,43 @@ class Doubling(Hadamard):
         return 2 * super().forward(x, state, positions)
 
 
+class Signed(Hadamard):
+    def fit(self, x: Tensor, queries: Any, site: Any) -> dict[str, Tensor]:
+        return {}
+
+
 class Floor(Int):
     def calibrate(self, groups: Tensor) -> Any:
         return super().calibrate(groups)
+
+
+class Larger(Int):
+    def _by_size(self, x: Tensor) -> Any:
+        return super()._by_size(2 * x)
+
+
+class Half:
+    def highest(self, groups: Tensor) -> int:
+        return 1
+
+
+class Mixed(Half, Int): ...  # type: ignore[misc]
+
+
+class Static(Int):
+    _percentiles: ClassVar[Any] = staticmethod(lambda x: (x, x))
+
+
+class Named(Int):
+    """Another name alone."""
+
+    kind: Literal["named"] = "named"  # type: ignore[assignment]
+    more: int = 0
+
+
+class Sure(Larger):
+    def rounding(self) -> Any:
+        return Int.rounding(self)
 
 
 @pytest.mark.parametrize(
@@ -196,11 +230,20 @@ class Floor(Int):
         Int(nbits=2, scale_dtype="e8m0"),
         Int(nbits=2, transforms=(Doubling(),)),
         Int(nbits=2, transforms=(Hadamard(), Hadamard())),
+        Int(nbits=2, transforms=(Signed(),)),
+        Larger(nbits=2, **RMS),
+        Mixed(nbits=2),
+        Static(nbits=2),
     ],
     ids=str,
 )
 def test_what_a_kernel_has_no_words_for_is_left_to_pytorch(quantizer: Int) -> None:
     assert fused._encoding(AffineStore(quantizer, 64), torch.bfloat16) is None
+
+
+@pytest.mark.parametrize("quantizer", [Named(nbits=2), Sure(nbits=2)], ids=str)
+def test_a_subclass_that_changes_nothing_or_says_so_has_words(quantizer: Int) -> None:
+    assert fused._encoding(AffineStore(quantizer, 64), torch.bfloat16) is not None
 
 
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
