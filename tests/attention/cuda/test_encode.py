@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 
 import pytest
 import torch
-from kernel_on_cpu import COMPILER, kernel_of, launch
+from kernel_on_cpu import COMPILER, kernel_of, launch, small_numbers
 from kvpolicy_hadamard import Hadamard
 from kvpolicy_int import Int
 from torch import Tensor
@@ -175,6 +175,13 @@ def test_the_kernel_compiles_without_spills(arch: str) -> None:
             assert found.stack == 0
             assert found.registers <= 128
             assert found.shared <= 48 * 1024
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+def test_attention_reads_scales_of_8_bits_as_pytorch_does_nan_too() -> None:
+    expected = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    assert expected.isnan().sum() == 2
+    torch.testing.assert_close(torch.tensor(small_numbers()), expected, rtol=0, atol=0, equal_nan=True)
 
 
 class Doubling(Hadamard):
