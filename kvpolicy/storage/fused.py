@@ -21,7 +21,7 @@ from kvpolicy.storage.packing import packed_width
 from kvpolicy.storage.pages import Pages
 from kvpolicy.storage.scales import E4M3, Scales
 
-__all__ = ["Coded", "Fused", "fuse", "fusing", "run_fused"]
+__all__ = ["Coded", "Fused", "encoding_of", "fuse", "fusing", "run_fused"]
 
 
 class Coded(Protocol):
@@ -69,7 +69,7 @@ def fusing(store: Coded, x: Tensor, size: int) -> Fused | None:
         return None
     known = _known.setdefault(store, {})
     if x.dtype not in known:
-        known[x.dtype] = _encoding(store, x.dtype)
+        known[x.dtype] = encoding_of(store, x.dtype)
     encoding = known[x.dtype]
     backend = None if encoding is None else _encoder(device, encoding)
     if backend is None or encoding is None:
@@ -81,7 +81,7 @@ def fusing(store: Coded, x: Tensor, size: int) -> Fused | None:
     return Fused(backend, encoding)
 
 
-def _encoding(store: Coded, dtype: torch.dtype) -> Encoding | None:
+def encoding_of(store: Coded, dtype: torch.dtype) -> Encoding | None:
     """What a store does to tokens, if backends have words for it."""
     quantizer, dim = store.quantizer, store.head_dim
     rounding = call(quantizer, "rounding") if _speaks_for(type(quantizer), "rounding") else None

@@ -159,7 +159,7 @@ def test_what_lies_on_several_devices_is_no_single_launch(monkeypatch: pytest.Mo
 
 def variant(options: dict[str, Any], dim: int) -> Encode:
     store = AffineStore(Int(**options), dim)
-    encoding = fused._encoding(store, torch.bfloat16)
+    encoding = fused.encoding_of(store, torch.bfloat16)
     assert encoding is not None
     found = variant_of(encoding)
     assert found is not None
@@ -245,12 +245,12 @@ class Sure(Larger):
     ids=str,
 )
 def test_what_a_kernel_has_no_words_for_is_left_to_pytorch(quantizer: Int) -> None:
-    assert fused._encoding(AffineStore(quantizer, 64), torch.bfloat16) is None
+    assert fused.encoding_of(AffineStore(quantizer, 64), torch.bfloat16) is None
 
 
 @pytest.mark.parametrize("quantizer", [Named(nbits=2), Sure(nbits=2)], ids=str)
 def test_a_subclass_that_changes_nothing_or_says_so_has_words(quantizer: Int) -> None:
-    assert fused._encoding(AffineStore(quantizer, 64), torch.bfloat16) is not None
+    assert fused.encoding_of(AffineStore(quantizer, 64), torch.bfloat16) is not None
 
 
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
