@@ -33,6 +33,7 @@ class Scale(Transform):
 
     kind: Literal["scale"] = "scale"
     needs: ClassVar[frozenset[str]] = frozenset({"queries", "calibration"})
+    divides: ClassVar[str | None] = "divisors"
     by: Literal["keys", "queries", "calibration"] = Field(
         "keys",
         description=(

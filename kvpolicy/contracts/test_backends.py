@@ -169,6 +169,8 @@ CODED: list[dict[str, Any]] = [
     {"nbits": 4, "per": "channel", "group_size": 32},
     {"nbits": 2, "per": "channel", "group_size": 16, "scale_dtype": "float8_e4m3"},
     {"nbits": 8, "range": "rms", "group_size": "head", "transforms": ("hadamard",)},
+    {"nbits": 2, "group_size": "head", "transforms": ("scale",)},
+    {"nbits": 4, "per": "channel", "group_size": "arrival"},
 ]
 
 
@@ -210,15 +212,17 @@ def test_what_it_codes_is_what_pytorch_codes_to_the_bit(
         x = _given((2, 2, 64, 64), dtype, device, seed)
         if store.chain is not None:
             store.chain.begin(x)
-        coded = store.encode(x, store.group_size)
+        coded = store.encode(x, store.group_size or x.shape[2])
+        chain = store.chain
+        beside = (chain.state[0]["divisors"],) if encoding.divided and chain is not None else ()
         places = [_place(part) for part in coded]
-        pieces.append((x, places[0][0], places[1][0]))
+        pieces.append((x, places[0][0], places[1][0], *beside))
         pages.append([page for _, page in places])
         every.append((x, x.clone(), coded))
     call(backend, "encode", encoding, pieces)
     for own, kept, (x, before, coded) in zip(pieces, pages, every, strict=True):
         assert torch.equal(x.view(torch.int16), before.view(torch.int16))
-        for found, page, expected in zip(own[1:], kept, coded, strict=True):
+        for found, page, expected in zip(own[1:3], kept, coded, strict=True):
             torch.testing.assert_close(found, expected, rtol=0.0, atol=0.0, equal_nan=True)
             around = torch.cat([page[:, :, :2], page[:, :, 2 + found.shape[2] :]], dim=2)
             assert (around.contiguous().view(torch.uint8) == 77).all()

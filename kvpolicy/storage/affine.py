@@ -199,6 +199,8 @@ class AffineStore(CodedStore):
                 else:
                     self.keep(*self.encode(part, size))
             return
+        if self.beside is None and fuse(self, x, size, later if self.row_heads is None else None):
+            return
         n = x.shape[2]
         if self.chain is not None:
             coded = self.parts["codes"].length

@@ -218,6 +218,14 @@ class Silent(GoodBackend):
         return None
 
 
+class Undivided(GoodBackend):
+    def encodes(self, encoding: Any) -> bool:
+        return super().encodes(encoding._replace(divided=False))
+
+    def encode(self, encoding: Any, pieces: Any) -> None:
+        super().encode(encoding, [piece[:3] for piece in pieces])
+
+
 class All(GoodBackend):
     def encodes(self, encoding: Any) -> bool:
         return True
@@ -233,6 +241,7 @@ CODING: dict[str, type[GoodBackend]] = {
     "no encode": Declared,
     "no answer": Silent,
     "what it can't": All,
+    "no divisors": Undivided,
 }
 
 

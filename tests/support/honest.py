@@ -98,7 +98,11 @@ class GoodBackend(Backend):
         known = (
             encoding.rounding.by == "extremes" and not encoding.rounding.symmetric and encoding.nbits in (1, 2, 4, 8)
         )
-        return known and not (encoding.by_channel or encoding.rotated) and encoding.kept != torch.float8_e4m3fn
+        return (
+            known
+            and not (encoding.by_channel or encoding.rotated or encoding.divided)
+            and encoding.kept != torch.float8_e4m3fn
+        )
 
     def encode(self, encoding: Any, pieces: Any) -> None:
         most, planes = 2**encoding.nbits - 1, 8 // encoding.nbits

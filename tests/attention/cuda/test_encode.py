@@ -9,6 +9,7 @@ import torch
 from kernel_on_cpu import COMPILER, kernel_of, launch, small_numbers
 from kvpolicy_hadamard import Hadamard
 from kvpolicy_int import Int
+from kvpolicy_scale import Scale
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -31,6 +32,9 @@ FEW: list[dict[str, Any]] = [
     {"nbits": 4, **CHANNEL, **SMALL},
     {"nbits": 3, **CHANNEL},
     {"nbits": 1, "group_size": 16, "symmetric": True, **ROTATED, **SMALL},
+    {"nbits": 4, "per": "channel", "group_size": "arrival"},
+    {"nbits": 2, "group_size": "head", "transforms": (Scale(),)},
+    {"nbits": 3, "per": "channel", "group_size": "arrival", "symmetric": True, **SMALL},
 ]
 absent = missing()
 unable = "no CUDA device" if not torch.cuda.is_available() else absent
@@ -78,7 +82,7 @@ class LikeGpu(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.div.Tensor and not isinstance(args[1], Tensor):
             return args[0] * (torch.tensor(1.0) / torch.tensor(args[1], dtype=torch.float32))
-        if func is torch.ops.aten.mean.dim:
+        if func is torch.ops.aten.mean.dim and args[1] == [1]:
             x = args[0]
             while x.shape[1] > 1:
                 x = x[:, ::2] + x[:, 1::2]
