@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from kvpolicy_log import Log
 from safetensors.torch import load_file
 from torch import Tensor
 
-from kvpolicy import CompressedCache, attach, load_recipe, make_cache
-from kvpolicy.errors import CacheError
+from kvpolicy import CompressedCache, Recipe, attach, load_recipe, make_cache
+from kvpolicy.errors import CacheError, PluginError, RecipeError
+from kvpolicy.hf.calibration import read_calibration, write_calibration
 from kvpolicy.recipe.load import bundled_names
+from kvpolicy.recipe.spec import Tier
 from tests.support.calibrations import calibrated, calibration
 from tests.support.models import exact, ids, tiny
 from tests.support.saved import rewritten
 from tests.support.words import CACHE
 
-NAMES = [name for name in bundled_names() if load_recipe(name).calibration]
+NAMES = [name for name in bundled_names() if load_recipe(name).calibration and name != "logquant-exponent"]
+"""The bundled recipes whose codes take a calibration."""
 SMALL: dict[str, dict[str, Any]] = {"skvq": {"window": 8, "group_size": 8}, "kvquant": {"share": 0.05}}
 
 
@@ -196,3 +201,62 @@ def test_keys_before_rope_are_refused_where_there_is_none() -> None:
         with pytest.raises(Exception, match=r"keys before RoPE take a model .* not for its config"):
             make_cache(recipe_of(name, model), model.config)
         make_cache(recipe_of(f"{name}-post-rope", model), model.config)
+
+
+def exponents_of(model: Any, path: Path, exponents: list[float | None]) -> Path:
+    """A calibration by `log` with other exponents; None: samples too short to tell."""
+    made, _ = read_calibration(calibration(model, "log"))
+    assert set(made.layers[0]) == {f"keys.{n}" for n in ("attention", "tokens", "counts", "exponent", "r2")}
+    layers = {i: dict(made.layers[i]) for i in (0, 1)}
+    for tensors, exponent in zip(layers.values(), exponents, strict=True):
+        del tensors["keys.exponent"]
+        tensors |= {} if exponent is None else {"keys.exponent": torch.tensor([exponent])}
+    write_calibration(path, replace(made, layers=layers))
+    return path
+
+
+@pytest.mark.parametrize("exponents", [(0.25, 1.5), (-0.5, 9.0)])
+def test_each_layer_keeps_tokens_by_the_exponent_of_its_own_attention(
+    exponents: tuple[float, float], tmp_path: Path
+) -> None:
+    model = tiny("llama")
+    file = exponents_of(model, tmp_path / "log.safetensors", list(exponents))
+    recipe = load_recipe("logquant-exponent", window=8, calibration=str(file))
+    logs = [Log(budget=8, exponent=min(max(a, 0.0), 8.0)) for a in exponents]
+    first, _, last = recipe.tiers
+    own = {str(i): (first, Tier(policy=log, keys="full", values="full"), last) for i, log in enumerate(logs)}
+    cache = make_cache(recipe, model)
+    truth = make_cache(Recipe(tiers=recipe.tiers, layers=own), model)
+    with torch.no_grad():
+        for held in (cache, truth):
+            for start, stop in ((0, 150), (150, 151), (151, 190)):
+                model(ids(190)[:, start:stop], **{CACHE: held})
+            held.commit()
+    cache.save(tmp_path / "cache")
+    file.unlink()
+    loaded = CompressedCache.load(tmp_path / "cache", model)
+    found = [[held.positions(i).tiers.tolist() for i in (0, 1)] for held in (cache, loaded, truth)]
+    assert found[0] == found[1] == found[2]
+    assert found[0][0] != found[0][1]
+    assert cache.memory().bytes == loaded.memory().bytes
+
+
+def test_an_exponent_that_is_not_known_is_told(tmp_path: Path) -> None:
+    model = tiny("llama")
+    where = r"recipe logquant-exponent: tiers\[1\]\.policy\.exponent \(log\), layer 1: it takes a calibration that "
+    short = exponents_of(model, tmp_path / "log.safetensors", [1.0, None])
+    with pytest.raises(RecipeError, match=where + "says how .* too short for that; make it again with more"):
+        make_cache("logquant-exponent", model, calibration=str(short))
+    with pytest.raises(RecipeError, match=where.replace("1:", "0:") + r"holds keys\.exponent, found one that holds"):
+        make_cache("logquant-exponent", model, calibration=str(calibration(model, "skvq")))
+    bare = {"tiers": [{"policy": {"kind": "log", "exponent": "calibrated"}, "store": "full"}, {"store": "evict"}]}
+    with pytest.raises(RecipeError, match=r"holds keys\.exponent, found none; make one by kvpolicy calibrate"):
+        make_cache(bare, model)
+
+    class Nowhere(Log):
+        def at(self, site: Any) -> Any:
+            return None
+
+    tiers = (Tier(policy=Nowhere(), keys="full", values="full"), Tier(keys="evict", values="evict"))
+    with pytest.raises(PluginError, match="policy 'log': at must return itself or a copy, found NoneType"):
+        make_cache(Recipe(tiers=tiers), model)
