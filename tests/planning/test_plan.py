@@ -204,7 +204,9 @@ def test_a_module_that_is_held_back_is_there_once_it_is_asked_for(
     monkeypatch.syspath_prepend(tmp_path)
     with sooner._held_back("held_back_for_once", sooner._Later("held_back_for_once")):
         found = import_module("held_back_for_once")
-        assert "found" not in vars(found) and not hasattr(found, "__path__")
+        assert "found" not in vars(found)
+        assert not hasattr(found, "__path__")
         with sooner._held_back("held_back_for_once", None):  # it is there already
-            assert found.found == 7 and sys.modules["held_back_for_once"] is not found
+            assert found.found == 7
+        assert sys.modules["held_back_for_once"] is not found
     assert sys.modules.pop("held_back_for_once").found == 7

@@ -209,7 +209,8 @@ def test_what_the_command_refuses(
             (plain, "--format", "pdf"),
             "--format must be of html, md, csv, latex, json, separated by commas, found 'pdf'",
         ),
-        ((plain, "--margin", "wide"), "--margin must be X or METRIC=X with a number X, found 'wide'"),
+        ((plain, "--margin", "wide"), "--margin must be X, METRIC=X or TASK:METRIC=X with a number X, found 'wide'"),
+        ((plain, "--margin", "nowhere:score=1"), "a margin must be of a task among"),
         ((plain, "--margin", "1", "--margin", "kl=1"), "found both; name all metrics"),
         (
             (plain, "--baseline", "bass"),
