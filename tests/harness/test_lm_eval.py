@@ -236,6 +236,13 @@ ERRORS = [
     (["--recipe", "kivi", "--dtype", "float32", "--", "--tasks", "x", "--model_args", "dtype=auto"], "given once"),
     (["--recipe", "kivi", "--", "--tasks", "no_such_task"], "Tasks not found: no_such_task"),
     (["--recipe", "kivi", "--", "--config", "missing.yaml"], "missing.yaml"),
+    (
+        ["--recipe", "kivi", "--", "--tasks", "x", "--output_path", __file__],
+        "results go into a directory, found a file",
+    ),
+    (["--recipe", "kivi", "--", "--tasks", "x", "--output_path", f"{__file__}/a/b.json"], "test_lm_eval.py is a file"),
+    (["--recipe", "kivi", "--", "--tasks", "x", "--output_path", "/proc/no/out"], "can't be written there: /proc"),
+    (["--recipe", "kivi", "--", "--tasks", "x", "--use_cache", "/proc/no/answers"], "can't be written there: /proc"),
 ]
 
 
