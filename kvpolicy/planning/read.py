@@ -14,7 +14,7 @@ from kvpolicy.hf.source import GGUF, ModelSource
 from kvpolicy.planning.plain import plain_shape
 from kvpolicy.planning.shape import DTYPES, ModelShape
 from kvpolicy.planning.sooner import with_meta_kernels
-from kvpolicy.words import clip, in_words, quoted, suggest
+from kvpolicy.words import clip, in_words, model_name, quoted, suggest
 
 __all__ = ["read_shape"]
 
@@ -96,7 +96,7 @@ def _config(model: Any) -> tuple[str, Any]:
         raise PlanError(f"{shown}: config.json must be JSON, found {clip(str(error))}") from error
     if not isinstance(found, dict):
         raise PlanError(f"{shown}: config.json must be a JSON object, found {in_words(found)}")
-    return (path if path.is_dir() or path.name != "config.json" else path.parent).name or text, found
+    return model_name(str(path if path.is_dir() or path.name != "config.json" else path.parent)), found
 
 
 def _named(text: str) -> tuple[str, Any]:
