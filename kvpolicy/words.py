@@ -34,7 +34,7 @@ def in_line(path: Any) -> str:
 def model_name(given: str) -> str:
     """What a model is called where results are shown: an id of the hub, else the last part of a path.
 
-    A symlink keeps its own name. A directory that is called after nothing but what it is (`model`, `checkpoint-500`) has
+    A symlink keeps its own name. A directory that is called after what it is alone (`model`, `checkpoint-500`) has
     the name of the one around it before its own.
     """
     if _HUB_ID.fullmatch(given):
