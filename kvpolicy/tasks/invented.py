@@ -1,4 +1,4 @@
-"""Short documents about people and towns that don't exist, and questions about them: nothing that a model has read helps."""
+"""Short documents about people and towns that don't exist, and questions about them, of which no model has read."""
 
 from __future__ import annotations
 
