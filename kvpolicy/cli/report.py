@@ -74,6 +74,8 @@ def report(
         show_table(table)
     for line in [*evidence.settings.get("notes", ()), *(f"partial: {text}" for text in found.partial())]:
         typer.echo(line, err=True)
+    if not verdicts.found:
+        typer.echo(f"nothing is compared: the only arm is {in_line(verdicts.baseline)}", err=True)
     if out is not None:
         written = write_report(found, Path(out), wanted)
         typer.echo(f"wrote {', '.join(path.name for path in written)} into {in_line(out)}", err=True)

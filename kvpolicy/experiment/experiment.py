@@ -325,6 +325,8 @@ def _problem(problem: Any) -> str:
         return f"must be given, found no {key}"
     if "error" in context:
         return str(context["error"])
+    if kind == "too_short":
+        return f"must have at least {context['min_length']}, found {found}"
     message = problem["msg"].removeprefix("Input should be ").removeprefix("Input should ")
     if kind == "literal_error":
         allowed = str(context["expected"]).replace("'", "").replace(" or ", ", ").split(", ")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def evaluate(recipe: str, source: ModelSource, arguments: Sequence[str]) -> None
     with _shell(["lm_eval", "run", *words]):
         setup_logging()
         harness = HarnessCLI()
-        asked = harness.parse_args()
+        asked = _parsed(harness)
         results = _complete(asked, recipe, source)
         before = _results_in(results)
         try:
@@ -53,6 +54,19 @@ def evaluate(recipe: str, source: ModelSource, arguments: Sequence[str]) -> None
         first = os.environ.get("RANK", "0") == "0"  # of several processes one writes
         if results is not None and first and not _results_in(results) - before:
             raise CompareError(f"{in_line(results)}: the harness wrote no results there; its log above says why")
+
+
+def _parsed(harness: Any) -> Any:
+    """What its arguments say; of those it refuses its last line, without its usage."""
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            return harness.parse_args()
+    except SystemExit as stop:
+        last = said.getvalue().strip().rpartition("\n")[2]
+        if not stop.code:
+            raise
+        raise CompareError(f"lm-evaluation-harness: {clip(last.partition('error: ')[2] or last, 600)}") from None
 
 
 def _complete(asked: Any, recipe: str, source: ModelSource) -> Path | None:
@@ -118,7 +132,7 @@ def _written(path: str) -> dict[str, Any]:
     try:
         found: dict[str, Any] = EvaluatorConfig.load_yaml_config(path)
     except (OSError, ValueError, TypeError) as error:
-        raise CompareError(f"--config {quoted(path)}: {clip(str(error), 300)}") from error
+        raise CompareError(f"--config {quoted(path)}: {clip(' '.join(str(error).split()), 300)}") from error
     return found
 
 

@@ -118,6 +118,7 @@ def test_the_experiment_of_a_call_is_that_of_the_page(page: Path) -> None:
             "b.yaml:4: tasks[0].margins: margins must",
         ),
         ("arms: [full]\nbaseline: ful", "baseline must be one of exact, full, found 'ful' (did you mean 'full'?)"),
+        ("arms: []", "b.yaml:1: arms: must have at least 1, found an empty list"),
         ("arms: [full, full]", "arms must have different names, found 'full' twice"),
         ("arms: [{name: exact again, recipe: kivi}]", "must not be named 'exact again'"),
         ("arms: [full]\ntasks: [lines, lines]", "tasks must have different names, found 'lines' twice"),
