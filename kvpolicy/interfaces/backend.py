@@ -109,6 +109,9 @@ class AttentionOptions:
     one."""
     alone: bool = False
     """Whether nothing is to be merged with the result. The output may then be in the type of the query."""
+    lse: Tensor | None = None
+    """For `observe`, the logarithm of the sum of the exponentials of each query's scores where it is known already:
+    float32 `[batch, heads, queries]`."""
 
 
 class Encoding(NamedTuple):
