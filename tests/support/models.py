@@ -38,11 +38,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "phi3": {"sliding_window": None},
     "gpt_oss": {
+        "num_hidden_layers": 4,
         "head_dim": 32,
         "sliding_window": 24,
         "num_local_experts": 2,
         "num_experts_per_tok": 1,
-        "layer_types": ["sliding_attention", "full_attention"],
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
     },
     "deepseek_v3": {
         "num_key_value_heads": 4,
