@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from itertools import product
-
-from kvpolicy.attention.cuda.compile import Source, Variant
+from kvpolicy.attention.cuda.compile import Variant
 from kvpolicy.attention.cuda.formats import EXACT, Format, kind_of
-from kvpolicy.attention.cuda.observe import Sums
 
 BFLOAT = 1
 """The number of bfloat16 among the types of scale and offset."""
@@ -79,17 +76,3 @@ MANY = [
 """What is compiled for one architecture more."""
 LARGEST = variant(256, (Format(3, 64, False, BFLOAT, 256), Format(3, 64, False, BFLOAT, 256)))
 """256 channels in two parts of a code are more numbers than a thread has registers."""
-SMALLEST = variant(64)
-"""What compiles in the shortest time."""
-SUMS = [
-    Sums(dim, dim != 80, weighs, mask, softcap=mask)
-    for dim, weighs, mask in product((64, 80, 96, 128, 256), (False, True), (False, True))
-]
-ARCHITECTURES = ("sm_80", "sm_90", "sm_120")
-
-
-def asked_for() -> list[tuple[Source, str]]:
-    """Every kernel that must compile well, and for which architecture."""
-    everywhere = [*FEW, *(sums for sums in SUMS if sums.dim == 128)]
-    once = [*MANY, LARGEST, *(sums for sums in SUMS if sums.dim != 128)]
-    return [*product(everywhere, ARCHITECTURES), *product(once, ["sm_90"])]
