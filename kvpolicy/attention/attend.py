@@ -79,13 +79,18 @@ def _as_asked(out: Tensor, query: Tensor) -> Tensor:
 def whole(tiers: LayerCache, new: tuple[Tensor, Tensor]) -> Part:
     """All that a layer holds, and the tokens that are coming in."""
     columns = tiers.columns()
-    sides = []
+    sides, held = [], []
     for side, where in (("keys", columns.keys), ("values", columns.values)):
         known = columns.stretches.get(side) or [None] * len(where)
-        stores = zip(tiers.stores[side], where, known, strict=True)
-        sides.append(tuple([StoreView(s, at, own) for s, at, own in stores if s is not None and s.length]))
+        stores = list(zip(tiers.stores[side], where, known, strict=True))
+        held.append(tuple([i for i, (s, *_) in enumerate(stores) if s is not None and s.length]))
+        sides.append(tuple([StoreView(*stores[i]) for i in held[-1]]))
     heads, dim = new[1].shape[1], new[1].shape[3]
-    return Part(sides[0], sides[1], columns.width, columns.gaps, columns.positions, heads, dim, new)
+    part = Part(sides[0], sides[1], columns.width, columns.gaps, columns.positions, heads, dim, new)
+    slots = columns.slots
+    if slots is None:
+        return part
+    return replace(part, slots=lambda: tuple([slots()[i] for i in held[0]]), numbers=held[1])
 
 
 def above(tiers: LayerCache, new: tuple[Tensor, Tensor]) -> Part:
@@ -94,7 +99,9 @@ def above(tiers: LayerCache, new: tuple[Tensor, Tensor]) -> Part:
     last = tiers.stores["keys"][-1]
     width = every.width - (0 if last is None else last.length)
     keys, values = (tuple([v for v in side if v.columns != width]) for side in (every.keys, every.values))
-    return replace(every, keys=keys, values=values, width=width, positions=lambda: every.positions()[..., :width])
+    return replace(
+        every, keys=keys, values=values, width=width, slots=None, positions=lambda: every.positions()[..., :width]
+    )
 
 
 def observe(

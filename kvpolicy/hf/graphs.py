@@ -282,6 +282,9 @@ def _commit(cache: CompressedCache, device: torch.device) -> None:
         cache.guard.commit(1)
         # What a step knows of them comes to the device here, not within a capture.
         columns = [layer.columns() for layer in tiers]
+        for found in columns:
+            if found.slots is not None and not found.gaps:
+                found.slots()
     if any(not layer.committed for layer in tiers):
         raise Unusual("layers that hold nothing")
     if any(layer.page_table is not None for layer in tiers):

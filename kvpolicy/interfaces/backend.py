@@ -15,7 +15,25 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-__all__ = ["AttentionOptions", "AttentionSpec", "Backend", "Encoding", "Part", "StoreView", "Stored", "Stretches"]
+__all__ = [
+    "SLOT_BITS",
+    "AttentionOptions",
+    "AttentionSpec",
+    "Backend",
+    "Encoding",
+    "Part",
+    "Ranges",
+    "Segment",
+    "Slots",
+    "StoreView",
+    "Stored",
+    "Stretches",
+]
+
+SLOT_BITS = 27
+"""Bits of a slot that say where in its store a value lies; those above say in which store."""
+Ranges: TypeAlias = tuple[tuple[int, int], ...]
+"""Numbers from the first to the last + 1."""
 
 Stretches: TypeAlias = tuple[tuple[int, int, int], ...]
 """Tokens of a store that are neighbours among the columns, too: of each stretch its first token, the column of that,
@@ -51,6 +69,26 @@ class StoreView(NamedTuple):
     """Where columns are an index `[tokens]`, the same as the host knows it."""
 
 
+class Segment(NamedTuple):
+    """Neighbouring tokens of a store of keys, as far as the host knows where their values lie."""
+
+    tokens: int
+    ranges: Ranges
+    """All slots of these tokens lie in one of these; -1 is among them if some may have no value."""
+    together: bool
+    """Whether their values are neighbours in the same order: those of the only range."""
+
+
+class Slots(NamedTuple):
+    """Where the values of a store's keys lie: in which store of values, and which of its tokens they are."""
+
+    places: Tensor
+    """For each token of the store of keys the number of the store of values << `SLOT_BITS`, plus the number of the
+    token in it; -1 for none. int32 `[tokens]` or `[batch, kv_heads or 1, tokens]`, on the device of the layer."""
+    segments: tuple[Segment, ...]
+    """The same in short: all tokens of the store, in order."""
+
+
 @dataclass(frozen=True)
 class Part:
     """Tokens whose keys and whose values lie in some stores, and perhaps those that are just coming in."""
@@ -68,6 +106,11 @@ class Part:
     """Channels of a value."""
     new: tuple[Tensor, Tensor] | None = None
     """Keys and values `[batch, kv_heads, tokens, head_dim]` that are just coming in; their columns are the last."""
+    slots: Callable[[], tuple[Slots, ...]] | None = None
+    """Where columns are an index whose stretches are many, or unknown to the host: the slots of each of `keys`. All
+    layers whose tokens are in the same places share them."""
+    numbers: tuple[int, ...] = ()
+    """The number of each store of `values`, by which slots name it."""
 
 
 class AttentionSpec(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,6 +15,7 @@ from kvpolicy.placement.attention_scores import Observer
 from kvpolicy.placement.contract import Planner
 from kvpolicy.placement.moves import EMPTY, ColumnMap
 from kvpolicy.placement.ranking import Ranking, Turn
+from kvpolicy.placement.slots import STORES, slots_by_head
 from kvpolicy.placement.step import Step
 from kvpolicy.placement.token_table import TokenTable, codes_of, in_order, present
 
@@ -135,11 +137,25 @@ class HeldPerHead(Planner[Turn]):
             offsets: list[int | Tensor] = [0, *ends[:-1]]
             gaps = any(t is not None and t.gaps for t in tables)
             return ColumnMap(offsets, offsets, ends[-1], gaps, self._positions)
-        where: dict[str, list[int | Tensor]] = {
-            side: [0 if t is None else torch.where(t.positions < 0, seen, t.positions.long()) for t in tables]
+        where = {
+            side: [None if t is None else torch.where(t.positions < 0, seen, t.positions.long()) for t in tables]
             for side, tables in self.tables.items()
         }
-        return ColumnMap(where["keys"], where["values"], seen + 1, True, lambda: present(self._of("keys"), seen))
+        keys, values = ([0 if at is None else at for at in where[side]] for side in ("keys", "values"))
+        slots = lru_cache(1)(lambda: slots_by_head(where["keys"], where["values"], self._common(), seen))
+        known = slots if len(values) <= STORES else None
+        return ColumnMap(keys, values, seen + 1, True, lambda: present(self._of("keys"), seen), slots=known)
+
+    def _common(self) -> list[list[int]]:
+        """For each store of keys the stores of values in which the values of its tokens may be."""
+        covers = {
+            side: [self.placement.tiers_of_store(side, s) for s in range(len(tables))]
+            for side, tables in self.tables.items()
+        }
+        return [
+            [s for s, own in enumerate(covers["values"]) if own.start < tiers.stop and tiers.start < own.stop]
+            for tiers in covers["keys"]
+        ]
 
     def in_last(self, first: int) -> Tensor:
         """Of the tokens of the last store, from place `first` on, the positions among the real ones of their rows.

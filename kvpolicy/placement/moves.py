@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from kvpolicy.interfaces.backend import Stretches
+from kvpolicy.interfaces.backend import Slots, Stretches
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -80,6 +80,8 @@ class ColumnMap(NamedTuple):
     """The position of each column, `EMPTY` where no token is: `[columns]` or `[batch, kv_heads or 1, columns]`."""
     stretches: Mapping[str, list[Callable[[], Stretches] | None]] = {}
     """For each store of keys, and of values, that has an index which is the same everywhere: `StoreView.stretches`."""
+    slots: Callable[[], tuple[Slots, ...]] | None = None
+    """`Part.slots`."""
 
 
 def stretches_of(columns: Ints) -> Stretches:

@@ -10,13 +10,14 @@ from weakref import ReferenceType, ref
 import numpy as np
 from numpy.typing import NDArray
 
-from kvpolicy.interfaces.backend import Stretches
+from kvpolicy.interfaces.backend import Slots, Stretches
 from kvpolicy.interfaces.policy import RankPolicy
 from kvpolicy.placement.counts import Change, Counts
 from kvpolicy.placement.moves import EMPTY, AllMoves, ColumnMap, stretches_of
 from kvpolicy.placement.padding import Padding
 from kvpolicy.placement.planner import Placement, State
 from kvpolicy.placement.selection import due
+from kvpolicy.placement.slots import STORES, scattered, slots_by_position
 
 if TYPE_CHECKING:
     import torch
@@ -228,7 +229,15 @@ class Step:
             side: [self._stretches(f"{side} {s}", at) for s, at in enumerate(where)]
             for side, where in (("keys", keys), ("values", values))
         }
-        return ColumnMap(placed(keys), placed(values), width, False, lambda: self._in_columns(device), known)
+        many = any(not isinstance(at, int) and scattered(at.numpy()) for at in (*keys, *values))
+        slots = (lambda: self._slots(device)) if many and len(values) <= STORES else None
+        return ColumnMap(placed(keys), placed(values), width, False, lambda: self._in_columns(device), known, slots)
+
+    def _slots(self, device: torch.device) -> tuple[Slots, ...]:
+        """Where the values of the keys of each store lie, on a device."""
+        stores = self.state.stores
+        every = (slots_by_position(keys, stores["values"], device) for keys in stores["keys"])
+        return self._once(("value slots", device), lambda: tuple(every))
 
     def _stretches(self, name: str, columns: int | Tensor) -> Callable[[], Stretches] | None:
         """The neighbours among columns that are an index, once somebody asks; all layers share the answer."""

@@ -118,6 +118,26 @@ class Reader:
         scale, shift = both.repeat_interleave(dim // groups, 2).unbind(1)
         return codes * scale + shift
 
+    def values(
+        self, numbers: tuple[int, ...], name: str, tokens: int, dim: int, row: int, head: int
+    ) -> tuple[Tensor, Tensor]:
+        """Values of a run, `[tokens, dim]`, and which of them are there: by slot others lie in another run."""
+        if not name.startswith("Slots"):
+            return self.side(numbers, name, tokens, dim, row, head), torch.ones(tokens, dtype=torch.bool)
+        data, params, offset, first, token, group = numbers
+        inside = name[len("Slots<") : -1]
+        size, number = (int(x) for x in re.findall(r"\d+", inside)[1:3]) if "Token" in inside else (dim, 0)
+        own = 0 if "Exact" in inside else (dim // size) * NUMBERS[number % 4].itemsize * (1 if number >= 4 else 2)
+        slots = read(self.place(group & 255, row, head) + offset, tokens, torch.int32) - first
+        count = group >> 8
+        there = (slots >= 0) & (slots < count) if count else torch.ones(tokens, dtype=torch.bool)
+        found = torch.zeros((tokens, dim), dtype=torch.float64)
+        for t in there.nonzero().flatten().tolist():
+            at = int(slots[t])
+            assert at >= 0
+            found[t] = self.side((data, params, at * token, at * own, token, 0), inside, 1, dim, row, head)[0]
+        return found, there
+
     def scores(self, run: tuple[int, ...], raw: Tensor, row: int, head: int) -> Tensor:
         """Scores of a run `[rows, tokens]` in units of log2, masked."""
         tokens, _, column, slot, causal = run[12:]
@@ -175,9 +195,10 @@ class Reader:
                         if keys.startswith("Channel"):  # a tile lies in as many groups as it is told of
                             assert run[5] % min(tile, int(re.findall(r"\d+", keys)[1])) == 0 or run[12] <= tile
                         k = self.side(run[:6], keys, run[12], dims[0], row, head)
-                        v = self.side(run[6:12], values, run[12], dims[1], row, head)
+                        v, there = self.values(run[6:12], values, run[12], dims[1], row, head)
                         s = self.scores(run, self.queries(query, row, head) @ k.T, row, head)
-                        every[row, head, :, run[14] : run[14] + run[12]] = s
+                        every[row, head, :, run[14] : run[14] + run[12]][:, there] = s[:, there]
+                        s = s.masked_fill(~there, -torch.inf)
                         found.append((s, v, space))
                     assert before == tiles
                 scores = torch.cat([s for s, _, _ in found], dim=1) * LN2

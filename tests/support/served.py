@@ -22,7 +22,7 @@ from kvpolicy.placement.planner import Placement
 from kvpolicy.placement.step import Step
 from kvpolicy.recipe.load import load_recipe
 
-__all__ = ["Served", "additive", "channel", "own", "some", "token"]
+__all__ = ["APART", "Served", "additive", "apart", "channel", "own", "some", "token"]
 
 
 def token(nbits: int, group: Any = "auto", **more: Any) -> dict[str, Any]:
@@ -36,6 +36,40 @@ def channel(nbits: int, group: int = 32, **more: Any) -> dict[str, Any]:
 def own(keys: Any, values: Any) -> dict[str, Any]:
     newest = {"policy": {"kind": "recent", "window": 40, "flush": 24}, "store": "full"}
     return {"name": "own", "summary": "own", "tiers": [newest, {"keys": keys, "values": values}]}
+
+
+LOG = {"kind": "log", "budget": 40}
+RANKED = {"kind": "rank", "scorer": "key_norm", "budget": 60, "share": "head"}
+
+
+def apart(keys: Any, values: Any, *middle: tuple[Any, Any, Any]) -> dict[str, Any]:
+    """A recipe with tiers in the middle: the policy of each, its keys and its values."""
+    newest = {"policy": {"kind": "recent", "window": 20, "flush": 20}, "store": "full"}
+    tiers = [{"policy": policy, "keys": k, "values": v} for policy, k, v in middle]
+    last = {"store": "evict"} if keys == "evict" else {"keys": keys, "values": values}
+    return {"name": "own", "summary": "own", "tiers": [newest, *tiers, last]}
+
+
+APART: dict[str, Any] = {
+    "keys anyhow": apart(token(4, 32), token(2), (LOG, "full", token(2))),
+    "values anyhow": apart(token(4, 32), token(2), (LOG, token(4, 32), "full")),
+    "both": apart(token(2), token(2), (LOG, token(4), "full"), ({**LOG, "budget": 70}, token(2), "full")),
+    "channel": apart(channel(2), token(2), (LOG, "full", token(2))),
+    "by head": apart(
+        token(4), token(1, 16), (RANKED, "full", token(2)), ({**RANKED, "budget": 90}, token(4), token(2))
+    ),
+    "by attention": apart(token(4), token(2), ({"kind": "attention", "budget": 60}, "full", token(2))),
+    "eight bits": apart(
+        token(3), token(2, "head", range="rms", scale_dtype="float8_e4m3"), (LOG, "full", token(8, 32, range="rms"))
+    ),
+    "rotated": apart(
+        token(2, transforms=[{"kind": "hadamard", "seed": 2}]),
+        token(2, transforms=[{"kind": "hadamard"}]),
+        (LOG, "full", token(2, transforms=[{"kind": "hadamard"}])),
+    ),
+    "evicted": apart("evict", "evict", (LOG, "full", token(2)), ({**LOG, "budget": 70}, token(4), token(2))),
+}
+"""Recipes whose keys and values of a token lie in stores and orders that differ."""
 
 
 def some(batch: int, heads: int, n: int, seen: int, device: str) -> Tensor:

@@ -21,7 +21,7 @@ template <class S> struct Cursor {
     next = run + 1 < kind.last ? plan.layout.runs[run + 1].tile : 1 << 30;
     done = (tile - plan.layout.runs[run].tile) * tokens;
     left = plan.layout.runs[run].tokens - done;
-    source.open(plan, keys ? plan.layout.runs[run].k : plan.layout.runs[run].v, w, done);
+    source.open(plan, keys ? plan.layout.runs[run].k : plan.layout.runs[run].v, w, done, left);
   }
   __device__ __forceinline__ void start(const Plan& plan, const Kind& kind, bool keys, int first, int tokens, const Warp& w) {
     run = kind.first;
@@ -35,7 +35,7 @@ template <class S> struct Cursor {
     if (tile < next) {
       done += WARPS * tokens;
       left -= WARPS * tokens;
-      source.skip(WARPS);
+      source.skip(WARPS, left, w.lane);
     } else {
       find(plan, kind, keys, tokens, w);
     }
@@ -85,8 +85,9 @@ template <class P> __device__ __forceinline__ void attend_kind(const Plan& plan,
 #pragma unroll
       for (int i = 0; i < NS * 4; i++) s[0][i] = soften(s[0][i], plan.cap);
     }
-    if (MASK || PLACES || CAUSAL || (NB == 1 && R == 4) || left < TS) hide<NS, NB>(plan, plan.layout.runs[now], seen, left, w, s);
-    if (SCORES) keep<NS, NB>(plan, plan.layout.runs[now].column + seen, left, w, s);
+    if (MASK || PLACES || CAUSAL || (NB == 1 && R == 4) || left < TS || (V::BY_SLOT && scattered(plan.layout.runs[now].v)))
+      hide<NS, NB, V::BY_SLOT>(plan, plan.layout.runs[now], seen, left, w, s);
+    if (SCORES) keep<NS, NB, V::BY_SLOT>(plan, plan.layout.runs[now], seen, left, w, s);
     tile += WARPS;
     seen += WARPS * TS;
     left -= WARPS * TS;

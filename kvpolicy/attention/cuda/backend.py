@@ -110,7 +110,7 @@ def _planned(
     query: Tensor, part: Part, mask: Tensor | None, options: AttentionOptions
 ) -> tuple[Plan, list[int], Tensor | None]:
     """The plan for a part, where its pages lie, and which column of the mask each token has."""
-    places = part.positions() if part.width and (mask is not None or part.gaps) else None
+    places = _places(part) if part.width and (mask is not None or (part.gaps and part.slots is None)) else None
     laid, pointers = scan(part)
     if (query.data_ptr() | pointers[-1] | pointers[-2]) % 16:
         raise Declined("numbers at addresses that are no multiple of 16 bytes")
@@ -132,6 +132,21 @@ def _planned(
     if isinstance(plan, str):
         raise Declined(plan)
     return plan, pointers, places
+
+
+def _places(part: Part) -> Tensor:
+    """The slot of each column, as runs count them."""
+    found = part.positions()
+    if part.slots is None:
+        return found
+    return torch.cat([_of_columns(found, view) for view in part.keys], dim=-1)
+
+
+def _of_columns(x: Tensor, view: StoreView) -> Tensor:
+    """Of numbers of columns, in the last dimension, those of a store's tokens."""
+    if isinstance(view.columns, int):
+        return x[..., view.columns : view.columns + view.store.length]
+    return x.gather(x.ndim - 1, view.columns)
 
 
 def _attend(
@@ -158,15 +173,18 @@ def _attend(
     if options.observer is not None:
         lines = (batch, part.kv_heads, heads // part.kv_heads * queries)
         scores = query.new_empty((*lines, columns_of(part, options)), dtype=torch.float32)
+        if part.slots is not None:  # nothing is written where no token is
+            scores.fill_(-torch.inf)
         sums = query.new_empty((*lines, 1), dtype=torch.float32)
     mapped = [_mapped(_chain(part.keys[view].store, graph), query, part) for view in plan.maps]
     tensors = (mask, places, out, lse, partial, scores, sums, sinks, zeros)
     arguments, grid = _arguments(plan, pointers, query, mapped, tensors)
     launch(plan.kernel, arguments, grid, device)
     if graph is not None:
-        _record(graph, plan, query, part, mask, places, options, tensors, mapped)
+        _record(graph, plan, query, part, mask, options, tensors, mapped)
     if scores is not None and sums is not None:
-        _watch(options.observer, scores, sums, queries, part, mask is not None or places is not None or queries > 1)
+        scores = scores if part.slots is None else _in_columns(scores, part)
+        _watch(options.observer, scores, sums, queries, part, mask is not None or part.gaps or queries > 1)
     return _joined(plan, out, part, queries, graph).transpose(1, 2), lse
 
 
@@ -204,14 +222,13 @@ def _record(
     query: Tensor,
     part: Part,
     mask: Tensor | None,
-    places: Tensor | None,
     options: AttentionOptions,
     tensors: tuple[Tensor | None, ...],
     mapped: list[Tensor],
 ) -> None:
     """Note a launch that a graph has captured, if nothing of it but its arguments changes from step to step."""
     watched = options.observer is not None and not options.observer.room
-    if mask is not None or places is not None or watched or not options.alone:
+    if mask is not None or part.gaps or watched or not options.alone:
         graph.unfit = "its attention has a mask, or gaps"
     spaces = _spaces(plan, part)
     own = [(side, i) for side, numbers in zip(("keys", "values"), spaces, strict=True) for i in numbers if i >= 0]
@@ -236,13 +253,13 @@ def renew(exec_graph: int, known: Launch, part: Part) -> str | None:
     """
     query, _, options = known.call
     try:
-        plan, pointers, places = _planned(query, part, None, options)
+        plan, pointers, _ = _planned(query, part, None, options)
     except Declined as reason:
         return str(reason)
     *_, partial, scores, _, _, zeros = known.tensors
     if scores is not None and columns_of(part, options) != scores.shape[-1]:
         return "attention weights need more room"
-    if places is not None:
+    if part.gaps:
         return "its attention has gaps"
     if _spaces(plan, part) != known.spaces:
         return "its attention has other transforms"
@@ -296,6 +313,23 @@ def _newest(queries: int, tokens: int) -> Tensor:
     """Which of the new tokens the queries are."""
     with torch.inference_mode(False):
         return torch.arange(tokens - queries, tokens)
+
+
+def _in_columns(scores: Tensor, part: Part) -> Tensor:
+    """Scores whose columns are those of keys, store by store, and of new tokens, in the columns of the part."""
+    *lines, width = scores.shape
+    held = sum(view.store.length for view in part.keys)
+    found = scores.new_full((*lines, part.width + width - held), -torch.inf)
+    found[..., part.width :] = scores[..., held:]
+    first = 0
+    for view in part.keys:
+        own = scores[..., first : first + view.store.length]
+        first += view.store.length
+        if isinstance(view.columns, int):
+            found[..., view.columns : view.columns + view.store.length] = own
+        else:
+            found.scatter_(3, view.columns.unsqueeze(-2).expand_as(own), own)
+    return found
 
 
 def _watch(observer: Any, scores: Tensor, sums: Tensor, queries: int, part: Part, hidden: bool) -> None:

@@ -101,8 +101,8 @@ def _misfit(nbits: int, group: int, dim: int) -> str | None:
 
 
 @functools.lru_cache(maxsize=256)
-def kind_of(keys: Format, values: Format) -> tuple[str, int]:
-    """A kind as a type of the headers, and the tokens of its tiles."""
+def kind_of(keys: Format, values: Format, by_slot: bool = False) -> tuple[str, int]:
+    """A kind as a type of the headers, and the tokens of its tiles; values may lie where an index says."""
     halves = keys.by_channel and not keys.numbered and keys.group % 32 and keys.group != 16
     large = any(form.bits == 3 and form.dim > 128 for form in (keys, values))  # more numbers than registers
     tile = 16 if 16 in (keys.bits, values.bits) or halves or large else 32
@@ -115,6 +115,8 @@ def kind_of(keys: Format, values: Format) -> tuple[str, int]:
         else:
             by = "Channel" if form.by_channel else "Token"
             names.append(f"{by}{side}<{form.bits}, {form.group}, {form.number}, {tile}>")
+    if by_slot:
+        names[1] = f"Slots<{names[1]}>"
     return f"Pair<{names[0]}, {names[1]}, {tile}>", tile
 
 

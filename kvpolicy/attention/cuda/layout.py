@@ -6,29 +6,24 @@ What is found depends on how many tokens lie in which pages, and on no address: 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from kvpolicy.attention.cuda.formats import EXACT, Format, affine_form, kind_of, refuses_store
+from kvpolicy.attention.cuda.piece import LAST, Declined, Piece, indices_of, paired, some_of
 from kvpolicy.interfaces.backend import Part, StoreView
 from kvpolicy.storage.affine import AffineStore
 from kvpolicy.storage.exact import ExactStore
 from kvpolicy.storage.pages import Pages
 
-__all__ = ["MAPS", "Declined", "Kind", "Laid", "Run", "lay_out", "pages_of", "scan"]
+__all__ = ["MAPS", "Declined", "Kind", "Laid", "Run", "lay_out", "pages_of", "scan", "width_of"]
 
-LAST = 8
-"""Bits of the number of a page, after which that of the last group of it stands."""
 MAPS = 4
 """Spaces of keys, and of values, at most: the model's own, and those of transforms."""
 PAGE, SIDES = struct.Struct("<2q"), struct.Struct("<12i")
 Key = tuple[Any, ...]
-
-
-class Declined(Exception):
-    """A part that the kernels can't serve; its text says why."""
 
 
 class Kind(NamedTuple):
@@ -39,27 +34,6 @@ class Kind(NamedTuple):
     """Which queries it takes: 0 the model's, or those mapped by the transforms of a store."""
     space: int
     """Which output its values add to, likewise."""
-
-
-class Piece(NamedTuple):
-    """Neighbouring tokens of one side: where they stand among the columns, and where they lie."""
-
-    at: int
-    tokens: int
-    form: Format
-    space: int
-    data: int
-    """The page; likewise `params`, and the bytes from where it begins."""
-    offset: int
-    token: int
-    """Bytes from token to token."""
-    params: int = 0
-    params_offset: int = 0
-    group: int = 0
-    """Per channel: tokens before them in the group that `params_offset` points to. Where tokens have the numbers of
-    their groups, `params` are these, and this is the page of scales and offsets; from bit 8 on the last group."""
-    first: int = 0
-    """Then the bytes before these in their page."""
 
 
 class Run(NamedTuple):
@@ -105,7 +79,8 @@ def scan(part: Part) -> tuple[Key, list[int]]:
     pointers: list[int] = []
     for side in (part.keys, part.values):
         for store, columns, stretches in side:
-            key.append(columns if isinstance(columns, int) else stretches() if stretches else None)
+            if part.slots is None:
+                key.append(columns if isinstance(columns, int) else stretches() if stretches else None)
             every = pages_of(store)
             if isinstance(store, AffineStore):
                 key += store.format, store.quantizer.offsets, store.quantizer.scale_dtype, store.chain is None
@@ -118,6 +93,11 @@ def scan(part: Part) -> tuple[Key, list[int]]:
             if held:
                 key += held[0].dtype, held[0].get_device()
         key.append(None)
+    if part.slots is not None:
+        key.append(part.numbers)
+        for index, segments in part.slots():
+            pointers.append(index.data_ptr())
+            key += index.shape, index.stride(), segments
     for x in part.new or ():
         pointers.append(x.data_ptr())
         key += x.dtype, x.shape, x.stride()
@@ -146,9 +126,9 @@ def lay_out(part: Part, like: Tensor) -> Laid:
     """
     pages: list[bytes] = []
     maps: tuple[list[int], list[int]] = ([], [])
-    sides = []
+    sides: list[list[list[Piece]]] = []
     for name, views, own in zip(("keys", "values"), (part.keys, part.values), maps, strict=True):
-        found: list[Piece] = []
+        found: list[list[Piece]] = []
         for number, view in enumerate(views):
             reason = refuses_store(view.store, name)
             if reason is not None:
@@ -157,24 +137,50 @@ def lay_out(part: Part, like: Tensor) -> Laid:
             if isinstance(view.store, AffineStore) and view.store.chain is not None:
                 own.append(number)
                 space = len(own)
-            found.extend(_placed(_pieces(view.store, space, len(pages), like), view))
+            found.append(list(_pieces(view.store, space, len(pages), like)))
             pages.extend(_strides(view.store, len(pages)))
-        sides.append(sorted(found, key=lambda piece: piece.at))
+        sides.append(found)
     if max(map(len, maps)) >= MAPS:
         raise Declined(f"more than {MAPS - 1} stores of a side with transforms")
-    numbered = [piece.form for piece in sides[0] if piece.form.numbered]
+    numbered = [piece.form for own in sides[0] for piece in own if piece.form.numbered]
     if len(set(numbered)) < len(numbered):
         raise Declined("several stores whose tokens have the numbers of their groups")
-    runs = list(_join(*sides))
-    if sum(run.tokens for run in runs) < part.width:
-        raise Declined("keys and values of other tokens")
+    runs, width = list(_runs(sides[0], sides[1], part, len(pages))), width_of(part)
+    pages.extend(PAGE.pack(*_apart(index)) for index in indices_of(part))
     if part.new is not None:
-        new = [_new_piece(x, part.width, len(pages) + i) for i, x in enumerate(part.new)]
+        new = [_new_piece(x, width, len(pages) + i) for i, x in enumerate(part.new)]
         runs += _join([new[0]], [new[1]])
         pages.extend(PAGE.pack(*(x.element_size() * n for n in x.stride()[:2])) for x in part.new)
     if not runs:
         raise Declined("no tokens")
     return Laid(runs, pages, maps)
+
+
+def width_of(part: Part) -> int:
+    """Columns of the tokens that are held, as runs count them: where there are slots, those of keys store by store."""
+    return part.width if part.slots is None else sum(view.store.length for view in part.keys)
+
+
+def _runs(keys: list[list[Piece]], values: list[list[Piece]], part: Part, first_page: int) -> Iterator[Run]:
+    """The runs of the tokens that are held, of which each view has some pieces; see `paired`."""
+    if part.slots is not None:
+        for k, v in paired(keys, values, part, first_page):
+            yield from _join([k], [v])
+        return
+    sides = []
+    for views, pieces in ((part.keys, keys), (part.values, values)):
+        placed = (piece for view, own in zip(views, pieces, strict=True) for piece in _placed(own, view))
+        sides.append(sorted(placed, key=lambda piece: piece.at))
+    runs = list(_join(*sides))
+    if sum(run.tokens for run in runs) < part.width:
+        raise Declined("keys and values of other tokens")
+    yield from runs
+
+
+def _apart(index: Tensor) -> list[int]:
+    """Bytes from row to row and head to head of an index."""
+    steps = zip(index.stride()[:-1], index.shape[:-1], strict=True)
+    return [index.element_size() * step if size > 1 else 0 for step, size in steps] or [0, 0]
 
 
 def _strides(store: Any, first: int) -> Iterator[bytes]:
@@ -272,33 +278,19 @@ def _by_channel(codes: Pages, params: Pages, form: Format, space: int, first: in
                 yield Piece(lo, hi - lo, form, space, page, data, form.row, own, where, lo % size)
 
 
-def _placed(pieces: Iterable[Piece], view: StoreView) -> Iterator[Piece]:
+def _placed(found: list[Piece], view: StoreView) -> Iterator[Piece]:
     """Pieces of a store where its tokens stand among the columns."""
     if isinstance(view.columns, int):
-        yield from (piece._replace(at=piece.at + view.columns) for piece in pieces)
+        yield from (piece._replace(at=piece.at + view.columns) for piece in found)
         return
     stretches = view.stretches() if view.stretches else None
     if stretches is None:
         raise Declined("tokens that stand in columns that the host does not know")
-    found = list(pieces)
     for first, column, n in stretches:
         for piece in found:
             lo, hi = max(first, piece.at), min(first + n, piece.at + piece.tokens)
             if lo < hi:
-                yield _some(piece, lo - piece.at, hi - lo, column + lo - first)
-
-
-def _some(piece: Piece, skip: int, tokens: int, at: int) -> Piece:
-    """Some of a piece's tokens."""
-    form, offset, group = piece.form, piece.params_offset, piece.group
-    if form.by_channel and not form.numbered:
-        group += skip
-        offset += group // form.group * form.params
-        group %= form.group
-    elif form.bits < 16:
-        offset += skip * form.params
-    data = piece.offset + skip * piece.token
-    return piece._replace(at=at, tokens=tokens, offset=data, params_offset=offset, group=group)
+                yield some_of(piece, lo - piece.at, hi - lo, column + lo - first)
 
 
 def _join(keys: list[Piece], values: list[Piece]) -> Iterator[Run]:
@@ -312,13 +304,13 @@ def _join(keys: list[Piece], values: list[Piece]) -> Iterator[Run]:
                 tile = min(kind_of(k.form, v.form)[1], k.form.group)
                 ahead = (k.group + lo - k.at) % k.form.group % tile
                 n = min(n, tile - ahead) if ahead else n
-            yield _run(_some(k, lo - k.at, n, lo), _some(v, lo - v.at, n, lo))
+            yield _run(some_of(k, lo - k.at, n, lo), some_of(v, lo - v.at, n, lo))
             lo += n
         i, j = i + (k.at + k.tokens <= hi), j + (v.at + v.tokens <= hi)
 
 
 def _run(k: Piece, v: Piece) -> Run:
-    name, tile = kind_of(k.form, v.form)
+    name, tile = kind_of(k.form, v.form, v.by_slot)
     where = SIDES.pack(
         k.data, k.params, k.offset, k.params_offset, k.first if k.form.numbered else k.token, k.group,
         v.data, v.params, v.offset, v.params_offset, v.token, v.group,

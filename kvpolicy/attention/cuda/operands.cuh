@@ -129,7 +129,7 @@ template <int DIM, int BITS, int PARAMS_, int TS, bool BY_CHANNEL, int GROUP> st
     codes.start(lane);
     if (!PLAIN) params.start(lane);
   }
-  __device__ __forceinline__ void open(const Plan& plan, const Side& s, const Warp& w, int done) {
+  __device__ __forceinline__ void open(const Plan& plan, const Side& s, const Warp& w, int done, int) {
     step = BITS == 16 ? s.token : Codes<DIM, BITS>::ROW;
     group = s.group;
     codes.open(place(plan, s.data, s.data_offset, w) + (i64)done * token(), w.lane, token());
@@ -165,8 +165,52 @@ template <int DIM, int BITS, int PARAMS_, int TS, bool BY_CHANNEL, int GROUP> st
       here.template copy_all<false>(to_params, (count + GROUP - 1) / GROUP, lane, PARAMS);
     }
   }
-  __device__ __forceinline__ void skip(int tiles) {
+  __device__ __forceinline__ void skip(int tiles, int, int) {
     codes.from += tiles * TS * token();
     if (BY_TOKEN) params.from += tiles * TS * PARAMS;
+  }
+};
+
+// Where an index says which tokens of a page those of a run are.
+__device__ __forceinline__ const int* index_of(const Plan& plan, const Side& s, const Warp& w) { return (const int*)place(plan, s.group & 255, s.data_offset, w); }
+__device__ __forceinline__ bool scattered(const Side& s) { return (u32)s.group >> 8; }
+// Whether the page has the token, which may lie in another.
+__device__ __forceinline__ bool has(const Side& s, int slot) { return (u32)(slot - s.params_offset) < (u32)s.group >> 8; }
+
+// Where the next tile is read of tokens that lie anyhow. Each lane has the slot of one of them, which came with the tile before.
+template <class S> struct Gather;
+template <int DIM, int BITS, int PARAMS_, int TS> struct Gather<Reader<DIM, BITS, PARAMS_, TS, false, 1>> {
+  static constexpr int PARAMS = PARAMS_ ? PARAMS_ : 16;
+  using C = Codes<DIM, BITS>;
+  const u8 *data, *params;
+  const int* index;
+  int step, first, count, next;
+  __device__ __forceinline__ void start(int) {}
+  __device__ __forceinline__ void open(const Plan& plan, const Side& s, const Warp& w, int done, int left) {
+    step = BITS == 16 ? s.token : C::ROW;
+    data = place(plan, s.data, 0, w);
+    params = PARAMS_ ? place(plan, s.params, 0, w) : data;
+    index = index_of(plan, s, w) + done + w.lane;
+    first = s.params_offset;
+    count = scattered(s) ? (u32)s.group >> 8 : 0x7fffffff;
+    look(left, w.lane);
+  }
+  __device__ __forceinline__ void look(int left, int lane) { next = lane < TS && lane < left ? __ldg(index) : -1; }
+  template <int ROW, class F> __device__ __forceinline__ void copy_all(u32 to, const u8* from, int bytes, int slot, int lane) {
+    constexpr int PIECE = gcd(16, ROW), PIECES = ROW / PIECE, TOTAL = TS * PIECES;
+#pragma unroll
+    for (int k = 0; k < (TOTAL + 31) / 32; k++) {
+      const int i = lane + 32 * k, t = i / PIECES, o = i % PIECES * PIECE, at = __shfl_sync(~0u, slot, t & 31);
+      if (TOTAL % 32 == 0 || i < TOTAL) copy<PIECE>(to + F::place(t, o), from + (i64)at * bytes + o, (u32)at < (u32)count);
+    }
+  }
+  __device__ __forceinline__ void fetch(u32 to, u32 to_params, int, int, int lane) {
+    const int slot = next - first;  // of no token it is negative
+    copy_all<C::ROW, CodePlaces<DIM, BITS, TS>>(to, data, step, slot, lane);
+    if (PARAMS_) copy_all<PARAMS, Plain<PARAMS>>(to_params, params, PARAMS, slot, lane);
+  }
+  __device__ __forceinline__ void skip(int tiles, int left, int lane) {
+    index += tiles * TS;
+    look(left, lane);
   }
 };

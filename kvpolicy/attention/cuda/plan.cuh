@@ -9,7 +9,9 @@ struct Side {  // where the keys or the values of a run lie
   int data, params;                // pages
   int data_offset, params_offset;  // bytes from there
   int token, group;                // exact: bytes from token to token; per channel: tokens before the run in its first group;
-                                   // with numbers of groups (params): bytes before their scales, and the page of these | the last group << 8
+                                   // with numbers of groups (params): bytes before their scales, and the page of these | the last group << 8;
+                                   // by slot (group): the page of the index | slots of the page << 8, 0: all lie there; data_offset: bytes
+                                   // before theirs in the index; params_offset: the slot of the page's first token
 };
 struct Run {  // neighbouring tokens of one kind
   Side k, v;

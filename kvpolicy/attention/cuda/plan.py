@@ -13,7 +13,7 @@ from torch import Tensor
 from kvpolicy.attention.cuda.compile import FEW, MANY, Variant
 from kvpolicy.attention.cuda.formats import EXACT, affine_form, kind_of, weight_of
 from kvpolicy.attention.cuda.kernel import Kernel, kernel_of
-from kvpolicy.attention.cuda.layout import MAPS, Declined, Kind, Laid, Run, lay_out
+from kvpolicy.attention.cuda.layout import MAPS, Declined, Kind, Laid, Run, lay_out, width_of
 from kvpolicy.interfaces.backend import AttentionOptions, Part
 from kvpolicy.storage.affine import AffineStore
 
@@ -142,7 +142,7 @@ def _numbers(
 def columns_of(part: Part, options: AttentionOptions) -> int:
     """Columns of the scores that are written for an observer."""
     new = 0 if part.new is None else part.new[0].shape[2]
-    return max(part.width + new, 0 if options.observer is None else options.observer.room)
+    return max(width_of(part) + new, 0 if options.observer is None else options.observer.room)
 
 
 def _steps(x: Tensor | None, dims: int) -> list[int]:

@@ -43,6 +43,7 @@ template <int BITS, int GROUP, int T, int TS> struct TokenValues {
   using S = Scaled<BITS, DV / GROUP, T>;
   static constexpr int GROUPS = DV / GROUP, PARAMS = S::PARAMS, NB = TS / 16, NS = R == 8 ? NB : 1;
   static constexpr int BYTES = C::bytes(TS), PARAM_BYTES = (TS * PARAMS + 15) / 16 * 16;
+  static constexpr bool BY_SLOT = false;
   using Source = Reader<DV, BITS, PARAMS, TS, false, 1>;
   struct State {
     float acc[C::STEPS][4], o[2][GROUPS];
@@ -137,6 +138,7 @@ template <int BITS, int GROUP, int T, int TS> struct TokenValues {
 template <int TS> struct ExactValues {
   using P = Part<DV, 16, 0, 0>;
   static constexpr int NB = TS / 16, NS = R == 8 ? NB : 1, BYTES = P::place(TS), PARAM_BYTES = 0;
+  static constexpr bool BY_SLOT = false;
   using Source = Reader<DV, 16, 0, TS, false, 1>;
   struct State {
     float acc[DV / 16][4];
@@ -175,4 +177,10 @@ template <int TS> struct ExactValues {
       __syncwarp();
     }
   };
+};
+
+// Values that lie where an index says.
+template <class V> struct Slots : V {
+  static constexpr bool BY_SLOT = true;
+  using Source = Gather<typename V::Source>;
 };

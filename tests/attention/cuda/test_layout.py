@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from kernel_reader import fake_kernel, fake_launch
-from served import Served, additive, channel, own, some, token
+from served import APART, Served, additive, channel, own, some, token
 
 from kvpolicy.attention.cuda import backend, plan
 from kvpolicy.attention.cuda.layout import scan
@@ -35,10 +35,36 @@ def served(recipe: Any, **more: Any) -> Served:
 
 
 @pytest.mark.parametrize(
-    "name", ["logquant", "kivi", "balanced", "hf-quantized", "kivi-sink", "streaming-quant", "mikv", "h2o", "zipcache"]
+    "name",
+    [
+        "logquant",
+        "kivi",
+        "balanced",
+        "hf-quantized",
+        "kivi-sink",
+        "streaming-quant",
+        "mikv",
+        "h2o",
+        "zipcache",
+        "partial-logquant",
+    ],
 )
 def test_recipes(name: str) -> None:
     served(name).check((213, 1, 3, 1))
+
+
+@pytest.mark.parametrize("name", APART)
+def test_keys_and_values_that_lie_in_other_stores_and_orders(name: str) -> None:
+    served(APART[name]).check((150, 1, 21), mask=additive if name in ("both", "by head") else None)
+
+
+@pytest.mark.parametrize("recipe", ["kivi", APART["both"]])
+def test_padded_rows_whose_keys_and_values_lie_apart(recipe: Any) -> None:
+    served(recipe).check((150, 1, 1), pad=37)
+
+
+def test_pages_of_values_of_which_each_has_some_of_the_keys() -> None:
+    served("partial-logquant", window=16).check((1500, 1))
 
 
 def test_groups_of_which_each_head_holds_other_tokens() -> None:
@@ -123,7 +149,6 @@ def test_of_an_extra_that_is_there_in_part_one_line_says_so(monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("recipe", "why"),
     [
-        ("partial-logquant", "runs of tokens"),
         (own(channel(4, "arrival"), token(4, 32)), "no multiple of 16 tokens"),
         (own(token(4, 32), channel(4)), "values: values per channel"),
         (own(token(4, 32, scale_dtype="e8m0"), "full"), "keys: scales in e8m0"),
