@@ -29,14 +29,19 @@ def numbered(bits: int, number: int = BFLOAT) -> Format:
 
 
 def variant(
-    dims: int | tuple[int, int], *pairs: tuple[Format, Format], rows: int = 4, bfloat: bool = True, **flags: object
+    dims: int | tuple[int, int],
+    *pairs: tuple[Format, Format] | tuple[Format, Format, bool],
+    rows: int = 4,
+    bfloat: bool = True,
+    **flags: object,
 ) -> Variant:
-    kinds = sorted({kind_of(k, v)[0] for k, v in [(EXACT, EXACT), *pairs]})
+    kinds = sorted({kind_of(*pair)[0] for pair in [(EXACT, EXACT), *pairs]})
     return Variant((dims, dims) if isinstance(dims, int) else dims, rows, bfloat, tuple(kinds), **flags)
 
 
 LOGQUANT = (token(2, 64), token(2, 64))
 KIVI = ((channel(2, 32), token(2, 32)), (channel(2, 32), EXACT))
+PARTIAL = ((EXACT, token(2, 64), True), (token(2, 64), token(2, 64), True))
 FEW = [
     variant(128, LOGQUANT),
     variant(128, *KIVI),
@@ -45,6 +50,7 @@ FEW = [
     variant(128, LOGQUANT, (token(4, 64), token(4, 64)), wide=True),
     variant(128, (numbered(4), token(4, 128)), (numbered(2), token(2, 128)), wide=True),
     variant(128, (channel(4, 64, SMALL), centred(2, 128, SMALL)), (channel(4, 64, SMALL), EXACT), wide=True),
+    variant(128, *PARTIAL),
 ]
 """What is compiled for every architecture."""
 MANY = [
@@ -70,6 +76,9 @@ MANY = [
     variant(80, (numbered(1), token(1, 40)), (numbered(2), EXACT)),
     variant((64, 128), (token(4, 64), token(2, 64)), (EXACT, token(2, 64))),
     variant(128, LOGQUANT, mask=2, places=8),
+    variant(128, (EXACT, EXACT, True), (numbered(2), token(2, 32), True), rows=8, mask=1, places=8, scores=True),
+    variant(256, (channel(4, 32), token(4, 64), True), (token(2, 64), EXACT, True), wide=True),
+    variant(80, (token(2, 40), token(1, 40), True), (EXACT, centred(2, 80, SMALL), True), wide=True),
     variant(128, LOGQUANT, mask=3, places=8, causal=True),
     variant(128, LOGQUANT, mask=4, places=4, room=(360, 240)),
 ]

@@ -44,7 +44,7 @@ def steps(model: Any, cache: Any, count: int = 40, mask: Tensor | None = None) -
 
 @pytest.mark.parametrize("padded", [False, True], ids=["even", "padded"])
 @pytest.mark.parametrize(
-    "name", ["logquant", "kivi", "balanced", "kivi-sink", "h2o", "mas", "streaming-llm", "zipcache"]
+    "name", ["logquant", "kivi", "balanced", "kivi-sink", "h2o", "mas", "streaming-llm", "zipcache", "partial-logquant"]
 )
 def test_models_tell_what_they_tell_with_the_reference(
     name: str, padded: bool, monkeypatch: pytest.MonkeyPatch
@@ -64,7 +64,7 @@ def test_models_tell_what_they_tell_with_the_reference(
     assert error < 2e-2
 
 
-@pytest.mark.parametrize("name", ["logquant", "kivi", "balanced", "h2o", "mikv", "zipcache"])
+@pytest.mark.parametrize("name", ["logquant", "kivi", "balanced", "h2o", "mikv", "zipcache", "partial-logquant"])
 @pytest.mark.parametrize("graphs", [False, True])
 def test_steps_wait_for_nothing(name: str, graphs: bool) -> None:
     one = model()

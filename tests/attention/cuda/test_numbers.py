@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from served import Served, additive, channel, own, some, token
+from served import APART, Served, additive, channel, own, some, token
 
 from kvpolicy.attention.cuda.compile import missing
 
@@ -35,6 +35,7 @@ def _no_grad() -> Any:
         "zipcache",
         "best-2bit",
         "best-3bit",
+        "partial-logquant",
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -54,6 +55,25 @@ def test_bits_and_head_dims_per_token(bits: int, dim: int) -> None:
 @pytest.mark.parametrize("group", [16, 32, 48, 64, 128])
 def test_bits_and_groups_per_channel(bits: int, group: int) -> None:
     Served(own(channel(bits, group), token(4))).check((500, 1))
+
+
+@pytest.mark.parametrize("name", APART)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_keys_and_values_that_lie_in_other_stores_and_orders(name: str, dtype: torch.dtype) -> None:
+    Served(APART[name], dtype=dtype).check((500, 3, 1, 60, 1))
+    Served(APART[name], dtype=dtype).check((300, 1, 1), pad=37)
+    Served(APART[name], dtype=dtype, groups=7).check((300, 1, 3), mask=additive)
+
+
+@pytest.mark.parametrize(("dim", "value_dim"), [(64, 64), (80, 80), (96, 96), (256, 256), (128, 64), (64, 128)])
+@pytest.mark.parametrize("groups", [1, 4, 8])
+def test_values_by_slot_of_any_width(dim: int, value_dim: int, groups: int) -> None:
+    Served("partial-logquant", dim=dim, value_dim=value_dim, groups=groups, window=16).check((300, 1, 5))
+
+
+def test_values_by_slot_in_several_pages() -> None:
+    case = Served("partial-logquant")
+    case.check((100, 40000, 40000, 1), softcap=30.0, sinks=torch.randn(8, device=DEVICE))
 
 
 @pytest.mark.parametrize("groups", [1, 2, 3, 5, 7, 8, 12])
@@ -117,7 +137,7 @@ def test_groups_of_which_each_head_holds_other_tokens(updates: tuple[int, ...], 
     Served("zipcache", period=20, high=bits[0], low=bits[1]).check(updates)
 
 
-@pytest.mark.parametrize("name", ["logquant", "h2o", "balanced", "zipcache"])
+@pytest.mark.parametrize("name", ["logquant", "h2o", "balanced", "zipcache", "kivi", "partial-logquant"])
 def test_padded_rows(name: str) -> None:
     Served(name).check((300, 1, 1), pad=37)
 
