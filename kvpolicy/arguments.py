@@ -136,7 +136,9 @@ def unwritable(path: Path) -> str | None:
         OSError: it can't even be looked at.
         ValueError: it is no name of a file.
     """
-    there = next((home for home in (path, *path.parents) if home.exists()), None)
+    there = next((home for home in (path, *path.parents) if os.path.lexists(home)), None)
+    if there is not None and not there.exists():
+        return f"{in_line(there)} is a link to nothing"
     if there is not None and there != path and not there.is_dir():
         return f"{in_line(there)} is a file"
     try:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
+import re
 from collections.abc import Collection, Iterable
 from itertools import islice
 from typing import Any
@@ -12,6 +14,10 @@ LONGEST = 80
 """Characters of a name or a value that a message repeats."""
 _COMPARED = 200
 """Names that a mistyped one is compared with."""
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
+_CACHED = "models--"
+"""Begins the directory of a model in the cache of the hub."""
+_PLAIN = re.compile(r"models?|weights|final|hf|best|last|latest|(checkpoint|step|epoch)([-_]?\d+)?|[0-9a-f]{40}")
 
 
 def clip(text: str, longest: int = LONGEST) -> str:
@@ -23,6 +29,21 @@ def clip(text: str, longest: int = LONGEST) -> str:
 def in_line(path: Any) -> str:
     """A path, on one line and not too long."""
     return clip(str(path), 300)
+
+
+def model_name(given: str) -> str:
+    """What a model is called where results are shown: an id of the hub, else the last part of a path.
+
+    A symlink keeps its own name. A directory that is called after what it is alone (`model`, `checkpoint-500`) has
+    the name of the one around it before its own.
+    """
+    if _HUB_ID.fullmatch(given):
+        return given
+    parts = [part for part in os.path.abspath(given).split(os.sep) if part]
+    cached = next((part for part in parts[:-2] if part.startswith(_CACHED)), None)
+    if cached is not None and parts[-2] == "snapshots":
+        return cached[len(_CACHED) :].replace("--", "/")
+    return clip("/".join(parts[-2:] if parts and _PLAIN.fullmatch(parts[-1]) else parts[-1:]) or given)
 
 
 def quoted(text: str) -> str:

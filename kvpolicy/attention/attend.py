@@ -112,17 +112,19 @@ def observe(
     scaling: float | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    lse: Tensor | None = None,
 ) -> None:
     """Tell an observer what the queries of a first update attend to, a few at a time: `attend` without values.
 
-    Arguments as in `attend`; `keys` are all there are. Only queries that count for a policy are computed.
+    Arguments as in `attend`; `keys` are all there are. Only queries that count for a policy are computed. `lse` is what
+    `AttentionOptions` says.
     """
     batch, heads, queries, dim = query.shape
     kv_heads, tokens = keys.shape[1:3]
     groups = heads // kv_heads
     scale = dim**-0.5 if scaling is None else scaling
     shaped = as_mask(mask, tokens, kv_heads)
-    options = AttentionOptions(scale, softcap, sinks, observer)
+    options = AttentionOptions(scale, softcap, sinks, observer, lse=lse)
     if asked(query.device.type) and any(observed(backend, query, keys, mask, options) for backend in others()):
         return
     mask = shaped

@@ -57,6 +57,9 @@ def plan(
     collects = gc.isenabled()
     gc.disable()  # a tenth of the time of the imports, which leave no garbage
     try:
+        from kvpolicy.planning.sooner import import_torch
+
+        import_torch()
         from kvpolicy.planning.plan import plan as run
     finally:
         if collects:

@@ -41,7 +41,7 @@ def report(
     ] = None,
     margin: Annotated[
         list[str] | None,
-        typer.Option(metavar="[METRIC=]X", help="Differences within X count as none; default: 0.01 of scores."),
+        typer.Option(metavar="[[TASK:]METRIC=]X", help="Differences within X count as none; default: 0.01 of scores."),
     ] = None,
     alpha: Annotated[float, typer.Option(help="Probability that any arm is wrongly called better or worse.")] = 0.05,
     document: Annotated[
@@ -74,6 +74,8 @@ def report(
         show_table(table)
     for line in [*evidence.settings.get("notes", ()), *(f"partial: {text}" for text in found.partial())]:
         typer.echo(line, err=True)
+    if not verdicts.found:
+        typer.echo(f"nothing is compared: the only arm is {in_line(verdicts.baseline)}", err=True)
     if out is not None:
         written = write_report(found, Path(out), wanted)
         typer.echo(f"wrote {', '.join(path.name for path in written)} into {in_line(out)}", err=True)
@@ -89,21 +91,27 @@ def _formats(text: str) -> tuple[str, ...]:
 
 
 def _margins(given: list[str]) -> Any:
-    """A number for all metrics, or one for each."""
-    found: dict[str, float] = {}
+    """A number for all metrics, or one for each; tasks may have their own."""
+    found: dict[str, Any] = {}
+    own: dict[str, dict[str, float]] = {}
     for text in given:
         name, _, number = text.rpartition("=")
+        task, colon, metric = name.rpartition(":")
         try:
-            found[name] = float(number)
+            value = float(number)
         except ValueError:
-            raise CompareError(f"--margin must be X or METRIC=X with a number X, found {in_words(text)}") from None
-    if not found:
-        return None
-    if set(found) == {""}:
+            raise CompareError(
+                f"--margin must be X, METRIC=X or TASK:METRIC=X with a number X, found {in_words(text)}"
+            ) from None
+        if colon:
+            own.setdefault(task, {})[metric] = value
+        else:
+            found[name] = value
+    if not own and set(found) == {""}:
         return found[""]
     if "" in found:
         raise CompareError("--margin must be one number, or METRIC=X for each metric, found both; name all metrics")
-    return found
+    return {**found, **({"tasks": own} if own else {})} or None
 
 
 def _named(run: str) -> tuple[str | None, Path]:

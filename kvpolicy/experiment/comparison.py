@@ -83,13 +83,13 @@ def compare(
         tokenizer: the tokenizer of a model given as an object.
         task: the name of a task, maybe with options (`"needle:depth=0.5"`), the path of a JSON Lines file, or a `Task`.
             By default `lines`.
-        tasks: several of these, each a name or a mapping with `task`, `n`, `tokens`, `seeds` and `name`.
+        tasks: several of these, each a name or a mapping with `task`, `n`, `tokens`, `seeds`, `name` and `margins`.
         n: samples of each task, by default 16; fewer if a file has fewer rows.
         seed: seed of the samples, by default 0.
         tokens: approximate length of a generated sample, by default the task's own.
         metrics: what is measured, by default all. Without `score` nothing is generated; without those of attention
             none is watched.
-        margins: by metric, a difference from the baseline that counts as none.
+        margins: by metric, a difference from the baseline that counts as none; a task's own count before these.
         match: `"bits"`: choose the parameter that each arm leaves open (`"logquant:window=?"`,
             `"kivi:residual=32..256"`) so that effective bits agree within 2%; `"bits=3.0"` or `{"bits": 3.0}`: so that
             they come to that.

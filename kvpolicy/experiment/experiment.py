@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BeforeValidator,
     Field,
     PrivateAttr,
@@ -27,6 +28,7 @@ from kvpolicy.hf.source import ModelSource
 from kvpolicy.recipe.load import Recipe
 from kvpolicy.recipe.source import refuse_misplaced
 from kvpolicy.recipe.yaml import Document, parse_scalar, read_file, read_mapping
+from kvpolicy.statistics.margins import TASKS
 from kvpolicy.tasks.task import Task as TaskKind
 from kvpolicy.words import in_words, listed, quoted, suggest
 
@@ -37,6 +39,16 @@ Metric = Literal[
     "score", "nll", "kl", "top1", "bits", "peak_bytes", "final_bytes", "exact_bytes", "prefill_seconds", "step_seconds",
     "l1", "l2", "exact_mass", "quantized_mass", "dropped_mass",
 ]  # fmt: skip
+
+
+def _of_metrics(value: dict[str, float]) -> dict[str, float]:
+    unknown = next((name for name in value if name not in METRICS), None)
+    if unknown is not None:
+        raise ValueError(f"margins must be of metrics, found {quoted(unknown)}{suggest(unknown, METRICS)}")
+    return value
+
+
+Margins = Annotated[dict[str, Annotated[float, Field(gt=0, strict=False)]], AfterValidator(_of_metrics)]
 
 
 class Task(Declared):
@@ -52,6 +64,9 @@ class Task(Declared):
     )
     name: str | None = Field(
         default=None, min_length=1, description="What its results are called; by default the task."
+    )
+    margins: Margins = Field(
+        default={}, description="By metric: its own differences that count as none, before the experiment's."
     )
 
 
@@ -112,9 +127,7 @@ class Experiment(Declared):
     metrics: list[Metric] | None = Field(
         default=None, min_length=1, description="What is measured; by default all. Without score nothing is generated."
     )
-    margins: dict[str, Annotated[float, Field(gt=0, strict=False)]] = Field(
-        default={}, description="By metric: a difference from the baseline that counts as none."
-    )
+    margins: Margins = Field(default={}, description="By metric: a difference from the baseline that counts as none.")
     match: Annotated[Any, BeforeValidator(_matched), WithJsonSchema(_MATCH)] = Field(
         default=None,
         description="bits: choose parameters of arms so that their effective bits agree, or are those given.",
@@ -151,9 +164,6 @@ class Experiment(Declared):
 
     @model_validator(mode="after")
     def _check(self) -> Experiment:
-        unknown = next((name for name in self.margins if name not in METRICS), None)
-        if unknown is not None:
-            raise ValueError(f"margins must be of metrics, found {quoted(unknown)}{suggest(unknown, METRICS)}")
         if self.batch > 1 and set(self.metrics or ()) & set(ATTENTION):
             raise ValueError(f"metrics of attention ({', '.join(ATTENTION)}) need batch 1, found {self.batch}")
         return self
@@ -170,6 +180,11 @@ class Experiment(Declared):
         same = [other for other in self.tasks if other.task == task.task and other.name is None]
         tokens = self.size(task)[1]
         return own if len(same) == 1 or tokens is None else f"{own}:tokens={tokens}"
+
+    def all_margins(self) -> dict[str, Any]:
+        """Margins by metric, and by task where a task has its own, as verdicts take them."""
+        own = {self.label(task): dict(task.margins) for task in self.tasks if task.margins}
+        return {**self.margins, **({TASKS: own} if own else {})}
 
     @property
     def source(self) -> ModelSource:
@@ -265,7 +280,8 @@ def _matched_recipes(
 
 def _for_all_tasks(experiment: Experiment, given: Mapping[str, Any]) -> Experiment:
     """What is given beside a file counts before what its tasks say."""
-    own = {key: None for key in ("n", "tokens", "seeds") if key in given and "tasks" not in given}
+    unsaid: dict[str, Any] = {"n": None, "tokens": None, "seeds": None, "margins": {}}
+    own = {key: value for key, value in unsaid.items() if key in given and "tasks" not in given}
     return experiment.model_copy(update={"tasks": [task.model_copy(update=own) for task in experiment.tasks]})
 
 
@@ -309,6 +325,8 @@ def _problem(problem: Any) -> str:
         return f"must be given, found no {key}"
     if "error" in context:
         return str(context["error"])
+    if kind == "too_short":
+        return f"must have at least {context['min_length']}, found {found}"
     message = problem["msg"].removeprefix("Input should be ").removeprefix("Input should ")
     if kind == "literal_error":
         allowed = str(context["expected"]).replace("'", "").replace(" or ", ", ").split(", ")

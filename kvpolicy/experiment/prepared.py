@@ -61,7 +61,7 @@ class Prepared:
             "attached": attached,
             "errors": bool(set(e.measures) & set(ATTENTION)),
             "metrics": list(e.measures),
-            "margins": dict(e.margins),
+            "margins": e.all_margins(),
             "batch": e.batch,
             "aa": AGAIN if e.aa else None,
             "engine": None if e.engine is None else e.engine.model_dump(exclude_none=True),

@@ -20,6 +20,7 @@ from kvpolicy.experiment.names import AGAIN, EXACT, METRICS
 from kvpolicy.experiment.printed import Printed
 from kvpolicy.experiment.records import number, records
 from kvpolicy.recipe.load import load_recipe
+from kvpolicy.statistics.margins import Given
 from kvpolicy.statistics.rows import Evidence
 from kvpolicy.words import in_words
 
@@ -151,7 +152,7 @@ class Comparison(Printed):
         self,
         *,
         metric: str | None = None,
-        margins: Mapping[str, float] | float | None = None,
+        margins: Given = None,
         baseline: str | None = None,
         alpha: float = 0.05,
     ) -> Verdicts:
@@ -159,8 +160,8 @@ class Comparison(Printed):
 
         Args:
             metric: what all tasks are judged by; by default each by `score`, or `nll`, or `kl`, or its first metric.
-            margins: differences that don't matter, by metric or one for all; by default those of the experiment, and
-                0.01 for scores.
+            margins: differences that don't matter, by metric or one for all, and those of tasks by task under `tasks`;
+                by default those of the experiment, and 0.01 for scores.
             baseline: the arm that the others are compared with; by default the experiment's.
             alpha: probability that any arm is wrongly called better or worse.
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from kvpolicy.errors import CompareError, KvpolicyError
 from kvpolicy.harness import NAME, register
 from kvpolicy.hf.source import BUNDLED, ModelSource
 from kvpolicy.recipe.load import load_recipe
-from kvpolicy.words import clip, quoted
+from kvpolicy.words import clip, in_line, quoted
 
 
 def evaluate(recipe: str, source: ModelSource, arguments: Sequence[str]) -> None:
@@ -39,8 +41,9 @@ def evaluate(recipe: str, source: ModelSource, arguments: Sequence[str]) -> None
     with _shell(["lm_eval", "run", *words]):
         setup_logging()
         harness = HarnessCLI()
-        asked = harness.parse_args()
-        _complete(asked, recipe, source)
+        asked = _parsed(harness)
+        results = _complete(asked, recipe, source)
+        before = _results_in(results)
         try:
             harness.execute(asked)
         except (KvpolicyError, OSError):
@@ -48,10 +51,26 @@ def evaluate(recipe: str, source: ModelSource, arguments: Sequence[str]) -> None
         except Exception as error:
             message = f"{type(error).__name__}: {clip(str(error).strip(), 600)}"
             raise CompareError(f"lm-evaluation-harness: {message}") from error
+        first = os.environ.get("RANK", "0") == "0"  # of several processes one writes
+        if results is not None and first and not _results_in(results) - before:
+            raise CompareError(f"{in_line(results)}: the harness wrote no results there; its log above says why")
 
 
-def _complete(asked: Any, recipe: str, source: ModelSource) -> None:
-    """Add the model class and its arguments to what was parsed."""
+def _parsed(harness: Any) -> Any:
+    """What its arguments say; of those it refuses its last line, without its usage."""
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            return harness.parse_args()
+    except SystemExit as stop:
+        last = said.getvalue().strip().rpartition("\n")[2]
+        if not stop.code:
+            raise
+        raise CompareError(f"lm-evaluation-harness: {clip(last.partition('error: ')[2] or last, 600)}") from None
+
+
+def _complete(asked: Any, recipe: str, source: ModelSource) -> Path | None:
+    """Add the model class and its arguments to what was parsed; returns where results are to be written."""
     written = _written(asked.config) if asked.config else {}
     model = asked.model or written.get("model")
     if model not in (None, NAME):
@@ -66,14 +85,31 @@ def _complete(asked: Any, recipe: str, source: ModelSource) -> None:
     twice = sorted(given.keys() & ours.keys())
     if twice:
         raise CompareError(f"an argument is given once, found {twice[0]} in --model_args and before --")
-    if asked.output_path or written.get("output_path"):
-        check_directory(Path(asked.output_path or written["output_path"]).parent)  # it may be a file's
+    results, kept = (getattr(asked, name) or written.get(name) for name in ("output_path", "use_cache"))
+    _check_outputs(results, kept)
     asked.model = NAME
     asked.model_args = {"pretrained": str(BUNDLED), **ours, **given, "recipe": recipe}
-    if kept := asked.use_cache or written.get("use_cache"):
+    if kept:
         # The harness knows an answer by its question alone, and would give that of another recipe.
         about = [load_recipe(recipe).to_yaml(), {name: str(value) for name, value in sorted(asked.model_args.items())}]
         asked.use_cache = f"{kept}-{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]}"
+    return Path(str(results)) if results else None
+
+
+def _check_outputs(results: Any, answers: Any) -> None:
+    """Refuse what can't be written: the harness would find it in the end, say so in its log alone, and lose all."""
+    if results:
+        path = Path(str(results))
+        check_directory(path.parent if path.suffix == ".json" else path)
+    if answers:
+        check_directory(Path(str(answers)).parent)
+
+
+def _results_in(path: Path | None) -> set[Path]:
+    """Files of results, where the harness writes them."""
+    if path is None:
+        return set()
+    return set(path.parent.glob("*.json") if path.suffix == ".json" else path.glob("*/results_*.json"))
 
 
 def _model_args(source: ModelSource) -> dict[str, Any]:
@@ -96,7 +132,7 @@ def _written(path: str) -> dict[str, Any]:
     try:
         found: dict[str, Any] = EvaluatorConfig.load_yaml_config(path)
     except (OSError, ValueError, TypeError) as error:
-        raise CompareError(f"--config {quoted(path)}: {clip(str(error), 300)}") from error
+        raise CompareError(f"--config {quoted(path)}: {clip(' '.join(str(error).split()), 300)}") from error
     return found
 
 

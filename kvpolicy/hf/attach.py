@@ -17,10 +17,12 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvpolicy.attention.attend import attend, observe
+from kvpolicy.attention.mask import visible_columns
 from kvpolicy.errors import CacheError
 from kvpolicy.hf import passes
 from kvpolicy.hf.cache import CompressedCache, make_cache
 from kvpolicy.hf.calls import WORDS, Call, PassAware, names_of, parts_of, path_between
+from kvpolicy.hf.flash import own_attention
 from kvpolicy.hf.graphs import install, remove
 from kvpolicy.hf.layer import TieredLayer
 from kvpolicy.hf.modes import ATTACHED, barred, nothing_hidden, precise, uncompiled, wants_gradients
@@ -345,13 +347,14 @@ def _read(
     cache = None if current is None else current.cache
     # Layers that share another's keys may leave out queries: the scores speak of the attention of the layer itself.
     observer = tiers.observe(query) if cache is None or _tiers_of(cache, module.layer_idx) is tiers else None
-    if not (committed := tiers.committed):
-        out = original(module, query, *new, attention_mask, *args, **kwargs)[0]
+    committed, lse = tiers.committed, None
+    if not committed:
+        out, lse = own_attention(original, module, query, new, attention_mask, args, kwargs, observer is not None)
     with torch.no_grad(), precise(query.device):
         if committed:
             out = attend(tiers, query, new, attention_mask, observer=observer, **options)
         elif observer is not None:
-            observe(query, new[0], observer, attention_mask, **options)
+            observe(query, new[0], observer, attention_mask, lse=lse, **options)
     _show(current, module, query, key, value, attention_mask, kwargs, out)
     tiers.heed(query)
     if tiers.scratch is not None:  # no other layer reads these keys and values
@@ -386,15 +389,3 @@ def _tiers_of(cache: PassAware, layer: int) -> LayerCache | None:
     """The stores of a layer; None if transformers keeps it, or it has none of its own."""
     found = cache.layers[layer] if layer < len(cache.layers) else None
     return found.tiers if isinstance(found, TieredLayer) else None
-
-
-def visible_columns(mask: Tensor | None, places: Tensor, new: int) -> Tensor:
-    """A mask for keys whose positions are `places`, `[batch, 1, columns]`, -1 where there is none."""
-    empty = (places < 0).unsqueeze(2)
-    if mask is None:
-        later = torch.arange(new, device=places.device) > torch.arange(new, device=places.device)[:, None]
-        shown = torch.nn.functional.pad(~later, (places.shape[2] - new, 0), value=True)
-        return shown & ~empty
-    wide = mask.expand(len(places), -1, -1, -1)
-    found = wide.gather(3, places.clamp(min=0).unsqueeze(2).expand(*wide.shape[:3], -1))
-    return found.masked_fill(empty, False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min)

@@ -27,7 +27,7 @@ from kvpolicy.hf.source import check_model, source_of
 from kvpolicy.hf.suitability import compressible, set_apart
 from kvpolicy.planning.found import Check, KeyLayer, Probe
 from kvpolicy.planning.sizes import check_probe
-from kvpolicy.words import clip
+from kvpolicy.words import clip, model_name
 
 __all__ = ["check"]
 
@@ -83,7 +83,7 @@ def check(
         raise PlanError("a model given as an object must come with its tokenizer, found none; say tokenizer=...")
     name, path = type(model).__name__, None
     if source is not None:
-        name, path = ("the bundled model", None) if source.bundled else (str(source.name), str(source.name))
+        name, path = ("the bundled model", None) if source.bundled else (model_name(str(source.name)), str(source.name))
         check_model(source)
         model, tokenizer = load_model(source)
     positions = positions_of(model)

@@ -13,7 +13,8 @@ from kvpolicy.errors import CompareError, PlanError
 from kvpolicy.hf.source import GGUF, ModelSource
 from kvpolicy.planning.plain import plain_shape
 from kvpolicy.planning.shape import DTYPES, ModelShape
-from kvpolicy.words import clip, in_words, quoted, suggest
+from kvpolicy.planning.sooner import with_meta_kernels
+from kvpolicy.words import clip, in_words, model_name, quoted, suggest
 
 __all__ = ["read_shape"]
 
@@ -41,11 +42,13 @@ def read_shape(model: Any, dtype: str | None = None) -> ModelShape:
         _check_numbers(name, found)
         shape = plain_shape(name, found)
         if shape is None:
+            with_meta_kernels()
             from kvpolicy.planning.transformers_shape import config_from, shape_from
 
             shape = shape_from(name, config_from(name, found))
         given = found.get("dtype", found.get("torch_dtype"))
     else:
+        with_meta_kernels()
         from kvpolicy.planning.transformers_shape import shape_from
 
         shape = shape_from(name, found)
@@ -93,11 +96,12 @@ def _config(model: Any) -> tuple[str, Any]:
         raise PlanError(f"{shown}: config.json must be JSON, found {clip(str(error))}") from error
     if not isinstance(found, dict):
         raise PlanError(f"{shown}: config.json must be a JSON object, found {in_words(found)}")
-    return (path if path.is_dir() or path.name != "config.json" else path.parent).name or text, found
+    return model_name(str(path if path.is_dir() or path.name != "config.json" else path.parent)), found
 
 
 def _named(text: str) -> tuple[str, Any]:
     """The config of a GGUF file, or of a model on the hub."""
+    with_meta_kernels()
     from kvpolicy.hf.models import read_config
 
     try:

@@ -203,6 +203,8 @@ def load_space(source: str | os.PathLike[str] | Mapping[str, Any] | Space) -> Sp
 
 def _check_top(document: Document) -> None:
     data = document.data
+    if not set(TOP) & set(data) and set(TOP_KEYS) & set(data):
+        document.fail((), f"{IS}, found a recipe; put it below recipe, and choices for its parameters below search")
     for key in data:
         if key not in TOP:
             more = "; a recipe's keys stand below recipe" if key in TOP_KEYS else suggest(key, TOP)

@@ -8,6 +8,7 @@ from typing import Any
 
 from kvpolicy.errors import CompareError
 from kvpolicy.report.readers import default_baseline
+from kvpolicy.statistics.margins import merged as merged_margins
 from kvpolicy.statistics.rows import Evidence, Row
 from kvpolicy.words import clip, listed, quoted, suggest
 
@@ -92,7 +93,10 @@ def _settings(runs: Sequence[tuple[str, Evidence]]) -> dict[str, Any]:
     if len(runs) == 1:
         return dict(runs[0][1].settings)
     merged: dict[str, Any] = {}
-    for name in ("margins", "aa", "attention"):
+    margins = merged_margins(run for _, run in runs)
+    if margins:
+        merged["margins"] = margins
+    for name in ("aa", "attention"):
         given = [run.settings[name] for _, run in runs if run.settings.get(name)]
         if given:
             merged[name] = given[0]

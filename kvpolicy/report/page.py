@@ -15,6 +15,7 @@ from kvpolicy.report.drill import embedded, samples
 from kvpolicy.report.tables import Report, difference, mean, name_of, number, p_value
 from kvpolicy.report.words import VERDICTS, headline, methods, settings_text
 from kvpolicy.statistics.verdicts import ALL_TASKS, Verdict
+from kvpolicy.words import model_name
 
 MOST_LINES = 400
 """Lines of the table of verdicts."""
@@ -110,7 +111,7 @@ def title(report: Report) -> str:
     over = tasks[0] if len(tasks) == 1 else f"{len(tasks)} tasks"
     arms = len(report.arms) - 1
     against = f"{arms} arm{'s' if arms != 1 else ''} against {report.verdicts.baseline}"
-    return f"{against}, {over}" + (f", {model}" if isinstance(model, str) else "")
+    return f"{against}, {over}" + (f", {model_name(model)}" if isinstance(model, str) else "")
 
 
 def command(settings: Mapping[str, Any]) -> list[str]:

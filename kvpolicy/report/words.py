@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from kvpolicy.report.tables import Report, number
 from kvpolicy.statistics.pairs import lower_is_better
-from kvpolicy.statistics.verdicts import ALL_TASKS
+from kvpolicy.statistics.verdicts import ALL_TASKS, Verdict
 
 VERDICTS = ("better", "worse", "equivalent", "undecided")
 HIDDEN = ("attention", "notes")
@@ -58,8 +58,7 @@ def methods(report: Report) -> list[str]:
     verdicts = report.verdicts
     metrics = list(dict.fromkeys(verdicts.metrics.values()))
     sides = [f"{name} ({'lower' if lower_is_better(name) else 'higher'} is better)" for name in metrics]
-    margins = {v.metric: v.margin for v in verdicts.found}
-    said = [f"±{margin:g} of {name}" for name, margin in margins.items() if margin is not None]
+    said = _margins(verdicts.found)
     family = sum(v.paired is not None and v.paired.p is not None and not v.noise for v in verdicts.found)
     tests = dict.fromkeys(v.paired.test for v in verdicts.found if v.paired is not None)
     intervals = dict.fromkeys(v.paired.interval for v in verdicts.found if v.paired is not None and v.paired.interval)
@@ -78,6 +77,20 @@ def methods(report: Report) -> list[str]:
     if clustered:
         lines.append("Samples that share a document are not independent; documents are what is counted and resampled.")
     return lines
+
+
+def _margins(found: Iterable[Verdict]) -> list[str]:
+    """The margin of each metric; where tasks have their own, of which tasks."""
+    margins: dict[str, dict[float, list[str]]] = {}
+    for v in found:
+        if v.margin is not None:
+            tasks = margins.setdefault(v.metric, {}).setdefault(v.margin, [])
+            tasks += [v.task] if v.task not in tasks else []
+    return [
+        f"±{margin:g} of {name}" + (f" ({', '.join(tasks)})" if len(own) > 1 else "")
+        for name, own in margins.items()
+        for margin, tasks in own.items()
+    ]
 
 
 def settings_text(settings: Mapping[str, Any]) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from kvpolicy.arguments import unwritable
 from kvpolicy.errors import CompareError
 from kvpolicy.report.tables import Report
+from kvpolicy.statistics.margins import Given
 from kvpolicy.statistics.rows import Evidence
 from kvpolicy.statistics.verdicts import judge
 from kvpolicy.words import in_line
@@ -28,7 +29,7 @@ def write(
     *,
     formats: Sequence[str] = ("html", "md"),
     metric: str | None = None,
-    margins: Mapping[str, float] | float | None = None,
+    margins: Given = None,
     baseline: str | None = None,
     alpha: float = 0.05,
 ) -> list[Path]:

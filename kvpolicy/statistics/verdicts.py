@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvpolicy.errors import CompareError
+from kvpolicy.statistics.margins import Given, Margins, margins_of, span
 from kvpolicy.statistics.paired import Paired, compare_pairs
 from kvpolicy.statistics.pairs import BOUNDED, Pairs, Table, judged_by, lower_is_better, pair, table, tasks_of
 from kvpolicy.statistics.power import minimum_effect
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 ALL_TASKS = "all tasks"
 """Stands for the mean over tasks, each with the same weight."""
-POINT = 0.01
-"""The margin of metrics in [0, 1] if nobody declares one: a point of a hundred."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +129,7 @@ def judge(
     evidence: Evidence,
     *,
     metric: str | None = None,
-    margins: Mapping[str, float] | float | None = None,
+    margins: Given = None,
     baseline: str | None = None,
     alpha: float = 0.05,
 ) -> Verdicts:
@@ -144,14 +142,15 @@ def judge(
     Args:
         evidence: rows of experiments.
         metric: what all tasks are judged by; by default each by `score`, or `nll`, or `kl`, or its first metric.
-        margins: differences that don't matter, in a metric's units: by metric, or one for all. By default those of
-            the evidence's settings (`margins`), and 0.01 for metrics in [0, 1]; other metrics have none.
+        margins: differences that don't matter, in a metric's units: by metric, or one for all. Tasks may have their
+            own, `{"score": 0.01, "tasks": {"gsm8k": {"score": 0.02}}}`. By default those of the evidence's settings
+            (`margins`), and 0.01 for metrics in [0, 1]; other metrics have none.
         baseline: the arm that the others are compared with; by default the evidence's.
         alpha: probability that any arm is wrongly called better or worse.
 
     Raises:
-        CompareError: the baseline or the metric is unknown, a margin or alpha is out of range, or an arm has two rows
-            of one sample.
+        CompareError: the baseline or the metric is unknown, a margin or alpha is out of range, a margin is of an
+            unknown task or metric, or an arm has two rows of one sample.
     """
     if not 0 < alpha < 1:
         raise CompareError(f"alpha must lie between 0 and 1, found {in_words(alpha)}")
@@ -164,7 +163,7 @@ def judge(
             f"{suggest(base, arms)}"
         )
     metrics = judged_by(evidence, metric)
-    declared = _margins(margins, evidence, metrics.values())
+    declared = margins_of(margins, evidence, metrics.values())
     noise = noise_arms(evidence, base)
     found = []
     for arm in arms:
@@ -184,36 +183,10 @@ def noise_arms(evidence: Evidence, baseline: str) -> tuple[str, ...]:
     return tuple(arm for arm in dict.fromkeys([*named, *same]) if arm != baseline)
 
 
-def _margins(margins: Mapping[str, float] | float | None, evidence: Evidence, metrics: Any) -> dict[str, float]:
-    given = evidence.settings.get("margins") if margins is None else margins
-    if given is not None and not isinstance(given, Mapping):
-        given = dict.fromkeys(metrics, given)
-    found = {
-        name: POINT * scale for name in metrics if BOUNDED.match(name) and (scale := _scale(evidence, name)) is not None
-    }
-    for name, value in (given or {}).items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value > 0):
-            raise CompareError(f"a margin must be a number above 0, found {in_words(value)} for {quoted(name)}")
-        found[name] = float(value)
-    return found
-
-
-def _scale(evidence: Evidence, metric: str) -> float | None:
-    """The largest score: 1, or 100 where they are points of a hundred; None where neither can be."""
-    known = [row.metrics[metric] for row in evidence.rows if metric in row.metrics]
-    return _span(min(known, default=0.0), max(known, default=0.0))
-
-
-def _span(least: float, most: float) -> float | None:
-    if not 0 <= least <= most <= 100:
-        return None
-    return 1.0 if most <= 1 else 100.0 if most > 2 else None
-
-
 def _reach(pairs: Pairs) -> float | None:
     """The largest difference of a bounded metric."""
     every = np.concatenate([pairs.ours, pairs.theirs])
-    return _span(float(every.min()), float(every.max())) if BOUNDED.match(pairs.metric) else None
+    return span(float(every.min()), float(every.max())) if BOUNDED.match(pairs.metric) else None
 
 
 def _binary(pairs: Pairs) -> bool:
@@ -228,17 +201,17 @@ def _judge_task(
     baseline: str,
     task: str,
     metrics: Mapping[str, str],
-    margins: Mapping[str, float],
+    margins: Margins,
 ) -> Verdict:
     metric, planned = metrics.get(task, ""), evidence.planned.get(task)
     pairs = pair(rows, arm, baseline, task, metric)
     if not pairs.samples:
         why = "the arm failed on every sample" if pairs.errors else "no sample has both arms"
-        errors, margin = pairs.errors, margins.get(metric)
+        errors, margin = pairs.errors, margins.of(metric, task)
         return Verdict(
             arm, task, metric, "undecided", why, 0, 0, planned, pairs.unpaired, errors, None, None, margin, None
         )
-    margin = margins.get(metric)
+    margin = margins.of(metric, task)
     paired = compare_pairs(
         pairs.differences, pairs.documents, binary=_binary(pairs), reach=_reach(pairs), margin=margin
     )
@@ -265,7 +238,7 @@ def _over_tasks(
     arm: str,
     baseline: str,
     metrics: Mapping[str, str],
-    margins: Mapping[str, float],
+    margins: Margins,
     by_task: list[Verdict],
 ) -> list[Verdict]:
     """The mean over tasks, each with the same weight; none where tasks are judged by different metrics."""
@@ -279,7 +252,7 @@ def _over_tasks(
     documents = [f"{number} {name}" for number, pairs in enumerate(every) for name in pairs.documents]
     reaches, most = [_reach(pairs) for pairs in every], max(total / len(every) / len(p.samples) for p in every)
     reach = None if None in reaches else most * max(r for r in reaches if r is not None)
-    margin = margins.get(metric)
+    margin = margins.of(metric)
     paired = compare_pairs(np.concatenate(scaled), documents, binary=False, reach=reach, weighted=True, margin=margin)
     missing = len(by_task) - len(judged)
     planned = [v.planned for v in by_task if v.planned is not None]

@@ -1,11 +1,11 @@
-"""Questions over documents, in RULER's form (Hsieh et al. 2024, arXiv:2404.06654), from a file of SQuAD or HotpotQA."""
+"""Questions over documents, in RULER's form (Hsieh et al. 2024, arXiv:2404.06654): invented ones, or those of SQuAD or
+HotpotQA."""
 
 from __future__ import annotations
 
 import json
 import random
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from kvpolicy.errors import TaskError
+from kvpolicy.tasks.invented import Question, invented
 from kvpolicy.tasks.rows import rows_of, text_field, text_list
 from kvpolicy.tasks.sample import Sample
 from kvpolicy.tasks.task import Chat, Fitted, spread
@@ -21,41 +22,34 @@ from kvpolicy.words import in_line
 ASKED = "Answer the question based on the given documents. Only give me the answer and do not output any other words."
 
 
-@dataclass(frozen=True)
-class Question:
-    """A question, the documents that answer it, and others that came with it."""
-
-    text: str
-    answers: tuple[str, ...]
-    needed: tuple[str, ...]
-    beside: tuple[str, ...] = ()
-
-
 class Questions(Fitted, Chat):
     """A question whose documents stand among documents of other questions: RULER's qa_1 (SQuAD) and qa_2 (HotpotQA).
 
-    Questions and documents come from the user's copy: the official JSON of SQuAD or HotpotQA, or rows with the same
-    fields. Questions without an answer are left out. HotpotQA's own distractors always stand in the context, and then
-    as many documents of other questions as fit; where the file has no more, the sample stays shorter. RULER shuffles
+    Without a file they are short texts about people and towns that are invented; one question in four needs two of
+    them. With `path` they come from the user's copy: the official JSON of SQuAD or HotpotQA, or rows with the same
+    fields; questions without an answer are left out. HotpotQA's own distractors always stand in the context, and then
+    as many documents of other questions as fit; where there are no more, the sample stays shorter. RULER shuffles
     all documents; here the first that is needed stands at the depth, for heat maps. The score is whether one of the
     answers is contained. Samples of the same question share a document.
     """
 
     name: ClassVar[str] = "qa"
-    path: str = Field(description="A JSON file, JSON Lines, or what `datasets` reads.")
+    path: str | None = Field(
+        None, description="A JSON file, JSON Lines, or what `datasets` reads; default: invented documents."
+    )
     split: str = Field("validation", description="The split, where there are several.")
     depth: float | None = Field(
         None, ge=0, le=1, description="Where the first document needed stands; default: spread evenly over the samples."
     )
 
     def check(self, n: int) -> None:
-        """Read the file."""
+        """Read the file, if there is one."""
         super().check(n)
         read_questions(self.path, self.split)
 
     @property
     def most(self) -> int:
-        """All documents of the file."""
+        """All documents that there are."""
         return len(read_questions(self.path, self.split)[1])
 
     def build(self, units: int, rng: random.Random, depth: float, tokenizer: Any) -> Sample:
@@ -85,12 +79,14 @@ class Questions(Fitted, Chat):
         )
 
 
-def read_questions(path: str, split: str) -> tuple[list[Question], list[str]]:
-    """Questions that have an answer, and all documents, each once.
+def read_questions(path: str | None, split: str) -> tuple[list[Question], list[str]]:
+    """Questions that have an answer, and all documents, each once; invented ones, if no file is given.
 
     Raises:
         TaskError: the file can't be read, or its rows are not of SQuAD's or HotpotQA's form.
     """
+    if path is None:
+        return invented()
     file = Path(path).expanduser()
     stamp = (file.stat().st_mtime_ns, file.stat().st_size) if file.is_file() else ()
     return _read(path, split, stamp)

@@ -56,6 +56,18 @@ shows signs sketches studies teaches thanks touches trades tries turns uses visi
 weighs wins writes
 """
 )
+NAMES: Final = _words(
+    """
+Ada Anton Bela Clara Davor Edith Emil Farid Greta Hanna Ilse Ivan Jonas Karin Leona Marek Nadia Nils Olga Oskar Petra
+Rafael Rosa Samir Selma Tomas Ulla Vera Viktor Wanda Yusuf Zora
+"""
+)
+TRADES: Final = _words(
+    """
+baker botanist carpenter cartographer chemist clockmaker composer doctor engraver geologist glassblower historian judge
+locksmith mathematician painter pilot printer sculptor surveyor teacher translator violinist weaver
+"""
+)
 PLACES: Final = ("near", "behind", "beside", "before", "beyond", "inside", "outside", "under", "above", "across from")
 WORDS: Final = (*ADJECTIVES, *NOUNS, *VERBS)
 """Single words, all different."""

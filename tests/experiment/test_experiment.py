@@ -34,7 +34,7 @@ arms:
         - {store: evict}
 tasks:
   - {task: lines, tokens: 96}
-  - {task: lines, tokens: 128, n: 1}
+  - {task: lines, tokens: 128, n: 1, margins: {score: 0.05}}
   - {task: own.jsonl, name: mine}
 n: 2
 seeds: [0, 1]
@@ -75,6 +75,7 @@ def test_a_page_declares_arms_and_tasks_and_its_schema_knows_it(page: Path) -> N
     assert recipes["recipes/mine.yaml:keep=16"].tiers[0].policy.window == 16
     assert [experiment.label(task) for task in experiment.tasks] == ["lines:tokens=96", "lines:tokens=128", "mine"]
     assert experiment.measures == ("nll", "kl", "bits")
+    assert experiment.all_margins() == {"score": 0.01, "tasks": {"lines:tokens=128": {"score": 0.05}}}
     schema = experiment_schema()
     jsonschema.Draft202012Validator.check_schema(schema)
     jsonschema.Draft202012Validator(schema).validate(read_file(page).data)
@@ -83,6 +84,7 @@ def test_a_page_declares_arms_and_tasks_and_its_schema_knows_it(page: Path) -> N
         assert not known.is_valid(wrong)
     changed, _ = load_experiment(page, n=5, seeds=[3])
     assert [(task.n or changed.n, task.seeds or changed.seeds) for task in changed.tasks] == [(5, [3])] * 3
+    assert load_experiment(page, margins={"nll": 0.1})[0].all_margins() == {"nll": 0.1}
 
 
 def test_the_experiment_of_a_call_is_that_of_the_page(page: Path) -> None:
@@ -111,7 +113,12 @@ def test_the_experiment_of_a_call_is_that_of_the_page(page: Path) -> None:
         ("arms: [{recipe: kivi, params: {residuall: [1, 2]}}]", "did you mean 'residual'?"),
         ("arms: [{recipe: kivi, params: {residual: {a: 1}}}]", "the value of a parameter must be a word, a number"),
         ("arms: [full]\nmargins: {scoore: 1}", "margins must be of metrics, found 'scoore' (did you mean 'score'?)"),
+        (
+            "arms: [full]\ntasks:\n- task: lines\n  margins: {scoore: 1}",
+            "b.yaml:4: tasks[0].margins: margins must",
+        ),
         ("arms: [full]\nbaseline: ful", "baseline must be one of exact, full, found 'ful' (did you mean 'full'?)"),
+        ("arms: []", "b.yaml:1: arms: must have at least 1, found an empty list"),
         ("arms: [full, full]", "arms must have different names, found 'full' twice"),
         ("arms: [{name: exact again, recipe: kivi}]", "must not be named 'exact again'"),
         ("arms: [full]\ntasks: [lines, lines]", "tasks must have different names, found 'lines' twice"),

@@ -236,6 +236,14 @@ ERRORS = [
     (["--recipe", "kivi", "--dtype", "float32", "--", "--tasks", "x", "--model_args", "dtype=auto"], "given once"),
     (["--recipe", "kivi", "--", "--tasks", "no_such_task"], "Tasks not found: no_such_task"),
     (["--recipe", "kivi", "--", "--config", "missing.yaml"], "missing.yaml"),
+    (["--recipe", "kivi", "--", "--nonsense", "3"], "harness: unrecognized arguments: --nonsense 3"),
+    (
+        ["--recipe", "kivi", "--", "--tasks", "x", "--output_path", __file__],
+        "results go into a directory, found a file",
+    ),
+    (["--recipe", "kivi", "--", "--tasks", "x", "--output_path", f"{__file__}/a/b.json"], "test_lm_eval.py is a file"),
+    (["--recipe", "kivi", "--", "--tasks", "x", "--output_path", "/proc/no/out"], "can't be written there: /proc"),
+    (["--recipe", "kivi", "--", "--tasks", "x", "--use_cache", "/proc/no/answers"], "can't be written there: /proc"),
 ]
 
 
@@ -248,6 +256,7 @@ def test_what_can_not_be_run_is_a_line(
             main()
         said = capsys.readouterr().err
         assert (stop.value.code, message in said, "Traceback" in said) == (2, True, False), (words, said)
+        assert "usage:" not in said
 
 
 def test_errors(loaded: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from layers import Layer, random_tokens
-from models import ids, tiny
+from models import ids, llama, tiny
 from recipes import BY_POSITION, DISTINCT
 from words import CACHE
 
@@ -114,3 +115,29 @@ def test_a_decode_step_waits_for_nothing(name: str, padded: bool) -> None:
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert cache.get_seq_length() == 300
+
+
+@pytest.mark.parametrize("name", ["h2o", "snapkv", "zipcache"])
+def test_sums_of_flash_attention_are_those_of_the_kernel(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt's output is the same to the bit whoever sums up its attention."""
+    from kvpolicy.hf import flash
+    from kvpolicy.placement.attention_scores import Observer
+
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    model, prompt = copy.deepcopy(llama(64, 4, 2, torch.bfloat16)).to(DEVICE), ids(400, batch=2).to(DEVICE)
+    told: list[torch.Tensor] = []
+    taken: list[bool] = []
+    logits = []
+    asked, add = flash._is_flash, Observer.add_sums
+    monkeypatch.setattr(Observer, "add_sums", lambda self, k, *x: (told.append(x[0].clone()), add(self, k, *x))[1])
+    for known in (True, False):
+        monkeypatch.setattr(
+            flash, "_is_flash", lambda *x, known=known: taken.append(asked(*x)) or (known and taken[-1])
+        )
+        with attach(model):
+            logits.append(model(prompt, **{CACHE: make_cache(name, model)}).logits)
+    assert all(taken)
+    assert torch.equal(*logits)
+    assert told
+    for x, y in zip(told[: len(told) // 2], told[len(told) // 2 :], strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from words import CACHE
 import kvpolicy
 from kvpolicy.errors import CacheError, KvpolicyError, PlanError
 from kvpolicy.hf.cache import make_cache
+from kvpolicy.planning import sooner
 from kvpolicy.planning.plain import plain_shape
 from kvpolicy.planning.read import read_shape
 from kvpolicy.planning.transformers_shape import shape_from
@@ -173,3 +177,36 @@ def test_what_a_cache_refuses_of_a_model_not_attached_a_plan_refuses_too(recipe:
     with pytest.raises(CacheError) as found:
         kvpolicy.plan(recipe, model.config, tokens=64, attach=False, device="cpu")
     assert str(found.value) == str(refused.value)
+
+
+def test_a_plan_begins_without_what_it_does_not_need() -> None:
+    """In a new process: what torch's import leaves out, and that it is there once something asks for it."""
+    code = f"""
+import sys
+from kvpolicy.planning.sooner import CUDA, META, import_torch
+late = META, CUDA, "transformers", "scipy", "matplotlib"
+import_torch()
+from kvpolicy.planning.plan import plan
+print(plan("logquant", {LLAMA_8B!r}, tokens=131072, batch=8)["logquant"].memory.bytes)
+print([name for name in late if name in sys.modules])
+from torch._meta_registrations import meta_mm
+import torch
+print(meta_mm is sys.modules[META].meta_mm, torch._meta_registrations.meta_mm is meta_mm)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split("\n")[:3] == ["21577991072", "[]", "True True"], done.stdout + done.stderr
+
+
+def test_a_module_that_is_held_back_is_there_once_it_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "held_back_for_once.py").write_text("found = 7\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with sooner._held_back("held_back_for_once", sooner._Later("held_back_for_once")):
+        found = import_module("held_back_for_once")
+        assert "found" not in vars(found)
+        assert not hasattr(found, "__path__")
+        with sooner._held_back("held_back_for_once", None):  # it is there already
+            assert found.found == 7
+        assert sys.modules["held_back_for_once"] is not found
+    assert sys.modules.pop("held_back_for_once").found == 7

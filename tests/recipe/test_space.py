@@ -124,6 +124,7 @@ def test_ranges_are_whole_numbers_if_all_of_theirs_are() -> None:
 @pytest.mark.parametrize(
     ("page", "message"),
     [
+        ({"name": "mine", "tiers": []}, "found a recipe; put it below recipe"),
         ({"recipe": "logquant"}, "a space is a mapping with the keys recipe and search, found no search"),
         ({"tiers": [], "search": {}}, "unknown key 'tiers'; a recipe's keys stand below recipe"),
         ({**PAGE, "serch": 1}, r"unknown key 'serch' \(did you mean 'search'\?\)"),

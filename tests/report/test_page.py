@@ -16,6 +16,7 @@ from evidence import ARMS, evidence
 
 from kvpolicy.report.charts import Point, Scale, scatter
 from kvpolicy.report.figures import heat_maps
+from kvpolicy.report.page import title
 from kvpolicy.report.tables import Report
 from kvpolicy.report.write import write
 from kvpolicy.statistics.rows import Evidence, Row
@@ -96,6 +97,27 @@ def test_markdown_says_the_same(written: Path) -> None:
     for table in tables:
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1, table
     assert "needle\\|multi" in text
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        ("org/small-1B", "org/small-1B"),
+        ("bundled", "bundled"),
+        ("benchmarks/../out/real/model", "real/model"),
+        ("../nets/tiny/", "tiny"),
+        ("./tiny", "tiny"),
+        ("x/..", Path.cwd().name),
+        ("/data/link/checkpoint-500", "link/checkpoint-500"),
+        ("/c/models--org--small/snapshots/0123456789012345678901234567890123456789", "org/small"),
+        ("/nets/tiny.gguf", "tiny.gguf"),
+        ("/", "/"),
+    ],
+)
+def test_a_title_names_the_model_and_not_the_way_to_it(given: str, shown: str, tmp_path: Path) -> None:
+    row = Row("exact", "t", "0", {"score": 1.0})
+    found = Evidence((row,), {"exact": None}, "exact", {"t": 1}, {"model": given})
+    assert title(Report.of(found, judge(found))) == f"0 arms against exact, t, {shown}"
 
 
 def test_thousands_of_samples_and_none_are_pages_that_open(tmp_path: Path) -> None:

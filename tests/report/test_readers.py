@@ -203,13 +203,15 @@ def test_what_the_command_refuses(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plain = wrote(tmp_path / "plain.csv", PLAIN)
-    other = wrote(tmp_path / "rows.parquet", "x")
+    other, dangling = wrote(tmp_path / "rows.parquet", "x"), tmp_path / "dangling"
+    dangling.symlink_to("nowhere")
     for words, message in (
         (
             (plain, "--format", "pdf"),
             "--format must be of html, md, csv, latex, json, separated by commas, found 'pdf'",
         ),
-        ((plain, "--margin", "wide"), "--margin must be X or METRIC=X with a number X, found 'wide'"),
+        ((plain, "--margin", "wide"), "--margin must be X, METRIC=X or TASK:METRIC=X with a number X, found 'wide'"),
+        ((plain, "--margin", "nowhere:score=1"), "a margin must be of a task among"),
         ((plain, "--margin", "1", "--margin", "kl=1"), "found both; name all metrics"),
         (
             (plain, "--baseline", "bass"),
@@ -219,6 +221,7 @@ def test_what_the_command_refuses(
         ((tmp_path / "gone.csv",), "gone.csv: there is no such run"),
         ((other,), "rows.parquet: a file must be one of .csv, .csv.gz, samples_<task>_<date>.jsonl"),
         ((plain, "--out", plain), "--out must be a directory, found a file"),
+        ((plain, "--out", dangling), "dangling is a link to nothing"),
         (("=x",), "a run must be PATH or NAME=PATH, found '=x'"),
     ):
         assert run(monkeypatch, *words) == 2, words

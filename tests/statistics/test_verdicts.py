@@ -11,6 +11,9 @@ import pytest
 from scipy import stats
 
 from kvpolicy.errors import CompareError
+from kvpolicy.report.merging import merge
+from kvpolicy.report.tables import Report
+from kvpolicy.report.words import methods
 from kvpolicy.statistics import paired
 from kvpolicy.statistics.collapse import collapses, parting, repetition
 from kvpolicy.statistics.paired import Paired, compare_pairs
@@ -151,6 +154,11 @@ def test_what_failed_or_is_missing_is_said() -> None:
         ({"baseline": "exakt"}, "the baseline must be one of the arms, exact, a, found 'exakt'"),
         ({"metric": "speed"}, "metric must be one of score, found 'speed'"),
         ({"margins": -1.0}, "a margin must be a number above 0, found -1.0"),
+        ({"margins": {"scor": 1.0}}, "a margin must be of a metric among score, found 'scor' .did you mean 'score'?"),
+        ({"margins": {"tasks": {"u": {"score": 1.0}}}}, "a margin must be of a task among t, found 'u'"),
+        ({"margins": {"tasks": {"t": {"kl": 1.0}}}}, "a margin must be of a metric among score, found 'kl'"),
+        ({"margins": {"tasks": {"t": {"score": 0}}}}, "must be a number above 0, found 0 for 'score' of task 't'"),
+        ({"margins": {"tasks": {"t": 0.1}}}, "margins of tasks must be numbers by metric, by task"),
         ({"alpha": 2.0}, "alpha must lie between 0 and 1, found 2.0"),
     ],
 )
@@ -160,6 +168,24 @@ def test_what_can_not_be_judged_is_refused(given: dict[str, Any], message: str) 
         judge(found, **given)
     with pytest.raises(CompareError, match="an arm must have one row for each sample, found two of arm 'a'"):
         judge(evidence(rows("exact", "t", [1.0]), rows("a", "t", [1.0]), rows("a", "t", [0.0])))
+
+
+def test_tasks_have_margins_of_their_own() -> None:
+    both = [rows(arm, task, x) for task in ("t", "u") for arm, x in (("exact", HALF), ("a", HALF - 0.03))]
+    margins = {"score": 0.01, "tasks": {"u": {"score": 0.05}}}
+    for found in (judge(evidence(*both), margins=margins), judge(evidence(*both, settings={"margins": margins}))):
+        assert [found.of("a", task).margin for task in ("t", "u", ALL_TASKS)] == [0.01, 0.05, 0.01]
+    near = HALF + RNG.normal(-0.03, 0.01, 400)
+    said = [rows(arm, task, x) for task in ("t", "u") for arm, x in (("exact", HALF), ("a", near))]
+    found = judge(evidence(*said), margins=margins)
+    assert [found.of("a", task).verdict for task in ("t", "u")] == ["worse", "equivalent"]
+    assert "±0.01 of score (t, all tasks), ±0.05 of score (u)" in "\n".join(methods(Report.of(evidence(*said), found)))
+    # Of several runs: the first one's margins, and those of tasks that another brings.
+    one = evidence(*both[:2], settings={"margins": {"score": 0.02, "kl": 1}})
+    two = evidence(*both, settings={"margins": {"score": 0.1, "tasks": {"t": {"score": 0.3}}}})
+    assert merge([("one", one), ("two", two)]).settings["margins"] == {
+        "score": 0.02, "kl": 1, "tasks": {"u": {"score": 0.1}}
+    }  # fmt: skip
 
 
 def test_directions() -> None:

@@ -33,6 +33,7 @@ SPECS = [
     "tool_call:depth=0",
     "copying:depth=1,words=5",
     "passkey:digits=9",
+    "qa",
 ]
 
 
@@ -70,7 +71,7 @@ def test_lengths_of_any_tokenizer_are_met() -> None:
     def letters(text: str, **_: Any) -> dict[str, list[int]]:
         return {"input_ids": [ord(letter) for letter in text]}
 
-    for spec in ("needle", "variables", "lines", "tool_call", "copying"):
+    for spec in ("needle", "variables", "lines", "tool_call", "copying", "qa"):
         (sample,) = load_task(spec, 1, 0, 20_000, letters)
         assert 19_600 <= len(sample.prompt) + len(sample.answer) <= 20_000
 
@@ -98,6 +99,28 @@ def test_depth_is_where_the_text_has_it_and_spreads_over_the_samples(name: str) 
     if "depth" in tasks()[name].model_fields:
         (sample,) = load_task(f"{name}:depth=0.25", 1, 3, 4000)
         assert sample.facts["depth"] == pytest.approx(0.25, abs=0.03)
+
+
+def test_invented_documents_answer_what_is_asked_of_them() -> None:
+    kinds = {
+        r"In which town was (.*) born\?": 1,
+        r"In which year was (.*) born\?": 2,
+        r"What was the trade of (.*)\?": 0,
+        r"On which river lies the town where (.*) was born\?": 3,
+    }
+    asked = set()
+    for sample in load_task("qa", 24, 0, 2000):
+        context, _, question = sample.prompt.removesuffix(" Answer:").rpartition("Question: ")
+        (kind,) = (kind for kind in kinds if re.fullmatch(kind, question))
+        name = re.fullmatch(kind, question)[1]  # type: ignore[index]
+        (told,) = re.findall(rf"{name}, a (\w+), was born in ([\w ]+) in (\d+)", context)
+        rivers = re.findall(rf"{told[1]} is a town on the river (\w+)", context)
+        assert sample.references == ((*told, *rivers)[kinds[kind]],)
+        assert sample.facts["documents"] == context.count("Document ")
+        asked.add(kind)
+    assert asked == set(kinds)
+    with pytest.raises(TaskError, match=r"nowhere.json"):
+        load_task("qa:path=nowhere.json", 1, 0)
 
 
 def test_needles_of_several_are_told_apart() -> None:

@@ -6,7 +6,8 @@
 // defines PASS, HEAD_DIM, BFLOAT (the model's type), BLOCKS, MASK (0 none, 1 bytes) and SOFTCAP.
 #include "machine.cuh"
 
-constexpr int D = HEAD_DIM, WARPS = 4, FRAGS = D > 128 ? 1 : 2, ROWS = WARPS * FRAGS * 16, COLS = 64, STEPS = D / 16;
+constexpr int D = HEAD_DIM, WARPS = 4, FRAGS = D > 128 ? 1 : PASS == 1 && MASK ? 2 : 4, ROWS = WARPS * FRAGS * 16, COLS = 64, STEPS = D / 16;
+constexpr int WIDE = FRAGS < 4 ? 4 : 2;  // tiles of 8 columns at a time
 constexpr int CHUNKS = D / 8, PITCH = 2 * D + 16;  // bytes; an odd number of 16 keeps banks apart
 constexpr int LSE = COLS * PITCH, AT = LSE + COLS * 4, STAGE = AT + COLS * 4, STAGES = D > 128 ? 2 : 3;
 extern "C" { __constant__ int SHARED_BYTES = STAGES * STAGE; }
@@ -83,25 +84,25 @@ __device__ __forceinline__ void load(const Given& g, const Block& b, Rows& r) {
     }
 }
 
-// 32 columns of a tile. EDGE: some of them may be hidden from some row.
+// WIDE * 8 columns of a tile. EDGE: some of them may be hidden from some row.
 template <bool EDGE> __device__ __forceinline__ void add(const Given& g, const Block& b, Rows& r, u32 tile, int columns, int head, int token) {
   const int lane = threadIdx.x & 31;
-  float s[FRAGS][4][4] = {};
+  float s[FRAGS][WIDE][4] = {};
   const u32 place = tile + (columns + (lane >> 4) * 8 + (lane & 7)) * PITCH + ((lane >> 3) & 1) * 16;
 #pragma unroll
   for (int k = 0; k < STEPS; k++) {
-    u32 x[2][2][2];
-    load_two<false>(x[0], place + 32 * k);
-    load_two<false>(x[1], place + 16 * PITCH + 32 * k);
+    u32 x[WIDE / 2][2][2];
+#pragma unroll
+    for (int n = 0; n < WIDE / 2; n++) load_two<false>(x[n], place + n * 16 * PITCH + 32 * k);
 #pragma unroll
     for (int f = 0; f < FRAGS; f++)
 #pragma unroll
-      for (int n = 0; n < 4; n++) mma_model(s[f][n], r.a[f][k][0], r.a[f][k][1], r.a[f][k][2], r.a[f][k][3], x[n / 2][n & 1][0], x[n / 2][n & 1][1]);
+      for (int n = 0; n < WIDE; n++) mma_model(s[f][n], r.a[f][k][0], r.a[f][k][1], r.a[f][k][2], r.a[f][k][3], x[n / 2][n & 1][0], x[n / 2][n & 1][1]);
   }
 #pragma unroll
   for (int f = 0; f < FRAGS; f++)
 #pragma unroll
-    for (int n = 0; n < 4; n++) {
+    for (int n = 0; n < WIDE; n++) {
       const int c = columns + 8 * n + 2 * (lane & 3);
       float2 lse;
       int2 at;
@@ -130,13 +131,13 @@ template <bool EDGE> __device__ __forceinline__ void add(const Given& g, const B
     for (int i = 0; i < 2; i++) {
       float most = s[f][0][2 * i];
 #pragma unroll
-      for (int n = 0; n < 4; n++) most = fmaxf(most, fmaxf(s[f][n][2 * i], s[f][n][2 * i + 1]));
+      for (int n = 0; n < WIDE; n++) most = fmaxf(most, fmaxf(s[f][n][2 * i], s[f][n][2 * i + 1]));
       if (most > r.m[f][i] + 8.f) {
         r.l[f][i] *= ex2(r.m[f][i] - most);
         r.m[f][i] = most;
       }
 #pragma unroll
-      for (int n = 0; n < 4; n++) r.l[f][i] += ex2(s[f][n][2 * i] - r.m[f][i]) + ex2(s[f][n][2 * i + 1] - r.m[f][i]);
+      for (int n = 0; n < WIDE; n++) r.l[f][i] += ex2(s[f][n][2 * i] - r.m[f][i]) + ex2(s[f][n][2 * i + 1] - r.m[f][i]);
     }
 }
 
@@ -198,6 +199,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) observe(const _
   }
   Rows r;
   load(g, b, r);
+  const int last = PASS == 1 ? g.room : g.tokens;
+  const bool idle = b.first + (int)(threadIdx.x >> 5) * FRAGS * 16 >= last;  // of a block's rows those of this warp are none
   int slot = 0, next = STAGES - 1;
   for (int tile = begin; tile < end; tile++) {
     wait<STAGES - 2>();
@@ -211,12 +214,13 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) observe(const _
       const int query = PASS == 1 ? b.first : (b.from + tile % max(b.per, 1)) * COLS;
       edge |= (PASS == 1 ? token + COLS : b.first + ROWS) - 1 > g.at[query] + g.offset;
     }
-    if (edge) {
+    if (idle) {
+    } else if (edge) {
 #pragma unroll 1
-      for (int c = 0; c < COLS; c += 32) add<true>(g, b, r, here, c, head, token);
+      for (int c = 0; c < COLS; c += 8 * WIDE) add<true>(g, b, r, here, c, head, token);
     } else {
 #pragma unroll 1
-      for (int c = 0; c < COLS; c += 32) add<false>(g, b, r, here, c, head, token);
+      for (int c = 0; c < COLS; c += 8 * WIDE) add<false>(g, b, r, here, c, head, token);
     }
     slot = slot + 1 == STAGES ? 0 : slot + 1;
     next = next + 1 == STAGES ? 0 : next + 1;

@@ -44,12 +44,12 @@ class Sums(NamedTuple):
 
     @property
     def blocks(self) -> int:
-        return 3 if self.dim <= 64 else 2
+        return 3 if self.dim <= 64 and self.weighs else 2
 
     @property
     def rows(self) -> int:
         """Queries, or keys, of a block."""
-        return 64 if self.dim > 128 else 128
+        return 64 if self.dim > 128 else 256 if self.weighs or not self.mask else 128
 
     def defined(self, arch: str) -> dict[str, object]:
         return {
@@ -143,8 +143,12 @@ def normalised(call: _Call) -> Tensor:
     """
     query, keys = call.query, call.keys
     batch, heads = query.shape[:2]
-    variant = call.variant(False)
     room, count = len(call.queries.at), call.queries.length
+    if call.options.lse is not None:
+        known = call.options.lse.index_select(2, call.queries.at).mul_(LOG2E)
+        known[..., count:] = torch.inf
+        return known
+    variant = call.variant(False)
     grid = batch * heads, -(-room // variant.rows)
     splits = _splits(kernel_of(variant, query.get_device()), grid[0] * grid[1], -(-keys.shape[2] // COLUMNS))
     parts = query.new_empty((splits, batch, heads, room), dtype=torch.float32)

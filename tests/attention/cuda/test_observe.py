@@ -68,4 +68,4 @@ def test_kernels_serve_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kvpolicy.attention.attend.weights", None)
     found(query, query[:, :2].contiguous(), Counted.of([ALL], 300, 0, None, 0), 2, None, {})
     assert any(backend.kind == "cuda" for backend in others())
-    assert Sums(64, True, False).rows == 128
+    assert Sums(64, True, False).rows == 256
