@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent / "support"))
 
 gc.disable()  # imports leave no garbage
 
-import torch
+import torch  # noqa: E402
 
 torch.set_num_threads(1)
 
