@@ -77,7 +77,7 @@ MANY = [
     variant((64, 128), (token(4, 64), token(2, 64)), (EXACT, token(2, 64))),
     variant(128, LOGQUANT, mask=2, places=8),
     variant(128, (EXACT, EXACT, True), (numbered(2), token(2, 32), True), rows=8, mask=1, places=8, scores=True),
-    variant(256, (channel(4, 32), token(3, 64), True), (token(2, 64), EXACT, True), wide=True),
+    variant(256, (Format(4, 32, True, BFLOAT, 256), token(4, 64), True), (token(2, 64), EXACT, True), wide=True),
     variant(80, (token(2, 40), token(1, 40), True), (EXACT, centred(2, 80, SMALL), True), wide=True),
     variant(128, LOGQUANT, mask=3, places=8, causal=True),
     variant(128, LOGQUANT, mask=4, places=4, room=(360, 240)),

@@ -104,7 +104,9 @@ def _misfit(nbits: int, group: int, dim: int) -> str | None:
 def kind_of(keys: Format, values: Format, by_slot: bool = False) -> tuple[str, int]:
     """A kind as a type of the headers, and the tokens of its tiles; values may lie where an index says."""
     halves = keys.by_channel and not keys.numbered and keys.group % 32 and keys.group != 16
-    large = any(form.bits == 3 and form.dim > 128 for form in (keys, values))  # more numbers than registers
+    # more numbers than registers
+    large = any(form.bits == 3 and form.dim > 128 for form in (keys, values))
+    large = large or (by_slot and keys.by_channel and keys.dim > 128)
     tile = 16 if 16 in (keys.bits, values.bits) or halves or large else 32
     names = []
     for form, side in ((keys, "Keys"), (values, "Values")):
