@@ -33,7 +33,7 @@ def in_line(path: Any) -> str:
 def model_name(given: str) -> str:
     """What a model is called where results are shown: of a path that is absolute or has `..` in it the last part.
 
-    Any other name is as it was given: an id of the hub, a directory below. A symlink keeps its own name. A directory that
+    Any other name is as it was given: an id of the hub, a directory below. A symlink keeps its name. A directory that
     is called after what it is alone (`model`, `checkpoint-500`) has the name of the one around it before its own.
     """
     if not os.path.isabs(given) and not {".", ".."} & set(given.split(os.sep)):
