@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
+from kvpolicy.errors import RecipeError
 from kvpolicy.hookspecs import hookimpl
 from kvpolicy.interfaces.component import MOST, Budget, budget_tokens
 from kvpolicy.interfaces.policy import Policy
+from kvpolicy.interfaces.site import Site
+from kvpolicy.words import in_words
 
 Ints = NDArray[np.int64]
 Words = NDArray[np.uint64]
+CALIBRATED, MOST_EXPONENT = "calibrated", 8.0
+
+
+def _exponent(given: Any) -> Any:
+    """A number from 0 to 8, the word, or none."""
+    number = isinstance(given, int | float) and not isinstance(given, bool) and 0 <= given <= MOST_EXPONENT
+    if given is not None and given != CALIBRATED and not number:
+        raise ValueError(f"must be a number from 0 to {MOST_EXPONENT:g}, or {CALIBRATED}, found {in_words(given)}")
+    return float(given) if number else given
+
+
+Exponent = Annotated[
+    Annotated[float, Field(ge=0, le=MOST_EXPONENT)] | Literal["calibrated"] | None, BeforeValidator(_exponent)
+]
 
 
 class Log(Policy):
@@ -33,15 +50,28 @@ class Log(Policy):
         le=MOST,
         description="Seed by which one of each two neighbours stays; by default the first does.",
     )
-    exponent: float | None = Field(
+    exponent: Exponent = Field(
         None,
-        ge=0.0,
-        le=8.0,
         description=(
-            "Density falls with this power of the distance: 1 is log-spaced, 0 even. The budget is then used up. By "
+            "Density falls with this power of the distance, from 0 to 8: 1 is log-spaced, 0 even. calibrated: each "
+            "layer has that by which its attention falls, from a calibration by log. The budget is then used up. By "
             "default every second token leaves as often as the budget asks, which is log-spaced, too."
         ),
     )
+
+    def at(self, site: Site) -> Log:
+        if self.exponent != CALIBRATED:
+            return self
+        if "keys.attention" in site.fitted and "keys.exponent" not in site.fitted:
+            raise RecipeError(
+                "it takes a calibration that says how attention falls with distance, found one whose samples are too "
+                "short for that; make it again with more of --tokens"
+            ).at("exponent")
+        try:
+            found = round(float(site.calibrated("exponent", (1,))), 3)
+        except RecipeError as error:
+            raise error.at("exponent") from None
+        return self.model_copy(update={"exponent": min(max(found, 0.0), MOST_EXPONENT)})
 
     def capacity(self, seen: int) -> int:
         return budget_tokens(self.budget, seen)
@@ -72,9 +102,11 @@ class Log(Policy):
         Each position has a share from 0 to 1, evenly spread, and stays while that is small against the power of its
         distance. This power only falls and the budget fills up, so few of those that left are missed later.
         """
+        # Without a calibration, for pictures, it is that which LogQuant assumes.
+        exponent = 1.0 if self.exponent == CALIBRATED else float(self.exponent or 0)
         words = _reversed(positions.astype(np.uint64)) if self.jitter is None else _mixed(self.jitter, positions)
         shares = np.maximum(words.astype(np.float64), 0.5)
-        ranks = -np.log(shares) - float(self.exponent or 0) * np.log(seen - positions)
+        ranks = -np.log(shares) - exponent * np.log(seen - positions)
         return np.argsort(-ranks, kind="stable")[:budget]
 
 

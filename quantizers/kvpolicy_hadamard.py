@@ -46,11 +46,18 @@ def _rotated(x: Tensor) -> Tensor:
 
 @lru_cache(maxsize=32)
 def _matrix(channels: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The matrix of one block, for queries: one product costs less than many sums."""
+    """The matrix of one block, for queries and sums of values: one product costs less than many sums."""
     with torch.inference_mode(False):
         size = _block(channels)
         matrix: Tensor = _rotated(torch.eye(size, dtype=torch.float64)).to(device, dtype)
         return matrix
+
+
+def _multiplied(x: Tensor) -> Tensor:
+    """`x` times the matrix by one product; rounding may depend on how many tokens come together."""
+    matrix = _matrix(x.shape[-1], x.dtype, x.device)
+    found: Tensor = (x.unflatten(-1, (-1, len(matrix))) @ matrix).flatten(-2)
+    return found
 
 
 class Hadamard(Transform):
@@ -89,14 +96,13 @@ class Hadamard(Transform):
         return _rotated(x * state["signs"] if state else x)
 
     def inverse(self, y: Tensor, state: Mapping[str, Tensor], positions: Tensor | None) -> Tensor:
-        x = _rotated(y)
+        # A call of a device costs more than the arithmetic of a decode step, and the matrix is its own inverse.
+        x = _rotated(y) if y.device.type == "cpu" else _multiplied(y)
         return x * state["signs"] if state else x
 
     def adjoint(self, q: Tensor, state: Mapping[str, Tensor]) -> Tensor:
         q = q * state["signs"] if state else q
-        matrix = _matrix(q.shape[-1], q.dtype, q.device)
-        mapped: Tensor = (q.unflatten(-1, (-1, len(matrix))) @ matrix).flatten(-2)
-        return mapped
+        return _multiplied(q)
 
 
 @hookimpl

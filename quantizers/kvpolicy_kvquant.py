@@ -26,6 +26,15 @@ BITS = (2, 3, 4)
 """Bits for which levels are found."""
 BINS = 1024
 """Parts of [-1, 1] in which normalised numbers are counted."""
+COUNTED = ("numbers", "plain", "squares")
+"""How many numbers there are in each, their sum, and that of their squares."""
+
+
+Norm = Literal["auto", True, False]
+NORM = (
+    "Q-Norm: decoded levels are moved and stretched, so that those of the calibration's numbers have the mean and the "
+    "standard deviation of these. auto: with 2 bits."
+)
 
 
 class Nuq(AffineQuantizer):
@@ -33,14 +42,15 @@ class Nuq(AffineQuantizer):
 
     The levels of a layer, and of keys or values, lie in [-1, 1]; a group is mapped there from its minimum and maximum.
 
-    Source: KVQuant (arXiv 2401.18079, section 3.3, nuq). Deviations: groups lie within a head, where KVQuant has one
-    for all heads of a token.
+    Source: KVQuant (arXiv 2401.18079, section 3.3, nuq; Q-Norm, of its first version and of its code). Deviations:
+    groups lie within a head, where KVQuant has one for all heads of a token.
     """
 
     kind: Literal["nuq"] = "nuq"
     independent: ClassVar[bool] = True
     nbits: Literal[2, 3, 4] = Field(4, description="Bits per code.")
     unrotated: bool = Field(False, description="The levels of keys before RoPE, for use behind the transform unrotate.")
+    norm: Norm = Field("auto", description=NORM)
     _levels: tuple[float, ...] | None = PrivateAttr(None)
 
     def at(self, site: Site) -> Nuq:
@@ -49,7 +59,7 @@ class Nuq(AffineQuantizer):
         return placed
 
     def levels(self, site: Site) -> Tensor:
-        return _levels(self.nbits, self.unrotated, site)
+        return _decoded(self, site)
 
     def calibrate(self, groups: Tensor) -> Affine:
         assert self._levels is not None
@@ -69,12 +79,15 @@ class NuqStatic(TensorQuantizer):
     kind: Literal["nuq-static"] = "nuq-static"
     nbits: Literal[2, 3, 4] = Field(4, description="Bits per code.")
     unrotated: bool = Field(False, description="The levels of keys before RoPE, for use behind the transform unrotate.")
+    norm: Norm = Field("auto", description=NORM)
     _levels: tuple[float, ...] | None = PrivateAttr(None)
+    _decoded: tuple[float, ...] | None = PrivateAttr(None)
     _head_dim: int = PrivateAttr(0)
 
     def at(self, site: Site) -> NuqStatic:
         placed = self.model_copy()
         placed._levels = tuple(_levels(self.nbits, self.unrotated, site).tolist())
+        placed._decoded = tuple(_decoded(self, site).tolist())
         placed._head_dim = site.head_dim
         return placed
 
@@ -83,13 +96,22 @@ class NuqStatic(TensorQuantizer):
         return {"codes": pack(_nearest(x.float(), self._levels), self.nbits)}
 
     def decode(self, encoded: dict[str, Tensor], dtype: dtype) -> Tensor:
-        assert self._levels is not None
+        assert self._decoded is not None
         codes = unpack(encoded["codes"], self.nbits, self._head_dim)
-        return looked_up(codes, _table(self._levels, codes.device)[0]).to(dtype)
+        return looked_up(codes, _table(self._decoded, codes.device)[0]).to(dtype)
 
 
 def _levels(nbits: int, unrotated: bool, site: Site) -> Tensor:
     return site.calibrated(f"levels{nbits}", (2**nbits,), unrotated)
+
+
+def _decoded(quantizer: Nuq | NuqStatic, site: Site) -> Tensor:
+    """What codes stand for: the levels, or by Q-Norm others."""
+    levels = _levels(quantizer.nbits, quantizer.unrotated, site)
+    if quantizer.norm is False or (quantizer.norm == "auto" and quantizer.nbits != 2):
+        return levels
+    norm = site.calibrated(f"norm{quantizer.nbits}", (2,), quantizer.unrotated)
+    return levels * norm[1] + norm[0]
 
 
 @lru_cache(maxsize=512)
@@ -110,7 +132,8 @@ class Kvquant(Calibrator):
     In the first turn the range of each channel of keys is found, before and after RoPE: all but `share` of its numbers
     lie within. In the second, numbers within their range, normalised by it, are counted, weighted by the square of the
     loss's derivative times that of the range. For 2, 3 and 4 bits, levels are the k-means of what was counted. Of
-    values a range is that of a token in a head, without its largest numbers.
+    values a range is that of a token in a head, without its largest numbers. Numbers are counted without weights, too:
+    by these the nearest levels have another mean and standard deviation than the numbers, which Q-Norm makes up for.
 
     Source: KVQuant (arXiv 2401.18079, sections 3.1 to 3.4 and appendix E, equation 7). Deviations: weights have the
     square of the range, as in the appendix; the official code leaves it out. The k-means is the best one for counts in
@@ -176,14 +199,17 @@ class Kvquant(Calibrator):
             if f"{side}.weights" in state:
                 tables = _means(state[f"{side}.weights"].numpy(), state[f"{side}.sums"].numpy())
                 found |= {f"{side}.levels{nbits}": torch.from_numpy(tables[nbits]) for nbits in BITS}
+                counted = np.stack([state[f"{side}.{name}"].numpy() for name in COUNTED])
+                found |= {f"{side}.norm{nbits}": torch.from_numpy(_norm(counted, tables[nbits])) for nbits in BITS}
         return found
 
 
 def _count(found: dict[str, Tensor], side: str, y: Tensor, weights: Tensor, within: Tensor) -> None:
-    """Add numbers within [-1, 1] to the counts of a side: their weights, and their weighted sum, in each bin."""
+    """Add numbers within [-1, 1] to the counts of a side: in each bin their weights and weighted sum, and `COUNTED`."""
     y, weights = (t[within].double() for t in (y, weights))
     index = ((y + 1) * (BINS / 2)).long().clamp(0, BINS - 1)
-    for name, added in (("weights", weights), ("sums", weights * y)):
+    unweighted = zip(COUNTED, (torch.ones_like(y), y, y * y), strict=True)
+    for name, added in (("weights", weights), ("sums", weights * y), *unweighted):
         before = found.get(f"{side}.{name}")
         counted = torch.bincount(index, added, minlength=BINS).cpu()
         found[f"{side}.{name}"] = counted if before is None else before + counted
@@ -211,6 +237,17 @@ def _means(weights: Floats, sums: Floats) -> dict[int, NDArray[np.float32]]:
         if count in (2**nbits for nbits in BITS):
             tables[round(math.log2(count))] = _filled(_centres(cuts, total, first, min(count, n)), count)
     return tables
+
+
+def _norm(counted: Floats, levels: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Offset and scale by which decoded levels have the mean and standard deviation of the numbers that they code."""
+    count, plain, squares = counted
+    n = max(count.sum(), 1.0)
+    chosen = levels.astype(np.float64)[np.abs((plain / np.maximum(count, 1.0))[:, None] - levels).argmin(1)]
+    means = plain.sum() / n, (count * chosen).sum() / n
+    first, second = squares.sum() / n - means[0] ** 2, (count * chosen**2).sum() / n - means[1] ** 2
+    scale = math.sqrt(first / second) if first > 0 and second > 0 else 1.0
+    return np.array([means[0] - means[1] * scale, scale], dtype=np.float32)
 
 
 def _centres(cuts: list[NDArray[np.int64]], total: Floats, first: Floats, count: int) -> Floats:

@@ -41,6 +41,9 @@ class Latent(Transform):
     drawn towards equal ones. How many bits a channel deserves falls from the first to the last: write a list of
     `nbits`. Keys before RoPE (`unrotate` before it) lie in far fewer directions than keys after it.
 
+    To find them the host waits for the device: once for a store, as its first group is full, which is in the prompt, or
+    in a later step where the prompt is shorter. In a padded batch rows that bring no token to that are found later.
+
     Channels are weighted by the root of their mean square, that of both channels which RoPE rotates together: queries
     are large where keys are, and an error counts as much as the query that meets it.
 
@@ -83,11 +86,15 @@ def _directions(state: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
 
 
 def _inverted(matrix: Tensor) -> Tensor:
-    """The inverse of a matrix that is nearly orthonormal, by Newton's iteration: nothing waits for a device."""
-    found = matrix.mT
+    """The inverse of a matrix that is nearly orthonormal, by Newton's iteration: nothing waits for a device.
+
+    It is not kept: in a type that is exact enough it would take several times what the directions do.
+    """
+    whole = matrix.flatten(0, -3)
+    found = whole.mT
     for _ in range(STEPS):
-        found = 2 * found - found @ matrix @ found
-    return found
+        found = torch.baddbmm(found, found @ whole, found, beta=2, alpha=-1)
+    return found.view_as(matrix)
 
 
 @hookimpl

@@ -33,6 +33,7 @@ class Scale(Transform):
 
     kind: Literal["scale"] = "scale"
     needs: ClassVar[frozenset[str]] = frozenset({"queries", "calibration"})
+    divides: ClassVar[str | None] = "divisors"
     by: Literal["keys", "queries", "calibration"] = Field(
         "keys",
         description=(
@@ -72,9 +73,9 @@ class Scale(Transform):
 
 def _roots(x: Tensor) -> Tensor:
     """The root of the largest magnitude of each channel, `[batch, kv_heads, 1, head_dim]`; 1 in a head of zeros."""
-    magnitude = x.float().abs()
     # What is not finite says nothing of its channel, nor of the others by way of the mean.
-    root = torch.where(magnitude.isfinite(), magnitude, 0.0).amax(2, keepdim=True).sqrt()
+    low, high = torch.aminmax(x.nan_to_num(0.0, 0.0, 0.0), dim=2, keepdim=True)
+    root = torch.maximum(low.neg(), high).float().sqrt()
     # A channel that happens to be near zero in a few first tokens must not blow later ones up.
     root = root.clamp(min=0.25 * root.mean(3, keepdim=True))
     return torch.where(root > 0, root, 1.0)

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from torch import Tensor, dtype
 
 FIVE = (1, 3, 9, 27, 81)
+LARGEST = 448.0
+"""The largest number of float8_e4m3."""
 
 
 @lru_cache(maxsize=8)
@@ -30,10 +32,10 @@ def _digits(device: torch.device) -> Tensor:
 class Ternary(TensorQuantizer):
     """Rounds to the minimum, the middle or the maximum of a group of channels. A byte holds five codes, 1.6 bits each.
 
-    A group has a scale and an offset, in the type of the model.
+    A group has a scale and an offset.
 
     Source: SKVQ (arXiv 2405.06219), its values in 1.5 bits. Deviations: five codes are a byte, where the official code
-    takes two bits for each; channels are not reordered; scales are not in float8.
+    takes two bits for each; with scales of 8 bits, codes are the nearest of the levels that these give.
     """
 
     kind: Literal["ternary"] = "ternary"
@@ -41,6 +43,11 @@ class Ternary(TensorQuantizer):
         64, ge=1, le=2**16, description="Channels of a token that share a scale and an offset; they divide head_dim."
     )
     clip: float = Field(1.0, gt=0, le=1, description="The minimum and the maximum are multiplied with this. 1: none.")
+
+    scale_dtype: Literal["model", "float8_e4m3"] = Field(
+        "model",
+        description="Type in which scale and offset are kept: the model's, or 8 bits, for numbers from 0.01 to 448.",
+    )
 
     def precision(self) -> float:
         return 8 / len(FIVE)
@@ -56,12 +63,22 @@ class Ternary(TensorQuantizer):
     def encode(self, x: Tensor) -> dict[str, Tensor]:
         groups = x.float().unflatten(3, (-1, self.group_size))
         low, high = (bound * self.clip for bound in torch.aminmax(groups, dim=4, keepdim=True))
-        scale = (high - low) / 2
+        if self.scale_dtype != "model":
+            low = self._kept(low, x.dtype).float()
+        scale = (high - low).clamp_(min=0) / 2
+        if self.scale_dtype != "model":
+            scale = self._kept(scale, x.dtype).float()
         codes = ((groups - low) / torch.where(scale > 0, scale, 1.0)).round_().clamp_(0, 2).nan_to_num_(0)
         fives = torch.nn.functional.pad(codes.flatten(3).to(torch.uint8), (0, -x.shape[3] % 5)).unflatten(3, (-1, 5))
         packed = (fives * torch.tensor(FIVE, dtype=torch.uint8, device=x.device)).sum(4, dtype=torch.uint8)
-        scales, offsets = (part.squeeze(4).to(x.dtype) for part in (scale, low))
+        scales, offsets = (self._kept(part.squeeze(4), x.dtype) for part in (scale, low))
         return {"codes": packed, "scales": scales, "offsets": offsets}
+
+    def _kept(self, x: Tensor, dtype: dtype) -> Tensor:
+        """Scales or offsets in the type in which they are kept, brought within its range if it has 8 bits."""
+        if self.scale_dtype == "model":
+            return x.to(dtype)
+        return x.clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
 
     def _groups(self, encoded: Mapping[str, Tensor]) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
         """Of each group its channels, codes `[batch, kv_heads, tokens, channels]`, scales and offsets, in float32."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from functools import lru_cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -43,10 +44,16 @@ def order() -> list[str]:
     return re.findall(r"^\d+\. `(\w+)", section, re.MULTILINE)
 
 
+@lru_cache(maxsize=1024)
+def said(text: str) -> list[ast.AST]:
+    """The nodes of a file that may import."""
+    return [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Import | ast.ImportFrom | ast.Call)]
+
+
 def imported(path: str, text: str, known: set[str]) -> Iterator[str]:
     """What a file imports: of `from a import b` it is b, if that is one of the `known` modules, else a."""
     package = path.split("/")[:-1]
-    for node in ast.walk(ast.parse(text)):
+    for node in said(text):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):

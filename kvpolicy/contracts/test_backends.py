@@ -5,15 +5,21 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from kvpolicy.attention.backend import merged, spec_of, split
+from kvpolicy.attention.backend import merged, observed, spec_of, split
 from kvpolicy.attention.reference import REFERENCE
 from kvpolicy.interfaces.backend import AttentionOptions, Backend, Part, StoreView
 from kvpolicy.interfaces.component import call
+from kvpolicy.interfaces.scores import Scores
+from kvpolicy.placement.attention_scores import Counted, Observer
+from kvpolicy.placement.padding import Padding
 from kvpolicy.plugins import registry
+from kvpolicy.storage.affine import AffineStore
+from kvpolicy.storage.fused import encoding_of
 from kvpolicy.storage.make import make_store
 
 BACKENDS: list[Backend] = [
@@ -94,3 +100,129 @@ def test_parts_are_merged_to_the_whole() -> None:
     assert len(pieces) == 2  # the borders of keys and values differ: what is held stays together
     for found, expected in zip(merged(pieces), whole, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+KINDS = {
+    "sums": (Scores("probe", random=0.2), Scores("all", heads="sum"), Scores("newest", newest=20)),
+    "queries": (Scores("all", heads="max"), Scores("last")),
+}
+PROMPT = 150
+
+
+def _weights(query: Tensor, keys: Tensor, visible: Tensor, options: AttentionOptions) -> Tensor:
+    """Of every query on every token, in float64: `[batch, kv_heads, groups, queries, tokens]`."""
+    grouped = query.double().unflatten(1, (KV_HEADS, -1))
+    scores = grouped @ keys.double().unsqueeze(2).transpose(3, 4) * options.scaling
+    if options.softcap is not None:
+        scores = options.softcap * (scores / options.softcap).tanh()
+    weights: Tensor = scores.masked_fill(~visible.unsqueeze(2), -torch.inf).softmax(-1).nan_to_num(0.0)
+    return weights
+
+
+def _expected(weights: Tensor, visible: Tensor, kind: Scores, counted: Tensor) -> Tensor:
+    """What tokens received, and how many of the queries that count could see them: `[batch, kv_heads, tokens, 2]`."""
+    reduced = {"mean": weights.mean(2), "sum": weights.sum(2), "max": weights.amax(2)}[kind.heads]
+    share = counted.to(weights.device).double()[:, None, :, None]
+    seen = visible.double().expand(*reduced.shape)
+    return torch.stack([(reduced * share).sum(2), (seen * share).sum(2)], dim=3)
+
+
+@EVERY
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("padded", [False, True], ids=["plain", "padded"])
+@pytest.mark.parametrize("kinds", list(KINDS))
+def test_what_it_observes_is_the_attention_of_the_queries_that_count(
+    backend: Backend, kinds: str, padded: bool, dtype: torch.dtype, device: str
+) -> None:
+    generator = torch.Generator().manual_seed(3)
+    query = torch.randn((2, HEADS, PROMPT, 64), generator=generator).to(device, dtype)
+    keys = torch.randn((2, KV_HEADS, PROMPT, 64), generator=generator).to(device, dtype)
+    real = np.ones((2, PROMPT), dtype=np.bool_)
+    real[1, :37] = not padded
+    padding = Padding.none(2, 0).append(real) if padded else None
+    counted = Counted.of(KINDS[kinds], PROMPT, 0, padding, keep=24)
+    observer = Observer(counted, 2, KV_HEADS)
+    visible = torch.ones(PROMPT, PROMPT, dtype=torch.bool).tril() & torch.from_numpy(real)[:, None, None]
+    visible = visible.to(device)
+    options = AttentionOptions(0.125, softcap=4.0 if padded else None, observer=observer)
+    shown = query.clone(), keys.clone()
+    done = observed(backend, query, keys, visible if padded else None, options)
+    assert torch.equal(query, shown[0])
+    assert torch.equal(keys, shown[1])
+    assert observer.told == done  # the reference then begins with an observer that knows nothing
+    if not done:
+        return
+    found = torch.zeros((2, KV_HEADS, PROMPT, 2 * len(counted.kinds)), device=device)
+    observer.add(found, 0, PROMPT)
+    weights = _weights(query, keys, visible, options)
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-2
+    for k, (kind, mask) in enumerate(zip(counted.kinds, counted.masks, strict=True)):
+        expected = _expected(weights, visible, kind, mask)
+        torch.testing.assert_close(found[..., 2 * k].double(), expected[..., 0], rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(found[..., 2 * k + 1].double(), expected[..., 1], rtol=0.0, atol=1e-3)
+
+
+CODED: list[dict[str, Any]] = [
+    {"nbits": 2, "group_size": 32},
+    {"nbits": 3, "group_size": 64, "symmetric": True},
+    {"nbits": 4, "per": "channel", "group_size": 32},
+    {"nbits": 2, "per": "channel", "group_size": 16, "scale_dtype": "float8_e4m3"},
+    {"nbits": 8, "range": "rms", "group_size": "head", "transforms": ("hadamard",)},
+    {"nbits": 2, "group_size": "head", "transforms": ("scale",)},
+    {"nbits": 4, "per": "channel", "group_size": "arrival"},
+]
+
+
+def _given(shape: tuple[int, ...], dtype: torch.dtype, device: str, seed: int) -> Tensor:
+    """Numbers of many sizes, with zeros, equal ones, an infinity and a nan among them, not side by side in memory."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=generator) * torch.exp(torch.randn((*shape[:3], 1), generator=generator))
+    x[0, 0, 0], x[0, 0, 1], x[0, 1, 2, 5], x[1, 0, 3, 7] = 0.0, 0.25, torch.inf, torch.nan
+    return x.to(device, dtype).transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _place(like: Tensor) -> tuple[Tensor, Tensor]:
+    """Where something goes within a larger page, and that page, all of it the same byte."""
+    page = like.new_empty((*like.shape[:2], like.shape[2] + 5, like.shape[3]))
+    page.view(torch.uint8).fill_(77)
+    return page[:, :, 2 : 2 + like.shape[2]], page
+
+
+@EVERY
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("options", CODED, ids=str)
+def test_what_it_codes_is_what_pytorch_codes_to_the_bit(
+    backend: Backend, options: dict[str, Any], dtype: torch.dtype, device: str
+) -> None:
+    if backend.device not in (None, device):
+        return
+    known: Any = registry().quantizers["int"].cls
+    rotations = tuple(registry().transforms[kind].cls(kind=kind) for kind in options.get("transforms", ()))
+    store = AffineStore(known(kind="int", **{**options, "transforms": rotations}), 64)
+    encoding = encoding_of(store, dtype)
+    assert encoding is not None
+    answers = [call(backend, "encodes", encoding) for _ in range(2)]
+    assert answers in ([False, False], [True, True])
+    if not answers[0]:
+        return
+    pieces, pages, every = [], [], []
+    for seed in range(2):
+        x = _given((2, 2, 64, 64), dtype, device, seed)
+        if store.chain is not None:
+            store.chain.begin(x)
+        coded = store.encode(x, store.group_size or x.shape[2])
+        chain = store.chain
+        beside = (chain.state[0]["divisors"],) if encoding.divided and chain is not None else ()
+        places = [_place(part) for part in coded]
+        pieces.append((x, places[0][0], places[1][0], *beside))
+        pages.append([page for _, page in places])
+        every.append((x, x.clone(), coded))
+    call(backend, "encode", encoding, pieces)
+    for own, kept, (x, before, coded) in zip(pieces, pages, every, strict=True):
+        assert torch.equal(x.view(torch.int16), before.view(torch.int16))
+        for found, page, expected in zip(own[1:3], kept, coded, strict=True):
+            torch.testing.assert_close(found, expected, rtol=0.0, atol=0.0, equal_nan=True)
+            around = torch.cat([page[:, :, :2], page[:, :, 2 + found.shape[2] :]], dim=2)
+            assert (around.contiguous().view(torch.uint8) == 77).all()

@@ -17,7 +17,7 @@ from kvpolicy.hf.calibration import calibration_of
 from kvpolicy.hf.calls import PassAware
 from kvpolicy.hf.fingerprint import Origin
 from kvpolicy.hf.layer import TieredLayer, rows_within
-from kvpolicy.hf.model_config import check_selectors, check_stores, config_of, head_dim_of, uneven_layers
+from kvpolicy.hf.model_config import check_selectors, check_stores, config_of, head_dim_of, tiers_at, uneven_layers
 from kvpolicy.hf.modes import uncompiled
 from kvpolicy.hf.passes import Lease, check_announced, hold, is_attached
 from kvpolicy.hf.rotary import rotaries
@@ -159,7 +159,7 @@ class CompressedCache(PassAware, Cache):
         self.commit()
         count = len(self.layers)
         rows = [
-            describe(i, x.tiers, self.recipe.tiers_of(i, count))
+            describe(i, x.tiers, tiers_at(self.recipe.tiers_of(i, count), x.tiers.site))
             if isinstance(x, TieredLayer)
             else LayerSummary(i, f"transformers' {type(x).__name__}", (), 0)
             for i, x in enumerate(self.layers)
@@ -324,22 +324,24 @@ def _made(
     checked: list[tuple[Any, ...]] = []
     rotary = rotaries(model_or_config, len(layers))
     fitted = calibration_of(loaded, model_or_config) if fitted is None else fitted
-    for i, tiers in chosen.items():
+    for i in compressed:
+        tiers = chosen[i]
         dim, own, found = head_dim_of(text, i), rotary[i], fitted.get(i, {})
         heads = next((t.shape[0] for t in found.values() if t.ndim == 2), 1)
         turned = own is not None and own.interleaved
         site = Site(i, len(layers), kv_heads=heads, rotary=own, interleaved=turned, fitted=found)
         tried = (tiers, dim, own is None) in checked
-        if found or not tried:
-            try:
+        try:
+            chosen[i] = tiers_at(tiers, site)
+            if found or not tried:
                 check_stores(tiers, dim, site, tried)
-            except RecipeError as error:
-                raise RecipeError(f"recipe {loaded.name}: {error}") from None
-            checked.append((tiers, dim, own is None))
-        start = next((step for known, step in starts if known == tiers), None)
+                checked.append((tiers, dim, own is None))
+        except RecipeError as error:
+            raise RecipeError(f"recipe {loaded.name}: {error}") from None
+        start = next((step for known, step in starts if known == chosen[i]), None)
         if start is None:
-            start = Step.first(Placement(tiers))
-            starts.append((tiers, start))
+            start = Step.first(Placement(chosen[i]))
+            starts.append((chosen[i], start))
         layers[i] = TieredLayer(start, scratch, reading, site)
     uneven = uneven_layers(chosen)
     if not is_attached(model_or_config):

@@ -12,6 +12,7 @@ from kvpolicy.interfaces.policy import RankPolicy
 from kvpolicy.interfaces.quantizer import Quantizer
 from kvpolicy.interfaces.site import Site
 from kvpolicy.recipe.load import Recipe
+from kvpolicy.recipe.spec import Tier
 from kvpolicy.recipe.yaml import path_text
 from kvpolicy.storage.make import make_store, try_store
 
@@ -65,6 +66,23 @@ def head_dim_of(text: Any, layer: int) -> int | None:
     if isinstance(dim, int):
         return dim
     return hidden // heads if isinstance(heads, int) and isinstance(hidden, int) and heads else None
+
+
+def tiers_at(tiers: tuple[Tier, ...], site: Site) -> tuple[Tier, ...]:
+    """Tiers whose policies know what a calibration says of a layer.
+
+    Raises:
+        RecipeError: a policy can't work there.
+    """
+    found = []
+    for number, tier in enumerate(tiers):
+        try:
+            found.append(tier.at(site))
+        except RecipeError as error:
+            assert tier.policy is not None
+            part = path_text(("tiers", number, "policy", *error.place))
+            raise RecipeError(f"{part} ({tier.policy.kind}), layer {site.layer}: {error}") from None
+    return tuple(found)
 
 
 def check_stores(tiers: Any, dim: int | None, site: Site, tried: bool = False) -> None:

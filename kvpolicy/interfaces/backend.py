@@ -122,7 +122,7 @@ class Encoding(NamedTuple):
     head_dim: int
     nbits: int
     group: int
-    """Channels of a token, or tokens of a channel, that share a scale."""
+    """Channels of a token, or tokens of a channel, that share a scale; per channel 0 for all tokens of a piece."""
     by_channel: bool
     rounding: Rounding
     rotated: bool
@@ -130,6 +130,8 @@ class Encoding(NamedTuple):
     kept: torch.dtype
     """The type in which scales are kept, those before offsets: `[..., numbers]`, twice as many with offsets. As
     float8_e4m3, which stores hold as bytes, they are rounded up and offsets down, and codes are the nearest then."""
+    divided: bool = False
+    """Whether channels are divided first, as of `Transform.divides`, rounded to the type of the tokens."""
 
 
 class Backend(Component):
@@ -216,7 +218,7 @@ class Backend(Component):
         """Whether it can code tokens in the place of PyTorch, with the same result. The same answer each time."""
         return False
 
-    def encode(self, encoding: Encoding, pieces: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
+    def encode(self, encoding: Encoding, pieces: Sequence[tuple[Tensor, ...]]) -> None:
         """Code tokens, and write what is kept of them. It must not wait for the device.
 
         Args:
@@ -224,5 +226,6 @@ class Backend(Component):
             pieces: of each the tokens, `[batch, kv_heads, tokens, head_dim]`, per channel whole groups; where packed
                 codes go, uint8 `[batch, kv_heads, tokens, width]`, plane by plane; and where scales and offsets go,
                 `[batch, kv_heads, tokens or groups, numbers]`. What is written to is contiguous from the tokens on.
+                If it is `divided` divisors come fourth, `[batch or 1, kv_heads or 1, 1, head_dim]` in the tokens' type.
         """
         raise PluginError(f"backend {self.kind!r} must have encode where it encodes, found none. {TRY}")

@@ -14,6 +14,7 @@ from kvpolicy.interfaces.component import MOST, TRY, ByLayer, Component, Pyramid
 from kvpolicy.interfaces.scorer import Scorer
 from kvpolicy.interfaces.scores import Queries as Queries
 from kvpolicy.interfaces.scores import Scores as Scores
+from kvpolicy.interfaces.site import Site
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -80,6 +81,14 @@ class Policy(Component):
                 except RecipeError as error:
                     raise error.at(name) from None
         return self.model_copy(update=own) if own else self
+
+    def at(self, site: Site) -> Policy:
+        """The policy for a place in a model: a copy that knows what a calibration says of it, or itself.
+
+        Raises:
+            RecipeError: the policy can't work there.
+        """
+        return self
 
     def capacity(self, seen: int) -> int:
         """As many tokens as surely all stay after `seen` tokens; `keep` is not asked while no more are held.

@@ -316,7 +316,8 @@ class AffineQuantizer(Quantizer):
     def rounding(self) -> Rounding | None:
         """The way in which `calibrate` rounds, if backends may do it in its place; `clip` comes before. None: call it.
 
-        A subclass that has another `calibrate` is taken to have none, unless it says so itself.
+        A subclass that overrides anything, a helper of `calibrate` included, is taken to have none, unless it overrides
+        this too.
         """
         return None
 

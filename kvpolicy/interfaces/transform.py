@@ -55,7 +55,11 @@ class Transform(Component):
     butterflies: ClassVar[bool] = False
     """Whether `forward`, where `fit` keeps nothing and head_dim is a power of two, is the Hadamard matrix by sums and
     differences of channels that lie 1, 2, 4, ... apart, then times `head_dim**-0.5`. Backends may do it in its place.
-    A subclass that has another `forward` is taken to be none, unless it says so itself."""
+    A subclass that overrides anything is taken to be none, unless it says so itself."""
+
+    divides: ClassVar[str | None] = None
+    """The name of the divisors `[batch or 1, kv_heads or 1, 1, head_dim]`, if these are all that `fit` keeps, of the
+    tokens alone, and `forward` divides by them. Backends may do it in its place. Subclasses as for `butterflies`."""
 
     _role: ClassVar[str] = "transform"
 

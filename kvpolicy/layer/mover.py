@@ -35,10 +35,11 @@ def move(stores: Stores, new: dict[str, Tensor], moves: AllMoves, later: Later |
             places = _positions(m.arrivals) if store.by_position else [None] * len(parts)
             for x, positions in zip(parts, places, strict=True):
                 empty = _partial(store, m.empty[0], x.shape[2])
+                full = all(arrival.full for arrival in m.arrivals)
                 if later is not None and m.leaving is None and m.flat is None and isinstance(store, AffineStore):
-                    store.append(x, empty, positions, later)
+                    store.append(x, empty, positions, full, later)
                 else:
-                    store.append(x, empty, positions)
+                    store.append(x, empty, positions, full)
             # After the arrivals, so that groups close as they would token by token.
             if isinstance(m.leaving, Leaving):
                 store.remove(m.leaving, _partial(store, m.empty[1], 0))
@@ -100,9 +101,10 @@ def _by_head(arrival: Arrival, index: Tensor, stores: list[Store | None], new: T
     for source, (first, end) in zip(arrival.sources, arrival.bounds, strict=True):
         if first == end:
             continue
-        local = (index - first).clamp_(0, end - first - 1)
+        whole = arrival.full and len(arrival.sources) == 1
+        local = index if whole else (index - first).clamp_(0, end - first - 1)
         store = None if source == NEW else stores[source]
         x = gather_tokens(new, local) if store is None else store.gather(local, new.dtype)
         out = x if out is None else torch.where((index >= first).unsqueeze(3), x, out)
     assert out is not None
-    return out.masked_fill((index < 0).unsqueeze(3), 0.0)
+    return out if arrival.full else out.masked_fill((index < 0).unsqueeze(3), 0.0)

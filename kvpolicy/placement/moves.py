@@ -39,6 +39,8 @@ class Arrival(NamedTuple):
     """The first index and the last + 1, if all between them come in order from one source."""
     run: int = 0
     """Arrivals of one run in sequence are one group where `group_size: arrival`."""
+    full: bool = False
+    """Whether the host knows that each row and head gets as many tokens as any other."""
 
 
 class Flat(NamedTuple):

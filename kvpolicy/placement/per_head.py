@@ -19,6 +19,7 @@ from torch import Tensor
 from kvpolicy.placement.attention_scores import Observer
 from kvpolicy.placement.held_per_head import HeldPerHead
 from kvpolicy.placement.moves import EMPTY, NEW, NOTHING, AllMoves, Arrival, Moves
+from kvpolicy.placement.new_by_store import NewByStore
 from kvpolicy.placement.padding import Padding
 from kvpolicy.placement.ranking import Turn
 from kvpolicy.placement.step import Step
@@ -162,6 +163,7 @@ class PerHeadPlacement(HeldPerHead):
     def _moves(self, side: str, turn: Turn, work: Candidates) -> list[Moves]:
         """What the stores of `side` do; their tables do it at once."""
         plans: list[Moves] = []
+        fresh = self._by_store(side, turn, work)
         for s, table in enumerate(self.tables[side]):
             if table is None or (s not in work.live and turn.step.quiet and s > 0):
                 plans.append(NOTHING)
@@ -170,19 +172,13 @@ class PerHeadPlacement(HeldPerHead):
             entering = turn.counts.new - (turn.counts.after - turn.counts.before)[: covers.start].sum(0)
             held = turn.counts.after[covers.start : covers.stop].sum(0)
             most = int(np.minimum(entering, held).max())
-            inside = (work.target >= covers.start) & (work.target < covers.stop)
-            if s in work.live:
-                first, end = work.bounds[work.live.index(s)], work.bounds[work.live.index(s) + 1]
-                table.lift()
-                table.tiers.copy_(work.target[..., first:end])
-                table.positions.masked_fill_(~inside[..., first:end], EMPTY)
-                if (judged := self.placement.scores.judged) is not None and table.scores is not None:
-                    assert work.scores is not None
-                    table.scores[..., judged].copy_(work.scores[..., first:end, judged])
-                inside[..., first:end] = False
-            arrivals = [self._arrive(side, s, turn, work, inside, most)] if most else []
+            if fresh is not None:
+                arrivals = fresh.enter(s, table, work, turn.step)
+            else:
+                inside = self._stay(table, s, covers, work)
+                arrivals = [self._arrive(side, s, turn, work, inside, most)] if most else []
             length = int(held.max())
-            came = self._empty(side, s, table)
+            came = self._empty(side, s, table) if fresh is None or table.gaps else None
             leaving = None
             if turn.known and self._flattens(side, s, table, held, turn.step.ended):
                 plans.append(Moves(arrivals, None, (came, None), table.flatten(held)))
@@ -195,6 +191,34 @@ class PerHeadPlacement(HeldPerHead):
             else:
                 plans.append(Moves(arrivals, None, (came, None)))
         return plans
+
+    def _by_store(self, side: str, turn: Turn, work: Candidates) -> NewByStore | None:
+        """The new tokens by store, if they alone move, and as many to each store in all rows and heads."""
+        n = work.bounds[-1]
+        if work.live or turn.step.quiet or not n or (turn.counts.new != n).any():
+            return None
+        covers = [self.placement.tiers_of_store(side, s) for s in range(len(self.tables[side]))]
+        came = turn.counts.after - turn.counts.before
+        counts = [came[own.start : own.stop].sum(0) for own in covers[:-1]]
+        if any((own != own.flat[0]).any() for own in counts):
+            return None
+        known = [int(own.flat[0]) for own in counts]
+        return NewByStore.of(work, covers, [*known, n - sum(known)])
+
+    def _stay(self, table: TokenTable, s: int, covers: range, work: Candidates) -> Tensor:
+        """Where tokens are that enter a store; those that leave it are forgotten."""
+        inside = (work.target >= covers.start) & (work.target < covers.stop)
+        if s not in work.live:
+            return inside
+        first, end = work.bounds[work.live.index(s)], work.bounds[work.live.index(s) + 1]
+        table.lift()
+        table.tiers.copy_(work.target[..., first:end])
+        table.positions.masked_fill_(~inside[..., first:end], EMPTY)
+        if (judged := self.placement.scores.judged) is not None and table.scores is not None:
+            assert work.scores is not None
+            table.scores[..., judged].copy_(work.scores[..., first:end, judged])
+        inside[..., first:end] = False
+        return inside
 
     def may_be_flat(self, side: str, s: int) -> bool:
         """Whether rows and heads can take no more room than each needs in the stores of a table."""
@@ -228,7 +252,9 @@ class PerHeadPlacement(HeldPerHead):
         if most == n and (turn.step.quiet or (not sources and self._all_enter(side, s, turn, n))):  # in order
             positions, tiers = work.positions[..., -n:], work.target[..., -n:]
             scores = None if work.scores is None else work.scores[:, :, -n:]
-            arrival = Arrival((NEW,), np.arange(n, dtype=np.int64), (), lambda: turn.step.in_text(positions), (0, n))
+            full = bool((turn.counts.new == n).all())
+            places = np.arange(n, dtype=np.int64)
+            arrival = Arrival((NEW,), places, (), lambda: turn.step.in_text(positions), (0, n), full=full)
         else:
             index = indices_of(inside, most)
             if len(work.live) and self._grouped(side, s):

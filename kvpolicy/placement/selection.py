@@ -110,9 +110,13 @@ def highest(rank: Tensor, budgets: Ints, stable: bool = False) -> Tensor:
     `stable`: of equal ones the first. It costs time, and equal ranks are rare where tokens are ranked each for itself.
     """
     most = max(0, min(int(budgets.max()), rank.shape[2]))
-    best = rank.argsort(dim=2, descending=True, stable=True)[..., :most] if stable else rank.topk(most, dim=2).indices
+    alike = bool((budgets == budgets.flat[0]).all())
+    if stable:
+        best = rank.argsort(dim=2, descending=True, stable=True)[..., :most]
+    else:  # to put them in order costs many calls of a device; on a CPU it says which of equal ones are taken
+        best = rank.topk(most, dim=2, sorted=not alike or rank.device.type == "cpu").indices
     chosen = torch.zeros_like(rank, dtype=torch.bool)
-    if (budgets == budgets.flat[0]).all():
+    if alike:
         return chosen.scatter_(2, best, True)
     return chosen.scatter_(2, best, _below(most, torch.from_numpy(budgets).to(rank.device, non_blocking=True), best))
 

@@ -304,11 +304,13 @@ class CountedNamed(Counting, NamedStore):
         super().__init__(quantizer, scale.dim, site)
         self.scale, self.entries = scale, entries
 
-    def append(self, x: Tensor, empty: Tensor | None = None, positions: Tensor | None = None) -> None:
+    def append(
+        self, x: Tensor, empty: Tensor | None = None, positions: Tensor | None = None, full: bool = False
+    ) -> None:
         n = x.shape[2]
         if not n:
             return
-        self._note(x, positions)
+        self._note(x, positions, full)
         self.coded = True
         sizes = [[n]]
         for extra in self.beside.extras if self.beside is not None else ():

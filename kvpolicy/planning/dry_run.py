@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy.errors import RecipeError
-from kvpolicy.hf.model_config import check_stores
+from kvpolicy.hf.model_config import check_stores, tiers_at
 from kvpolicy.interfaces.component import call
 from kvpolicy.interfaces.policy import RankPolicy
 from kvpolicy.interfaces.site import Site
@@ -265,11 +265,12 @@ class DryRun:
         start = next((step for known, step in starts if known == tiers), None)
         if start is None:
             try:
+                own = tiers_at(tiers, site)
                 if not self.learnt.checked(tiers, layer):
                     check_stores(tiers, layer.key_dim if layer.key_dim == layer.value_dim else None, site)
             except RecipeError as error:
                 raise RecipeError(f"recipe {recipe.name}: {error}") from None
-            start = Step.first(Placement(tiers))
+            start = Step.first(Placement(own))
             starts.append((tiers, start))
         return PlannedLayer(
             start, self.scratch, self.reading, site, (layer, self.batch, self.shape.torch_dtype, self.learnt)
@@ -328,14 +329,19 @@ class DryRun:
         )
         stores = {n: list(own) for n, own in groupby(found.stores, lambda store: store.layer)}
         exact = values = 0
+        scratch, shared = found.scratch, found.shared_indices
         by_layer: dict[int, list[StoreMemory]] = {}
-        for n, (_, numbers, caches) in enumerate(self.kinds):
+        for n, ((tiers, _), numbers, caches) in enumerate(self.kinds):
             by_layer.update((i, [replace(store, layer=i) for store in stores.get(n, [])]) for i in numbers)
             alone = measure(caches[:1], 0, 0)
             exact, values = exact + alone.exact_bytes * len(numbers), values + alone.values * len(numbers)
+            if any(tier.policy is not own for tier, own in zip(tiers, caches[0].placement.policies, strict=True)):
+                # By a calibration each layer has tokens of its own, and tables of them.
+                scratch += alone.scratch * (len(numbers) - 1)
+                shared += alone.shared_indices * (len(numbers) - 1)
         for i, own in self.own.items():
             alone = measure([[x for x in (own.keys, own.values) if x is not None]], 0, 0)
             by_layer[i] = [replace(store, layer=i) for store in alone.stores]
             exact, values = exact + alone.exact_bytes, values + alone.values
         every = tuple(store for i in sorted(by_layer) for store in by_layer[i])
-        return Memory(every, exact, values, found.scratch, found.shared_indices)
+        return Memory(every, exact, values, scratch, shared)

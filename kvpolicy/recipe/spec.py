@@ -8,13 +8,14 @@ from typing import Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, InstanceOf, PrivateAttr, SerializeAsAny, model_validator
 
-from kvpolicy.errors import RecipeError
+from kvpolicy.errors import PluginError, RecipeError
 from kvpolicy.interfaces.budget import find_overlaps, layers_named
-from kvpolicy.interfaces.component import Component, check_answer
+from kvpolicy.interfaces.component import TRY, Component, call, check_answer
 from kvpolicy.interfaces.merger import Merger
 from kvpolicy.interfaces.policy import Policy, RankPolicy
 from kvpolicy.interfaces.quantizer import AffineQuantizer, Quantizer, known_grouping, precision_of
 from kvpolicy.interfaces.reader import Reader
+from kvpolicy.interfaces.site import Site
 from kvpolicy.recipe.yaml import BAD, SPEC_VERSION, Path_, dump_yaml, path_text
 from kvpolicy.words import clip
 
@@ -46,6 +47,22 @@ class Tier(BaseModel):
         """With the options that a layer of a model of `layers` layers has of its own."""
         policy = None if self.policy is None else self.policy.of_layer(layer, layers)
         return self if policy is self.policy else self.model_copy(update={"policy": policy})
+
+    def at(self, site: Site) -> Tier:
+        """With the policy for a place in a model.
+
+        Raises:
+            RecipeError: it can't work there.
+            PluginError: it raised, or gave something else.
+        """
+        if (policy := self.policy) is None:
+            return self
+        found = call(policy, "at", site)
+        if type(found) is not type(policy):
+            raise PluginError(
+                f"policy {policy.kind!r}: at must return itself or a copy, found {type(found).__name__}. {TRY}"
+            )
+        return self if found is policy else self.model_copy(update={"policy": found})
 
     def plain(self) -> dict[str, Any]:
         """As YAML writes it, every option spelt out."""

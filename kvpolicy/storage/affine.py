@@ -88,12 +88,13 @@ class AffineStore(CodedStore):
         x: Tensor,
         empty: Tensor | None = None,
         positions: Tensor | None = None,
+        full: bool = False,
         later: Later | None = None,
     ) -> None:
         """As of every store. With `later` what is to be coded is left to it, if that is the same in other layers."""
         if not x.shape[2]:
             return
-        self._note(x, positions)
+        self._note(x, positions, full)
         if not self.by_channel:
             self._append_codes(x, self.group_size, later)
             return
@@ -197,6 +198,8 @@ class AffineStore(CodedStore):
                     gathers.add(self, part, size)
                 else:
                     self.keep(*self.encode(part, size))
+            return
+        if self.beside is None and fuse(self, x, size, later if self.row_heads is None else None):
             return
         n = x.shape[2]
         if self.chain is not None:

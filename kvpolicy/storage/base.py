@@ -64,7 +64,9 @@ class Store(ABC):
         """Tokens held."""
 
     @abstractmethod
-    def append(self, x: Tensor, empty: Tensor | None = None, positions: Tensor | None = None) -> None:
+    def append(
+        self, x: Tensor, empty: Tensor | None = None, positions: Tensor | None = None, full: bool = False
+    ) -> None:
         """Encode and keep `x`; it is one arrival.
 
         Args:
@@ -73,6 +75,7 @@ class Store(ABC):
                 `[batch, kv_heads or 1, tokens]`.
             positions: the position of each token in its row's text, `[tokens]` or `[batch, kv_heads or 1, tokens]`; of
                 use to stores that are `by_position`.
+            full: whether it is known that every row and head has each of the tokens.
         """
 
     @abstractmethod

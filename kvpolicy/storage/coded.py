@@ -75,8 +75,10 @@ class CodedStore(Store):
         """The parts with an entry for each token held, coded or not."""
         return (POSITIONS,) if self.by_position else ()
 
-    def _note(self, x: Tensor, positions: Tensor | None) -> None:
-        """Keep the positions of tokens that are coming in, if they are needed."""
+    def _note(self, x: Tensor, positions: Tensor | None, full: bool) -> None:
+        """Keep the positions of tokens that are coming in, if they are needed. `full` as in `append`."""
+        if self.chain is not None:
+            self.chain.late.full = full
         if not self.by_position:
             return
         if positions is None:

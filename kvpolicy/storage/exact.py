@@ -25,7 +25,9 @@ class ExactStore(Store):
     def length(self) -> int:
         return self.parts["exact"].length
 
-    def append(self, x: Tensor, empty: Tensor | None = None, positions: Tensor | None = None) -> None:
+    def append(
+        self, x: Tensor, empty: Tensor | None = None, positions: Tensor | None = None, full: bool = False
+    ) -> None:
         self.parts["exact"].append(x)
 
     def drop(self, index: Ints) -> None:

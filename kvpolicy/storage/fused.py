@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from types import FunctionType
 from typing import Any, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
@@ -20,7 +21,7 @@ from kvpolicy.storage.packing import packed_width
 from kvpolicy.storage.pages import Pages
 from kvpolicy.storage.scales import E4M3, Scales
 
-__all__ = ["Coded", "Fused", "fuse", "fusing", "run_fused"]
+__all__ = ["Coded", "Fused", "encoding_of", "fuse", "fusing", "run_fused"]
 
 
 class Coded(Protocol):
@@ -64,49 +65,76 @@ def _encoder(device: str, encoding: Encoding) -> Backend | None:
 def fusing(store: Coded, x: Tensor, size: int) -> Fused | None:
     """Who codes tokens of a store, per channel `size` of them a group, in place of PyTorch; None for nobody."""
     device = x.device.type
-    if not _encoders(device) or not x.shape[2] or size != store.group_size:
+    # Without a size all that comes is one group.
+    if not _encoders(device) or not x.shape[2] or size != (store.group_size or x.shape[2]):
         return None
     known = _known.setdefault(store, {})
     if x.dtype not in known:
-        known[x.dtype] = _encoding(store, x.dtype)
+        known[x.dtype] = encoding_of(store, x.dtype)
     encoding = known[x.dtype]
     backend = None if encoding is None else _encoder(device, encoding)
     if backend is None or encoding is None:
         return None
     if store.chain is not None:
         store.chain.begin(x)
-        if not store.chain.fixed:
+        if not (store.chain.fixed or (encoding.divided and _divisors(store, x.dtype) is not None)):
             return None
     return Fused(backend, encoding)
 
 
-def _encoding(store: Coded, dtype: torch.dtype) -> Encoding | None:
+def encoding_of(store: Coded, dtype: torch.dtype) -> Encoding | None:
     """What a store does to tokens, if backends have words for it."""
     quantizer, dim = store.quantizer, store.head_dim
-    rounding = call(quantizer, "rounding") if _speaks_for(type(quantizer), "rounding", "calibrate") else None
+    rounding = call(quantizer, "rounding") if _speaks_for(type(quantizer), "rounding") else None
     transforms = () if store.chain is None else store.chain.transforms
-    rotates = all(t.butterflies and _speaks_for(type(t), "butterflies", "forward") for t in transforms)
+    rotates, divides = (
+        len(transforms) == 1 and bool(getattr(transforms[0], name)) and _speaks_for(type(transforms[0]), name)
+        for name in ("butterflies", "divides")
+    )
     if (
         rounding is None
         or not isinstance(quantizer.bits, int)
         or store.beside is not None
-        or len(transforms) > 1
-        or not rotates
+        or (transforms and not rotates and not divides)
+        or (store.chain is not None and store.chain.asks)
         or quantizer.clip < 1
     ):
         return None
-    if not quantizer.independent or quantizer.scale_dtype == "e8m0" or (transforms and dim & (dim - 1)):
+    if not quantizer.independent or quantizer.scale_dtype == "e8m0" or (rotates and dim & (dim - 1)):
         return None
     if quantizer.offsets != (rounding.by == "extremes") or store.scales.uneven is not None:
         return None
     kept = E4M3 if store.scales.small else store.scales.dtype(dtype)
-    return Encoding(dtype, dim, quantizer.nbits, store.group_size, store.by_channel, rounding, bool(transforms), kept)
+    size = store.group_size
+    return Encoding(
+        dtype, dim, quantizer.nbits, size, store.by_channel, rounding, rotates, kept, divides and not rotates
+    )
 
 
-def _speaks_for(cls: type[AffineQuantizer | Transform], name: str, method: str) -> bool:
-    """Whether what a class says by `name` was said of the `method` that it has, not of one that it replaced."""
-    said, has = (next(i for i, c in enumerate(cls.__mro__) if n in vars(c)) for n in (name, method))
-    return said <= has
+def _divisors(store: Coded, dtype: torch.dtype) -> Tensor | None:
+    """What a store's transform divides channels by, once it is known for all rows."""
+    chain = store.chain
+    if chain is None or chain.late.rows is not None or len(chain.state) != 1:
+        return None
+    name, kept = chain.transforms[0].divides, chain.state[0]
+    if name is None or set(kept) != {name}:
+        return None
+    found = kept[name]
+    return found if found.dtype == dtype and found.shape[2:] == (1, store.head_dim) else None
+
+
+def _speaks_for(cls: type[AffineQuantizer | Transform], name: str) -> bool:
+    """Whether what a class says by `name` holds of it: no subclass of what said it replaced anything that this had."""
+    said = next(i for i, c in enumerate(cls.__mro__) if name in vars(c))
+    had = {n for c in cls.__mro__[said:] for n in vars(c)}
+    return not any(n in had and _written(n, own) for c in cls.__mro__[:said] for n, own in vars(c).items())
+
+
+def _written(name: str, own: Any) -> bool:
+    """Whether an attribute of a class was written by its author, not added by Python or pydantic."""
+    if str(getattr(own, "__module__", None)).startswith("pydantic") or name in ("model_config", "_abc_impl"):
+        return False
+    return not name.startswith("__") or (isinstance(own, FunctionType) and name != "__annotate__")
 
 
 def fuse(store: Coded, x: Tensor, size: int, later: Any) -> bool:
@@ -121,7 +149,7 @@ def fuse(store: Coded, x: Tensor, size: int, later: Any) -> bool:
 
 def run_fused(asked: Sequence[tuple[Any, Tensor, Fused]]) -> None:
     """Have tokens of stores coded, those that are coded alike in one go. Stores keep them in the order given."""
-    pieces: dict[Fused, list[tuple[Tensor, Tensor, Tensor]]] = {}
+    pieces: dict[Fused, list[tuple[Tensor, ...]]] = {}
     apart: list[tuple[list[Tensor], Tensor]] = []
     for store, x, fused in asked:
         places = []
@@ -132,7 +160,9 @@ def run_fused(asked: Sequence[tuple[Any, Tensor, Fused]]) -> None:
             if len(room) > 1:  # over two pages
                 apart.append((room, place))
             places.append(place)
-        pieces.setdefault(fused, []).append((x, places[0], places[1]))
+        divisors = _divisors(store, x.dtype) if fused.encoding.divided else None
+        beside = () if divisors is None else (divisors,)
+        pieces.setdefault(fused, []).append((x, places[0], places[1], *beside))
     for fused, own in pieces.items():
         call(fused.backend, "encode", fused.encoding, own)
     for room, x in apart:
@@ -143,7 +173,7 @@ def run_fused(asked: Sequence[tuple[Any, Tensor, Fused]]) -> None:
 def _kept(store: Coded, x: Tensor) -> list[tuple[str, int, int, torch.dtype]]:
     """Of codes, and of scales and offsets: their part, bytes or numbers, how many, and their type."""
     tokens = x.shape[2]
-    groups = tokens // store.group_size if store.by_channel else tokens
+    groups = tokens // (store.group_size or tokens) if store.by_channel else tokens
     numbers = store.numbers * (2 if store.quantizer.offsets else 1)
     width = packed_width(store.head_dim, store.quantizer.nbits)
     return [("codes", width, tokens, torch.uint8), ("params", numbers, groups, store.scales.dtype(x.dtype))]

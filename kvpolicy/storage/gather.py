@@ -13,7 +13,16 @@ BY_ROWS = 1 << 10
 
 def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
     """Of `x`, `[batch, kv_heads, tokens, width]`, the tokens at `index`, `[batch or 1, kv_heads or 1, tokens]`."""
-    return gathered(widest_view(x.contiguous()), index).view(x.dtype)
+    if not _one_by_one(x, index) or not _viewable(x):  # rows of a CPU are those of what lies in one piece
+        x = x.contiguous()
+    return gathered(widest_view(x), index).view(x.dtype)
+
+
+def _viewable(x: Tensor) -> bool:
+    """Whether tokens can be read as wider integers where they lie."""
+    size = 8 // min(x.element_size(), 8)
+    steps = (*x.stride()[:3], x.storage_offset(), x.shape[3])
+    return x.stride(3) == 1 and not any(step % size for step in steps)
 
 
 def gathered(x: Tensor, index: Tensor) -> Tensor:

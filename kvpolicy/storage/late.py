@@ -19,15 +19,20 @@ class LateRows:
     def __init__(self) -> None:
         self.apart = False
         """Whether rows may differ at all."""
+        self.full = False
+        """Whether the host knows that the tokens which come now leave out no row."""
         self.rows: Tensor | None = None
         """Which have none so far, `[batch]`; None for no row."""
 
     def note(self, x: Tensor) -> None:
         """Tokens `[batch, kv_heads, tokens, head_dim]` came, as the first ones or while some rows had none.
 
-        The device is asked, but only then.
+        The device is asked, but only then, and only what the host does not know.
         """
         if not self.apart or (x.shape[0] == 1 and self.rows is None):
+            return
+        if self.full:
+            self.rows = None
             return
         rows = ~(x != 0).flatten(1).any(1)
         rows = rows if self.rows is None else rows & self.rows

@@ -52,11 +52,14 @@ class NamedStore(CodedStore):
     def length(self) -> int:
         return self.named.length
 
-    def append(self, x: Tensor, empty: Tensor | None = None, positions: Tensor | None = None) -> None:
+    def append(
+        self, x: Tensor, empty: Tensor | None = None, positions: Tensor | None = None, full: bool = False
+    ) -> None:
         n = x.shape[2]
         if not n:
             return
-        self._note(x, positions)
+        self._note(x, positions, full)
+        self.late.full = full
         if self.chain is not None:
             x = self.chain.forward(x, self._places(self.length, self.length + n))
         x, beside = self.beside.take(x) if self.beside is not None else (x, [])

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import pytest
 import torch
+from honest import GoodBackend
 from models import ids, tiny
 from torch import Tensor
 from words import CACHE
 
 from kvpolicy import AttentionOptions, AttentionSpec, Backend, Part, attach, make_cache
 from kvpolicy.attention import backend as backends
+from kvpolicy.contracts import test_backends as contract
 from kvpolicy.errors import PluginError
 
 
@@ -133,3 +136,127 @@ def test_a_backend_that_writes_to_the_query_is_named(decoding: type[Decoding], m
     model = tiny("llama")
     with pytest.raises(PluginError, match="must leave the query as it is"):
         steps(model, make_cache("logquant", model))
+
+
+def told(lie: Any) -> type[GoodBackend]:
+    """A backend that tells an observer something else, and of what it says that it did."""
+
+    class Told(GoodBackend):
+        def observe(self, query: Tensor, keys: Tensor, mask: Tensor | None, options: Any) -> Any:
+            return lie(options.observer, lambda: GoodBackend.observe(self, query, keys, mask, options), query)
+
+    return Told
+
+
+class Wrong:
+    """An observer that is told other weights."""
+
+    def __init__(self, observer: Any, change: Any) -> None:
+        self.observer, self.change = observer, change
+        self.sums, self.counted = observer.sums, observer.counted
+
+    def add_sums(self, k: int, weights: Tensor, seen: Tensor, heads: int) -> None:
+        self.observer.add_sums(k, *self.change(weights, seen), heads)
+
+
+def changed(change: Any) -> type[GoodBackend]:
+    class Changed(GoodBackend):
+        def observe(self, query: Tensor, keys: Tensor, mask: Tensor | None, options: Any) -> bool:
+            wrong = replace(options, observer=Wrong(options.observer, change))
+            return super().observe(query, keys, mask, wrong)
+
+    return Changed
+
+
+OBSERVING: dict[str, type[GoodBackend]] = {
+    "no bool": told(lambda observer, honest, query: honest() and 1),
+    "raises": told(lambda observer, honest, query: 1 / 0),
+    "told, and says not": told(lambda observer, honest, query: honest() and False),
+    "not told, and says so": told(lambda observer, honest, query: True),
+    "writes to the query": told(lambda observer, honest, query: query.mul_(2) is query and honest()),
+    "other weights": changed(lambda weights, seen: (weights * 1.1, seen)),
+    "other counts": changed(lambda weights, seen: (weights, seen + 1)),
+    "heads exchanged": changed(lambda weights, seen: (weights.flip(1), seen)),
+}
+
+
+def observing(backend: Backend) -> None:
+    for kinds in contract.KINDS:
+        for padded in (False, True):
+            contract.test_what_it_observes_is_the_attention_of_the_queries_that_count(
+                backend, kinds, padded, torch.float32, "cpu"
+            )
+
+
+@pytest.mark.parametrize("lie", OBSERVING)
+def test_the_contract_notices_a_backend_that_observes_otherwise(lie: str) -> None:
+    with pytest.raises((AssertionError, PluginError)):
+        observing(OBSERVING[lie]())
+
+
+class Encodes(GoodBackend):
+    """Codes otherwise than `encode` of a subclass says."""
+
+    def encode(self, encoding: Any, pieces: Any) -> None:
+        super().encode(encoding, pieces)
+        for piece in pieces:
+            self.spoil(*piece)
+
+    def spoil(self, x: Tensor, codes: Tensor, params: Tensor) -> None: ...
+
+
+def spoiled(how: Any) -> type[GoodBackend]:
+    return type("Spoiled", (Encodes,), {"spoil": lambda self, *piece: how(*piece), "__module__": __name__})
+
+
+class Declared(GoodBackend):
+    encode = Backend.encode
+
+
+class Silent(GoodBackend):
+    def encodes(self, encoding: Any) -> Any:
+        return None
+
+
+class Undivided(GoodBackend):
+    def encodes(self, encoding: Any) -> bool:
+        return super().encodes(encoding._replace(divided=False))
+
+    def encode(self, encoding: Any, pieces: Any) -> None:
+        super().encode(encoding, [piece[:3] for piece in pieces])
+
+
+class All(GoodBackend):
+    def encodes(self, encoding: Any) -> bool:
+        return True
+
+
+CODING: dict[str, type[GoodBackend]] = {
+    "a bit of a code": spoiled(lambda x, codes, params: codes[0, 0, 5].bitwise_xor_(1)),
+    "a scale": spoiled(lambda x, codes, params: params[1, 1, 7, 0].mul_(1.01)),
+    "a token after the last": spoiled(
+        lambda x, codes, params: codes.as_strided((1,), (1,), codes[0, 0, -1, -1].storage_offset() + 1).zero_()
+    ),
+    "the tokens": spoiled(lambda x, codes, params: x[0, 0, 9].zero_()),
+    "no encode": Declared,
+    "no answer": Silent,
+    "what it can't": All,
+    "no divisors": Undivided,
+}
+
+
+def coding(backend: Backend) -> None:
+    for options in contract.CODED:
+        contract.test_what_it_codes_is_what_pytorch_codes_to_the_bit(backend, options, torch.bfloat16, "cpu")
+
+
+@pytest.mark.parametrize("lie", CODING)
+def test_the_contract_notices_a_backend_that_codes_otherwise(lie: str) -> None:
+    with pytest.raises((AssertionError, PluginError)):
+        coding(CODING[lie]())
+
+
+def test_honest_backends_pass_the_contract_and_so_do_those_that_decline(decoding: type[Decoding]) -> None:
+    for backend in (GoodBackend(), decoding()):
+        observing(backend)
+        coding(backend)

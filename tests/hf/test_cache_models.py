@@ -231,10 +231,10 @@ def test_heads_of_every_shape(head_dim: int, heads: int, kv_heads: int, dtype: t
 def test_every_bundled_recipe_decodes(name: str, family: str) -> None:
     model = tiny(family)
     cache = compressed(name, model)
-    sequences, logits = generate(model, cache, ids(200), new=45)
-    assert sequences.shape == (1, 245)
+    sequences, logits = generate(model, cache, ids(200), new=34)
+    assert sequences.shape == (1, 234)
     assert torch.stack(list(logits)).isfinite().all()
-    assert cache.get_seq_length() == 244
+    assert cache.get_seq_length() == 233
     if name != "full":
         kept = [layer for layer in cache.layers if isinstance(layer, TieredLayer)]
         small = cache.memory()
@@ -248,7 +248,7 @@ def test_every_bundled_recipe_decodes(name: str, family: str) -> None:
 def test_every_bundled_recipe_decodes_in_half_precision(name: str, dtype: torch.dtype) -> None:
     for family in ("llama", "deepseek_v3"):
         model = tiny(family, dtype)
-        _, logits = generate(model, compressed(name, model), ids(200), new=42)
+        _, logits = generate(model, compressed(name, model), ids(200), new=34)
         assert torch.stack(list(logits)).isfinite().all()
 
 

@@ -24,10 +24,13 @@ from kvpolicy import CompressedCache, Recipe, make_cache
 from kvpolicy.interfaces.quantizer import AffineQuantizer
 from kvpolicy.storage.group_size import group_size_of
 
-LAYERS, HEADS, DIM, PENDING = 3, 2, 16, 64
-CONFIG = LlamaConfig(
-    num_hidden_layers=LAYERS, hidden_size=64, num_attention_heads=4, num_key_value_heads=HEADS, head_dim=DIM
-)
+HEADS, DIM, PENDING = 2, 16, 64
+CONFIGS = {
+    layers: LlamaConfig(
+        num_hidden_layers=layers, hidden_size=64, num_attention_heads=4, num_key_value_heads=HEADS, head_dim=DIM
+    )
+    for layers in (2, 3)
+}
 
 
 def once(q: AffineQuantizer, groups: torch.Tensor) -> torch.Tensor:
@@ -188,11 +191,13 @@ class Walk:
     def __init__(self, recipe: Recipe, dtype: torch.dtype) -> None:
         self.recipe, self.dtype, self.batch = recipe, dtype, 2
         self.generator = torch.Generator().manual_seed(0)
-        self.cache = make_cache(recipe, CONFIG)
+        self.config = CONFIGS[3 if recipe.model_layers is not None or recipe.layers else 2]  # first, last and another
+        self.cache = make_cache(recipe, self.config)
         self.forget()
 
     def forget(self) -> None:
-        self.layers = [Layer(self.recipe.tiers_of(i, LAYERS)) for i in range(LAYERS)]
+        count = self.config.num_hidden_layers
+        self.layers = [Layer(self.recipe.tiers_of(i, count)) for i in range(count)]
 
     @property
     def length(self) -> int:
@@ -259,7 +264,7 @@ class Walk:
             if self.length:
                 with tempfile.TemporaryDirectory() as folder:
                     self.cache.save(Path(folder) / "cache")
-                    self.cache = CompressedCache.load(Path(folder) / "cache", CONFIG)
+                    self.cache = CompressedCache.load(Path(folder) / "cache", self.config)
                 self.commit()
         elif name == "deepcopy":
             before, self.cache = self.cache, copy.deepcopy(self.cache)

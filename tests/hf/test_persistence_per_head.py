@@ -46,10 +46,10 @@ def test_padded_batches_survive(name: str, tmp_path: Path) -> None:
             assert (a == b).all()
         a, b = loaded.memory(), cache.memory()
         assert (a.bytes, a.exact_bytes, a.values) == (b.bytes, b.exact_bytes, b.values)
-        torch.testing.assert_close(logits(model, loaded, 70), logits(model, cache, 70), rtol=1e-3, atol=0.02)
+        torch.testing.assert_close(logits(model, loaded, 40), logits(model, cache, 40), rtol=1e-3, atol=0.02)
         again = tmp_path / "again"
         loaded.save(again)
-        assert CompressedCache.load(again, model).get_seq_length() == 260
+        assert CompressedCache.load(again, model).get_seq_length() == 230
 
 
 @pytest.mark.parametrize(

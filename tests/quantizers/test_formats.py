@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import kvpolicy_hadamard
 import numpy as np
 import pytest
 import torch
@@ -296,6 +297,39 @@ def test_ternary_keeps_the_nearest_of_three_levels_in_a_fifth_of_a_byte(
     assert store.bytes()["codes"] == 2 * 3 * 40 * (math.ceil(channels / 5) + 2 * channels // size * dtype.itemsize)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_ternary_with_scales_of_8_bits_keeps_the_nearest_of_the_levels_that_these_give(dtype: torch.dtype) -> None:
+    x = (3 * torch.randn(2, 3, 40, 64, generator=torch.Generator().manual_seed(2))).to(dtype)
+    store, found = decoded(Ternary(group_size=32, clip=0.95, scale_dtype="float8_e4m3"), x)
+    groups = grouped(x, "token", 32)
+    low = rounded((groups.amin(4, keepdim=True).float() * 0.95), E4M3)
+    scale = rounded(((groups.amax(4, keepdim=True).float() * 0.95).double() - low) / 2, E4M3)
+    levels = torch.cat([low, low + scale, low + 2 * scale], dim=4).unsqueeze(4)
+    least = (groups.unsqueeze(5) - levels).abs().amin(5)
+    found = found.unflatten(3, (-1, 32))
+    assert ((found.unsqueeze(5) - levels).abs().amin(5) < 1e-6).double().mean() > 0.999
+    assert (((found - groups).abs() - least).abs() < 1e-6).double().mean() > 0.999
+    assert store.bytes()["codes"] == 2 * 3 * 40 * (13 + 2 * 2), "1.625 bits, and 8 of scale and offset for 32 each"
+
+
 def test_ternary_groups_that_fit_no_head_are_refused() -> None:
     with pytest.raises(RecipeError, match="group_size must divide head_dim, found group_size 64 and head_dim 80"):
         make_store(Ternary(), 80)
+
+
+@pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
+def test_a_device_rotates_sums_back_in_one_call_as_exactly(dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = dim & -dim
+    block = np.ones((1, 1))
+    while len(block) < size:
+        block = np.kron([[1, 1], [1, -1]], block)
+    whole = torch.from_numpy(np.kron(np.eye(dim // size), block) / math.sqrt(size))
+    transform, y = Hadamard(), torch.randn(2, 3, 4, dim, generator=torch.Generator().manual_seed(dim))
+    expected = y.double() @ whole
+    by_sums, by_product = transform.inverse(y, {}, None), transform.adjoint(y, {})
+    for found in (by_sums, by_product):
+        torch.testing.assert_close(found.double(), expected, rtol=0, atol=4e-6)
+    there = y.to("meta")
+    transform.inverse(there, {}, None)  # makes the matrix
+    monkeypatch.setattr(kvpolicy_hadamard, "_rotated", None)
+    assert transform.inverse(there, {}, None).shape == y.shape

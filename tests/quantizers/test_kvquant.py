@@ -6,8 +6,9 @@ import itertools
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
-from kvpolicy_kvquant import Kvquant, Nuq, _means
+from kvpolicy_kvquant import Kvquant, Nuq, NuqStatic, _means
 
 from kvpolicy.interfaces.calibrator import Watched
 from kvpolicy.interfaces.site import Site
@@ -82,19 +83,30 @@ def test_ranges_are_percentiles_and_weights_those_of_the_appendix() -> None:
             cell = np.abs(cells[0][:, None] - start).argmin(1)
             start = np.array([np.average(cells[0][cell == i], weights=cells[1][cell == i]) for i in range(len(start))])
         assert binned < _cost(*cells, start) * 1.001
+        # Q-Norm: without weights, numbers decoded have the mean and the standard deviation of those coded.
+        offset, scale = found[f"keys.norm{nbits}"].double().numpy()
+        decoded = levels[np.abs(cells[0][:, None] - levels).argmin(1)] * scale + offset
+        assert abs(decoded.mean() - cells[0].mean()) < 1e-3
+        assert abs(decoded.std() / cells[0].std() - 1) < 1e-3
+        assert nbits != 2 or abs(scale - 1) > 0.01
     assert torch.equal(found["values.levels3"], found["values.levels3"].sort().values)
 
 
-def test_values_are_coded_by_the_nearest_level_within_the_range_of_a_token() -> None:
-    levels = torch.tensor([-0.9, -0.2, 0.1, 0.7])
-    site = Site(0, 1, "values", HEADS, DIM, fitted={"values.levels2": levels})
-    store = make_store(Nuq(nbits=2, group_size="head"), DIM, site)
-    assert store is not None
+@pytest.mark.parametrize(("nbits", "norm", "normed"), [(2, "auto", True), (2, False, False), (3, "auto", False)])
+def test_numbers_are_coded_by_the_nearest_level_and_decoded_by_q_norm(nbits: int, norm: Any, normed: bool) -> None:
+    levels = torch.tensor([-0.9, -0.5, -0.2, 0.0, 0.1, 0.3, 0.5, 0.7])[:: 8 >> nbits]
+    fitted = {f"values.levels{nbits}": levels, f"values.norm{nbits}": torch.tensor([0.05, 1.25])}
+    site = Site(0, 1, "values", HEADS, DIM, fitted=fitted)
     x = torch.randn(1, HEADS, 20, DIM, generator=torch.Generator().manual_seed(5))
-    store.append(x)
-    (_, found), *_ = store.decoded(100, torch.float32)
     low, high = x.double().amin(3, keepdim=True), x.double().amax(3, keepdim=True)
-    y = (x.double() - (high + low) / 2) / ((high - low) / 2)
+    half, middle = (high - low) / 2, (high + low) / 2
+    y = (x.double() - middle) / half
     chosen = levels.double()[(y.unsqueeze(-1) - levels.double()).abs().argmin(-1)]
-    truth = chosen * (high - low) / 2 + (high + low) / 2
-    torch.testing.assert_close(found.double(), truth, rtol=1e-5, atol=1e-5)
+    truth = chosen * 1.25 + 0.05 if normed else chosen
+    coded = ((Nuq(nbits=nbits, norm=norm, group_size="head"), x, truth * half + middle),)
+    for quantizer, given, expected in (*coded, (NuqStatic(nbits=nbits, norm=norm), y.float(), truth)):
+        store = make_store(quantizer, DIM, site)
+        assert store is not None
+        store.append(given)
+        (_, found), *_ = store.decoded(100, torch.float32)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)

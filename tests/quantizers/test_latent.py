@@ -43,6 +43,28 @@ def keys(tokens: int, seed: int = 0) -> Tensor:
     return mixed @ torch.randn(2, HEADS, DIM, DIM, generator=g) + 3 * torch.randn(2, HEADS, 1, DIM, generator=g)
 
 
+@pytest.mark.parametrize("prompt", [5, 100])
+def test_directions_are_found_once_for_a_store_and_the_inverse_in_few_calls(
+    prompt: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[int] = []
+    real = torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda x: found.append(at) or real(x))
+    store = make_store(quantizer(transforms=(latent(),)), DIM)
+    assert store is not None
+    x = keys(300)
+    for at in (prompt, *range(prompt + 1, 301)):
+        store.append(x[:, :, 0 if at == prompt else at - 1 : at])
+    assert found == [max(prompt, 32)]
+    state = latent().fit(x, None, Site(side="values", kv_heads=HEADS, head_dim=DIM))
+    products: list[int] = []
+    baddbmm = torch.baddbmm
+    monkeypatch.setattr(torch, "baddbmm", lambda *given, **more: products.append(1) or baddbmm(*given, **more))
+    y = latent().forward(x.double(), state, None)
+    assert len(products) == 5
+    assert torch.allclose(latent().inverse(y, state, None), x.double(), rtol=1e-12, atol=1e-11)
+
+
 def test_channels_are_the_principal_directions() -> None:
     x = keys(200)
     transform = latent()

@@ -27,7 +27,8 @@ def test_all_are_there() -> None:
         "gear-kcvt gear-code kvtuner-llama-3.1-8b kvtuner-mistral-7b-v0.3 kvtuner-qwen2.5-3b kvtuner-qwen2.5-7b "
         "kvtuner-llama-3.1-8b-per-token kvtuner-mistral-7b-v0.3-per-token kvtuner-qwen2.5-3b-per-token "
         "kvtuner-qwen2.5-7b-per-token qaq kvquant kvquant-post-rope skvq skvq-post-rope wkvquant-rtn "
-        "snapkv pyramidkv adakv tova key-norm expected-attention kvzip quest cam logquant-attention logquant-jitter"
+        "snapkv pyramidkv adakv tova key-norm expected-attention kvzip quest cam logquant-attention logquant-jitter "
+        "logquant-exponent skvq-1.5"
     )
     assert sorted(promised.split()) == NAMES
 

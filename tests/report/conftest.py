@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
 
 import pytest
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _kept() -> Iterator[None]:
+def _kept() -> None:
     """statsmodels collects garbage in each of Holm's adjustments, which takes long where torch is loaded."""
     gc.freeze()
-    yield
-    gc.unfreeze()

@@ -14,6 +14,7 @@ from torch import Tensor
 from kvpolicy import (
     Affine,
     AffineQuantizer,
+    Backend,
     Extra,
     Merger,
     Policy,
@@ -27,6 +28,7 @@ from kvpolicy.interfaces.component import Component
 
 __all__ = [
     "Good",
+    "GoodBackend",
     "GoodExtra",
     "GoodMerger",
     "GoodPolicy",
@@ -63,6 +65,55 @@ class Good(AffineQuantizer):
         scale = (high - low) / levels
         codes = ((x - low) / torch.where(scale > 0, scale, 1.0)).round().clamp(0, levels).nan_to_num(0)
         return Affine(codes.to(torch.uint8), scale, low)
+
+
+class GoodBackend(Backend):
+    """Observes prompts, and codes what has levels between extremes of a token's groups."""
+
+    kind: str = "liar"
+    watches: ClassVar[bool] = True
+
+    def refuses(self, spec: Any) -> str | None:
+        return "it observes and codes"
+
+    def attend(self, query: Tensor, part: Any, mask: Tensor | None, options: Any) -> Any:
+        raise AssertionError
+
+    def observe(self, query: Tensor, keys: Tensor, mask: Tensor | None, options: Any) -> bool:
+        observer, tokens = options.observer, keys.shape[2]
+        if not observer.sums:
+            return False
+        seen = torch.ones(tokens, tokens, dtype=torch.bool).tril()[None, None] if mask is None else mask
+        scores = query.float().unflatten(1, (keys.shape[1], -1)) @ keys.float().unsqueeze(2).transpose(3, 4)
+        scores *= options.scaling
+        scores = scores if options.softcap is None else (scores / options.softcap).tanh() * options.softcap
+        weights = scores.masked_fill(~seen.unsqueeze(2), -torch.inf).softmax(-1).nan_to_num(0.0)
+        for k, counted in enumerate(observer.counted.masks):
+            share = counted.float()[:, None, :, None]
+            summed = (weights * share.unsqueeze(2)).sum((2, 3))
+            observer.add_sums(k, summed, (seen * share).sum(2), query.shape[1] // keys.shape[1])
+        return True
+
+    def encodes(self, encoding: Any) -> bool:
+        known = (
+            encoding.rounding.by == "extremes" and not encoding.rounding.symmetric and encoding.nbits in (1, 2, 4, 8)
+        )
+        return (
+            known
+            and not (encoding.by_channel or encoding.rotated or encoding.divided)
+            and encoding.kept != torch.float8_e4m3fn
+        )
+
+    def encode(self, encoding: Any, pieces: Any) -> None:
+        most, planes = 2**encoding.nbits - 1, 8 // encoding.nbits
+        for x, codes, params in pieces:
+            groups = x.float().unflatten(3, (-1, encoding.group))
+            low, high = torch.aminmax(groups, dim=4, keepdim=True)
+            scale = (high - low) / most
+            found = ((groups - low) / torch.where(scale > 0, scale, 1.0)).round().clamp(0, most).nan_to_num(0)
+            parts = found.to(torch.uint8).flatten(3).unflatten(3, (planes, -1)).unbind(3)
+            codes.copy_(sum(part << encoding.nbits * i for i, part in enumerate(parts)))
+            params.copy_(torch.cat([scale, low], dim=3).squeeze(4))
 
 
 class GoodTensors(TensorQuantizer):

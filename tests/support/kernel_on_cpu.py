@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import re
 import shutil
 import subprocess
 import tempfile
@@ -89,11 +90,14 @@ def kernel_of(source: Any, device: int) -> Any:
     """What runs a kernel on the CPU; its arithmetic is that of the source, one rounding an operation."""
     text = compiling.source(source, "sm_90")
     folder = Path(compiling.__file__).parent
-    text = BEFORE + text.replace((folder / "machine.cuh").read_text(encoding="utf-8"), "") + AFTER
+    return _library(text.replace((folder / "machine.cuh").read_text(encoding="utf-8"), "") + AFTER)
+
+
+def _library(text: str) -> Any:
     assert COMPILER is not None
     with tempfile.TemporaryDirectory() as name:
         path = Path(name, "kernel.cpp")
-        path.write_text(text, encoding="utf-8")
+        path.write_text(BEFORE + text, encoding="utf-8")
         options = ["-O1", "-std=c++17", "-ffp-contract=off", "-w", "-shared", "-fPIC"]
         subprocess.run([COMPILER, *options, "-o", f"{name}/kernel.so", str(path)], check=True)
         return ctypes.CDLL(f"{name}/kernel.so")
@@ -102,3 +106,19 @@ def kernel_of(source: Any, device: int) -> Any:
 def launch(kernel: Any, arguments: bytes, grid: tuple[int, int, int], device: int) -> None:
     buffer = ctypes.create_string_buffer(arguments, len(arguments))
     kernel.run(buffer, ctypes.c_uint32(grid[0]), ctypes.c_uint32(grid[1]))
+
+
+@functools.cache
+def small_numbers() -> list[float]:
+    """What the kernels of attention read each byte of float8_e4m3 as, by their source."""
+    text = (Path(compiling.__file__).parent / "operands.cuh").read_text(encoding="utf-8")
+    number = re.search(r"^template <int T> struct Number \{.*?^\};", text, re.DOTALL | re.MULTILINE)
+    assert number is not None
+    run = (
+        'extern "C" void run(const u8* in, float* out) { for (int i = 0; i < 256; i++) out[i] = Number<3>::at(in, i); }'
+    )
+    found = (ctypes.c_float * 256)()
+    _library("static inline float hi(u32 w) { return __uint_as_float(w & 0xffff0000u); }\n" + number[0] + run).run(
+        bytes(range(256)), found
+    )
+    return list(found)

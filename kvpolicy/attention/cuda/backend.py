@@ -90,7 +90,7 @@ class Cuda(Backend):
         served = torch.version.cuda is not None and torch.cuda.get_device_capability() >= (8, 0)
         return served and variant_of(encoding) is not None and missing() is None
 
-    def encode(self, encoding: Encoding, pieces: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
+    def encode(self, encoding: Encoding, pieces: Sequence[tuple[Tensor, ...]]) -> None:
         variant = variant_of(encoding)
         assert variant is not None
         encode(variant, pieces)

@@ -4,12 +4,13 @@
 // contracted, and to divide by a constant is to multiply by its reciprocal. What comes before this file defines HEAD_DIM,
 // BITS, GROUP (channels of a token, or tokens of a channel, that share a scale), BY_CHANNEL, BFLOAT (the model's type),
 // RMS (0: levels from minimum to maximum, 1: a STEP times the root mean square), SYMMETRIC, ROTATED (a Hadamard matrix
-// first, then a FACTOR), KEPT (scales in 0 float16, 1 bfloat16, 2 float32, 3 float8_e4m3), PIECES, TURNS and BLOCKS.
+// first, then a FACTOR), DIVIDED (channels by a number of their own first), RANGED (channels have known extremes, those of
+// all tokens), KEPT (scales in 0 float16, 1 bfloat16, 2 float32, 3 float8_e4m3), PIECES, TURNS and BLOCKS.
 #include "machine.cuh"
 
 constexpr int D = HEAD_DIM, THREADS = 128;
 constexpr int ROW = D * BITS / 8;  // bytes
-constexpr int NUMBERS = BY_CHANNEL ? D : D / GROUP;
+constexpr int NUMBERS = BY_CHANNEL || RANGED ? D : D / GROUP;
 constexpr bool OFFSETS = !RMS;
 constexpr u32 LEVELS = (1u << BITS) - 1;
 constexpr float TOP = (float)LEVELS, PER_LEVEL = 1.f / TOP;
@@ -18,11 +19,13 @@ extern "C" { __constant__ int SHARED_BYTES = BY_CHANNEL ? GROUP * D : 0; }
 struct Piece {
   const u8* numbers;
   u8 *codes, *params;
+  const u16 *first, *second;  // divisors, or least and greatest numbers, of channels
 };
 struct Given {
   i64 row, head, token;            // of numbers, in elements
   i64 codes_row, codes_head;       // bytes
   i64 params_row, params_head;     // bytes
+  i64 beside_row, beside_head;     // of divisors or extremes, in elements
   int heads, tokens, blocks, pad;  // blocks for a row and head
   Piece pieces[PIECES];
 };
@@ -108,7 +111,7 @@ __device__ __forceinline__ void put(u8* params, int number, u32 value) {
 }
 
 struct Line {
-  const u16* numbers;
+  const u16 *numbers, *first, *second;
   u8 *codes, *params;
   int block;
 };
@@ -117,6 +120,8 @@ __device__ __forceinline__ Line line_of(const Given& g) {
   const Piece& p = g.pieces[blockIdx.y];
   Line l;
   l.numbers = (const u16*)p.numbers + row * g.row + head * g.head;
+  l.first = p.first + row * g.beside_row + head * g.beside_head;
+  l.second = p.second + row * g.beside_row + head * g.beside_head;
   l.codes = p.codes + row * g.codes_row + head * g.codes_head;
   l.params = p.params + row * g.params_row + head * g.params_head;
   l.block = (int)(blockIdx.x % (u32)g.blocks);
@@ -260,6 +265,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) encode(const __gri
       raw[turn][i + 1] = w.y;
     }
   }
+  float over[EACH];
+  Affine of_channel[EACH];
+  if (DIVIDED) {
+#pragma unroll
+    for (int i = 0; i < EACH; i++) over[i] = number(l.first[lane * EACH + i]);
+  }
+  if (RANGED) {
+#pragma unroll
+    for (int i = 0; i < EACH; i++) {
+      const int channel = lane * EACH + i;
+      of_channel[i] = of_range(number(l.first[channel]), number(l.second[channel]));
+      if (first == 0) {
+        put(l.params, channel, of_channel[i].scale_kept);
+        put(l.params, NUMBERS + channel, of_channel[i].offset_kept);
+      }
+    }
+  }
 #pragma unroll
   for (int turn = 0; turn < TURNS; turn++) {
     const int token = first + turn * (TOKENS / TURNS);
@@ -270,14 +292,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) encode(const __gri
       v[2 * i] = number(raw[turn][i] & 0xffffu);
       v[2 * i + 1] = number(raw[turn][i] >> 16);
     }
+    if (DIVIDED) {
+#pragma unroll
+      for (int i = 0; i < EACH; i++) v[i] = as_model(__fdiv_rn(v[i], over[i]));
+    }
     if (ROTATED) rotate(v, lane);
-    const Affine a = affine_of(v);
+    Affine a;
+    if (!RANGED) a = affine_of(v);
     u32 words[WORDS], low[WORDS];
 #pragma unroll
     for (int w = 0; w < WORDS; w++) {
       words[w] = 0;
 #pragma unroll
-      for (int i = 0; i < 4; i++) words[w] |= code_of(v[4 * w + i], a) << 8 * i;
+      for (int i = 0; i < 4; i++) words[w] |= code_of(v[4 * w + i], RANGED ? of_channel[4 * w + i] : a) << 8 * i;
     }
     u8* codes = l.codes + (i64)token * ROW;
     if (BITS == 3) {
@@ -291,7 +318,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) encode(const __gri
     } else {
       pack<BITS == 3 ? 1 : BITS>(words, codes, lane, there);
     }
-    if (there && lane % MEMBERS == 0) {
+    if (!RANGED && there && lane % MEMBERS == 0) {
       u8* params = l.params + (i64)token * NUMBERS * (OFFSETS ? 2 : 1) * (KEPT == 3 ? 1 : KEPT == 2 ? 4 : 2);
       put(params, lane / MEMBERS, a.scale_kept);
       if (OFFSETS) put(params, NUMBERS + lane / MEMBERS, a.offset_kept);

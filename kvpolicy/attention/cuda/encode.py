@@ -21,9 +21,9 @@ TURNS = 4
 SHARED = 1 << 15
 """Bytes of shared memory for the codes of a group of tokens at most."""
 KEPT = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float8_e4m3fn: 3}
-GIVEN = struct.Struct("<7q4i")
-ADDRESSES = struct.Struct("<3Q")
-Piece = tuple[Tensor, Tensor, Tensor]
+GIVEN = struct.Struct("<9q4i")
+ADDRESSES = struct.Struct("<5Q")
+Piece = tuple[Tensor, ...]
 
 
 class Encode(NamedTuple):
@@ -40,6 +40,9 @@ class Encode(NamedTuple):
     """With it scales are so many times the root mean square, without an offset; None: from minimum to maximum."""
     symmetric: bool = False
     rotated: bool = False
+    divided: bool = False
+    ranged: bool = False
+    """Whether the tokens of a channel share a scale, all that there are: their extremes are found before."""
 
     @property
     def name(self) -> str:
@@ -65,6 +68,8 @@ class Encode(NamedTuple):
             "STEP": repr(self.step or 0.0),
             "SYMMETRIC": int(self.symmetric),
             "ROTATED": int(self.rotated),
+            "DIVIDED": int(self.divided),
+            "RANGED": int(self.ranged),
             "FACTOR": repr(self.dim**-0.5),
             "KEPT": self.kept,
             "PIECES": PIECES,
@@ -75,42 +80,57 @@ class Encode(NamedTuple):
 
 def variant_of(encoding: Encoding) -> Encode | None:
     """The kernel for an encoding; None where there is none."""
-    dim, group, rounding = encoding.head_dim, encoding.group, encoding.rounding
+    dim, rounding = encoding.head_dim, encoding.rounding
+    ranged = encoding.by_channel and not encoding.group
+    by_channel, group = encoding.by_channel and not ranged, dim if ranged else encoding.group
     if encoding.dtype not in (torch.float16, torch.bfloat16) or encoding.kept not in KEPT:
         return None
-    if encoding.by_channel:
-        if encoding.rotated or rounding.by != "extremes" or dim % 32 or not 0 < group * dim <= SHARED:
+    if encoding.by_channel and (encoding.rotated or encoding.divided or rounding.by != "extremes"):
+        return None
+    if by_channel:
+        if dim % 32 or group * dim > SHARED:
             return None
     elif dim not in (32, 64, 128, 256) or group & (group - 1) or not max(4, dim // 32) <= group <= dim:
         return None
     return Encode(
-        dim, encoding.nbits, group, encoding.by_channel, encoding.dtype == torch.bfloat16, KEPT[encoding.kept],
+        dim, encoding.nbits, group, by_channel, encoding.dtype == torch.bfloat16, KEPT[encoding.kept],
         rounding.step if rounding.by == "rms" else None, rounding.symmetric, encoding.rotated,
+        encoding.divided, ranged,
     )  # fmt: skip
 
 
 def encode(variant: Encode, pieces: Sequence[Piece]) -> None:
     """Code tokens; see `Backend.encode`. Pieces of one shape share a launch."""
     alike: dict[tuple[object, ...], list[Piece]] = {}
-    for x, codes, params in pieces:
+    for x, codes, params, *beside in pieces:
         if x.stride(3) != 1 or x.data_ptr() % 16 or any(step % 8 for step in x.stride()[:3]):
             x = x.clone(memory_format=torch.contiguous_format)
-        alike.setdefault((x.device, x.shape, x.stride(), codes.stride(), params.stride()), []).append(
-            (x, codes, params)
-        )
+        if variant.ranged:
+            beside = [bound.unsqueeze(2) for bound in torch.aminmax(x, dim=2)]
+        steps = [_steps(t) for t in beside]
+        key = (x.device, x.shape, x.stride(), codes.stride(), params.stride(), *steps)
+        alike.setdefault(key, []).append((x, codes, params, *beside))
     for own in alike.values():
         for first in range(0, len(own), PIECES):
             _launch(variant, own[first : first + PIECES])
 
 
 def _launch(variant: Encode, pieces: Sequence[Piece]) -> None:
-    x, codes, params = pieces[0]
+    x, codes, params, *beside = pieces[0]
     batch, heads, tokens = x.shape[:3]
     blocks, wide = -(-tokens // variant.tokens), params.element_size()
     given = GIVEN.pack(
-        *x.stride()[:3], *codes.stride()[:2], *(step * wide for step in params.stride()[:2]), heads, tokens, blocks, 0
-    )
-    given += b"".join(ADDRESSES.pack(*(t.data_ptr() for t in piece)) for piece in pieces)
+        *x.stride()[:3], *codes.stride()[:2], *(step * wide for step in params.stride()[:2]),
+        *(_steps(beside[0]) if beside else (0, 0)), heads, tokens, blocks, 0,
+    )  # fmt: skip
+    absent = (0,) * (5 - len(pieces[0]))
+    given += b"".join(ADDRESSES.pack(*(t.data_ptr() for t in piece), *absent) for piece in pieces)
     device = x.get_device()
     size = GIVEN.size + PIECES * ADDRESSES.size
     launch(kernel_of(variant, device), given.ljust(size, b"\0"), (batch * heads * blocks, len(pieces), 1), device)
+
+
+def _steps(beside: Tensor) -> tuple[int, int]:
+    """From row to row and head to head of numbers `[batch or 1, kv_heads or 1, 1, head_dim]`."""
+    row, head = (0 if n == 1 else step for n, step in zip(beside.shape[:2], beside.stride()[:2], strict=True))
+    return row, head

@@ -3,7 +3,11 @@
 template <int T> struct Number {
   static constexpr int SIZE = T == 2 ? 4 : T == 3 ? 1 : 2;
   // Put where a float16 has them, sign, exponent and mantissa of eight bits are 2^-8 of the number, subnormal or not.
-  static __device__ __forceinline__ float small(u32 byte) { return 256.f * half((byte & 0x80u) << 8 | (byte & 0x7fu) << 7); }
+  // The largest of both signs is no number.
+  static __device__ __forceinline__ float small(u32 byte) {
+    const float x = 256.f * half((byte & 0x80u) << 8 | (byte & 0x7fu) << 7);
+    return (byte & 0x7fu) == 0x7fu ? __uint_as_float(0x7fc00000u) : x;
+  }
   static __device__ __forceinline__ float of(const u32* words, int i) {
     if (T == 2) return __uint_as_float(words[i]);
     if (T == 3) return small(words[i >> 2] >> 8 * (i & 3) & 0xffu);

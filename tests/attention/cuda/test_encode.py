@@ -6,9 +6,10 @@ from typing import Any, ClassVar, Literal
 
 import pytest
 import torch
-from kernel_on_cpu import COMPILER, kernel_of, launch
+from kernel_on_cpu import COMPILER, kernel_of, launch, small_numbers
 from kvpolicy_hadamard import Hadamard
 from kvpolicy_int import Int
+from kvpolicy_scale import Scale
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -31,6 +32,9 @@ FEW: list[dict[str, Any]] = [
     {"nbits": 4, **CHANNEL, **SMALL},
     {"nbits": 3, **CHANNEL},
     {"nbits": 1, "group_size": 16, "symmetric": True, **ROTATED, **SMALL},
+    {"nbits": 4, "per": "channel", "group_size": "arrival"},
+    {"nbits": 2, "group_size": "head", "transforms": (Scale(),)},
+    {"nbits": 3, "per": "channel", "group_size": "arrival", "symmetric": True, **SMALL},
 ]
 absent = missing()
 unable = "no CUDA device" if not torch.cuda.is_available() else absent
@@ -78,7 +82,7 @@ class LikeGpu(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.div.Tensor and not isinstance(args[1], Tensor):
             return args[0] * (torch.tensor(1.0) / torch.tensor(args[1], dtype=torch.float32))
-        if func is torch.ops.aten.mean.dim:
+        if func is torch.ops.aten.mean.dim and args[1] == [1]:
             x = args[0]
             while x.shape[1] > 1:
                 x = x[:, ::2] + x[:, 1::2]
@@ -159,7 +163,7 @@ def test_what_lies_on_several_devices_is_no_single_launch(monkeypatch: pytest.Mo
 
 def variant(options: dict[str, Any], dim: int) -> Encode:
     store = AffineStore(Int(**options), dim)
-    encoding = fused._encoding(store, torch.bfloat16)
+    encoding = fused.encoding_of(store, torch.bfloat16)
     assert encoding is not None
     found = variant_of(encoding)
     assert found is not None
@@ -177,14 +181,55 @@ def test_the_kernel_compiles_without_spills(arch: str) -> None:
             assert found.shared <= 48 * 1024
 
 
+@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+def test_attention_reads_scales_of_8_bits_as_pytorch_does_nan_too() -> None:
+    expected = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    assert expected.isnan().sum() == 2
+    torch.testing.assert_close(torch.tensor(small_numbers()), expected, rtol=0, atol=0, equal_nan=True)
+
+
 class Doubling(Hadamard):
     def forward(self, x: Tensor, state: Any, positions: Any) -> Tensor:
         return 2 * super().forward(x, state, positions)
 
 
+class Signed(Hadamard):
+    def fit(self, x: Tensor, queries: Any, site: Any) -> dict[str, Tensor]:
+        return {}
+
+
 class Floor(Int):
     def calibrate(self, groups: Tensor) -> Any:
         return super().calibrate(groups)
+
+
+class Larger(Int):
+    def _by_size(self, x: Tensor) -> Any:
+        return super()._by_size(2 * x)
+
+
+class Half:
+    def highest(self, groups: Tensor) -> int:
+        return 1
+
+
+class Mixed(Half, Int): ...  # type: ignore[misc]
+
+
+class Static(Int):
+    _percentiles: ClassVar[Any] = staticmethod(lambda x: (x, x))
+
+
+class Named(Int):
+    """Another name alone."""
+
+    kind: Literal["named"] = "named"  # type: ignore[assignment]
+    more: int = 0
+
+
+class Sure(Larger):
+    def rounding(self) -> Any:
+        return Int.rounding(self)
 
 
 @pytest.mark.parametrize(
@@ -196,11 +241,20 @@ class Floor(Int):
         Int(nbits=2, scale_dtype="e8m0"),
         Int(nbits=2, transforms=(Doubling(),)),
         Int(nbits=2, transforms=(Hadamard(), Hadamard())),
+        Int(nbits=2, transforms=(Signed(),)),
+        Larger(nbits=2, **RMS),
+        Mixed(nbits=2),
+        Static(nbits=2),
     ],
     ids=str,
 )
 def test_what_a_kernel_has_no_words_for_is_left_to_pytorch(quantizer: Int) -> None:
-    assert fused._encoding(AffineStore(quantizer, 64), torch.bfloat16) is None
+    assert fused.encoding_of(AffineStore(quantizer, 64), torch.bfloat16) is None
+
+
+@pytest.mark.parametrize("quantizer", [Named(nbits=2), Sure(nbits=2)], ids=str)
+def test_a_subclass_that_changes_nothing_or_says_so_has_words(quantizer: Int) -> None:
+    assert fused.encoding_of(AffineStore(quantizer, 64), torch.bfloat16) is not None
 
 
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
