@@ -14,7 +14,6 @@ LONGEST = 80
 """Characters of a name or a value that a message repeats."""
 _COMPARED = 200
 """Names that a mistyped one is compared with."""
-_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 _CACHED = "models--"
 """Begins the directory of a model in the cache of the hub."""
 _PLAIN = re.compile(r"models?|weights|final|hf|best|last|latest|(checkpoint|step|epoch)([-_]?\d+)?|[0-9a-f]{40}")
@@ -32,12 +31,12 @@ def in_line(path: Any) -> str:
 
 
 def model_name(given: str) -> str:
-    """What a model is called where results are shown: an id of the hub, else the last part of a path.
+    """What a model is called where results are shown: of a path that is absolute or has `..` in it the last part.
 
-    A symlink keeps its own name. A directory that is called after what it is alone (`model`, `checkpoint-500`) has
-    the name of the one around it before its own.
+    Any other name is as it was given: an id of the hub, a directory below. A symlink keeps its name. A directory that
+    is called after what it is alone (`model`, `checkpoint-500`) has the name of the one around it before its own.
     """
-    if _HUB_ID.fullmatch(given):
+    if not os.path.isabs(given) and not {".", ".."} & set(given.split(os.sep)):
         return given
     parts = [part for part in os.path.abspath(given).split(os.sep) if part]
     cached = next((part for part in parts[:-2] if part.startswith(_CACHED)), None)
