@@ -60,6 +60,7 @@ def _is_flash(
         or not query.is_cuda
         or not (getattr(module, "is_causal", True) if causal is None else causal)
         or not 1 < tokens == new[0].shape[2]
+        or query.shape[3] % 8  # PyTorch would fill channels up
         or any(isinstance(x, Tensor) or x for x in map(options.get, OTHERWISE))
         or torch.is_autocast_enabled(query.device.type)
         or wants_gradients(query, *new)

@@ -125,7 +125,7 @@ def check_stores(tiers: Any, dim: int | None, site: Site, tried: bool = False) -
 
 
 def uneven_layers(chosen: dict[int, Any]) -> str | None:
-    """Why the layers can't share one mask, if they hold different numbers of tokens."""
+    """Why the layers can't share one mask, if they drop tokens by different rules."""
     shapes: list[tuple[Any, list[int]]] = []
     for i, tiers in chosen.items():
         shape = [tier.policy for tier in tiers] if tiers[-1].keys == "evict" else None
@@ -138,7 +138,7 @@ def uneven_layers(chosen: dict[int, Any]) -> str | None:
         return None
     groups = " and ".join(f"layers {found}" for _, found in shapes)
     return (
-        "all full-attention layers must hold the same number of tokens, because one attention mask serves them "
-        f"all; this recipe keeps different numbers in {groups}. Give all layers the same evicting tiers, or none, "
-        "or let the model read the cache itself: kvpolicy.attach(model)"
+        "all full-attention layers must hold the same number of tokens by the same rule, because one attention mask "
+        f"serves them all; this recipe drops by different rules in {groups}. Give all layers the same evicting tiers, "
+        "or none, or let the model read the cache itself: kvpolicy.attach(model)"
     )

@@ -77,7 +77,7 @@ def fusing(store: Coded, x: Tensor, size: int) -> Fused | None:
         return None
     if store.chain is not None:
         store.chain.begin(x)
-        if not (store.chain.fixed or (encoding.divided and _divisors(store, x.dtype) is not None)):
+        if not (store.chain.fixed if not encoding.divided else _divisors(store, x.dtype) is not None):
             return None
     return Fused(backend, encoding)
 
@@ -134,7 +134,7 @@ def _written(name: str, own: Any) -> bool:
     """Whether an attribute of a class was written by its author, not added by Python or pydantic."""
     if str(getattr(own, "__module__", None)).startswith("pydantic") or name in ("model_config", "_abc_impl"):
         return False
-    return not name.startswith("__") or (isinstance(own, FunctionType) and name != "__annotate__")
+    return not name.startswith("__") or (isinstance(own, FunctionType) and not name.startswith("__annotate"))
 
 
 def fuse(store: Coded, x: Tensor, size: int, later: Any) -> bool:

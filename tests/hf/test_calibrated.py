@@ -127,22 +127,24 @@ def test_what_is_decoded_is_what_the_formulas_say(name: str) -> None:
             assert off.double().mean() < 0.01, "but for codes at a bound, and two largest that tie"
 
 
-# Where values have three levels, the last digits of what comes from an earlier layer turn codes that matter.
-@pytest.mark.parametrize("name", [*(name for name in NAMES if name != "skvq-1.5"), "best-4bit"])
+@pytest.mark.parametrize("name", [*NAMES, "best-4bit"])
 def test_a_padded_batch_is_served_attached_and_not(name: str, tmp_path: Path) -> None:
     model = tiny("llama")
     if name == "best-4bit":  # which takes no calibration, but keys before RoPE
         recipe = load_recipe(name, window=8, flush=4, group_size=16)
-    else:  # with fewer bits the last digits of keys, which differ, turn codes that matter
+    else:  # with fewer bits it is seen that, unattached, the first tokens of a padded row are coded
         recipe = recipe_of(name, model, nbits=4)
     with torch.no_grad():
-        unattached = served(model, recipe, tmp_path)
         with attach(model):
-            found = served(model, recipe, tmp_path)
+            found = served(model, recipe, tmp_path, 1e-3)
+        # Unattached, padding takes the places of the first tokens, and the own ones are coded: three levels show that.
+        if name == "skvq-1.5":
+            return
+        unattached = served(model, recipe, tmp_path, 0.02)
     torch.testing.assert_close(found, unattached, rtol=0.02, atol=0.02 * float(found.abs().max()))
 
 
-def served(model: Any, recipe: Any, tmp_path: Path) -> Tensor:
+def served(model: Any, recipe: Any, tmp_path: Path, bound: float) -> Tensor:
     """Logits of a padded batch after a few steps, whose rows are compared with the second row alone on the way."""
     mask, tokens = torch.ones(2, 56, dtype=torch.long), ids(56, 2)
     mask[1, :11] = 0
@@ -165,7 +167,7 @@ def served(model: Any, recipe: Any, tmp_path: Path) -> Tensor:
             cache = copy.deepcopy(loaded)
         one, two = step(i, i + 1)
         if recipe.calibration:  # others' groups begin elsewhere in a padded row
-            torch.testing.assert_close(one[1:], two, rtol=0.02, atol=0.02 * float(two.abs().max()))
+            torch.testing.assert_close(one[1:], two, rtol=bound, atol=bound * float(two.abs().max()))
     return one
 
 

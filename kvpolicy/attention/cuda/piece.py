@@ -128,6 +128,8 @@ def _by_slot(v: Piece, slot: int, page: int, every: bool) -> Piece:
     scales = 0 if v.form.bits == 16 else skipped * v.form.params
     if v.offset % v.token or v.params_offset != scales:
         raise Declined("scales that do not lie as their codes do")
+    if slot < skipped:  # the slot of no token, -1, would be one of this page
+        raise Declined("values of a page whose first tokens have gone")
     last = skipped + v.tokens  # of the page
     if page >= 1 << LAST or last >= 1 << (31 - LAST):
         raise Declined(f"slots of {last} tokens in page {page}")
