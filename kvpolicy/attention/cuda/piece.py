@@ -84,7 +84,10 @@ def paired(
         for k in own:
             for number, pieces in zip(part.numbers, values, strict=True):
                 for v in pieces:
-                    yield from _pairs(k, v, slots, (number << SLOT_BITS) + v.at, page, before)
+                    for pair in _pairs(k, v, slots, (number << SLOT_BITS) + v.at, page, before):
+                        if part.gaps and pair[1].by_slot and pair[1].params_offset < 0:
+                            raise Declined("gaps, whose slot -1 would be one of a page whose first tokens have gone")
+                        yield pair
         before += sum(k.tokens for k in own)
 
 
@@ -128,8 +131,6 @@ def _by_slot(v: Piece, slot: int, page: int, every: bool) -> Piece:
     scales = 0 if v.form.bits == 16 else skipped * v.form.params
     if v.offset % v.token or v.params_offset != scales:
         raise Declined("scales that do not lie as their codes do")
-    if slot < skipped:  # the slot of no token, -1, would be one of this page
-        raise Declined("values of a page whose first tokens have gone")
     last = skipped + v.tokens  # of the page
     if page >= 1 << LAST or last >= 1 << (31 - LAST):
         raise Declined(f"slots of {last} tokens in page {page}")
