@@ -141,3 +141,11 @@ def test_sums_of_flash_attention_are_those_of_the_kernel(name: str, monkeypatch:
     assert told
     for x, y in zip(told[: len(told) // 2], told[len(told) // 2 :], strict=True):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["h2o", "snapkv"])
+def test_heads_that_flash_attention_would_fill_up(name: str) -> None:
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    model = copy.deepcopy(llama(100, 4, 2, torch.bfloat16)).to(DEVICE)
+    with attach(model):
+        assert model(ids(200).to(DEVICE), **{CACHE: make_cache(name, model)}).logits.isfinite().all()
