@@ -192,20 +192,18 @@ class AffineStore(CodedStore):
             # By row and head groups have numbers, which go by those kept already.
             gathers = later if self.row_heads is None and x.shape[2] <= step else None
             for part in x.split(step, dim=2):
-                if fuse(self, part, size, gathers):
-                    continue
-                if gathers is not None and self.levels is None:
+                fused = fuse(self, part, size, gathers)
+                if not fused and gathers is not None and self.levels is None:
                     gathers.add(self, part, size)
-                else:
+                elif not fused:
                     self.keep(*self.encode(part, size))
             return
         if self.beside is None and fuse(self, x, size, later if self.row_heads is None else None):
             return
-        n = x.shape[2]
+        arrivals = x.shape[2] // size if self.by_channel else 1
         if self.chain is not None:
             coded = self.parts["codes"].length
-            x = self.chain.forward(x, self._places(coded, coded + n))
-        arrivals = n // size if self.by_channel else 1
+            x = self.chain.forward(x, self._places(coded, coded + x.shape[2]))
         x, beside = self.beside.take(x) if self.beside is not None else (x, [])
         packed, params = self._coded(x, size)
         self.keep(packed, params)
