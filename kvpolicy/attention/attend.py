@@ -55,9 +55,9 @@ def attend(
     if observer is not None and not observer.queries:
         observer = None  # none of these queries counts
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
-    options = AttentionOptions(scale, softcap, sinks, observer, alone=True)
     shown = as_mask(mask, tiers.committed + new[0].shape[2], new[0].shape[1])
     pages = read(tiers, query, shown, scale, softcap) if tiers.page_table is not None else None
+    options = AttentionOptions(scale, softcap, sinks, observer, alone=pages is None)
     part = whole(tiers, new) if pages is None else above(tiers, new)
     pieces = assigned(query, part, shown, options, tiers.step.by_head)
     tiers.backends = tuple(dict.fromkeys(backend.kind for backend, _ in pieces))

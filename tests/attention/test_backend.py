@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 import pytest
 import torch
 from honest import GoodBackend
-from models import ids, tiny
+from models import build, ids, tiny
 from torch import Tensor
 from words import CACHE
 
@@ -260,3 +260,40 @@ def test_honest_backends_pass_the_contract_and_so_do_those_that_decline(decoding
     for backend in (GoodBackend(), decoding()):
         observing(backend)
         coding(backend)
+
+
+class Sure(Backend):
+    """Serves all parts with the reference, and was asked beforehand what it is asked to do."""
+
+    kind: Literal["sure"] = "sure"
+    asked: ClassVar[list[tuple[Part, AttentionOptions]]] = []
+    served: ClassVar[list[bool]] = []
+
+    def refuses(self, spec: AttentionSpec) -> None:
+        return None
+
+    def declines(self, query: Tensor, part: Part, mask: Tensor | None, options: AttentionOptions) -> None:
+        type(self).asked.append((part, options))
+
+    def attend(
+        self, query: Tensor, part: Part, mask: Tensor | None, options: AttentionOptions
+    ) -> tuple[Tensor, Tensor]:
+        type(self).served.append(any(own is part and known.alone == options.alone for own, known in type(self).asked))
+        out, lse = backends.REFERENCE.attend(query, part, mask, options)
+        return out.to(query.dtype) if options.alone else out, lse
+
+
+@pytest.mark.parametrize("recipe", ["logquant", "partial-logquant", "quest"])
+def test_a_backend_is_asked_for_what_it_then_does(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a reader's pages are merged with what it gives."""
+    params = {"quest": {"budget": 64}}.get(recipe, {})
+    model = build("llama", torch.bfloat16, num_hidden_layers=3)
+    expected = steps(model, make_cache(recipe, model, **params))
+    monkeypatch.setattr(backends, "others", lambda: (Sure(),))
+    backends.chosen.cache_clear()
+    monkeypatch.setattr(Sure, "served", [])
+    monkeypatch.setattr(Sure, "asked", [])
+    found = steps(model, make_cache(recipe, model, **params))
+    backends.chosen.cache_clear()
+    assert Sure.served and all(Sure.served)
+    assert (found - expected).float().norm() < 2e-2 * expected.float().norm()

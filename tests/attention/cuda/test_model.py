@@ -15,9 +15,13 @@ from words import CACHE
 from kvpolicy import attach, make_cache
 from kvpolicy.attention import backend as backends
 from kvpolicy.attention.cuda.compile import missing
+from kvpolicy.recipe.inherit import bundled_names
 
 absent = "no CUDA device" if not torch.cuda.is_available() else missing()
 pytestmark = pytest.mark.skipif(absent is not None, reason=f"the kernels can't run: {absent}")
+
+OTHERS = ("kvtuner", "kvquant", "skvq", "wkvquant", "logquant-exponent", "kvzip")
+"""Recipes that need a calibration, a prompt read twice, or a certain model."""
 
 
 @pytest.fixture(autouse=True)
@@ -62,6 +66,23 @@ def test_models_tell_what_they_tell_with_the_reference(
     backends.chosen.cache_clear()
     error = (found - expected).float().norm() / expected.float().norm()
     assert error < 2e-2
+
+
+@pytest.mark.parametrize("graphs", [False, True], ids=["eager", "graphs"])
+@pytest.mark.parametrize("name", [name for name in bundled_names() if not name.startswith(OTHERS)])
+def test_every_recipe_gives_what_it_gives_with_the_reference(
+    name: str, graphs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether kernels, the reference or both serve it."""
+    one, params = model(num_hidden_layers=3), {"quest": {"budget": 64}}.get(name, {})
+    with attach(one, graphs=graphs):
+        found = steps(one, make_cache(name, one, **params))
+    monkeypatch.setattr(backends, "others", tuple)
+    backends.chosen.cache_clear()
+    with attach(one, graphs=False):
+        expected = steps(one, make_cache(name, one, **params))
+    backends.chosen.cache_clear()
+    assert (found - expected).float().norm() < 3e-2 * expected.float().norm()
 
 
 @pytest.mark.parametrize("name", ["logquant", "kivi", "balanced", "h2o", "mikv", "zipcache", "partial-logquant"])
