@@ -24,8 +24,8 @@ POINTERS = MAPS + 9
 """Addresses before those of pages."""
 LOG2E = math.log2(math.e)
 NUMBERS = struct.Struct(f"<{3 * MAPS}q5q3q6i3fi")
-KIND, PARTS, RUN = struct.Struct("<6i"), struct.Struct(f"<{MAPS + 2}i"), struct.Struct("<5i")
-PAGE_BYTES, RUN_BYTES = 16, 68
+PARTS, KIND, RUN = struct.Struct(f"<{MAPS}Q{MAPS + 2}i"), struct.Struct("<4iI3i"), struct.Struct("<4i")
+TILE_BYTES, RUN_BYTES, PAGE_BYTES = 4, 64, 16
 MASKS = {torch.bool: 1, torch.float32: 2, torch.bfloat16: 3, torch.float16: 4}
 NEVER = 1 << 30
 NEW = Kind(kind_of(EXACT, EXACT)[0], 0, 0)
@@ -100,8 +100,8 @@ def make_plan(query: Tensor, part: Part, mask: Tensor | None, places: Tensor | N
     parts = _blocks(lines * turns, laid.runs, kernel.slots, costs)
     slot = mask.shape[-1] - new if mask is not None else 0
     later = new - queries if causal else NEVER
-    body = _pack(laid, part, kinds, spaces, parts, slot, -1 if places is not None else None, later, room[1])
-    size_of = KIND.size * len(kinds) + PARTS.size + PAGE_BYTES * room[1] + RUN_BYTES * room[0]
+    body = _pack(laid, part, kinds, spaces, parts, slot, -1 if places is not None else None, later, room[0])
+    size_of = PARTS.size + KIND.size * len(kinds) + (TILE_BYTES + RUN_BYTES) * room[0] + PAGE_BYTES * room[1]
     return Plan(
         kernel,
         sum(parts),
@@ -208,22 +208,26 @@ def _pack(
     later: int,
     room: int,
 ) -> bytes:
-    """Kinds, blocks, pages and runs as the kernel reads them; there is room for so many pages."""
+    """Blocks, kinds, runs and pages as the kernel reads them; there is room for so many runs."""
     number = {space: i for i, space in enumerate(spaces)}
-    heads, bodies, first = [], [], 0
+    heads, bodies, before, costs = [], [], [], [0] * len(spaces)
     last = laid.runs[-1] if part.new is not None else None
     for kind in kinds:
         own = [run for run in laid.runs if run.kind == kind]
-        tiles = 0
+        first, tiles, weight, space = len(bodies), 0, weight_of(kind.name), number.get(kind.space, 0)
         for run in own:
             new = run is last
             column = slot if new else placed if placed is not None else run.at
-            bodies += [run.where, RUN.pack(run.tokens, tiles, run.at, column, later if new else NEVER)]
+            bodies.append(run.where + RUN.pack(run.tokens, run.at, column, later if new else NEVER))
+            before.append(tiles)
             tiles += -(-run.tokens // run.tile)
-        stands = (first, first + len(own), tiles, weight_of(kind.name), kind.query, number.get(kind.space, 0))
-        heads.append(KIND.pack(*stands))
-        first += len(own)
+        heads.append(
+            KIND.pack(first, len(bodies), tiles, weight, -(-(1 << 32) // weight), costs[space], kind.query, space)
+        )
+        costs[space] += tiles * weight
     ends = [sum(parts[:i]) for i in range(len(parts) + 1)]
-    heads.append(PARTS.pack(*ends, *[ends[-1]] * (MAPS + 2 - len(ends))))
-    pages = b"".join(laid.pages)
-    return b"".join([*heads, pages.ljust(PAGE_BYTES * room, b"\0"), *bodies])
+    steps = [-(-(cost << 32) // n) for cost, n in zip(costs, parts, strict=True)]
+    blocks = PARTS.pack(*steps, *[0] * (MAPS - len(steps)), *ends, *[ends[-1]] * (MAPS + 2 - len(ends)))
+    tiles_before = struct.pack(f"<{len(before)}i", *before).ljust(TILE_BYTES * room, b"\0")
+    runs = b"".join(bodies).ljust(RUN_BYTES * room, b"\0")
+    return b"".join([blocks, *heads, tiles_before, runs, *laid.pages])
