@@ -67,6 +67,7 @@ template <class P> __device__ __forceinline__ void attend_kind(const Plan& plan,
   next.v.start(w.lane);
   next.open(plan, w);
   int slot = 0;  // where the next tile goes
+  wait_for_last();
   auto fetch = [&](int i) {
     if (i < n) {
       const u32 to = w.ring + slot * P::STAGE;
@@ -167,6 +168,7 @@ template <class P> __device__ __forceinline__ void share(const Plan& plan, const
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) attend(const __grid_constant__ Plan plan) {
   extern __shared__ __align__(16) unsigned char shared[];
+  let_next_begin();
   const Layout& layout = plan.layout;
   Warp w;
   asm volatile("mov.u32 %0, %%laneid;" : "=r"(w.lane));
@@ -201,5 +203,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) attend(const __
 #endif
   if (!w.filled && w.lane < 8) *(float2*)(w.slot + 8 * (DV + 4) + 2 * w.lane) = make_float2(LOWEST, 0.f);
   __syncthreads();
+  wait_for_last();
   merge_block(plan, slots, (float*)(shared + WARPS * SLOT * 4));
 }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -14,18 +13,20 @@ from kvpolicy.attention.cuda.compile import Source, compiled, resources
 __all__ = ["THREADS", "Kernel", "kernel_of", "launch"]
 
 THREADS = 128
+EARLY = 12030
+"""The driver from which on a graph can capture launches that overlap."""
 
 
 class Kernel(NamedTuple):
     """A kernel on a device."""
 
-    run: Callable[..., Any]
-    """What launches it."""
     function: Any
     shared: int
     """Bytes of shared memory of a block."""
     slots: int
     """Blocks that the card holds at once; 0 where it has too little shared memory for one."""
+    early: bool = False
+    """Whether it may be launched before the launch ahead of it has ended, for which it waits itself."""
 
 
 @functools.cache
@@ -40,7 +41,7 @@ def kernel_of(source: Source, device: int) -> Kernel:
     with torch.cuda.device(device):
         torch.cuda.current_stream()  # there is a context
         if shared > _checked(driver.cuDeviceGetAttribute(limit, _checked(driver.cuCtxGetDevice()))):
-            return Kernel(driver.cuLaunchKernel, None, shared, 0)
+            return Kernel(None, shared, 0)
         library = _checked(driver.cuLibraryLoadData(cubin, [], [], 0, [], [], 0))
         function = _checked(
             driver.cuKernelGetFunction(_checked(driver.cuLibraryGetKernel(library, source.name.encode())))
@@ -50,7 +51,8 @@ def kernel_of(source: Source, device: int) -> Kernel:
         blocks = _checked(driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(function, THREADS, shared))
     blocks = max(1, min(blocks, source.blocks))  # more of them read in too many places at once
     processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return Kernel(driver.cuLaunchKernel, function, shared, blocks * processors)
+    early = source.waits and major >= 9 and _checked(driver.cuDriverGetVersion()) >= EARLY
+    return Kernel(function, shared, blocks * processors, early)
 
 
 def launch(kernel: Kernel, arguments: bytes, grid: tuple[int, int, int], device: int) -> None:
@@ -61,12 +63,39 @@ def launch(kernel: Kernel, arguments: bytes, grid: tuple[int, int, int], device:
     buffer = ctypes.create_string_buffer(arguments, len(arguments))
     pointer = ctypes.c_void_p(ctypes.addressof(buffer))
     stream = torch._C._cuda_getCurrentRawStream(device)
-    result = kernel.run(
-        kernel.function, *grid, THREADS, 1, 1, kernel.shared, stream, ctypes.addressof(pointer), 0
-    )  # fmt: skip
+    run = _early if kernel.early else _launcher()
+    result = run(kernel.function, *grid, THREADS, 1, 1, kernel.shared, stream, ctypes.addressof(pointer), 0)
     if result[0] != 0:
         _checked(result)
     return None
+
+
+@functools.cache
+def _launcher() -> Any:
+    from cuda.bindings import driver
+
+    return driver.cuLaunchKernel
+
+
+def _early(function: Any, *given: int) -> Any:
+    """Launch a kernel that waits itself for the launch ahead of it."""
+    from cuda.bindings import driver
+
+    *about, arguments, extra = given
+    return driver.cuLaunchKernelEx(_configuration(*about), function, arguments, extra)
+
+
+@functools.lru_cache(maxsize=256)
+def _configuration(*about: int) -> Any:
+    from cuda.bindings import driver
+
+    attribute, found = driver.CUlaunchAttribute(), driver.CUlaunchConfig()
+    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    attribute.value.programmaticStreamSerializationAllowed = 1
+    found.gridDimX, found.gridDimY, found.gridDimZ, found.blockDimX, found.blockDimY, found.blockDimZ = about[:6]
+    found.sharedMemBytes, found.hStream = about[6:]
+    found.attrs, found.numAttrs = [attribute], 1
+    return found
 
 
 def _checked(result: tuple[Any, ...]) -> Any:

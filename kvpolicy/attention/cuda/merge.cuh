@@ -160,13 +160,9 @@ __device__ __forceinline__ void merge_block(const Plan& plan, const float* slots
     }
   }
   if (plan.parts == 1) return;
-  __threadfence();
   __syncthreads();
   __shared__ u32 before;
-  if (threadIdx.x == 0) {
-    before = atomicInc(plan.counters + line, plan.parts - 1);
-    __threadfence();
-  }
+  if (threadIdx.x == 0) before = count(plan.counters + line, plan.parts - 1);
   __syncthreads();
   if (before != plan.parts - 1) return;
   partial = plan.partial + line * plan.parts * PART;
