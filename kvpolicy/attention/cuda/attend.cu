@@ -204,5 +204,5 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) attend(const __
   if (!w.filled && w.lane < 8) *(float2*)(w.slot + 8 * (DV + 4) + 2 * w.lane) = make_float2(LOWEST, 0.f);
   __syncthreads();
   wait_for_last();
-  merge_block(plan, slots, (float*)(shared + WARPS * SLOT * 4));
+  merge_block(plan, w, slots);
 }
