@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kvpolicy.attention.cuda.compile import Variant
 from kvpolicy.attention.cuda.kernel import Kernel
+from kvpolicy.attention.cuda.plan import START
 from kvpolicy.storage.packing import packed_width, unpack
 
 NUMBERS = [torch.float16, torch.bfloat16, torch.float32, torch.float8_e4m3fn]
@@ -177,8 +178,8 @@ class Reader:
         spaces = self.header.numbers[5]
         costs = [0] * spaces
         for _, _, tiles, weight, inverse, before, _, space in self.kinds:
-            assert before == costs[space]
-            costs[space] += tiles * weight
+            assert before - costs[space] in ((0,) if not tiles or not costs[space] else (START,))
+            costs[space] = before + tiles * weight
             for x in (before, before + 1, before + tiles * weight, costs[space] // 2):
                 ahead = max(x - before, 0)
                 assert (ahead + weight - 1) * inverse >> 32 == -(-ahead // weight)

@@ -68,6 +68,7 @@ template <class P> __device__ __forceinline__ void attend_kind(const Plan& plan,
   next.open(plan, w);
   int slot = 0;  // where the next tile goes
   wait_for_last();
+  ks.ask(plan, kind, w);
   auto fetch = [&](int i) {
     if (i < n) {
       const u32 to = w.ring + slot * P::STAGE;
@@ -78,7 +79,7 @@ template <class P> __device__ __forceinline__ void attend_kind(const Plan& plan,
     commit();
   };
   if (ST > 1) {  // of ST tiles one is at its values, the next one at its keys, and the others are on their way
-#pragma unroll
+#pragma unroll 1
     for (int i = 0; i < ST - 1; i++) fetch(i);
   } else {  // keys of a tile are on their way while the last one is at its values, and the other way round
     next.fetch_keys(w.ring, w);
@@ -173,8 +174,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) attend(const __
   Warp w;
   asm volatile("mov.u32 %0, %%laneid;" : "=r"(w.lane));
   const int warp = threadIdx.x >> 5;
-  w.row = blockIdx.y / plan.kv_heads;
-  w.head = blockIdx.y % plan.kv_heads;
+  w.row = plan.kv_heads == 1 ? blockIdx.y : __umulhi(blockIdx.y, plan.inverse);
+  w.head = blockIdx.y - w.row * plan.kv_heads;
   w.base = blockIdx.z * R;
   float* slots = (float*)shared;
   w.slot = slots + warp * SLOT;

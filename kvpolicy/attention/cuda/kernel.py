@@ -37,11 +37,14 @@ def kernel_of(source: Source, device: int) -> Kernel:
     major, minor = torch.cuda.get_device_capability(device)
     cubin = compiled(source, f"sm_{major}{minor}")
     shared = resources(cubin).shared
-    limit = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
     with torch.cuda.device(device):
         torch.cuda.current_stream()  # there is a context
-        if shared > _checked(driver.cuDeviceGetAttribute(limit, _checked(driver.cuCtxGetDevice()))):
+        if shared > _attribute("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN"):
             return Kernel(None, shared, 0)
+        early = source.waits and major >= 9 and _checked(driver.cuDriverGetVersion()) >= EARLY
+        if early:  # no more blocks find room, or those of the next launch crowd together on some multiprocessors
+            whole = _attribute("MAX_SHARED_MEMORY_PER_MULTIPROCESSOR") // (source.blocks + 1)
+            shared = max(shared, whole - _attribute("RESERVED_SHARED_MEMORY_PER_BLOCK") + 16)
         library = _checked(driver.cuLibraryLoadData(cubin, [], [], 0, [], [], 0))
         function = _checked(
             driver.cuKernelGetFunction(_checked(driver.cuLibraryGetKernel(library, source.name.encode())))
@@ -49,10 +52,17 @@ def kernel_of(source: Source, device: int) -> Kernel:
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         _checked(driver.cuFuncSetAttribute(function, attribute, shared))
         blocks = _checked(driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(function, THREADS, shared))
+        processors = _attribute("MULTIPROCESSOR_COUNT")
     blocks = max(1, min(blocks, source.blocks))  # more of them read in too many places at once
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    early = source.waits and major >= 9 and _checked(driver.cuDriverGetVersion()) >= EARLY
     return Kernel(function, shared, blocks * processors, early)
+
+
+def _attribute(name: str) -> int:
+    """An attribute of the current device."""
+    from cuda.bindings import driver
+
+    which = getattr(driver.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
+    return int(_checked(driver.cuDeviceGetAttribute(which, _checked(driver.cuCtxGetDevice()))))
 
 
 def launch(kernel: Kernel, arguments: bytes, grid: tuple[int, int, int], device: int) -> None:

@@ -65,6 +65,12 @@ __device__ __forceinline__ void wait_for_last() {
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
+// A number that the last launch may have written: no load that may be moved ahead of the wait.
+__device__ __forceinline__ int fresh(const int* at) {
+  int x;
+  asm volatile("ld.global.s32 %0, [%1];" : "=r"(x) : "l"(at) : "memory");
+  return x;
+}
 // One more of those that count to `last`, after all that this block has written; what others wrote before they counted
 // can be read afterwards. Returns how many there were before.
 __device__ __forceinline__ u32 count(u32* at, u32 last) {

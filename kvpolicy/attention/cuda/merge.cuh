@@ -44,7 +44,7 @@ __device__ __forceinline__ float mask_at(const Plan& plan, i64 at) {
 
 // Whether the value of a token lies in the page of its run.
 template <bool BY_SLOT> __device__ __forceinline__ bool here(const Plan& plan, const Run& run, int token, const Warp& w) {
-  return !BY_SLOT || !scattered(run.v) || has(run.v, __ldg(index_of(plan, run.v, w) + token));
+  return !BY_SLOT || !scattered(run.v) || has(run.v, fresh(index_of(plan, run.v, w) + token));
 }
 
 // Scores of tokens that a query may not see, and of those that are none, are minus infinity.

@@ -197,7 +197,7 @@ template <int DIM, int BITS, int PARAMS_, int TS> struct Gather<Reader<DIM, BITS
     wait_for_last();
     look(left, w.lane);
   }
-  __device__ __forceinline__ void look(int left, int lane) { next = lane < TS && lane < left ? __ldg(index) : -1; }
+  __device__ __forceinline__ void look(int left, int lane) { next = lane < TS && lane < left ? fresh(index) : -1; }
   template <int ROW, class F> __device__ __forceinline__ void copy_all(u32 to, const u8* from, int bytes, int slot, int lane) {
     constexpr int PIECE = gcd(16, ROW), PIECES = ROW / PIECE, TOTAL = TS * PIECES;
 #pragma unroll

@@ -44,7 +44,7 @@ struct Plan {
   i64 places_row, places_head, out_space;                        // elements; out_space: from the output of one space to the next
   int kv_heads, groups, queries, parts, columns, spaces;         // groups: query heads per KV head; parts: blocks of a head
   float scale, cap, hidden;                                      // scale includes log2(e), cap too; hidden: what of a mask hides
-  int pad;
+  u32 inverse;                                                   // 2^32 / kv_heads, rounded up
   const u8* query[MAPS];  // the model's, then in float16 those for transformed keys
   const u8 *mask, *places;
   u8* out;
