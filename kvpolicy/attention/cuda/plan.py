@@ -173,7 +173,7 @@ def _kinds(laid: Laid, query: Tensor, part: Part) -> tuple[list[Kind], list[int]
 
 
 class Lined(NamedTuple):
-    """The tiles of a head in a line for each space of values, as long as they cost; each block takes a stretch of it."""
+    """The tiles of a head, in a line for each space of values, as long as they cost; a block takes a stretch of it."""
 
     kinds: list[bytes]
     """What the kernel reads of each kind."""
@@ -213,8 +213,8 @@ def _blocks(lines: int, slots: int, costs: list[int]) -> list[int]:
 def _parts(lines: int, cost: int, slots: int) -> int:
     """Into how many blocks the tokens of a head are split: what a simple account of time finds best.
 
-    In microseconds, as measured: the warps of a block take some 0.9 for a tile each where a card is full, and less where
-    it is half full; a block takes 4 besides, and the merge of several 1.5, and 0.5 for each 16.
+    In microseconds, as measured: the warps of a block take some 0.9 for a tile each where a card is full, less where it
+    is half full; a block takes 4 besides, and the merge of several 1.5, and 0.5 for each 16.
     """
     best, least = 1, math.inf
     for parts in range(1, max(1, min(256, -(-cost // (WARPS * TILE)))) + 1):
