@@ -172,7 +172,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) attend(const __
   let_next_begin();
   const Layout& layout = plan.layout;
   Warp w;
-  asm volatile("mov.u32 %0, %%laneid;" : "=r"(w.lane));
+  w.lane = threadIdx.x & 31;
   const int warp = threadIdx.x >> 5;
   w.row = plan.kv_heads == 1 ? blockIdx.y : __umulhi(blockIdx.y, plan.inverse);
   w.head = blockIdx.y - w.row * plan.kv_heads;
