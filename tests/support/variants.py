@@ -81,7 +81,7 @@ MANY = [
     variant(80, (token(2, 40), token(1, 40), True), (EXACT, centred(2, 80, SMALL), True), wide=True),
     variant(128, LOGQUANT, mask=3, places=8, causal=True),
     variant(128, LOGQUANT, mask=4, places=4, room=(360, 240)),
+    variant(256, (Format(3, 64, False, BFLOAT, 256), Format(3, 64, False, BFLOAT, 256))),
+    variant(256, (Format(2, 0, True, BFLOAT, 256, True), EXACT, True)),
 ]
 """What is compiled for one architecture more."""
-LARGEST = variant(256, (Format(3, 64, False, BFLOAT, 256), Format(3, 64, False, BFLOAT, 256)))
-"""256 channels in two parts of a code are more numbers than a thread has registers."""

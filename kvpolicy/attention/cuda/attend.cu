@@ -55,6 +55,7 @@ template <class P> __device__ __forceinline__ void attend_kind(const Plan& plan,
   using V = typename P::V;
   constexpr int TS = P::TOKENS, NB = TS / 16, NS = R == 8 ? NB : 1, ST = P::STAGES_;
   const int n = (last - first + WARPS - 1) / WARPS;
+  w.scratch = w.ring + P::SCRATCH;
   typename K::State ks;
   typename V::State vs;
   Place now;  // of the next scores
@@ -181,7 +182,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) attend(const __
   w.slot = slots + warp * SLOT;
   w.filled = false;
   w.ring = (u32)__cvta_generic_to_shared(shared + WARPS * SLOT * 4 + warp * RING);
-  w.scratch = w.ring + RING - SCRATCH;
   int space = 0;
   while (space + 1 < plan.spaces && layout.parts[space + 1] <= blockIdx.x) space++;
   const u64 step = layout.steps[space], part = blockIdx.x - layout.parts[space];

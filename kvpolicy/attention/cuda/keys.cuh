@@ -65,7 +65,9 @@ template <int BITS, int GROUP, int T, int TS> struct TokenKeys {
   using B = typename C::B;
   using S = Scaled<BITS, DK / GROUP, T>;
   static constexpr int GROUPS = DK / GROUP, PARAMS = S::PARAMS, NB = TS / 16, NS = R == 8 ? NB : 1;
-  static constexpr int BYTES = C::bytes(TS), PARAM_BYTES = (TS * PARAMS + 15) / 16 * 16, SCRATCH = 0;
+  static constexpr int BYTES = C::bytes(TS), PARAM_BYTES = (TS * PARAMS + 15) / 16 * 16;
+  static constexpr bool FAR = C::TWO && DK > 128;  // more queries than a thread has registers for: they lie in shared memory
+  static constexpr int SCRATCH = FAR ? C::STEPS * 256 : 0;
   using Source = Reader<DK, BITS, PARAMS, TS, false, 1>;
   struct State {
     u32 q[C::STEPS][2];
@@ -86,6 +88,10 @@ template <int BITS, int GROUP, int T, int TS> struct TokenKeys {
       const bool mapped = kind.query;
       load_query<A>(q, row, mapped, c, true, [&](int p, int k, float x) { sums[A::channel(p, k) / GROUP] += x; });
       if (C::TWO) load_query<B>(q + A::STEPS, row, mapped, c, true, [](int, int, float) {});
+      if (FAR) {
+#pragma unroll
+        for (int i = 0; i < C::STEPS; i++) store_pair(w.scratch + i * 256 + 8 * w.lane, q[i][0], q[i][1]);
+      }
 #pragma unroll
       for (int g = 0; g < GROUPS; g++) {
         sums[g] *= plan.scale;
@@ -96,6 +102,11 @@ template <int BITS, int GROUP, int T, int TS> struct TokenKeys {
       }
     }
     __device__ __forceinline__ void convert(u32, const Warp&) {}
+    template <class P> __device__ __forceinline__ void step(float* d, const u32 x[2], int plane, int i, const Warp& w) {
+      u32 far[2];
+      if (FAR) load_words<2>(far, w.scratch + i * 256 + 8 * w.lane);
+      multiply<P>(d, x, plane, FAR ? far[0] : q[i][0], FAR ? far[1] : q[i][1]);
+    }
     __device__ __forceinline__ void scores(u32 data, u32 params, const Warp& w, float s[NS][4]) {
       const int c = w.lane & 3, r = w.lane >> 2;
       u32 x[NB][A::CHUNKS][2], y[NB][B::CHUNKS][2];
@@ -121,7 +132,7 @@ template <int BITS, int GROUP, int T, int TS> struct TokenKeys {
           for (int k = 0; k < A::CHUNKS; k++)
 #pragma unroll
             for (int b = 0; b < NB; b++)
-              if (A::channel(p, k) / GROUP == g) multiply<A>(d[b], x[b][k], p, q[p * A::CHUNKS + k][0], q[p * A::CHUNKS + k][1]);
+              if (A::channel(p, k) / GROUP == g) step<A>(d[b], x[b][k], p, p * A::CHUNKS + k, w);
         if (C::TWO) {
 #pragma unroll
           for (int p = 0; p < B::PLANES; p++)
@@ -129,8 +140,7 @@ template <int BITS, int GROUP, int T, int TS> struct TokenKeys {
             for (int k = 0; k < B::CHUNKS; k++)
 #pragma unroll
               for (int b = 0; b < NB; b++)
-                if (B::channel(p, k) / GROUP == g)
-                  multiply<B>(d[b], y[b][k], p, q[A::STEPS + p * B::CHUNKS + k][0], q[A::STEPS + p * B::CHUNKS + k][1]);
+                if (B::channel(p, k) / GROUP == g) step<B>(d[b], y[b][k], p, A::STEPS + p * B::CHUNKS + k, w);
         }
 #pragma unroll
         for (int n = 0; n < NS; n++)

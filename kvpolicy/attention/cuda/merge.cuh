@@ -7,7 +7,7 @@ template <class K_, class V_, int TS> struct Pair {
   using V = V_;
   static constexpr int TOKENS = TS, VALUES = K::BYTES, KEY_PARAMS = VALUES + V::BYTES, VALUE_PARAMS = KEY_PARAMS + K::PARAM_BYTES;
   static constexpr int STAGE = VALUE_PARAMS + V::PARAM_BYTES, FIT = TS == 16 ? 1 : ROOM / STAGE;
-  static constexpr int STAGES_ = FIT >= STAGES && TS > 16 ? STAGES : FIT < 3 ? 1 : FIT, BYTES = STAGES_ * STAGE, SCRATCH = K::SCRATCH;
+  static constexpr int STAGES_ = FIT >= STAGES && TS > 16 ? STAGES : FIT < 3 ? 1 : FIT, SCRATCH = STAGES_ * STAGE, BYTES = SCRATCH + K::SCRATCH;
 };
 
 __device__ constexpr int most(int a, int b) { return a > b ? a : b; }
@@ -26,8 +26,7 @@ __device__ constexpr int most(int a, int b) { return a > b ? a : b; }
 #ifndef KIND_5
 #define KIND_5 KIND_0
 #endif
-constexpr int SCRATCH = most(most(most(KIND_0::SCRATCH, KIND_1::SCRATCH), most(KIND_2::SCRATCH, KIND_3::SCRATCH)), most(KIND_4::SCRATCH, KIND_5::SCRATCH));
-constexpr int RING = SCRATCH + most(most(most(KIND_0::BYTES, KIND_1::BYTES), most(KIND_2::BYTES, KIND_3::BYTES)), most(KIND_4::BYTES, KIND_5::BYTES));
+constexpr int RING = most(most(most(KIND_0::BYTES, KIND_1::BYTES), most(KIND_2::BYTES, KIND_3::BYTES)), most(KIND_4::BYTES, KIND_5::BYTES));
 
 extern "C" { __constant__ int SHARED_BYTES = WARPS * (SLOT * 4 + RING); }
 

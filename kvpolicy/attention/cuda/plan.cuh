@@ -56,7 +56,7 @@ struct Plan {
 };
 struct Warp {
   int lane, row, head, base;  // base: the first of its query rows
-  u32 ring, scratch;
+  u32 ring, scratch;  // scratch: of the kind at hand, after its tiles
   float* slot;
   bool filled;
 };
