@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kvpolicy.attention.cuda.compile import Variant
 from kvpolicy.attention.cuda.kernel import Kernel
+from kvpolicy.attention.cuda.plan import START
 from kvpolicy.storage.packing import packed_width, unpack
 
 NUMBERS = [torch.float16, torch.bfloat16, torch.float32, torch.float8_e4m3fn]
@@ -20,7 +21,7 @@ LN2 = 0.6931471805599453
 
 def fake_kernel(variant: Variant, device: int | None) -> Kernel:
     """What `kernel_of` gives, its function the variant itself."""
-    return Kernel(lambda *given: None, variant, 0, 264)
+    return Kernel(variant, 0, 264)
 
 
 def read(address: int, count: int, dtype: torch.dtype) -> Tensor:
@@ -50,14 +51,16 @@ class Reader:
         runs, pages = variant.room
         self.pages = struct.unpack_from(f"<{pages}Q", arguments, at)
         at += 8 * pages
-        self.kinds = [struct.unpack_from("<6i", arguments, at + 24 * i) for i in range(len(variant.kinds))]
-        at += 24 * len(variant.kinds)
-        self.parts = struct.unpack_from("<6i", arguments, at)
-        at += 24
+        self.steps, self.parts = struct.unpack_from("<4Q", arguments, at), struct.unpack_from("<6i", arguments, at + 32)
+        at += 56
+        self.kinds = [struct.unpack_from("<4iI3i", arguments, at + 32 * i) for i in range(len(variant.kinds))]
+        at += 32 * len(variant.kinds)
+        self.before = struct.unpack_from(f"<{runs}i", arguments, at)
+        at += 4 * runs
+        self.runs = [struct.unpack_from("<16i", arguments, at + 64 * i) for i in range(runs)]
+        at += 64 * runs
         self.strides = [struct.unpack_from("<2q", arguments, at + 16 * i) for i in range(pages)]
-        at += 16 * pages
-        self.runs = [struct.unpack_from("<17i", arguments, at + 68 * i) for i in range(runs)]
-        assert len(arguments) == at + 68 * runs
+        assert len(arguments) == at + 16 * pages
         assert len(arguments) <= (4096 if runs == 40 else 32764)
 
     def queries(self, which: int, row: int, head: int) -> Tensor:
@@ -140,7 +143,7 @@ class Reader:
 
     def scores(self, run: tuple[int, ...], raw: Tensor, row: int, head: int) -> Tensor:
         """Scores of a run `[rows, tokens]` in units of log2, masked."""
-        tokens, _, column, slot, causal = run[12:]
+        tokens, column, slot, causal = run[12:]
         _, _, queries, *_ = self.header.numbers
         x = raw * self.header.scale
         if self.variant.softcap:
@@ -170,6 +173,20 @@ class Reader:
                 x = x + values.double() / LN2
         return x.masked_fill(hidden, -torch.inf)
 
+    def shared(self) -> None:
+        """Check that each tile is the share of one block."""
+        spaces = self.header.numbers[5]
+        costs = [0] * spaces
+        for _, _, tiles, weight, inverse, before, _, space in self.kinds:
+            assert before - costs[space] in ((0,) if not tiles or not costs[space] else (START,))
+            costs[space] = before + tiles * weight
+            for x in (before, before + 1, before + tiles * weight, costs[space] // 2):
+                ahead = max(x - before, 0)
+                assert (ahead + weight - 1) * inverse >> 32 == -(-ahead // weight)
+        for space in range(spaces):
+            blocks = self.parts[space + 1] - self.parts[space]
+            assert self.steps[space] * blocks >> 32 == costs[space]
+
     def run(self) -> None:
         """Write what the kernel would write."""
         kv_heads, groups, queries, parts, columns, spaces = self.header.numbers
@@ -177,6 +194,7 @@ class Reader:
         assert self.grid[0] == parts == self.parts[spaces]
         batch, rows = self.grid[1] // kv_heads, groups * queries
         size = self.variant.rows
+        self.shared()
         assert self.grid[2] == -(-rows // size)
         dtype = torch.float32 if self.variant.wide else torch.bfloat16 if self.variant.bfloat else torch.float16
         out = torch.zeros((spaces, batch, queries, kv_heads * groups, dims[1]), dtype=torch.float64)
@@ -187,17 +205,17 @@ class Reader:
                 found = []
                 for kind, name in zip(self.kinds, self.variant.kinds, strict=True):
                     keys, values = re.fullmatch(r"Pair<(.*>), (.*>), \d+>", name).groups()  # type: ignore[union-attr]
-                    first, last, tiles, _, query, space = kind
+                    first, last, tiles, *_, query, space = kind
                     tile, before = int(re.findall(r"\d+", name)[-1]), 0
-                    for run in self.runs[first:last]:
-                        assert run[13] == before
+                    for run, number in zip(self.runs[first:last], self.before[first:last], strict=True):
+                        assert number == before
                         before += -(-run[12] // tile)
                         if keys.startswith("Channel"):  # a tile lies in as many groups as it is told of
                             assert run[5] % min(tile, int(re.findall(r"\d+", keys)[1])) == 0 or run[12] <= tile
                         k = self.side(run[:6], keys, run[12], dims[0], row, head)
                         v, there = self.values(run[6:12], values, run[12], dims[1], row, head)
                         s = self.scores(run, self.queries(query, row, head) @ k.T, row, head)
-                        every[row, head, :, run[14] : run[14] + run[12]][:, there] = s[:, there]
+                        every[row, head, :, run[13] : run[13] + run[12]][:, there] = s[:, there]
                         s = s.masked_fill(~there, -torch.inf)
                         found.append((s, v, space))
                     assert before == tiles

@@ -81,7 +81,10 @@ MANY = [
     variant(80, (token(2, 40), token(1, 40), True), (EXACT, centred(2, 80, SMALL), True), wide=True),
     variant(128, LOGQUANT, mask=3, places=8, causal=True),
     variant(128, LOGQUANT, mask=4, places=4, room=(360, 240)),
+    variant(256, (Format(3, 64, False, BFLOAT, 256), Format(3, 64, False, BFLOAT, 256))),
+    variant(256, (Format(3, 32, True, BFLOAT, 256), Format(3, 64, False, BFLOAT, 256)), rows=8, wide=True),
+    variant(256, (Format(2, 0, True, BFLOAT, 256, True), EXACT, True)),
+    variant(256, (Format(4, 0, True, BFLOAT, 256, True), Format(4, 64, False, BFLOAT, 256)), rows=8, wide=True),
+    variant(96, (numbered(3), Format(3, 48, False, BFLOAT, 96))),
 ]
 """What is compiled for one architecture more."""
-LARGEST = variant(256, (Format(3, 64, False, BFLOAT, 256), Format(3, 64, False, BFLOAT, 256)))
-"""256 channels in two parts of a code are more numbers than a thread has registers."""

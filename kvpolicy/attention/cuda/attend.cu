@@ -12,32 +12,40 @@
 #include "values.cuh"
 #include "merge.cuh"
 
-// The next tile of a kind to be fetched, of one side. The warps of a block take turns, so that it reads on in one place.
-template <class S> struct Cursor {
-  S source;
+// Where in its run a tile of a kind is.
+struct Place {
   int run, done, left, tile, next;  // next: the first tile of the next run
-  __device__ __forceinline__ void find(const Plan& plan, const Kind& kind, bool keys, int tokens, const Warp& w) {
-    while (run + 1 < kind.last && plan.layout.runs[run + 1].tile <= tile) run++;
-    next = run + 1 < kind.last ? plan.layout.runs[run + 1].tile : 1 << 30;
-    done = (tile - plan.layout.runs[run].tile) * tokens;
-    left = plan.layout.runs[run].tokens - done;
-    source.open(plan, keys ? plan.layout.runs[run].k : plan.layout.runs[run].v, w, done, left);
+  __device__ __forceinline__ void find(const Layout& layout, const Kind& kind, int tokens) {
+    while (run + 1 < kind.last && layout.tiles[run + 1] <= tile) run++;
+    next = run + 1 < kind.last ? layout.tiles[run + 1] : 1 << 30;
+    done = (tile - layout.tiles[run]) * tokens;
+    left = layout.runs[run].tokens - done;
   }
-  __device__ __forceinline__ void start(const Plan& plan, const Kind& kind, bool keys, int first, int tokens, const Warp& w) {
-    run = kind.first;
-    tile = first;
-    source.start(w.lane);
-    find(plan, kind, keys, tokens, w);
-  }
-  __device__ __forceinline__ void fetch(const Plan& plan, const Kind& kind, bool keys, int tokens, u32 to, u32 to_params, const Warp& w) {
-    source.fetch(to, to_params, done, left, w.lane);
+  __device__ __forceinline__ bool skip(int tokens) {  // to the warp's next tile, if it is in the same run
     tile += WARPS;
-    if (tile < next) {
-      done += WARPS * tokens;
-      left -= WARPS * tokens;
-      source.skip(WARPS, left, w.lane);
+    done += WARPS * tokens;
+    left -= WARPS * tokens;
+    return tile < next;
+  }
+};
+// The next tile of a kind to be fetched. The warps of a block take turns, so that it reads on in one place.
+template <class P> struct Cursor {
+  typename P::K::Source k;
+  typename P::V::Source v;
+  Place at;
+  __device__ __forceinline__ void open(const Plan& plan, const Warp& w) {
+    k.open(plan, plan.layout.runs[at.run].k, w, at.done, at.left);
+    v.open(plan, plan.layout.runs[at.run].v, w, at.done, at.left);
+  }
+  __device__ __forceinline__ void fetch_keys(u32 to, const Warp& w) { k.fetch(to, to + P::KEY_PARAMS, at.done, at.left, w.lane); }
+  __device__ __forceinline__ void fetch_values(const Plan& plan, const Kind& kind, u32 to, const Warp& w) {
+    v.fetch(to + P::VALUES, to + P::VALUE_PARAMS, at.done, at.left, w.lane);
+    if (at.skip(P::TOKENS)) {
+      k.skip(WARPS, at.left, w.lane);
+      v.skip(WARPS, at.left, w.lane);
     } else {
-      find(plan, kind, keys, tokens, w);
+      at.find(plan.layout, kind, P::TOKENS);
+      open(plan, w);
     }
   }
 };
@@ -47,29 +55,37 @@ template <class P> __device__ __forceinline__ void attend_kind(const Plan& plan,
   using V = typename P::V;
   constexpr int TS = P::TOKENS, NB = TS / 16, NS = R == 8 ? NB : 1, ST = P::STAGES_;
   const int n = (last - first + WARPS - 1) / WARPS;
+  w.scratch = w.ring + P::SCRATCH;
   typename K::State ks;
   typename V::State vs;
-  Cursor<typename K::Source> kf;
-  Cursor<typename V::Source> vf;
-  kf.start(plan, kind, true, first, TS, w);
-  vf.start(plan, kind, false, first, TS, w);
-  int now = kf.run, seen = kf.done, left = kf.left, tile = first, next = kf.next, slot = 0;  // of the next scores; slot: where the next tile goes
+  Place now;  // of the next scores
+  now.run = kind.first;
+  now.tile = first;
+  now.find(plan.layout, kind, TS);
+  Cursor<P> next;
+  next.at = now;
+  next.k.start(w.lane);
+  next.v.start(w.lane);
+  next.open(plan, w);
+  int slot = 0;  // where the next tile goes
+  wait_for_last();
+  ks.ask(plan, kind, w);
   auto fetch = [&](int i) {
     if (i < n) {
       const u32 to = w.ring + slot * P::STAGE;
-      kf.fetch(plan, kind, true, TS, to, to + P::KEY_PARAMS, w);
-      vf.fetch(plan, kind, false, TS, to + P::VALUES, to + P::VALUE_PARAMS, w);
+      next.fetch_keys(to, w);
+      next.fetch_values(plan, kind, to, w);
       slot = slot + 1 == ST ? 0 : slot + 1;
     }
     commit();
   };
   if (ST > 1) {  // of ST tiles one is at its values, the next one at its keys, and the others are on their way
-#pragma unroll
+#pragma unroll 1
     for (int i = 0; i < ST - 1; i++) fetch(i);
   } else {  // keys of a tile are on their way while the last one is at its values, and the other way round
-    kf.fetch(plan, kind, true, TS, w.ring, w.ring + P::KEY_PARAMS, w);
+    next.fetch_keys(w.ring, w);
     commit();
-    vf.fetch(plan, kind, false, TS, w.ring + P::VALUES, w.ring + P::VALUE_PARAMS, w);
+    next.fetch_values(plan, kind, w.ring, w);
     commit();
   }
   ks.start(plan, kind, w);
@@ -85,18 +101,10 @@ template <class P> __device__ __forceinline__ void attend_kind(const Plan& plan,
 #pragma unroll
       for (int i = 0; i < NS * 4; i++) s[0][i] = soften(s[0][i], plan.cap);
     }
-    if (MASK || PLACES || CAUSAL || (NB == 1 && R == 4) || left < TS || (V::BY_SLOT && scattered(plan.layout.runs[now].v)))
-      hide<NS, NB, V::BY_SLOT>(plan, plan.layout.runs[now], seen, left, w, s);
-    if (SCORES) keep<NS, NB, V::BY_SLOT>(plan, plan.layout.runs[now], seen, left, w, s);
-    tile += WARPS;
-    seen += WARPS * TS;
-    left -= WARPS * TS;
-    if (tile >= next) {
-      while (now + 1 < kind.last && plan.layout.runs[now + 1].tile <= tile) now++;
-      next = now + 1 < kind.last ? plan.layout.runs[now + 1].tile : 1 << 30;
-      seen = (tile - plan.layout.runs[now].tile) * TS;
-      left = plan.layout.runs[now].tokens - seen;
-    }
+    if (MASK || PLACES || CAUSAL || (NB == 1 && R == 4) || now.left < TS || (V::BY_SLOT && scattered(plan.layout.runs[now.run].v)))
+      hide<NS, NB, V::BY_SLOT>(plan, plan.layout.runs[now.run], now.done, now.left, w, s);
+    if (SCORES) keep<NS, NB, V::BY_SLOT>(plan, plan.layout.runs[now.run], now.done, now.left, w, s);
+    if (!now.skip(TS)) now.find(plan.layout, kind, TS);
     float top[2] = {s[0][0], s[0][1]};
 #pragma unroll
     for (int i = 2; i < NS * 4; i++) top[i & 1] = fmaxf(top[i & 1], s[0][i]);
@@ -117,7 +125,7 @@ template <class P> __device__ __forceinline__ void attend_kind(const Plan& plan,
       fetch(it + ST - 1);
       wait<(ST > 1 ? ST - 2 : 0)>();
     } else {
-      if (it + 1 < n) kf.fetch(plan, kind, true, TS, keys, keys + P::KEY_PARAMS, w);
+      if (it + 1 < n) next.fetch_keys(keys, w);
       commit();
       wait<1>();
       __syncwarp();
@@ -138,7 +146,7 @@ template <class P> __device__ __forceinline__ void attend_kind(const Plan& plan,
     } else {
       vs.add(values + P::VALUES, values + P::VALUE_PARAMS, w, p);
       __syncwarp();
-      if (it + 1 < n) vf.fetch(plan, kind, false, TS, values + P::VALUES, values + P::VALUE_PARAMS, w);
+      if (it + 1 < n) next.fetch_values(plan, kind, values, w);
       commit();
       wait<1>();
       ks.convert(keys + P::KEY_PARAMS, w);
@@ -153,51 +161,49 @@ template <class P> __device__ __forceinline__ void attend_kind(const Plan& plan,
 
 // All tiles of a head whose values lie in one space stand in a line, as long as they cost; a block takes those that begin
 // in its stretch of it.
-template <class P> __device__ __forceinline__ void share(const Plan& plan, const Kind& kind, int space, i64& at, i64 begin, i64 end, Warp& w) {
+template <class P> __device__ __forceinline__ void share(const Plan& plan, const Kind& kind, int space, int begin, int end, Warp& w) {
   if (kind.space != space) return;
-  auto tile = [&](i64 x) { return (int)(x <= at ? 0 : x >= at + (i64)kind.tiles * kind.weight ? kind.tiles : (x - at + kind.weight - 1) / kind.weight); };
+  auto tile = [&](int x) { return min((int)__umulhi(max(x - kind.before, 0) + kind.weight - 1, kind.inverse), kind.tiles); };
   const int first = tile(begin) + (threadIdx.x >> 5), last = tile(end);
   if (first < last) attend_kind<P>(plan, kind, first, last, w);
-  at += (i64)kind.tiles * kind.weight;
 }
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) attend(const __grid_constant__ Plan plan) {
   extern __shared__ __align__(16) unsigned char shared[];
+  let_next_begin();
   const Layout& layout = plan.layout;
   Warp w;
-  asm volatile("mov.u32 %0, %%laneid;" : "=r"(w.lane));
+  w.lane = threadIdx.x & 31;
   const int warp = threadIdx.x >> 5;
-  w.row = blockIdx.y / plan.kv_heads;
-  w.head = blockIdx.y % plan.kv_heads;
+  w.row = plan.kv_heads == 1 ? blockIdx.y : __umulhi(blockIdx.y, plan.inverse);
+  w.head = blockIdx.y - w.row * plan.kv_heads;
   w.base = blockIdx.z * R;
   float* slots = (float*)shared;
   w.slot = slots + warp * SLOT;
   w.filled = false;
   w.ring = (u32)__cvta_generic_to_shared(shared + WARPS * SLOT * 4 + warp * RING);
-  w.scratch = w.ring + RING - SCRATCH;
   int space = 0;
   while (space + 1 < plan.spaces && layout.parts[space + 1] <= blockIdx.x) space++;
-  i64 at = 0, total = 0;
-  for (int k = 0; k < KINDS; k++) total += layout.kinds[k].space == space ? (i64)layout.kinds[k].tiles * layout.kinds[k].weight : 0;
-  const int part = blockIdx.x - layout.parts[space], parts = layout.parts[space + 1] - layout.parts[space];
-  const i64 begin = total * part / parts, end = total * (part + 1) / parts;
-  share<KIND_0>(plan, layout.kinds[0], space, at, begin, end, w);
+  const u64 step = layout.steps[space], part = blockIdx.x - layout.parts[space];
+  const int begin = step * part >> 32, end = step * (part + 1) >> 32;
+  share<KIND_0>(plan, layout.kinds[0], space, begin, end, w);
 #if KINDS > 1
-  share<KIND_1>(plan, layout.kinds[1], space, at, begin, end, w);
+  share<KIND_1>(plan, layout.kinds[1], space, begin, end, w);
 #endif
 #if KINDS > 2
-  share<KIND_2>(plan, layout.kinds[2], space, at, begin, end, w);
+  share<KIND_2>(plan, layout.kinds[2], space, begin, end, w);
 #endif
 #if KINDS > 3
-  share<KIND_3>(plan, layout.kinds[3], space, at, begin, end, w);
+  share<KIND_3>(plan, layout.kinds[3], space, begin, end, w);
 #endif
 #if KINDS > 4
-  share<KIND_4>(plan, layout.kinds[4], space, at, begin, end, w);
+  share<KIND_4>(plan, layout.kinds[4], space, begin, end, w);
 #endif
 #if KINDS > 5
-  share<KIND_5>(plan, layout.kinds[5], space, at, begin, end, w);
+  share<KIND_5>(plan, layout.kinds[5], space, begin, end, w);
 #endif
   if (!w.filled && w.lane < 8) *(float2*)(w.slot + 8 * (DV + 4) + 2 * w.lane) = make_float2(LOWEST, 0.f);
   __syncthreads();
-  merge_block(plan, slots, (float*)(shared + WARPS * SLOT * 4));
+  wait_for_last();
+  merge_block(plan, w, slots);
 }

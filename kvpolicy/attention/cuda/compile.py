@@ -46,6 +46,10 @@ class Source(Protocol):
     def blocks(self) -> int:
         """Blocks that a multiprocessor is to hold at once."""
 
+    @property
+    def waits(self) -> bool:
+        """Whether it waits itself for launches before it."""
+
     def defined(self, arch: str) -> dict[str, object]:
         """What stands before the file, by name."""
 
@@ -81,6 +85,10 @@ class Variant(NamedTuple):
     @property
     def blocks(self) -> int:
         return 1 if max(self.dims) > 128 and any("<3," in kind for kind in self.kinds) else 2
+
+    @property
+    def waits(self) -> bool:
+        return True
 
     def defined(self, arch: str) -> dict[str, object]:
         return {

@@ -49,6 +49,10 @@ class Encode(NamedTuple):
         return "encode"
 
     @property
+    def waits(self) -> bool:
+        return False
+
+    @property
     def blocks(self) -> int:
         return 4
 

@@ -106,7 +106,8 @@ def kind_of(keys: Format, values: Format, by_slot: bool = False) -> tuple[str, i
     halves = keys.by_channel and not keys.numbered and keys.group % 32 and keys.group != 16
     # more numbers than registers
     large = any(form.bits == 3 and form.dim > 128 for form in (keys, values))
-    large = large or (by_slot and keys.by_channel and keys.dim > 128)
+    large = large or (keys.by_channel and keys.dim > 128 and (by_slot or keys.numbered))
+    large = large or (keys.numbered and keys.bits == 3 and keys.dim % 128 > 0)
     tile = 16 if 16 in (keys.bits, values.bits) or halves or large else 32
     names = []
     for form, side in ((keys, "Keys"), (values, "Values")):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -14,18 +13,20 @@ from kvpolicy.attention.cuda.compile import Source, compiled, resources
 __all__ = ["THREADS", "Kernel", "kernel_of", "launch"]
 
 THREADS = 128
+EARLY = 12030
+"""The driver from which on a graph can capture launches that overlap."""
 
 
 class Kernel(NamedTuple):
     """A kernel on a device."""
 
-    run: Callable[..., Any]
-    """What launches it."""
     function: Any
     shared: int
     """Bytes of shared memory of a block."""
     slots: int
     """Blocks that the card holds at once; 0 where it has too little shared memory for one."""
+    early: bool = False
+    """Whether it may be launched before the launch ahead of it has ended, for which it waits itself."""
 
 
 @functools.cache
@@ -36,11 +37,14 @@ def kernel_of(source: Source, device: int) -> Kernel:
     major, minor = torch.cuda.get_device_capability(device)
     cubin = compiled(source, f"sm_{major}{minor}")
     shared = resources(cubin).shared
-    limit = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
     with torch.cuda.device(device):
         torch.cuda.current_stream()  # there is a context
-        if shared > _checked(driver.cuDeviceGetAttribute(limit, _checked(driver.cuCtxGetDevice()))):
-            return Kernel(driver.cuLaunchKernel, None, shared, 0)
+        if shared > _attribute("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN"):
+            return Kernel(None, shared, 0)
+        early = source.waits and major >= 9 and _checked(driver.cuDriverGetVersion()) >= EARLY
+        if early:  # no more blocks find room, or those of the next launch crowd together on some multiprocessors
+            whole = _attribute("MAX_SHARED_MEMORY_PER_MULTIPROCESSOR") // (source.blocks + 1)
+            shared = max(shared, whole - _attribute("RESERVED_SHARED_MEMORY_PER_BLOCK") + 16)
         library = _checked(driver.cuLibraryLoadData(cubin, [], [], 0, [], [], 0))
         function = _checked(
             driver.cuKernelGetFunction(_checked(driver.cuLibraryGetKernel(library, source.name.encode())))
@@ -48,9 +52,17 @@ def kernel_of(source: Source, device: int) -> Kernel:
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         _checked(driver.cuFuncSetAttribute(function, attribute, shared))
         blocks = _checked(driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(function, THREADS, shared))
+        processors = _attribute("MULTIPROCESSOR_COUNT")
     blocks = max(1, min(blocks, source.blocks))  # more of them read in too many places at once
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return Kernel(driver.cuLaunchKernel, function, shared, blocks * processors)
+    return Kernel(function, shared, blocks * processors, early)
+
+
+def _attribute(name: str) -> int:
+    """An attribute of the current device."""
+    from cuda.bindings import driver
+
+    which = getattr(driver.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
+    return int(_checked(driver.cuDeviceGetAttribute(which, _checked(driver.cuCtxGetDevice()))))
 
 
 def launch(kernel: Kernel, arguments: bytes, grid: tuple[int, int, int], device: int) -> None:
@@ -61,12 +73,39 @@ def launch(kernel: Kernel, arguments: bytes, grid: tuple[int, int, int], device:
     buffer = ctypes.create_string_buffer(arguments, len(arguments))
     pointer = ctypes.c_void_p(ctypes.addressof(buffer))
     stream = torch._C._cuda_getCurrentRawStream(device)
-    result = kernel.run(
-        kernel.function, *grid, THREADS, 1, 1, kernel.shared, stream, ctypes.addressof(pointer), 0
-    )  # fmt: skip
+    run = _early if kernel.early else _launcher()
+    result = run(kernel.function, *grid, THREADS, 1, 1, kernel.shared, stream, ctypes.addressof(pointer), 0)
     if result[0] != 0:
         _checked(result)
     return None
+
+
+@functools.cache
+def _launcher() -> Any:
+    from cuda.bindings import driver
+
+    return driver.cuLaunchKernel
+
+
+def _early(function: Any, *given: int) -> Any:
+    """Launch a kernel that waits itself for the launch ahead of it."""
+    from cuda.bindings import driver
+
+    *about, arguments, extra = given
+    return driver.cuLaunchKernelEx(_configuration(*about), function, arguments, extra)
+
+
+@functools.lru_cache(maxsize=256)
+def _configuration(*about: int) -> Any:
+    from cuda.bindings import driver
+
+    attribute, found = driver.CUlaunchAttribute(), driver.CUlaunchConfig()
+    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    attribute.value.programmaticStreamSerializationAllowed = 1
+    found.gridDimX, found.gridDimY, found.gridDimZ, found.blockDimX, found.blockDimY, found.blockDimZ = about[:6]
+    found.sharedMemBytes, found.hStream = about[6:]
+    found.attrs, found.numAttrs = [attribute], 1
+    return found
 
 
 def _checked(result: tuple[Any, ...]) -> Any:

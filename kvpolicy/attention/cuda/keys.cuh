@@ -15,6 +15,19 @@ template <class P, bool TRANS> __device__ __forceinline__ void load_part(u32 x[P
 }
 
 // The queries as operand B: a thread's column is lane / 4, its channels of a step 4 * (lane & 3) + {0, 2} and {1, 3}.
+// They are asked for first, as they lie, and put in order once tiles are on their way.
+template <class P> __device__ __forceinline__ void ask_query(u32 q[][2], const u8* row, int c) {
+  if (P::WIDTH % 4) return;
+#pragma unroll
+  for (int p = 0; p < P::PLANES; p++)
+#pragma unroll
+    for (int k = 0; k < P::CHUNKS; k++) {
+      const int within = k * 16 + 4 * c;
+      const uint2 v = P::WIDTH % 16 == 0 || within < P::WIDTH ? *(const uint2*)(row + 2 * (p * P::WIDTH + within)) : make_uint2(0, 0);
+      q[p * P::CHUNKS + k][0] = v.x;
+      q[p * P::CHUNKS + k][1] = v.y;
+    }
+}
 // Mapped ones are float16, the model's of its type.
 template <class P, class F> __device__ __forceinline__ void load_query(u32 q[][2], const u8* row, bool mapped, int c, bool scaled, F&& each) {
 #pragma unroll
@@ -23,13 +36,9 @@ template <class P, class F> __device__ __forceinline__ void load_query(u32 q[][2
     for (int k = 0; k < P::CHUNKS; k++) {
       float x[4] = {0.f, 0.f, 0.f, 0.f};
       if (P::WIDTH % 4 == 0) {
-        const int within = k * 16 + 4 * c;
-        if (P::WIDTH % 16 == 0 || within < P::WIDTH) {
-          const uint2 v = *(const uint2*)(row + 2 * (p * P::WIDTH + within));
-          const u32 words[2] = {v.x, v.y};
+        const u32* words = q[p * P::CHUNKS + k];
 #pragma unroll
-          for (int e = 0; e < 4; e++) x[e] = BFLOAT && !mapped ? Number<1>::of(words, e) : Number<0>::of(words, e);
-        }
+        for (int e = 0; e < 4; e++) x[e] = BFLOAT && !mapped ? Number<1>::of(words, e) : Number<0>::of(words, e);
       } else {
 #pragma unroll
         for (int e = 0; e < 4; e++)
@@ -56,12 +65,19 @@ template <int BITS, int GROUP, int T, int TS> struct TokenKeys {
   using B = typename C::B;
   using S = Scaled<BITS, DK / GROUP, T>;
   static constexpr int GROUPS = DK / GROUP, PARAMS = S::PARAMS, NB = TS / 16, NS = R == 8 ? NB : 1;
-  static constexpr int BYTES = C::bytes(TS), PARAM_BYTES = (TS * PARAMS + 15) / 16 * 16, SCRATCH = 0;
+  static constexpr int BYTES = C::bytes(TS), PARAM_BYTES = (TS * PARAMS + 15) / 16 * 16;
+  static constexpr bool FAR = C::TWO && DK > 128;  // more queries than a thread has registers for: they lie in shared memory
+  static constexpr int SCRATCH = FAR ? C::STEPS * 256 : 0;
   using Source = Reader<DK, BITS, PARAMS, TS, false, 1>;
   struct State {
     u32 q[C::STEPS][2];
     float u[2][GROUPS];
     float scale;
+    __device__ __forceinline__ void ask(const Plan& plan, const Kind& kind, const Warp& w) {
+      const u8* row = query_row(plan, kind, w, (w.lane >> 2) % R);
+      ask_query<A>(q, row, w.lane & 3);
+      if (C::TWO) ask_query<B>(q + A::STEPS, row, w.lane & 3);
+    }
     __device__ __forceinline__ void start(const Plan& plan, const Kind& kind, const Warp& w) {
       const int c = w.lane & 3, r = w.lane >> 2;
       scale = plan.scale * UNIT;
@@ -72,6 +88,10 @@ template <int BITS, int GROUP, int T, int TS> struct TokenKeys {
       const bool mapped = kind.query;
       load_query<A>(q, row, mapped, c, true, [&](int p, int k, float x) { sums[A::channel(p, k) / GROUP] += x; });
       if (C::TWO) load_query<B>(q + A::STEPS, row, mapped, c, true, [](int, int, float) {});
+      if (FAR) {
+#pragma unroll
+        for (int i = 0; i < C::STEPS; i++) store_pair(w.scratch + i * 256 + 8 * w.lane, q[i][0], q[i][1]);
+      }
 #pragma unroll
       for (int g = 0; g < GROUPS; g++) {
         sums[g] *= plan.scale;
@@ -82,6 +102,11 @@ template <int BITS, int GROUP, int T, int TS> struct TokenKeys {
       }
     }
     __device__ __forceinline__ void convert(u32, const Warp&) {}
+    template <class P> __device__ __forceinline__ void step(float* d, const u32 x[2], int plane, int i, const Warp& w) {
+      u32 far[2];
+      if (FAR) load_words<2>(far, w.scratch + i * 256 + 8 * w.lane);
+      multiply<P>(d, x, plane, FAR ? far[0] : q[i][0], FAR ? far[1] : q[i][1]);
+    }
     __device__ __forceinline__ void scores(u32 data, u32 params, const Warp& w, float s[NS][4]) {
       const int c = w.lane & 3, r = w.lane >> 2;
       u32 x[NB][A::CHUNKS][2], y[NB][B::CHUNKS][2];
@@ -107,7 +132,7 @@ template <int BITS, int GROUP, int T, int TS> struct TokenKeys {
           for (int k = 0; k < A::CHUNKS; k++)
 #pragma unroll
             for (int b = 0; b < NB; b++)
-              if (A::channel(p, k) / GROUP == g) multiply<A>(d[b], x[b][k], p, q[p * A::CHUNKS + k][0], q[p * A::CHUNKS + k][1]);
+              if (A::channel(p, k) / GROUP == g) step<A>(d[b], x[b][k], p, p * A::CHUNKS + k, w);
         if (C::TWO) {
 #pragma unroll
           for (int p = 0; p < B::PLANES; p++)
@@ -115,8 +140,7 @@ template <int BITS, int GROUP, int T, int TS> struct TokenKeys {
             for (int k = 0; k < B::CHUNKS; k++)
 #pragma unroll
               for (int b = 0; b < NB; b++)
-                if (B::channel(p, k) / GROUP == g)
-                  multiply<B>(d[b], y[b][k], p, q[A::STEPS + p * B::CHUNKS + k][0], q[A::STEPS + p * B::CHUNKS + k][1]);
+                if (B::channel(p, k) / GROUP == g) step<B>(d[b], y[b][k], p, A::STEPS + p * B::CHUNKS + k, w);
         }
 #pragma unroll
         for (int n = 0; n < NS; n++)
@@ -150,6 +174,11 @@ template <int BITS, int GROUP, int T, int TS> struct ChannelKeys {
   struct State {
     u32 q[C::STEPS][2], to[TURNS];
     float scale, plain, by[TURNS];
+    __device__ __forceinline__ void ask(const Plan& plan, const Kind& kind, const Warp& w) {
+      const u8* row = query_row(plan, kind, w, (w.lane >> 2) % R);
+      ask_query<A>(q, row, w.lane & 3);
+      if (C::TWO) ask_query<B>(q + A::STEPS, row, w.lane & 3);
+    }
     __device__ __forceinline__ void start(const Plan& plan, const Kind& kind, const Warp& w) {
       plain = plan.scale;
       scale = plan.scale * UNIT;
@@ -261,6 +290,7 @@ template <int BITS, int T, int TS> struct GroupKeys {
     typename By::State by;
     const u8* groups;
     u32 held, last;  // the group whose scales are in place, and the last one there is
+    __device__ __forceinline__ void ask(const Plan& plan, const Kind& kind, const Warp& w) { by.ask(plan, kind, w); }
     __device__ __forceinline__ void start(const Plan& plan, const Kind& kind, const Warp& w) {
       by.start(plan, kind, w);
       const Side& s = plan.layout.runs[kind.first].k;  // of one store, as all runs of the kind
@@ -315,7 +345,7 @@ template <int TS> struct ExactKeys {
   struct State {
     u32 q[DK / 16][2];
     float scale;
-    __device__ __forceinline__ void start(const Plan& plan, const Kind& kind, const Warp& w) {
+    __device__ __forceinline__ void ask(const Plan& plan, const Kind& kind, const Warp& w) {
       scale = plan.scale;
       const u8* row = query_row(plan, kind, w, (w.lane >> 2) % R);
 #pragma unroll
@@ -323,6 +353,7 @@ template <int TS> struct ExactKeys {
 #pragma unroll
         for (int h = 0; h < 2; h++) q[i][h] = *(const u32*)(row + 2 * (16 * i + 8 * h + 2 * (w.lane & 3)));
     }
+    __device__ __forceinline__ void start(const Plan&, const Kind&, const Warp&) {}
     __device__ __forceinline__ void convert(u32, const Warp&) {}
     __device__ __forceinline__ void scores(u32 data, u32, const Warp& w, float s[NS][4]) {
       float d[NB][4];

@@ -53,6 +53,31 @@ __device__ __forceinline__ u32 transposed(u32 x) {
   asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
   return y;
 }
+// Launches overlap where the card can: the next one may begin, and this one waits for the last one before it reads what
+// that has written, or writes. To wait again takes no time.
+__device__ __forceinline__ void let_next_begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void wait_for_last() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// A number that the last launch may have written: no load that may be moved ahead of the wait.
+__device__ __forceinline__ int fresh(const int* at) {
+  int x;
+  asm volatile("ld.global.s32 %0, [%1];" : "=r"(x) : "l"(at) : "memory");
+  return x;
+}
+// One more of those that count to `last`, after all that this block has written; what others wrote before they counted
+// can be read afterwards. Returns how many there were before.
+__device__ __forceinline__ u32 count(u32* at, u32 last) {
+  u32 before;
+  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(before) : "l"(at), "r"(last) : "memory");
+  return before;
+}
 // Two 8x8 matrices of 16-bit numbers for each of one or two chunks of 16 bytes: tokens 0 to 7, and 8 to 15.
 template <bool TRANS> __device__ __forceinline__ void load_two(u32 x[2][2], u32 at) {
   if (TRANS)

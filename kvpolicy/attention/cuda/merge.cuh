@@ -7,7 +7,7 @@ template <class K_, class V_, int TS> struct Pair {
   using V = V_;
   static constexpr int TOKENS = TS, VALUES = K::BYTES, KEY_PARAMS = VALUES + V::BYTES, VALUE_PARAMS = KEY_PARAMS + K::PARAM_BYTES;
   static constexpr int STAGE = VALUE_PARAMS + V::PARAM_BYTES, FIT = TS == 16 ? 1 : ROOM / STAGE;
-  static constexpr int STAGES_ = FIT >= STAGES && TS > 16 ? STAGES : FIT < 3 ? 1 : FIT, BYTES = STAGES_ * STAGE, SCRATCH = K::SCRATCH;
+  static constexpr int STAGES_ = FIT >= STAGES && TS > 16 ? STAGES : FIT < 3 ? 1 : FIT, SCRATCH = STAGES_ * STAGE, BYTES = SCRATCH + K::SCRATCH;
 };
 
 __device__ constexpr int most(int a, int b) { return a > b ? a : b; }
@@ -26,8 +26,7 @@ __device__ constexpr int most(int a, int b) { return a > b ? a : b; }
 #ifndef KIND_5
 #define KIND_5 KIND_0
 #endif
-constexpr int SCRATCH = most(most(most(KIND_0::SCRATCH, KIND_1::SCRATCH), most(KIND_2::SCRATCH, KIND_3::SCRATCH)), most(KIND_4::SCRATCH, KIND_5::SCRATCH));
-constexpr int RING = SCRATCH + most(most(most(KIND_0::BYTES, KIND_1::BYTES), most(KIND_2::BYTES, KIND_3::BYTES)), most(KIND_4::BYTES, KIND_5::BYTES));
+constexpr int RING = most(most(most(KIND_0::BYTES, KIND_1::BYTES), most(KIND_2::BYTES, KIND_3::BYTES)), most(KIND_4::BYTES, KIND_5::BYTES));
 
 extern "C" { __constant__ int SHARED_BYTES = WARPS * (SLOT * 4 + RING); }
 
@@ -44,7 +43,7 @@ __device__ __forceinline__ float mask_at(const Plan& plan, i64 at) {
 
 // Whether the value of a token lies in the page of its run.
 template <bool BY_SLOT> __device__ __forceinline__ bool here(const Plan& plan, const Run& run, int token, const Warp& w) {
-  return !BY_SLOT || !scattered(run.v) || has(run.v, __ldg(index_of(plan, run.v, w) + token));
+  return !BY_SLOT || !scattered(run.v) || has(run.v, fresh(index_of(plan, run.v, w) + token));
 }
 
 // Scores of tokens that a query may not see, and of those that are none, are minus infinity.
@@ -104,116 +103,124 @@ __device__ __forceinline__ void add4(float4& v, const float4 x, float f) {
   v.z = fmaf(x.z, f, v.z);
   v.w = fmaf(x.w, f, v.w);
 }
+// Where a row of the output and four of its channels are: i counts fours of the block's rows.
+struct Spot {
+  int head, query, ch;  // query head; query -1: there is no such row
+  __device__ __forceinline__ Spot(const Plan& plan, const Warp& w, int i) {
+    const int at = w.base + i / (DV / 4);
+    const bool there = at < plan.groups * plan.queries;
+    head = plan.queries == 1 ? at : at / plan.queries;
+    query = there ? at - head * plan.queries : -1;
+    head += w.head * plan.groups;
+    ch = i % (DV / 4) * 4;
+  }
+};
 // What divides the sum of a row, once sinks are in: the factor of its values.
-__device__ __forceinline__ float finished(const Plan& plan, int i, float top, float sum) {
-  const int at = blockIdx.z * R + i / (DV / 4), rows = plan.groups * plan.queries;
-  if (at >= rows) return 0.f;
-  const int row = blockIdx.y / plan.kv_heads, head = blockIdx.y % plan.kv_heads * plan.groups + at / plan.queries;
+__device__ __forceinline__ float finished(const Plan& plan, const Warp& w, const Spot& spot, float top, float sum) {
+  if (spot.query < 0) return 0.f;
   float f = 1.f;
   if (plan.sinks) {
-    const float sink = plan.sinks[head] * 1.44269504f, high = fmaxf(top, sink);
+    const float sink = plan.sinks[spot.head] * 1.44269504f, high = fmaxf(top, sink);
     f = ex2(top - high);
     sum = sum * f + ex2(sink - high);
     top = high;
   }
-  if (i % (DV / 4) == 0) {
+  if (spot.ch == 0) {
+    const i64 at = ((i64)w.row * plan.kv_heads * plan.groups + spot.head) * plan.queries + spot.query;
     const float lse = sum > 0.f ? top + __log2f(sum) : -__uint_as_float(0x7f800000u);
-    plan.lse[((i64)row * plan.kv_heads * plan.groups + head) * plan.queries + at % plan.queries] = 0.69314718f * lse;
-    if (SCORES) plan.sums[(i64)blockIdx.y * rows + at] = sum > 0.f ? lse : 0.f;
+    plan.lse[at] = 0.69314718f * lse;
+    if (SCORES) plan.sums[at] = sum > 0.f ? lse : 0.f;
   }
-  return sum > 0.f ? f / sum : 0.f;
+  return sum > 0.f ? __fdividef(f, sum) : 0.f;
 }
-__device__ __forceinline__ void write_out(const Plan& plan, int i, float4 v, float f, int space) {
-  const int at = blockIdx.z * R + i / (DV / 4), rows = plan.groups * plan.queries;
-  if (at >= rows) return;
-  const int row = blockIdx.y / plan.kv_heads, head = blockIdx.y % plan.kv_heads * plan.groups + at / plan.queries;
-  const i64 to = space * plan.out_space + (((i64)row * plan.queries + at % plan.queries) * plan.kv_heads * plan.groups + head) * DV + i % (DV / 4) * 4;
+__device__ __forceinline__ void write_out(const Plan& plan, const Warp& w, const Spot& spot, float4 v, float f, int space) {
+  if (spot.query < 0) return;
+  const i64 to = space * plan.out_space + (((i64)w.row * plan.queries + spot.query) * plan.kv_heads * plan.groups + spot.head) * DV + spot.ch;
   if (FLOAT) *(float4*)(plan.out + 4 * to) = make_float4(v.x * f, v.y * f, v.z * f, v.w * f);
   else *(uint2*)(plan.out + 2 * to) = make_uint2(model_pair(v.x * f, v.y * f), model_pair(v.z * f, v.w * f));
 }
 
+// Maximum and sum of a row, and the sum of four of its channels.
+struct Found {
+  float top, sum;
+  float4 v;
+  __device__ __forceinline__ Found() : top(LOWEST), sum(0.f), v(make_float4(0.f, 0.f, 0.f, 0.f)) {}
+  // Add what some blocks found. All that a step takes is on its way at once.
+  template <bool VALUES> __device__ __forceinline__ void add(const float* partial, int i, int first, int last) {
+    constexpr int N = 16;
+#pragma unroll 1
+    for (int p = first; p < last; p += N) {
+      float2 about[N];
+      float4 x[N];
+#pragma unroll
+      for (int q = 0; q < N; q++) {
+        const float* from = partial + (i64)min(p + q, last - 1) * PART;
+        about[q] = load2(from + R * DV + i / (DV / 4) * 2);
+        if (VALUES) x[q] = load4(from + 4 * i);
+      }
+      float high = top;
+#pragma unroll
+      for (int q = 0; q < N; q++) high = fmaxf(high, about[q].x);
+      const float f = ex2(top - high);
+      top = high;
+      sum *= f;
+      v = make_float4(v.x * f, v.y * f, v.z * f, v.w * f);
+#pragma unroll
+      for (int q = 0; q < N; q++) {
+        const float f = p + q < last ? ex2(about[q].x - high) : 0.f;
+        sum = fmaf(about[q].y, f, sum);
+        if (VALUES) add4(v, x[q], f);
+      }
+    }
+  }
+};
+
 // The warps' slots become one; of the blocks of a head the last to come puts all together, always in the same order.
-__device__ __forceinline__ void merge_block(const Plan& plan, const float* slots, float* shared) {
-  constexpr int FOURS = R * DV / 4, THREADS = WARPS * 32, AHEAD = 16;
-  const i64 line = (i64)blockIdx.z * gridDim.y + blockIdx.y, part = line * plan.parts + blockIdx.x;
-  float* partial = plan.partial + part * PART;
+__device__ __forceinline__ void merge_block(const Plan& plan, const Warp& w, const float* slots) {
+  constexpr int FOURS = R * DV / 4, THREADS = WARPS * 32;
+  const i64 line = (i64)blockIdx.z * gridDim.y + blockIdx.y;
+  float* partial = plan.partial + line * plan.parts * PART;
   for (int i = threadIdx.x; i < FOURS; i += THREADS) {
     const int row = i / (DV / 4), ch = i % (DV / 4) * 4;
-    float top = LOWEST, sum = 0.f;
-    float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
+    Found own;
 #pragma unroll
     for (int k = 0; k < WARPS * (8 / R); k++)
-      top = fmaxf(top, slots[k % WARPS * SLOT + 8 * (DV + 4) + 2 * (row + k / WARPS * R)]);
+      own.top = fmaxf(own.top, slots[k % WARPS * SLOT + 8 * (DV + 4) + 2 * (row + k / WARPS * R)]);
 #pragma unroll
     for (int k = 0; k < WARPS * (8 / R); k++) {
       const float* slot = slots + k % WARPS * SLOT;
       const float2 x = *(const float2*)(slot + 8 * (DV + 4) + 2 * (row + k / WARPS * R));
-      const float f = ex2(x.x - top);
-      sum += x.y * f;
-      if (x.y > 0.f) add4(v, *(const float4*)(slot + (row + k / WARPS * R) * (DV + 4) + ch), f);
+      const float f = ex2(x.x - own.top);
+      own.sum += x.y * f;
+      if (x.y > 0.f) add4(own.v, *(const float4*)(slot + (row + k / WARPS * R) * (DV + 4) + ch), f);
     }
     if (plan.parts == 1) {
-      write_out(plan, i, v, finished(plan, i, top, sum), 0);
+      const Spot spot(plan, w, i);
+      write_out(plan, w, spot, own.v, finished(plan, w, spot, own.top, own.sum), 0);
     } else {
-      *(float4*)(partial + 4 * i) = v;
-      if (i % (DV / 4) == 0) *(float2*)(partial + R * DV + 2 * row) = make_float2(top, sum);
+      *(float4*)(partial + blockIdx.x * PART + 4 * i) = own.v;
+      if (ch == 0) *(float2*)(partial + blockIdx.x * PART + R * DV + 2 * row) = make_float2(own.top, own.sum);
     }
   }
   if (plan.parts == 1) return;
-  __threadfence();
   __syncthreads();
   __shared__ u32 before;
-  if (threadIdx.x == 0) {
-    before = atomicInc(plan.counters + line, plan.parts - 1);
-    __threadfence();
-  }
+  if (threadIdx.x == 0) before = count(plan.counters + line, plan.parts - 1);
   __syncthreads();
   if (before != plan.parts - 1) return;
-  partial = plan.partial + line * plan.parts * PART;
-  float4 ahead[AHEAD];  // on their way while weights are found
-  const int soon = threadIdx.x < FOURS ? plan.layout.parts[1] : 0;
-#pragma unroll
-  for (int p = 0; p < AHEAD; p++)
-    if (p < soon) ahead[p] = load4(partial + (i64)p * PART + 4 * threadIdx.x);
-  for (int row = threadIdx.x >> 5; row < R; row += WARPS) {  // shared: of each row and part its weight; then maximum and sum
-    float top = LOWEST, sum = 0.f;
-    for (int p = threadIdx.x & 31; p < plan.parts; p += 32) {
-      const float2 x = load2(partial + (i64)p * PART + R * DV + 2 * row);
-      const float high = fmaxf(top, x.x);
-      sum = sum * ex2(top - high) + x.y * ex2(x.x - high);
-      top = high;
-      shared[2 * R + p * R + row] = x.x;
-    }
-#pragma unroll
-    for (int x = 16; x; x >>= 1) {
-      const float high = fmaxf(top, __shfl_xor_sync(~0u, top, x)), part = sum * ex2(top - high);
-      sum = part + __shfl_xor_sync(~0u, part, x);
-      top = high;
-    }
-    __syncwarp();
-    for (int p = threadIdx.x & 31; p < plan.parts; p += 32) shared[2 * R + p * R + row] = ex2(shared[2 * R + p * R + row] - top);
-    if ((threadIdx.x & 31) == 0) {
-      shared[2 * row] = top;
-      shared[2 * row + 1] = sum;
-    }
-  }
-  __syncthreads();
+#pragma unroll 1
   for (int i = threadIdx.x; i < FOURS; i += THREADS) {
-    const int row = i / (DV / 4);
-    const float f = finished(plan, i, shared[2 * row], shared[2 * row + 1]);
+    const Spot spot(plan, w, i);
+    Found all;
+    if (plan.spaces > 1) all.add<false>(partial, i, 0, plan.parts);
+    float f = 0.f;
+#pragma unroll 1
     for (int space = 0; space < plan.spaces; space++) {
-      float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
-      const int last = plan.layout.parts[space + 1];
-      int p = plan.layout.parts[space];
-      if (!space && i == threadIdx.x) {
-#pragma unroll
-        for (int q = 0; q < AHEAD; q++)
-          if (q < last) add4(v, ahead[q], shared[2 * R + q * R + row]);
-        p = AHEAD;
-      }
-#pragma unroll 16
-      for (; p < last; p++) add4(v, load4(partial + (i64)p * PART + 4 * i), shared[2 * R + p * R + row]);
-      write_out(plan, i, v, f, space);
+      Found own;
+      own.add<true>(partial, i, plan.layout.parts[space], plan.layout.parts[space + 1]);
+      if (plan.spaces == 1) all = own;
+      if (!space) f = finished(plan, w, spot, all.top, all.sum);
+      write_out(plan, w, spot, own.v, f * ex2(own.top - all.top), space);
     }
   }
 }

@@ -43,6 +43,10 @@ class Sums(NamedTuple):
         return "observe"
 
     @property
+    def waits(self) -> bool:
+        return False
+
+    @property
     def blocks(self) -> int:
         return 3 if self.dim <= 64 and self.weighs else 2
 

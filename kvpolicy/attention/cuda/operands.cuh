@@ -112,6 +112,7 @@ template <int ROW> struct Plain {
 __device__ __forceinline__ const u8* place(const Plan& plan, int page, int offset, const Warp& w) {
   const Page& at = plan.layout.pages[page];
   if (at.row < 0) {
+    wait_for_last();
     const int first = ((const int*)plan.pages[-at.row])[w.row * plan.kv_heads + w.head];
     return plan.pages[page] + first * at.head + offset;
   }
@@ -193,9 +194,10 @@ template <int DIM, int BITS, int PARAMS_, int TS> struct Gather<Reader<DIM, BITS
     index = index_of(plan, s, w) + done + w.lane;
     first = s.params_offset;
     count = scattered(s) ? (u32)s.group >> 8 : 0x7fffffff;
+    wait_for_last();
     look(left, w.lane);
   }
-  __device__ __forceinline__ void look(int left, int lane) { next = lane < TS && lane < left ? __ldg(index) : -1; }
+  __device__ __forceinline__ void look(int left, int lane) { next = lane < TS && lane < left ? fresh(index) : -1; }
   template <int ROW, class F> __device__ __forceinline__ void copy_all(u32 to, const u8* from, int bytes, int slot, int lane) {
     constexpr int PIECE = gcd(16, ROW), PIECES = ROW / PIECE, TOTAL = TS * PIECES;
 #pragma unroll

@@ -15,23 +15,28 @@ struct Side {  // where the keys or the values of a run lie
 };
 struct Run {  // neighbouring tokens of one kind
   Side k, v;
-  int tokens, tile;  // tile: tiles of its kind before it
+  int tokens;
   int column, slot;  // of its first token: column of the scores; column of the mask, -1 where `places` has it
   int causal;        // a query sees this many and its own number of tokens
 };
 struct Kind {
-  int first, last, tiles, weight;  // its runs; weight: what a tile costs, compared with those of other kinds
-  int query, space;                // which queries it takes, and which output its values add to
+  int first, last, tiles;  // its runs
+  int weight;              // what a tile costs, compared with those of other kinds
+  u32 inverse;             // 2^32 / weight, rounded up
+  int before;              // what the kinds before it cost whose values lie in the same space
+  int query, space;        // which queries it takes, and which output its values add to
 };
 struct Page {
   i64 row, head;  // bytes from row to row, and from head to head; or minus a page that says where these begin, and bytes of a token
 };
 struct Layout {
-  Kind kinds[KINDS];
-  int parts[MAPS + 1];  // of each space of values the first block of a head
+  u64 steps[MAPS];      // of each space of values what a block is to do, in 2^-32 of what tiles cost
+  int parts[MAPS + 1];  // and the first block of a head
   int pad;
-  Page pages[PAGES];
+  Kind kinds[KINDS];
+  int tiles[RUNS];  // of its kind before a run
   Run runs[RUNS];
+  Page pages[PAGES];
 };
 struct Plan {
   i64 query_strides[MAPS][3];                                    // elements from row to row, head to head and query to query
@@ -39,7 +44,7 @@ struct Plan {
   i64 places_row, places_head, out_space;                        // elements; out_space: from the output of one space to the next
   int kv_heads, groups, queries, parts, columns, spaces;         // groups: query heads per KV head; parts: blocks of a head
   float scale, cap, hidden;                                      // scale includes log2(e), cap too; hidden: what of a mask hides
-  int pad;
+  u32 inverse;                                                   // 2^32 / kv_heads, rounded up
   const u8* query[MAPS];  // the model's, then in float16 those for transformed keys
   const u8 *mask, *places;
   u8* out;
@@ -51,7 +56,7 @@ struct Plan {
 };
 struct Warp {
   int lane, row, head, base;  // base: the first of its query rows
-  u32 ring, scratch;
+  u32 ring, scratch;  // scratch: of the kind at hand, after its tiles
   float* slot;
   bool filled;
 };

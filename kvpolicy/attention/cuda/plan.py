@@ -23,11 +23,13 @@ KINDS, WARPS = 6, 4
 POINTERS = MAPS + 9
 """Addresses before those of pages."""
 LOG2E = math.log2(math.e)
-NUMBERS = struct.Struct(f"<{3 * MAPS}q5q3q6i3fi")
-KIND, PARTS, RUN = struct.Struct("<6i"), struct.Struct(f"<{MAPS + 2}i"), struct.Struct("<5i")
-PAGE_BYTES, RUN_BYTES = 16, 68
+NUMBERS = struct.Struct(f"<{3 * MAPS}q5q3q6i3fI")
+PARTS, KIND, RUN = struct.Struct(f"<{MAPS}Q{MAPS + 2}i"), struct.Struct("<4iI3i"), struct.Struct("<4i")
+TILE_BYTES, RUN_BYTES, PAGE_BYTES = 4, 64, 16
 MASKS = {torch.bool: 1, torch.float32: 2, torch.bfloat16: 3, torch.float16: 4}
 NEVER = 1 << 30
+TILE, START = 4, 48
+"""What a tile of codes costs, and what it costs a block to begin with another kind of tokens, as `weight_of` counts."""
 NEW = Kind(kind_of(EXACT, EXACT)[0], 0, 0)
 """The kind of new tokens."""
 _known: dict[tuple[object, ...], set[Kind]] = {}
@@ -96,12 +98,12 @@ def make_plan(query: Tensor, part: Part, mask: Tensor | None, places: Tensor | N
     if not kernel.slots:
         raise Declined(f"a block needs {kernel.shared} bytes of shared memory, more than this card has")
     lines, turns = batch * part.kv_heads, -(-rows // size)
-    costs = _costs(laid.runs, spaces)
-    parts = _blocks(lines * turns, laid.runs, kernel.slots, costs)
+    lined = _in_line(laid.runs, kinds, spaces)
+    parts = _blocks(lines * turns, kernel.slots, lined.costs)
     slot = mask.shape[-1] - new if mask is not None else 0
     later = new - queries if causal else NEVER
-    body = _pack(laid, part, kinds, spaces, parts, slot, -1 if places is not None else None, later, room[1])
-    size_of = KIND.size * len(kinds) + PARTS.size + PAGE_BYTES * room[1] + RUN_BYTES * room[0]
+    body = _pack(laid, part, lined, parts, slot, -1 if places is not None else None, later, room[0])
+    size_of = PARTS.size + KIND.size * len(kinds) + (TILE_BYTES + RUN_BYTES) * room[0] + PAGE_BYTES * room[1]
     return Plan(
         kernel,
         sum(parts),
@@ -135,8 +137,13 @@ def _numbers(
         *query.stride()[:3], *mapped * (MAPS - 1), *_steps(mask, 5), *_steps(places, 2)[:2],
         batch * queries * heads * part.value_dim,
         part.kv_heads, heads // part.kv_heads, queries, parts, columns_of(part, options), spaces,
-        options.scaling * LOG2E, (options.softcap or 0.0) * LOG2E, hidden, 0,
+        options.scaling * LOG2E, (options.softcap or 0.0) * LOG2E, hidden, _inverse(part.kv_heads),
     )  # fmt: skip
+
+
+def _inverse(n: int) -> int:
+    """What numbers below 2^20 are multiplied by, and shifted by 32, to divide them by n, if that is not 1."""
+    return -(-(1 << 32) // n) & 0xFFFFFFFF
 
 
 def columns_of(part: Part, options: AttentionOptions) -> int:
@@ -165,65 +172,74 @@ def _kinds(laid: Laid, query: Tensor, part: Part) -> tuple[list[Kind], list[int]
     return sorted(known, key=lambda kind: (kind.space, kind)), spaces
 
 
-def _costs(runs: list[Run], spaces: list[int]) -> list[int]:
-    """What the tiles of each space cost."""
-    found = dict.fromkeys(spaces, 0)
-    for run in runs:
-        found[run.kind.space] += -(-run.tokens // run.tile) * weight_of(run.kind.name)
-    return [found[space] for space in spaces]
+class Lined(NamedTuple):
+    """The tiles of a head, in a line for each space of values, as long as they cost; a block takes a stretch of it."""
+
+    kinds: list[bytes]
+    """What the kernel reads of each kind."""
+    runs: list[tuple[Run, int]]
+    """Those of one kind after those of the other, each with the tiles of its kind before it."""
+    costs: list[int]
+    """How long the line of each space is."""
 
 
-def _blocks(lines: int, runs: list[Run], slots: int, costs: list[int]) -> list[int]:
+def _in_line(runs: list[Run], kinds: list[Kind], spaces: list[int]) -> Lined:
+    """Where kinds stand. A gap ahead of the second and later ones is what it costs a block to begin with them."""
+    found, ordered, costs = [], [], [0] * len(spaces)
+    for kind in kinds:
+        first, tiles, weight = len(ordered), 0, weight_of(kind.name)
+        space = spaces.index(kind.space) if kind.space in spaces else 0
+        for run in runs:
+            if run.kind == kind:
+                ordered.append((run, tiles))
+                tiles += -(-run.tokens // run.tile)
+        before = costs[space] + (START if tiles and costs[space] else 0)
+        found.append(KIND.pack(first, len(ordered), tiles, weight, _inverse(weight), before, kind.query, space))
+        if tiles:
+            costs[space] = before + tiles * weight
+    return Lined(found, ordered, costs)
+
+
+def _blocks(lines: int, slots: int, costs: list[int]) -> list[int]:
     """Into how many blocks the tokens of a head are split, for each space of values."""
-    parts = _parts(lines, sum(-(-run.tokens // run.tile) for run in runs), slots)
+    total = sum(costs)
+    parts = _parts(lines, total, slots)
     if len(costs) == 1:
         return [parts]
-    total = sum(costs)
     return [max(1, round(max(parts, len(costs)) * cost / total)) for cost in costs]
 
 
 @functools.lru_cache(maxsize=256)
-def _parts(lines: int, tiles: int, slots: int) -> int:
+def _parts(lines: int, cost: int, slots: int) -> int:
     """Into how many blocks the tokens of a head are split: what a simple account of time finds best.
 
-    A tile takes a warp some 0.7 us where a card is full, and a block some 3 us apart from them.
+    In microseconds, as measured: the warps of a block take some 0.9 for a tile each where a card is full, less where it
+    is half full; a block takes 4 besides, and the merge of several 1.5, and 0.5 for each 16.
     """
     best, least = 1, math.inf
-    for parts in range(1, max(1, min(256, -(-tiles // WARPS))) + 1):
+    for parts in range(1, max(1, min(256, -(-cost // (WARPS * TILE)))) + 1):
         waves = -(-lines * parts // slots)
-        time = waves * (3.0 + 0.7 * -(-tiles // (parts * WARPS))) + 0.01 * parts
+        tile = 0.9 * max(0.55, lines * parts / (waves * slots))
+        time = waves * (4.0 + tile * (0.5 + cost / (parts * WARPS * TILE)))
+        time += 1.5 + 0.5 * -(-parts // 16) if parts > 1 else 0.0
         if time < least:
             best, least = parts, time
     return best
 
 
 def _pack(
-    laid: Laid,
-    part: Part,
-    kinds: list[Kind],
-    spaces: list[int],
-    parts: list[int],
-    slot: int,
-    placed: int | None,
-    later: int,
-    room: int,
+    laid: Laid, part: Part, lined: Lined, parts: list[int], slot: int, placed: int | None, later: int, room: int
 ) -> bytes:
-    """Kinds, blocks, pages and runs as the kernel reads them; there is room for so many pages."""
-    number = {space: i for i, space in enumerate(spaces)}
-    heads, bodies, first = [], [], 0
+    """Blocks, kinds, runs and pages as the kernel reads them; there is room for so many runs."""
     last = laid.runs[-1] if part.new is not None else None
-    for kind in kinds:
-        own = [run for run in laid.runs if run.kind == kind]
-        tiles = 0
-        for run in own:
-            new = run is last
-            column = slot if new else placed if placed is not None else run.at
-            bodies += [run.where, RUN.pack(run.tokens, tiles, run.at, column, later if new else NEVER)]
-            tiles += -(-run.tokens // run.tile)
-        stands = (first, first + len(own), tiles, weight_of(kind.name), kind.query, number.get(kind.space, 0))
-        heads.append(KIND.pack(*stands))
-        first += len(own)
+    bodies = []
+    for run, _ in lined.runs:
+        new = run is last
+        column = slot if new else placed if placed is not None else run.at
+        bodies.append(run.where + RUN.pack(run.tokens, run.at, column, later if new else NEVER))
     ends = [sum(parts[:i]) for i in range(len(parts) + 1)]
-    heads.append(PARTS.pack(*ends, *[ends[-1]] * (MAPS + 2 - len(ends))))
-    pages = b"".join(laid.pages)
-    return b"".join([*heads, pages.ljust(PAGE_BYTES * room, b"\0"), *bodies])
+    steps = [-(-(cost << 32) // n) for cost, n in zip(lined.costs, parts, strict=True)]
+    blocks = PARTS.pack(*steps, *[0] * (MAPS - len(steps)), *ends, *[ends[-1]] * (MAPS + 2 - len(ends)))
+    tiles = struct.pack(f"<{len(bodies)}i", *(before for _, before in lined.runs)).ljust(TILE_BYTES * room, b"\0")
+    runs = b"".join(bodies).ljust(RUN_BYTES * room, b"\0")
+    return b"".join([blocks, *lined.kinds, tiles, runs, *laid.pages])

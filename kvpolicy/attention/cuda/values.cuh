@@ -44,18 +44,22 @@ template <int BITS, int GROUP, int T, int TS> struct TokenValues {
   static constexpr int GROUPS = DV / GROUP, PARAMS = S::PARAMS, NB = TS / 16, NS = R == 8 ? NB : 1;
   static constexpr int BYTES = C::bytes(TS), PARAM_BYTES = (TS * PARAMS + 15) / 16 * 16;
   static constexpr bool BY_SLOT = false;
+  // Sums of both parts of a code are one where a thread has no registers for two: 16 channels of a plane of the first part
+  // are those of a plane of the second, whose codes weigh 4 or 2 times as much. Half and twice the weights are in range.
+  static constexpr bool ONE = C::TWO && DV > 128 && A::WIDTH % 32 == 0;
+  static constexpr int SUMS = ONE ? A::STEPS : C::STEPS;
   using Source = Reader<DV, BITS, PARAMS, TS, false, 1>;
   struct State {
-    float acc[C::STEPS][4], o[2][GROUPS];
+    float acc[SUMS][4], o[2][GROUPS];
     __device__ __forceinline__ void start() {
 #pragma unroll
-      for (int i = 0; i < C::STEPS * 4; i++) acc[0][i] = 0.f;
+      for (int i = 0; i < SUMS * 4; i++) acc[0][i] = 0.f;
 #pragma unroll
       for (int i = 0; i < 2 * GROUPS; i++) o[0][i] = 0.f;
     }
     __device__ __forceinline__ void rescale(const float f[2]) {
 #pragma unroll
-      for (int i = 0; i < C::STEPS * 4; i++) acc[0][i] *= f[i & 1];
+      for (int i = 0; i < SUMS * 4; i++) acc[0][i] *= f[i & 1];
 #pragma unroll
       for (int g = 0; g < GROUPS; g++) {
         o[0][g] *= f[0];
@@ -91,18 +95,23 @@ template <int BITS, int GROUP, int T, int TS> struct TokenValues {
 #pragma unroll
         for (int q = 0; q < A::PLANES; q++)
 #pragma unroll
-          for (int k = 0; k < A::CHUNKS; k++) weigh<A>(acc[q * A::CHUNKS + k], x[k], q, z[A::channel(q, k) / GROUP]);
+          for (int k = 0; k < A::CHUNKS; k++) weigh<A, ONE ? -1 : 0>(acc[q * A::CHUNKS + k], x[k], q, z[A::channel(q, k) / GROUP]);
         if (C::TWO) {
 #pragma unroll
           for (int q = 0; q < B::PLANES; q++)
 #pragma unroll
-            for (int k = 0; k < B::CHUNKS; k++) weigh<B>(acc[A::STEPS + q * B::CHUNKS + k], y[k], q, z[B::channel(q, k) / GROUP]);
+            for (int k = 0; k < B::CHUNKS; k++) {
+              float* d = acc[(ONE ? 0 : A::STEPS) + q * B::CHUNKS + k];
+              if (ONE && q % 2 == 0) weigh<B, 1>(d, y[k], q, z[B::channel(q, k) / GROUP]);
+              else weigh<B, 0>(d, y[k], q, z[B::channel(q, k) / GROUP]);
+            }
         }
       }
     }
-    template <class P> static __device__ __forceinline__ void weigh(float* d, const u32 x[2], int plane, const u32 z[2]) {
-      const u32 m = P::mask(plane);
-      mma(d, x[0] & m, (x[0] >> 8) & m, x[1] & m, (x[1] >> 8) & m, z[0], z[1]);
+    // UP: by what power of two the weights are larger.
+    template <class P, int UP> static __device__ __forceinline__ void weigh(float* d, const u32 x[2], int plane, const u32 z[2]) {
+      const u32 m = P::mask(plane), f = UP > 0 ? 0x40004000u : 0x38003800u;  // twice, and half
+      mma(d, x[0] & m, (x[0] >> 8) & m, x[1] & m, (x[1] >> 8) & m, UP ? times(z[0], f) : z[0], UP ? times(z[1], f) : z[1]);
     }
     template <class P> __device__ __forceinline__ void write(Writer& out, int r, int first) {
 #pragma unroll
@@ -112,7 +121,7 @@ template <int BITS, int GROUP, int T, int TS> struct TokenValues {
 #pragma unroll
           for (int h = 0; h < 2; h++) {
             const float* d = acc[first + q * P::CHUNKS + k] + 2 * h;
-            const float unit = UNIT * P::factor(q);
+            const float unit = UNIT * P::factor(q) * (ONE ? 2.f : 1.f);
             const int g = P::channel(q, k) / GROUP, within = 16 * k + 2 * r + h, ch = q * P::WIDTH + within;
             const bool there = within < P::WIDTH;
             out.put(ch, there, first > 0, fmaf(d[0], unit, first ? 0.f : o[0][g]), fmaf(d[1], unit, first ? 0.f : o[1][g]));
@@ -126,7 +135,7 @@ template <int BITS, int GROUP, int T, int TS> struct TokenValues {
       Writer out;
       out.open(w, m, l);
       write<A>(out, w.lane >> 2, 0);
-      if (C::TWO) {
+      if (C::TWO && !ONE) {
         __syncwarp();
         write<B>(out, w.lane >> 2, A::STEPS);
       }

@@ -57,6 +57,13 @@ def test_bits_and_groups_per_channel(bits: int, group: int) -> None:
     Served(own(channel(bits, group), token(4))).check((500, 1))
 
 
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("dim", [96, 256])
+def test_bits_and_head_dims_per_channel(bits: int, dim: int) -> None:
+    Served(own(channel(bits), token(bits)), dim=dim).check((300, 1))
+    Served(own(channel(bits, "arrival"), token(bits)), dim=dim).check((300, 5, 1))
+
+
 @pytest.mark.parametrize("name", APART)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_keys_and_values_that_lie_in_other_stores_and_orders(name: str, dtype: torch.dtype) -> None:
