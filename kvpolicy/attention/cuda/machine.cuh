@@ -5,6 +5,7 @@ typedef unsigned int u32;
 typedef long long i64;
 typedef unsigned long long u64;
 constexpr float LOWEST = -1e30f;  // below all scores, and a number
+#define INFINITE __uint_as_float(0x7f800000u)
 
 __device__ __forceinline__ constexpr int gcd(int a, int b) { return b ? gcd(b, a % b) : a; }
 __device__ __forceinline__ float lo(u32 w) { return __uint_as_float(w << 16); }

@@ -2,7 +2,7 @@
 constexpr int DK = KEY_DIM, DV = VALUE_DIM, R = ROWS, WARPS = 4;
 constexpr float RISE = 6.f, UNIT = 16777216.f;  // of a code: 2^-24
 constexpr int SLOT = 8 * (DV + 4) + 16;  // floats: what a warp found for its columns, then maximum and sum of each
-constexpr int PART = R * DV + 2 * R;     // the same of a block, for its rows
+constexpr int PART = R * DV + R;         // of a block for its rows: means, and the logarithms of their weights
 constexpr int MAPS = 4;                  // spaces of keys, and of values: the model's own, and those of transforms
 
 struct Side {  // where the keys or the values of a run lie

@@ -114,7 +114,7 @@ def make_plan(query: Tensor, part: Part, mask: Tensor | None, places: Tensor | N
         turns,
         tuple(laid.maps[0]),
         tuple(laid.maps[1][space - 1] if space else -1 for space in spaces),
-        0 if sum(parts) == 1 else lines * turns * sum(parts) * size * (part.value_dim + 2),
+        0 if sum(parts) == 1 else lines * turns * sum(parts) * size * (part.value_dim + 1),
         _numbers(query, part, mask, places, options, sum(parts), len(spaces)),
         struct.Struct(f"<{POINTERS + len(laid.pages)}Q{8 * (room[1] - len(laid.pages))}x"),
         body.ljust(size_of, b"\0"),
