@@ -235,14 +235,14 @@ def _blocks(lines: int, slots: int, costs: list[int]) -> list[int]:
 def _parts(lines: int, cost: int, slots: int) -> int:
     """Into how many blocks the tokens of a head are split: what a simple account of time finds best.
 
-    In microseconds, as measured on an H100: the warps of a block take some 0.95 for a tile each, a block takes 4 besides,
-    and the merge of several 1.5, and 0.9 for each 32.
+    In microseconds, as measured on an H100: the warps of a block take some 0.95 for a tile each, a block takes 4
+    besides, and the merge of several 0.5, and 1.5 for each 32.
     """
     best, least = 1, math.inf
     for parts in range(1, max(1, min(256, -(-cost // (WARPS * TILE)))) + 1):
         waves = -(-lines * parts // slots)
         time = waves * (4.0 + 0.95 * (0.5 + cost / (parts * WARPS * TILE)))
-        time += 1.5 + 0.9 * -(-parts // 32) if parts > 1 else 0.0
+        time += 0.5 + 1.5 * -(-parts // 32) if parts > 1 else 0.0
         if time < least:
             best, least = parts, time
     return best
