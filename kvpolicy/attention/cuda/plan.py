@@ -68,11 +68,7 @@ def make_plan(query: Tensor, part: Part, mask: Tensor | None, places: Tensor | N
     Raises:
         Declined: the kernels can't serve the part.
     """
-    for x in (query, *(part.new or ())):
-        if x.dtype != query.dtype or x.stride(3) != 1 or any(n % 8 for n in x.stride()[:3]):
-            raise Declined(f"numbers in {x.dtype} with strides {x.stride()}")
-    if mask is not None and mask.dtype not in MASKS:
-        raise Declined(f"a mask in {mask.dtype}")
+    _check(query, part, mask)
     laid = lay_out(part, query)
     kinds, spaces = _kinds(laid, query, part)
     room = FEW if len(laid.runs) <= FEW[0] and len(laid.pages) <= FEW[1] else MANY
@@ -100,9 +96,9 @@ def make_plan(query: Tensor, part: Part, mask: Tensor | None, places: Tensor | N
     if not kernel.slots:
         raise Declined(f"a block needs {kernel.shared} bytes of shared memory, more than this card has")
     lines, turns = batch * part.kv_heads, -(-rows // size)
-    lined = _in_line(laid.runs, kinds, spaces)
-    parts = _blocks(lines * turns, kernel.slots, lined.costs)
-    lined = _in_line(laid.runs, kinds, spaces, sum(lined.costs) // (WARPS * sum(parts)))
+    costs = _in_line(laid.runs, kinds, spaces).costs
+    parts = _blocks(lines * turns, kernel.slots, costs)
+    lined = _in_line(laid.runs, kinds, spaces, sum(costs) // (WARPS * sum(parts)))
     slot = mask.shape[-1] - new if mask is not None else 0
     later = new - queries if causal else NEVER
     body = _pack(laid, part, lined, parts, slot, -1 if places is not None else None, later, room[0])
@@ -121,6 +117,15 @@ def make_plan(query: Tensor, part: Part, mask: Tensor | None, places: Tensor | N
         out if len(spaces) == 1 else (len(spaces), *out),
         torch.float32 if variant.wide else query.dtype,
     )
+
+
+def _check(query: Tensor, part: Part, mask: Tensor | None) -> None:
+    """Decline what kernels can't read."""
+    for x in (query, *(part.new or ())):
+        if x.dtype != query.dtype or x.stride(3) != 1 or any(n % 8 for n in x.stride()[:3]):
+            raise Declined(f"numbers in {x.dtype} with strides {x.stride()}")
+    if mask is not None and mask.dtype not in MASKS:
+        raise Declined(f"a mask in {mask.dtype}")
 
 
 def _numbers(
