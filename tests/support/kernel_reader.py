@@ -12,7 +12,6 @@ from torch import Tensor
 
 from kvpolicy.attention.cuda.compile import Variant
 from kvpolicy.attention.cuda.kernel import Kernel
-from kvpolicy.attention.cuda.plan import START
 from kvpolicy.storage.packing import packed_width, unpack
 
 NUMBERS = [torch.float16, torch.bfloat16, torch.float32, torch.float8_e4m3fn]
@@ -27,6 +26,27 @@ def fake_kernel(variant: Variant, device: int | None) -> Kernel:
 def read(address: int, count: int, dtype: torch.dtype) -> Tensor:
     data = ctypes.string_at(address, count * dtype.itemsize)
     return torch.frombuffer(bytearray(data), dtype=dtype) if count else torch.empty(0, dtype=dtype)
+
+
+def warps_take(count: int, busy: list[int], weight: int, inverse: int, warps: int, start: int) -> list[list[int]]:
+    """The tiles of a kind that each warp takes, round by round; `busy` is changed to what they have had to do."""
+    order = sorted(range(4), key=lambda u: (busy[u], u))
+    taken: list[list[int]] = [[] for _ in range(4)]
+    if warps < 4:
+        for rank, u in enumerate(order[:warps]):
+            taken[u] = list(range(rank, count, warps))
+            busy[u] += start + len(taken[u]) * weight
+        return taken
+    begin = [(x + weight // 2) * inverse >> 32 for x in busy]
+    at = number = 0
+    while at < count:
+        for u in order:
+            if begin[u] <= number and at < count:
+                taken[u].append(at)
+                at += 1
+        number += 1
+    busy[:] = [0] * 4
+    return taken
 
 
 class Header(NamedTuple):
@@ -53,7 +73,7 @@ class Reader:
         at += 8 * pages
         self.steps, self.parts = struct.unpack_from("<4Q", arguments, at), struct.unpack_from("<6i", arguments, at + 32)
         at += 56
-        self.kinds = [struct.unpack_from("<4iI3i", arguments, at + 32 * i) for i in range(len(variant.kinds))]
+        self.kinds = [struct.unpack_from("<4iIi4Bi", arguments, at + 32 * i) for i in range(len(variant.kinds))]
         at += 32 * len(variant.kinds)
         self.before = struct.unpack_from(f"<{runs}i", arguments, at)
         at += 4 * runs
@@ -174,18 +194,22 @@ class Reader:
         return x.masked_fill(hidden, -torch.inf)
 
     def shared(self) -> None:
-        """Check that each tile is the share of one block."""
+        """Check that each tile is the share of one warp, as blocks find their shares."""
         spaces = self.header.numbers[5]
-        costs = [0] * spaces
-        for _, _, tiles, weight, inverse, before, _, space in self.kinds:
-            assert before - costs[space] in ((0,) if not tiles or not costs[space] else (START,))
-            costs[space] = before + tiles * weight
-            for x in (before, before + 1, before + tiles * weight, costs[space] // 2):
-                ahead = max(x - before, 0)
-                assert (ahead + weight - 1) * inverse >> 32 == -(-ahead // weight)
         for space in range(spaces):
-            blocks = self.parts[space + 1] - self.parts[space]
-            assert self.steps[space] * blocks >> 32 == costs[space]
+            kinds = [kind for kind in self.kinds if kind[7] == space]
+            blocks, ends = self.parts[space + 1] - self.parts[space], [0] * len(kinds)
+            for block in range(blocks):
+                begin, end = (self.steps[space] * i >> 32 for i in (block, block + 1))
+                busy = [0] * 4
+                for i, (_, _, tiles, weight, inverse, before, _, _, warps, _, start) in enumerate(kinds):
+                    first, last = (min((max(x - before, 0) + weight - 1) * inverse >> 32, tiles) for x in (begin, end))
+                    assert first == ends[i]
+                    ends[i] = last
+                    if last > first:
+                        taken = warps_take(last - first, busy, weight, inverse, warps, start)
+                        assert sorted(x for own in taken for x in own) == list(range(last - first))
+            assert ends == [kind[2] for kind in kinds]
 
     def run(self) -> None:
         """Write what the kernel would write."""
@@ -205,7 +229,7 @@ class Reader:
                 found = []
                 for kind, name in zip(self.kinds, self.variant.kinds, strict=True):
                     keys, values = re.fullmatch(r"Pair<(.*>), (.*>), \d+>", name).groups()  # type: ignore[union-attr]
-                    first, last, tiles, *_, query, space = kind
+                    first, last, tiles, _, _, _, query, space, *_ = kind
                     tile, before = int(re.findall(r"\d+", name)[-1]), 0
                     for run, number in zip(self.runs[first:last], self.before[first:last], strict=True):
                         assert number == before

@@ -14,18 +14,25 @@
 
 // Where in its run a tile of a kind is.
 struct Place {
-  int run, done, left, tile, next;  // next: the first tile of the next run
+  int run, done, left, tile, round, next;  // next: the first tile of the next run
   __device__ __forceinline__ void find(const Layout& layout, const Kind& kind, int tokens) {
     while (run + 1 < kind.last && layout.tiles[run + 1] <= tile) run++;
     next = run + 1 < kind.last ? layout.tiles[run + 1] : 1 << 30;
     done = (tile - layout.tiles[run]) * tokens;
     left = layout.runs[run].tokens - done;
   }
-  __device__ __forceinline__ bool skip(int tokens) {  // to the warp's next tile, if it is in the same run
-    tile += WARPS;
-    done += WARPS * tokens;
-    left -= WARPS * tokens;
-    return tile < next;
+  __device__ __forceinline__ int skip(int tokens, const Warp& w) {  // to the warp's next tile, so many further on
+    int stride = w.stride;
+    if (round < w.all) {
+      stride = 0;
+#pragma unroll
+      for (int u = 0; u < WARPS; u++) stride += round >= w.from[u];
+    }
+    round++;
+    tile += stride;
+    done += stride * tokens;
+    left -= stride * tokens;
+    return stride;
   }
 };
 // The next tile of a kind to be fetched. The warps of a block take turns, so that it reads on in one place.
@@ -40,9 +47,10 @@ template <class P> struct Cursor {
   __device__ __forceinline__ void fetch_keys(u32 to, const Warp& w) { k.fetch(to, to + P::KEY_PARAMS, at.done, at.left, w.lane); }
   __device__ __forceinline__ void fetch_values(const Plan& plan, const Kind& kind, u32 to, const Warp& w) {
     v.fetch(to + P::VALUES, to + P::VALUE_PARAMS, at.done, at.left, w.lane);
-    if (at.skip(P::TOKENS)) {
-      k.skip(WARPS, at.left, w.lane);
-      v.skip(WARPS, at.left, w.lane);
+    const int stride = at.skip(P::TOKENS, w);
+    if (at.tile < at.next) {
+      k.skip(stride, at.left, w.lane);
+      v.skip(stride, at.left, w.lane);
     } else {
       at.find(plan.layout, kind, P::TOKENS);
       open(plan, w);
@@ -50,17 +58,17 @@ template <class P> struct Cursor {
   }
 };
 
-template <class P> __device__ __forceinline__ void attend_kind(const Plan& plan, const Kind& kind, int first, int last, Warp& w) {
+template <class P> __device__ __forceinline__ void attend_kind(const Plan& plan, const Kind& kind, int first, int round, int n, Warp& w) {
   using K = typename P::K;
   using V = typename P::V;
   constexpr int TS = P::TOKENS, NB = TS / 16, NS = R == 8 ? NB : 1, ST = P::STAGES_;
-  const int n = (last - first + WARPS - 1) / WARPS;
   w.scratch = w.ring + P::SCRATCH;
   typename K::State ks;
   typename V::State vs;
   Place now;  // of the next scores
   now.run = kind.first;
   now.tile = first;
+  now.round = round;
   now.find(plan.layout, kind, TS);
   Cursor<P> next;
   next.at = now;
@@ -104,7 +112,8 @@ template <class P> __device__ __forceinline__ void attend_kind(const Plan& plan,
     if (MASK || PLACES || CAUSAL || (NB == 1 && R == 4) || now.left < TS || (V::BY_SLOT && scattered(plan.layout.runs[now.run].v)))
       hide<NS, NB, V::BY_SLOT>(plan, plan.layout.runs[now.run], now.done, now.left, w, s);
     if (SCORES) keep<NS, NB, V::BY_SLOT>(plan, plan.layout.runs[now.run], now.done, now.left, w, s);
-    if (!now.skip(TS)) now.find(plan.layout, kind, TS);
+    now.skip(TS, w);
+    if (now.tile >= now.next) now.find(plan.layout, kind, TS);
     float top[2] = {s[0][0], s[0][1]};
 #pragma unroll
     for (int i = 2; i < NS * 4; i++) top[i & 1] = fmaxf(top[i & 1], s[0][i]);
@@ -160,12 +169,52 @@ template <class P> __device__ __forceinline__ void attend_kind(const Plan& plan,
 }
 
 // All tiles of a head whose values lie in one space stand in a line, as long as they cost; a block takes those that begin
-// in its stretch of it.
+// in its stretch of it. Few tiles of a kind are for one or two warps, and the others go on with the next kind, of which
+// these take less: in a round of tiles warps take one each, from the round on in which they have time.
 template <class P> __device__ __forceinline__ void share(const Plan& plan, const Kind& kind, int space, int begin, int end, Warp& w) {
   if (kind.space != space) return;
   auto tile = [&](int x) { return min((int)__umulhi(max(x - kind.before, 0) + kind.weight - 1, kind.inverse), kind.tiles); };
-  const int first = tile(begin) + (threadIdx.x >> 5), last = tile(end);
-  if (first < last) attend_kind<P>(plan, kind, first, last, w);
+  const int warp = threadIdx.x >> 5, first = tile(begin), count = tile(end) - first;
+  if (count <= 0) return;
+  int rank[WARPS], mine = 0, at = 0, round = 0, begun = 0, n;  // rank: those come first that have had less to do
+#pragma unroll
+  for (int u = 0; u < WARPS; u++) {
+    rank[u] = 0;
+#pragma unroll
+    for (int v = 0; v < WARPS; v++) rank[u] += w.busy[v] < w.busy[u] || (v < u && w.busy[v] == w.busy[u]);
+    if (u == warp) mine = rank[u];
+  }
+  if (kind.warps < WARPS) {
+    w.all = 0;
+    w.stride = kind.warps;
+    n = mine < kind.warps ? (count - mine + kind.warps - 1) >> (kind.warps >> 1) : 0;
+    at = mine;
+#pragma unroll
+    for (int u = 0; u < WARPS; u++)
+      if (rank[u] < kind.warps) w.busy[u] += kind.start + ((count - rank[u] + kind.warps - 1) >> (kind.warps >> 1)) * kind.weight;
+  } else {
+    w.all = 0;
+    w.stride = WARPS;
+#pragma unroll
+    for (int u = 0; u < WARPS; u++) {
+      w.from[u] = __umulhi(w.busy[u] + kind.weight / 2, kind.inverse);
+      w.all = max(w.all, w.from[u]);
+      begun += w.from[u];
+      w.busy[u] = 0;
+      if (u == warp) round = w.from[u];
+    }
+    auto before = [&](int round) {  // tiles of the rounds before
+      int tiles = 0;
+#pragma unroll
+      for (int u = 0; u < WARPS; u++) tiles += max(round - w.from[u], 0);
+      return tiles;
+    };
+    int last = (count - mine + begun + WARPS - 1) / WARPS;
+    while (last > round && before(last - 1) + mine >= count) last--;
+    n = last - round;
+    at = before(round) + mine;
+  }
+  if (n > 0) attend_kind<P>(plan, kind, first + at, round, n, w);
 }
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) attend(const __grid_constant__ Plan plan) {
@@ -181,6 +230,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) attend(const __
   float* slots = (float*)shared;
   w.slot = slots + warp * SLOT;
   w.filled = false;
+#pragma unroll
+  for (int u = 0; u < WARPS; u++) w.busy[u] = 0;
   w.ring = (u32)__cvta_generic_to_shared(shared + WARPS * SLOT * 4 + warp * RING);
   int space = 0;
   while (space + 1 < plan.spaces && layout.parts[space + 1] <= blockIdx.x) space++;

@@ -159,7 +159,9 @@ template <int BITS, int GROUP, int T, int TS> struct TokenKeys {
 };
 
 // Keys per channel, groups of 16 or more tokens. Scale and offset of a group are put into float16 in the order in which
-// threads read them, once for all of a warp; scales go into the query, offsets into a product of their own.
+// threads read them, once for all of a warp; scales go into the query, offsets into a product of their own. The four words
+// of a thread and step are its operand A as they lie: offsets in rows 0 to 7, of whose sums all are the same, and in the
+// others, of which nothing is read, scales.
 template <int BITS, int GROUP, int T, int TS> struct ChannelKeys {
   using C = Codes<DK, BITS>;
   using A = typename C::A;
@@ -189,7 +191,7 @@ template <int BITS, int GROUP, int T, int TS> struct ChannelKeys {
 #pragma unroll
       for (int k = 0; k < TURNS; k++) {
         const int i = w.lane + 32 * k, first = i % (PIECES / SETS) * PIECE;
-        to[k] = w.scratch + i / (PIECES / SETS) * SET + place<A>(first % DK) + first / DK * 8;
+        to[k] = w.scratch + i / (PIECES / SETS) * SET + place<A>(first % DK) + (first < DK ? 4 : 0);
         by[k] = first < DK ? factor<A>(first) : 1.f;
         asm volatile("" : "+r"(to[k]), "+f"(by[k]));
       }
@@ -210,13 +212,13 @@ template <int BITS, int GROUP, int T, int TS> struct ChannelKeys {
         u32 at = to[k] + 4 * j;
         float f = by[k];
         if (A::WIDTH % PIECE && j) {  // four more channels may be of another plane
-          at = w.scratch + i / (PIECES / SETS) * SET + place<A>(first % DK) + first / DK * 8;
+          at = w.scratch + i / (PIECES / SETS) * SET + place<A>(first % DK) + (first < DK ? 4 : 0);
           f = first < DK ? factor<A>(first) : 1.f;
         }
-        store_pair(at, halves(x[0] * f, x[2] * f), halves(x[1] * f, x[3] * f));
+        store_apart(at, halves(x[0] * f, x[2] * f), halves(x[1] * f, x[3] * f));
         if (C::TWO && first < DK) {
           const float g = factor<B>(first);
-          store_pair(w.scratch + i / (PIECES / SETS) * SET + A::STEPS * 64 + place<B>(first), halves(x[0] * g, x[2] * g), halves(x[1] * g, x[3] * g));
+          store_apart(w.scratch + i / (PIECES / SETS) * SET + A::STEPS * 64 + place<B>(first) + 4, halves(x[0] * g, x[2] * g), halves(x[1] * g, x[3] * g));
         }
       }
     }
@@ -250,8 +252,8 @@ template <int BITS, int GROUP, int T, int TS> struct ChannelKeys {
         for (int i = 0; i < C::STEPS; i++) {
           u32 par[4];
           load_words<4>(par, from + t * SET + i * 64);
-          const u32 a = times(q[i][0], par[0]), e = times(q[i][1], par[1]);
-          if (i < A::STEPS) mma(o[t], par[2], par[2], par[3], par[3], q[i][0], q[i][1]);
+          const u32 a = times(q[i][0], par[1]), e = times(q[i][1], par[3]);
+          if (i < A::STEPS) mma(o[t], par[0], par[1], par[2], par[3], q[i][0], q[i][1]);
 #pragma unroll
           for (int b = t * NB / SETS; b < (t + 1) * NB / SETS; b++) {
             if (i < A::STEPS) multiply<A>(d[b], x[b][i % A::CHUNKS], i / A::CHUNKS, a, e);

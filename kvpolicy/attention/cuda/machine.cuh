@@ -5,6 +5,7 @@ typedef unsigned int u32;
 typedef long long i64;
 typedef unsigned long long u64;
 constexpr float LOWEST = -1e30f;  // below all scores, and a number
+#define INFINITE __uint_as_float(0x7f800000u)
 
 __device__ __forceinline__ constexpr int gcd(int a, int b) { return b ? gcd(b, a % b) : a; }
 __device__ __forceinline__ float lo(u32 w) { return __uint_as_float(w << 16); }
@@ -105,6 +106,7 @@ template <int N> __device__ __forceinline__ void load_words(u32* x, u32 at) {
   }
 }
 __device__ __forceinline__ void store_pair(u32 at, u32 a, u32 b) { asm volatile("st.shared.v2.u32 [%0], {%1,%2};" ::"r"(at), "r"(a), "r"(b) : "memory"); }
+__device__ __forceinline__ void store_apart(u32 at, u32 a, u32 b) { asm volatile("st.shared.u32 [%0], %1; st.shared.u32 [%0+8], %2;" ::"r"(at), "r"(a), "r"(b) : "memory"); }
 __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int N> __device__ __forceinline__ void wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
 // N bytes to shared memory; zeros where there is no token.

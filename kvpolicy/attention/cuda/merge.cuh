@@ -73,7 +73,7 @@ template <int NS, int NB, bool BY_SLOT> __device__ __forceinline__ void hide(con
             x += 1.44269504f * more;
           }
         }
-        if (!there) x = -__uint_as_float(0x7f800000u);
+        if (!there) x = -INFINITE;
       }
     }
 }
@@ -87,15 +87,12 @@ template <int NS, int NB, bool BY_SLOT> __device__ __forceinline__ void keep(con
   }
 }
 
-__device__ __forceinline__ float4 load4(const float* p) {
-  float4 v;
-  asm volatile("ld.global.cg.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(p) : "memory");
-  return v;
+// Past the caches that other multiprocessors don't see, and only what is there.
+__device__ __forceinline__ void load4(float4& v, const float* p, bool there) {
+  asm volatile("{.reg .pred p; setp.ne.b32 p, %5, 0; @p ld.global.cg.v4.f32 {%0,%1,%2,%3}, [%4];}" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(p), "r"((int)there) : "memory");
 }
-__device__ __forceinline__ float2 load2(const float* p) {
-  float2 v;
-  asm volatile("ld.global.cg.v2.f32 {%0,%1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(p) : "memory");
-  return v;
+__device__ __forceinline__ void load1(float& v, const float* p, bool there) {
+  asm volatile("{.reg .pred p; setp.ne.b32 p, %2, 0; @p ld.global.cg.f32 %0, [%1];}" : "+f"(v) : "l"(p), "r"((int)there) : "memory");
 }
 __device__ __forceinline__ void add4(float4& v, const float4 x, float f) {
   v.x = fmaf(x.x, f, v.x);
@@ -127,7 +124,7 @@ __device__ __forceinline__ float finished(const Plan& plan, const Warp& w, const
   }
   if (spot.ch == 0) {
     const i64 at = ((i64)w.row * plan.kv_heads * plan.groups + spot.head) * plan.queries + spot.query;
-    const float lse = sum > 0.f ? top + __log2f(sum) : -__uint_as_float(0x7f800000u);
+    const float lse = sum > 0.f ? top + __log2f(sum) : -INFINITE;
     plan.lse[at] = 0.69314718f * lse;
     if (SCORES) plan.sums[at] = sum > 0.f ? lse : 0.f;
   }
@@ -145,31 +142,32 @@ struct Found {
   float top, sum;
   float4 v;
   __device__ __forceinline__ Found() : top(LOWEST), sum(0.f), v(make_float4(0.f, 0.f, 0.f, 0.f)) {}
-  // Add what some blocks found. All that a step takes is on its way at once.
+  // Add what some blocks found: means, and the logarithms of their weights. All that a step takes is on its way at once.
   template <bool VALUES> __device__ __forceinline__ void add(const float* partial, int i, int first, int last) {
-    constexpr int N = 16;
+    constexpr int N = 32;
 #pragma unroll 1
     for (int p = first; p < last; p += N) {
-      float2 about[N];
+      const float* from = partial + (i64)p * PART;
+      float about[N];
       float4 x[N];
 #pragma unroll
       for (int q = 0; q < N; q++) {
-        const float* from = partial + (i64)min(p + q, last - 1) * PART;
-        about[q] = load2(from + R * DV + i / (DV / 4) * 2);
-        if (VALUES) x[q] = load4(from + 4 * i);
+        about[q] = -INFINITE;
+        load1(about[q], from + q * PART + R * DV + i / (DV / 4), p + q < last);
+        if (VALUES) load4(x[q], from + q * PART + 4 * i, p + q < last);
       }
       float high = top;
 #pragma unroll
-      for (int q = 0; q < N; q++) high = fmaxf(high, about[q].x);
+      for (int q = 0; q < N; q++) high = fmaxf(high, about[q]);
       const float f = ex2(top - high);
       top = high;
       sum *= f;
       v = make_float4(v.x * f, v.y * f, v.z * f, v.w * f);
 #pragma unroll
       for (int q = 0; q < N; q++) {
-        const float f = p + q < last ? ex2(about[q].x - high) : 0.f;
-        sum = fmaf(about[q].y, f, sum);
-        if (VALUES) add4(v, x[q], f);
+        const float f = ex2(about[q] - high);
+        sum += f;
+        if (VALUES && p + q < last) add4(v, x[q], f);
       }
     }
   }
@@ -198,8 +196,9 @@ __device__ __forceinline__ void merge_block(const Plan& plan, const Warp& w, con
       const Spot spot(plan, w, i);
       write_out(plan, w, spot, own.v, finished(plan, w, spot, own.top, own.sum), 0);
     } else {
-      *(float4*)(partial + blockIdx.x * PART + 4 * i) = own.v;
-      if (ch == 0) *(float2*)(partial + blockIdx.x * PART + R * DV + 2 * row) = make_float2(own.top, own.sum);
+      const float f = own.sum > 0.f ? __fdividef(1.f, own.sum) : 0.f;
+      *(float4*)(partial + blockIdx.x * PART + 4 * i) = make_float4(own.v.x * f, own.v.y * f, own.v.z * f, own.v.w * f);
+      if (ch == 0) partial[blockIdx.x * PART + R * DV + row] = own.sum > 0.f ? own.top + __log2f(own.sum) : -INFINITE;
     }
   }
   if (plan.parts == 1) return;

@@ -83,17 +83,17 @@ template <int ROW, int TS, class F> struct Rows {
     asm volatile("" : "+r"(place));
   }
   __device__ __forceinline__ void open(const u8* data, int lane, i64 token) { from = data + lane / PIECES * token + lane % PIECES * PIECE; }
-  template <bool ALL> __device__ __forceinline__ void copy_all(u32 to, int count, int lane, i64 token) {
+  __device__ __forceinline__ void copy_all(u32 to, int count, int lane, i64 token) {
 #pragma unroll
     for (int k = 0; k < TURNS; k++) {
       if (EVEN) {
         const int t = 32 / PIECES * k;
         if (TOTAL % 32 && TOTAL < 32 * (k + 1) && lane + 32 * k >= TOTAL) break;
-        copy<PIECE>(to + place + F::place(t, 0), from + t * token, ALL || t + lane / PIECES < count);
+        copy<PIECE>(to + place + F::place(t, 0), from + t * token, t + lane / PIECES < count);
       } else {
         const int i = lane + 32 * k, t = i / PIECES, o = i % PIECES * PIECE;
         if (TOTAL % 32 && i >= TOTAL) break;
-        copy<PIECE>(to + F::place(t, o), from + (t - lane / PIECES) * token + o - lane % PIECES * PIECE, ALL || t < count);
+        copy<PIECE>(to + F::place(t, o), from + (t - lane / PIECES) * token + o - lane % PIECES * PIECE, t < count);
       }
     }
   }
@@ -147,23 +147,13 @@ template <int DIM, int BITS, int PARAMS_, int TS, bool BY_CHANNEL, int GROUP> st
     }
   }
   __device__ __forceinline__ void fetch(u32 to, u32 to_params, int done, int count, int lane) {
-    if (BY_TOKEN && PARAMS <= 2) {
-      if (count >= TS) codes.template copy_all<true>(to, TS, lane, token());
-      else codes.template copy_all<false>(to, count, lane, token());
-      fetch_small(to_params, count, lane);
-      return;
-    }
-    if (count >= TS) {
-      codes.template copy_all<true>(to, TS, lane, token());
-      if (BY_TOKEN) params.template copy_all<true>(to_params, TS, lane, PARAMS);
-    } else {
-      codes.template copy_all<false>(to, count, lane, token());
-      if (BY_TOKEN) params.template copy_all<false>(to_params, count, lane, PARAMS);
-    }
+    codes.copy_all(to, count, lane, token());
+    if (BY_TOKEN && PARAMS <= 2) fetch_small(to_params, count, lane);
+    else if (BY_TOKEN) params.copy_all(to_params, count, lane, PARAMS);
     if (BY_CHANNEL) {
       Rows<PARAMS, SETS, Plain<PARAMS>> here = params;
       here.from += (i64)((group + done) / GROUP) * PARAMS;
-      here.template copy_all<false>(to_params, (count + GROUP - 1) / GROUP, lane, PARAMS);
+      here.copy_all(to_params, (count + GROUP - 1) / GROUP, lane, PARAMS);
     }
   }
   __device__ __forceinline__ void skip(int tiles, int, int) {

@@ -2,7 +2,7 @@
 constexpr int DK = KEY_DIM, DV = VALUE_DIM, R = ROWS, WARPS = 4;
 constexpr float RISE = 6.f, UNIT = 16777216.f;  // of a code: 2^-24
 constexpr int SLOT = 8 * (DV + 4) + 16;  // floats: what a warp found for its columns, then maximum and sum of each
-constexpr int PART = R * DV + 2 * R;     // the same of a block, for its rows
+constexpr int PART = R * DV + R;         // of a block for its rows: means, and the logarithms of their weights
 constexpr int MAPS = 4;                  // spaces of keys, and of values: the model's own, and those of transforms
 
 struct Side {  // where the keys or the values of a run lie
@@ -24,7 +24,9 @@ struct Kind {
   int weight;              // what a tile costs, compared with those of other kinds
   u32 inverse;             // 2^32 / weight, rounded up
   int before;              // what the kinds before it cost whose values lie in the same space
-  int query, space;        // which queries it takes, and which output its values add to
+  u8 query, space;         // which queries it takes, and which output its values add to
+  u8 warps, pad;           // how many of a block serve it: all, or one or two where its tiles are few
+  int start;               // what it costs a warp to begin with it, if they are few
 };
 struct Page {
   i64 row, head;  // bytes from row to row, and from head to head; or minus a page that says where these begin, and bytes of a token
@@ -56,7 +58,10 @@ struct Plan {
 };
 struct Warp {
   int lane, row, head, base;  // base: the first of its query rows
-  u32 ring, scratch;  // scratch: of the kind at hand, after its tiles
+  int busy[WARPS];            // what the warps of the block have had to do, as `weight` counts
+  int from[WARPS], all;       // the round of tiles in which each begins with a kind, and from which on all take part
+  int stride;                 // then from a warp's tile to its next one
+  u32 ring, scratch;          // scratch: of the kind at hand, after its tiles
   float* slot;
   bool filled;
 };

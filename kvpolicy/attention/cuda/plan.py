@@ -24,12 +24,14 @@ POINTERS = MAPS + 9
 """Addresses before those of pages."""
 LOG2E = math.log2(math.e)
 NUMBERS = struct.Struct(f"<{3 * MAPS}q5q3q6i3fI")
-PARTS, KIND, RUN = struct.Struct(f"<{MAPS}Q{MAPS + 2}i"), struct.Struct("<4iI3i"), struct.Struct("<4i")
+PARTS, KIND, RUN = struct.Struct(f"<{MAPS}Q{MAPS + 2}i"), struct.Struct("<4iIi4Bi"), struct.Struct("<4i")
 TILE_BYTES, RUN_BYTES, PAGE_BYTES = 4, 64, 16
 MASKS = {torch.bool: 1, torch.float32: 2, torch.bfloat16: 3, torch.float16: 4}
 NEVER = 1 << 30
 TILE, START = 4, 48
 """What a tile of codes costs, and what it costs a block to begin with another kind of tokens, as `weight_of` counts."""
+FEW_TILE, FEW_START = 5, 18
+"""Likewise for some warps of a block that serve a kind with few tiles, while the others keep the memory busy."""
 NEW = Kind(kind_of(EXACT, EXACT)[0], 0, 0)
 """The kind of new tokens."""
 _known: dict[tuple[object, ...], set[Kind]] = {}
@@ -66,11 +68,7 @@ def make_plan(query: Tensor, part: Part, mask: Tensor | None, places: Tensor | N
     Raises:
         Declined: the kernels can't serve the part.
     """
-    for x in (query, *(part.new or ())):
-        if x.dtype != query.dtype or x.stride(3) != 1 or any(n % 8 for n in x.stride()[:3]):
-            raise Declined(f"numbers in {x.dtype} with strides {x.stride()}")
-    if mask is not None and mask.dtype not in MASKS:
-        raise Declined(f"a mask in {mask.dtype}")
+    _check(query, part, mask)
     laid = lay_out(part, query)
     kinds, spaces = _kinds(laid, query, part)
     room = FEW if len(laid.runs) <= FEW[0] and len(laid.pages) <= FEW[1] else MANY
@@ -98,8 +96,9 @@ def make_plan(query: Tensor, part: Part, mask: Tensor | None, places: Tensor | N
     if not kernel.slots:
         raise Declined(f"a block needs {kernel.shared} bytes of shared memory, more than this card has")
     lines, turns = batch * part.kv_heads, -(-rows // size)
-    lined = _in_line(laid.runs, kinds, spaces)
-    parts = _blocks(lines * turns, kernel.slots, lined.costs)
+    costs = _in_line(laid.runs, kinds, spaces).costs
+    parts = _blocks(lines * turns, kernel.slots, costs)
+    lined = _in_line(laid.runs, kinds, spaces, sum(costs) // (WARPS * sum(parts)))
     slot = mask.shape[-1] - new if mask is not None else 0
     later = new - queries if causal else NEVER
     body = _pack(laid, part, lined, parts, slot, -1 if places is not None else None, later, room[0])
@@ -111,13 +110,22 @@ def make_plan(query: Tensor, part: Part, mask: Tensor | None, places: Tensor | N
         turns,
         tuple(laid.maps[0]),
         tuple(laid.maps[1][space - 1] if space else -1 for space in spaces),
-        0 if sum(parts) == 1 else lines * turns * sum(parts) * size * (part.value_dim + 2),
+        0 if sum(parts) == 1 else lines * turns * sum(parts) * size * (part.value_dim + 1),
         _numbers(query, part, mask, places, options, sum(parts), len(spaces)),
         struct.Struct(f"<{POINTERS + len(laid.pages)}Q{8 * (room[1] - len(laid.pages))}x"),
         body.ljust(size_of, b"\0"),
         out if len(spaces) == 1 else (len(spaces), *out),
         torch.float32 if variant.wide else query.dtype,
     )
+
+
+def _check(query: Tensor, part: Part, mask: Tensor | None) -> None:
+    """Decline what kernels can't read."""
+    for x in (query, *(part.new or ())):
+        if x.dtype != query.dtype or x.stride(3) != 1 or any(n % 8 for n in x.stride()[:3]):
+            raise Declined(f"numbers in {x.dtype} with strides {x.stride()}")
+    if mask is not None and mask.dtype not in MASKS:
+        raise Declined(f"a mask in {mask.dtype}")
 
 
 def _numbers(
@@ -160,7 +168,10 @@ def _steps(x: Tensor | None, dims: int) -> list[int]:
 
 
 def _kinds(laid: Laid, query: Tensor, part: Part) -> tuple[list[Kind], list[int]]:
-    """The kinds that the kernel is to serve, in order of space, and the spaces of values in which tokens lie."""
+    """The kinds that the kernel is to serve, in order of space, and the spaces of values in which tokens lie.
+
+    Of a space those with exact tokens come first, of which there are few as a rule.
+    """
     own = {run.kind for run in laid.runs}
     forms = tuple(
         tuple(sorted({affine_form(s) for s, *_ in views if isinstance(s, AffineStore) and s.parts["codes"].length}))
@@ -169,7 +180,7 @@ def _kinds(laid: Laid, query: Tensor, part: Part) -> tuple[list[Kind], list[int]
     known = _known.setdefault((query.dtype, query.shape[3], part.value_dim, forms), {NEW})
     known |= own
     spaces = sorted({kind.space for kind in own})
-    return sorted(known, key=lambda kind: (kind.space, kind)), spaces
+    return sorted(known, key=lambda kind: (kind.space, -weight_of(kind.name), kind)), spaces
 
 
 class Lined(NamedTuple):
@@ -183,9 +194,11 @@ class Lined(NamedTuple):
     """How long the line of each space is."""
 
 
-def _in_line(runs: list[Run], kinds: list[Kind], spaces: list[int]) -> Lined:
-    """Where kinds stand. A gap ahead of the second and later ones is what it costs a block to begin with them."""
-    found, ordered, costs = [], [], [0] * len(spaces)
+def _in_line(runs: list[Run], kinds: list[Kind], spaces: list[int], share: int = 0) -> Lined:
+    """Where kinds stand, with gaps for what it costs to begin with them; `share`: what a warp has to do, about."""
+    found: list[bytes] = []
+    ordered: list[tuple[Run, int]] = []
+    costs, many = [0] * len(spaces), [False] * len(spaces)
     for kind in kinds:
         first, tiles, weight = len(ordered), 0, weight_of(kind.name)
         space = spaces.index(kind.space) if kind.space in spaces else 0
@@ -193,11 +206,25 @@ def _in_line(runs: list[Run], kinds: list[Kind], spaces: list[int]) -> Lined:
             if run.kind == kind:
                 ordered.append((run, tiles))
                 tiles += -(-run.tokens // run.tile)
-        before = costs[space] + (START if tiles and costs[space] else 0)
-        found.append(KIND.pack(first, len(ordered), tiles, weight, _inverse(weight), before, kind.query, space))
+        warps = WARPS if many[space] else _warps(tiles, share)
+        gap = FEW_START * warps if warps < WARPS else START if many[space] else 0
+        if warps < WARPS:
+            weight = FEW_TILE
+        before = costs[space] + (gap if tiles else 0)
         if tiles:
+            many[space] = many[space] or warps == WARPS
             costs[space] = before + tiles * weight
+        stands = (first, len(ordered), tiles, weight, _inverse(weight), before, kind.query, space, warps, 0, FEW_START)
+        found.append(KIND.pack(*stands))
     return Lined(found, ordered, costs)
+
+
+def _warps(tiles: int, share: int) -> int:
+    """How many warps of a block serve a kind, so that they have time for it: all, unless its tiles are few."""
+    for warps in (1, 2):
+        if FEW_START + -(-tiles // warps) * FEW_TILE <= 0.75 * share:
+            return warps
+    return WARPS
 
 
 def _blocks(lines: int, slots: int, costs: list[int]) -> list[int]:
@@ -213,15 +240,14 @@ def _blocks(lines: int, slots: int, costs: list[int]) -> list[int]:
 def _parts(lines: int, cost: int, slots: int) -> int:
     """Into how many blocks the tokens of a head are split: what a simple account of time finds best.
 
-    In microseconds, as measured: the warps of a block take some 0.9 for a tile each where a card is full, less where it
-    is half full; a block takes 4 besides, and the merge of several 1.5, and 0.5 for each 16.
+    In microseconds, as measured on an H100: the warps of a block take some 0.95 for a tile each, a block takes 4
+    besides, and the merge of several 0.5, and 1.5 for each 32.
     """
     best, least = 1, math.inf
     for parts in range(1, max(1, min(256, -(-cost // (WARPS * TILE)))) + 1):
         waves = -(-lines * parts // slots)
-        tile = 0.9 * max(0.55, lines * parts / (waves * slots))
-        time = waves * (4.0 + tile * (0.5 + cost / (parts * WARPS * TILE)))
-        time += 1.5 + 0.5 * -(-parts // 16) if parts > 1 else 0.0
+        time = waves * (4.0 + 0.95 * (0.5 + cost / (parts * WARPS * TILE)))
+        time += 0.5 + 1.5 * -(-parts // 32) if parts > 1 else 0.0
         if time < least:
             best, least = parts, time
     return best

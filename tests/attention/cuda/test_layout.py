@@ -180,3 +180,14 @@ def test_formats_that_are_read_otherwise_have_plans_of_their_own() -> None:
         part = Part((StoreView(store, 0),), (StoreView(exact, 0),), 64, False, torch.Tensor, 2, 64, (x, x))
         keys.append(scan(part)[0])
     assert len(set(keys)) == len(keys)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("name", ["logquant", "kivi", "best-2bit"])
+def test_few_tokens_of_a_kind_are_for_some_warps(name: str, parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "_parts", lambda *given: parts)
+    found: list[int] = []
+    warps = plan._warps
+    monkeypatch.setattr(plan, "_warps", lambda *given: found.append(warps(*given)) or found[-1])
+    served(name).check((7000, 1))
+    assert min(found) < plan.WARPS

@@ -8,6 +8,8 @@ import pytest
 import torch
 from served import APART, Served, additive, channel, own, some, token
 
+from kvpolicy.attention.attend import attend
+from kvpolicy.attention.cuda import backend, plan
 from kvpolicy.attention.cuda.compile import missing
 
 absent = "no CUDA device" if not torch.cuda.is_available() else missing()
@@ -179,3 +181,42 @@ def test_a_row_that_sees_nothing_is_zero() -> None:
 
 def test_more_tokens_than_one_block_takes() -> None:
     Served("kivi").check((9000, 1, 60, 1))
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 40])
+@pytest.mark.parametrize("name", ["logquant", "kivi", "best-2bit", "mikv"])
+def test_some_warps_of_a_block_serve_kinds_with_few_tokens(
+    name: str, parts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend, "_plans", {})
+    monkeypatch.setattr(plan, "_parts", lambda *given: parts)
+    Served(name).check((5000, 1, 60, 30, 1))
+
+
+@pytest.mark.parametrize("name", ["logquant", "kivi", "partial-logquant"])
+def test_launches_that_overlap_read_what_the_last_one_wrote(name: str) -> None:
+    """The output of each is the query of the next one: a graph of them gives what single launches give, to the bit."""
+    case = Served(name)
+    case.check((3000, 1))
+    new = (case.draw(1, case.kv_heads, 128), case.draw(1, case.kv_heads, 128))
+    query = 8 * case.draw(1, case.kv_heads * case.groups, 128)
+    case.tiers.stage(*new)
+
+    def chain(alone: bool) -> torch.Tensor:
+        found = query
+        for _ in range(30):
+            found = attend(case.tiers, found, new).transpose(1, 2)
+            if alone:
+                torch.cuda.synchronize()
+        return found
+
+    right, stream = chain(True), torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.testing.assert_close(chain(False), right, rtol=0, atol=0)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            found = chain(False)
+    for _ in range(3):
+        graph.replay()
+        torch.cuda.synchronize()
+        torch.testing.assert_close(found, right, rtol=0, atol=0)
