@@ -9,11 +9,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from kvpolicy.attention.cuda.compile import Source, compiled, resources
+from kvpolicy.attention.cuda.compile import THREADS, Source, compiled, resources
 
 __all__ = ["THREADS", "Kernel", "kernel_of", "launch"]
-
-THREADS = 128
 
 
 class Kernel(NamedTuple):
@@ -24,6 +22,8 @@ class Kernel(NamedTuple):
     function: Any
     shared: int
     """Bytes of shared memory of a block."""
+    threads: int
+    """Threads of a block."""
     slots: int
     """Blocks that the card holds at once; 0 where it has too little shared memory for one."""
 
@@ -40,17 +40,17 @@ def kernel_of(source: Source, device: int) -> Kernel:
     with torch.cuda.device(device):
         torch.cuda.current_stream()  # there is a context
         if shared > _checked(driver.cuDeviceGetAttribute(limit, _checked(driver.cuCtxGetDevice()))):
-            return Kernel(driver.cuLaunchKernel, None, shared, 0)
+            return Kernel(driver.cuLaunchKernel, None, shared, source.threads, 0)
         library = _checked(driver.cuLibraryLoadData(cubin, [], [], 0, [], [], 0))
         function = _checked(
             driver.cuKernelGetFunction(_checked(driver.cuLibraryGetKernel(library, source.name.encode())))
         )
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         _checked(driver.cuFuncSetAttribute(function, attribute, shared))
-        blocks = _checked(driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(function, THREADS, shared))
+        blocks = _checked(driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(function, source.threads, shared))
     blocks = max(1, min(blocks, source.blocks))  # more of them read in too many places at once
     processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return Kernel(driver.cuLaunchKernel, function, shared, blocks * processors)
+    return Kernel(driver.cuLaunchKernel, function, shared, source.threads, blocks * processors)
 
 
 def launch(kernel: Kernel, arguments: bytes, grid: tuple[int, int, int], device: int) -> None:
@@ -62,7 +62,7 @@ def launch(kernel: Kernel, arguments: bytes, grid: tuple[int, int, int], device:
     pointer = ctypes.c_void_p(ctypes.addressof(buffer))
     stream = torch._C._cuda_getCurrentRawStream(device)
     result = kernel.run(
-        kernel.function, *grid, THREADS, 1, 1, kernel.shared, stream, ctypes.addressof(pointer), 0
+        kernel.function, *grid, kernel.threads, 1, 1, kernel.shared, stream, ctypes.addressof(pointer), 0
     )  # fmt: skip
     if result[0] != 0:
         _checked(result)

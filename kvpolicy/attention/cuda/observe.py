@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import struct
 import threading
@@ -10,15 +11,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kvpolicy.attention.cuda.kernel import Kernel, kernel_of, launch
+from kvpolicy.attention.cuda.kernel import THREADS, Kernel, kernel_of, launch
 from kvpolicy.interfaces.backend import AttentionOptions
 
 __all__ = ["Sums", "sums"]
 
-COLUMNS = 64
-"""Queries or keys of a tile; queries that count are filled up to a multiple."""
+COLUMNS = 128
+"""Queries that count are filled up to a multiple."""
 WAVES = 4
 """Blocks for each that the card holds at once, so that the last to end are few."""
+FEW = 256
+"""Queries of all heads of a KV head, below which blocks of 256 tokens have too little to do."""
 MASKS = 1 << 24
 """Numbers of masks that are summed at a time, about."""
 UPDATES = 4
@@ -37,14 +40,29 @@ class Sums(NamedTuple):
     """Whether it is the second pass, which weighs; the first one normalises."""
     mask: bool = False
     softcap: bool = False
+    grouped: bool = False
+    """Whether the second pass takes the products of warpgroups, which Hopper has and no other."""
 
     @property
     def name(self) -> str:
-        return "observe"
+        return "weigh" if self.grouped else "observe"
+
+    @property
+    def threads(self) -> int:
+        return 384 if self.grouped else THREADS
+
+    @property
+    def feature(self) -> str:
+        return "a" if self.grouped else ""
+
+    @property
+    def columns(self) -> int:
+        """Queries or keys of a tile."""
+        return 128 if self.grouped else 64
 
     @property
     def blocks(self) -> int:
-        return 3 if self.dim <= 64 and self.weighs else 2
+        return 1 if self.grouped else 3 if self.dim <= 64 and self.weighs else 2
 
     @property
     def rows(self) -> int:
@@ -52,6 +70,8 @@ class Sums(NamedTuple):
         return 64 if self.dim > 128 else 256 if self.weighs or not self.mask else 128
 
     def defined(self, arch: str) -> dict[str, object]:
+        if self.grouped:
+            return {"HEAD_DIM": self.dim, "BFLOAT": int(self.bfloat), "POLYNOMIALS": 2, "ORDER": 1}
         return {
             "PASS": 1 + self.weighs,
             "HEAD_DIM": self.dim,
@@ -105,8 +125,11 @@ class _Call(NamedTuple):
     causal: bool
 
     def variant(self, weighs: bool) -> Sums:
-        capped = self.options.softcap is not None
-        return Sums(self.query.shape[3], self.query.dtype == torch.bfloat16, weighs, self.mask is not None, capped)
+        capped, masked = self.options.softcap is not None, self.mask is not None
+        heads, _, dim = self.query.shape[1:]
+        many = self.queries.length * heads // self.keys.shape[1] >= FEW
+        grouped = weighs and many and dim <= 128 and not (masked or capped) and _has_groups(self.query.get_device())
+        return Sums(dim, self.query.dtype == torch.bfloat16, weighs, masked, capped, grouped)
 
     def run(self, variant: Sums, lse: Tensor | None, splits: int, grid: tuple[int, int], to: Tensor) -> None:
         """Launch a pass, whose result goes `to` a tensor `[splits, ...]`."""
@@ -123,6 +146,11 @@ class _Call(NamedTuple):
             options.scaling * LOG2E, (options.softcap or 0.0) * LOG2E,
         )  # fmt: skip
         launch(kernel_of(variant, device), given, (*grid, splits), device)
+
+
+@functools.cache
+def _has_groups(device: int) -> bool:
+    return torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def _strides(mask: Tensor) -> tuple[int, ...]:
@@ -150,7 +178,7 @@ def normalised(call: _Call) -> Tensor:
         return known
     variant = call.variant(False)
     grid = batch * heads, -(-room // variant.rows)
-    splits = _splits(kernel_of(variant, query.get_device()), grid[0] * grid[1], -(-keys.shape[2] // COLUMNS))
+    splits = _splits(kernel_of(variant, query.get_device()), grid[0] * grid[1], -(-keys.shape[2] // variant.columns))
     parts = query.new_empty((splits, batch, heads, room), dtype=torch.float32)
     call.run(variant, None, splits, grid, parts)
     lse = parts[0] if splits == 1 else parts.mul_(1 / LOG2E).logsumexp(0).mul_(LOG2E)
@@ -167,7 +195,7 @@ def weighed(call: _Call, lse: Tensor) -> Tensor:
     kv_heads, tokens = call.keys.shape[1:3]
     variant = call.variant(True)
     grid = batch * kv_heads, -(-tokens // variant.rows)
-    tiles = lse.shape[2] // COLUMNS * (call.query.shape[1] // kv_heads)
+    tiles = lse.shape[2] // variant.columns * (call.query.shape[1] // kv_heads)
     splits = _splits(kernel_of(variant, call.query.get_device()), grid[0] * grid[1], tiles)
     parts = call.query.new_empty((splits, batch, kv_heads, tokens), dtype=torch.float32)
     call.run(variant, lse, splits, grid, parts)

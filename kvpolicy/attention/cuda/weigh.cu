@@ -1,0 +1,249 @@
+// Pass 2 of observe.cu for Hopper (sm_90a), on its products of warpgroups: what tokens receive of the attention of some
+// queries, given the logarithm of each query's sum of exponentials.
+//
+// A block has 256 tokens. Two warpgroups keep 128 each, two tiles of 64 rows in registers, and take exponentials of one
+// tile's products while the tensor cores work at the other's. A third fetches tiles of queries, of all heads of the group,
+// into a ring. What comes before this file defines HEAD_DIM, BFLOAT (the model's type) and POLYNOMIALS.
+#include "machine.cuh"
+#include "observed.cuh"
+
+constexpr int D = HEAD_DIM, STEPS = D / 16, CHUNKS = D / 8, HALVES = (D + 63) / 64;
+constexpr int COLS = 128, TILES = 2, GROUPS = 2, ROWS = GROUPS * TILES * 64, SUMS = COLS / 2;  // SUMS: products of a thread
+constexpr int HALF = COLS * 128, LSE = HALVES * HALF, AT = LSE + COLS * 4, STAGE = AT + COLS * 4, STAGES = 6, AHEAD = 2;
+constexpr int FETCHING = 128, THREADS = GROUPS * 128 + FETCHING;
+extern "C" { __constant__ int SHARED_BYTES = STAGES * STAGE + 2048; }
+
+struct Block {
+  int row, kv_head, first, from, per, begin, end, split;  // first: of its tokens; columns begin at tile `from`, `per` of each head
+};
+
+__device__ __forceinline__ void make(u32 barrier, int count) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory"); }
+__device__ __forceinline__ void arrive(u32 barrier) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory"); }
+__device__ __forceinline__ void await(u32 barrier, u32 parity) {
+  asm volatile(
+      "{.reg .pred p;\n"
+      "again: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
+      "@p bra done;\n"
+      "bra again;\n"
+      "done:}" ::"r"(barrier), "r"(parity) : "memory");
+}
+
+struct Place {  // of a tile in the ring, whose first 1 KB are barriers
+  u32 ring;
+  int slot;
+  u32 parity;
+  __device__ __forceinline__ u32 stage() const { return ring + 1024 + slot * STAGE; }
+  __device__ __forceinline__ u32 full() const { return ring + 8 * slot; }
+  __device__ __forceinline__ u32 empty() const { return ring + 8 * (STAGES + slot); }
+  __device__ __forceinline__ void next() {
+    if (++slot == STAGES) slot = 0, parity ^= 1;
+  }
+};
+
+// Rows of 128 bytes of which 16 each are swapped by the row's last three bits: what the tensor cores read without conflicts.
+__device__ __forceinline__ u32 swizzled(int row, int chunk) { return (chunk / 8) * HALF + row * 128 + ((chunk % 8) ^ (row & 7)) * 16; }
+
+// A thread of the accumulators has columns 2q, 2q + 1 of each 8, q its lane's last two bits: it finds four numbers at once.
+__device__ __forceinline__ int spot(int column) { return column / 16 * 16 + (column % 8) / 2 * 4 + (column / 8) % 2 * 2 + column % 2; }
+
+__device__ __forceinline__ void hand_over(const Place& at) {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  __syncwarp();
+  if ((threadIdx.x & 31) == 0) arrive(at.full());
+}
+
+__device__ __forceinline__ void fetch(const Given& g, const Block& b, u32 ring) {
+  const int lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) & 3, column = warp * 32 + lane;
+  Place to = {ring, 0, 1}, ready = {ring, 0, 0};
+  int head = b.kv_head * g.groups + b.begin / b.per, tile = b.from + b.begin % b.per;
+  for (int i = b.begin; i < b.end; i++) {
+    await(to.empty(), to.parity);
+    const int first = tile * COLS, mine = g.at[first + column];
+    const u8* from = g.query + 2 * (b.row * g.query_row + head * g.query_head);
+#pragma unroll 2
+    for (int k = 0; k < CHUNKS; k++) {
+      const int r = (k * 32 + lane) / CHUNKS, c = (k * 32 + lane) % CHUNKS;
+      copy<16>(to.stage() + swizzled(warp * 32 + r, c), from + 2 * __shfl_sync(~0u, mine, r) * g.query_token + c * 16, true);
+    }
+    copy<4>(to.stage() + LSE + 4 * spot(column), (const u8*)(g.lse + ((i64)b.row * g.heads + head) * g.room + first + column), true);
+    copy<4>(to.stage() + AT + 4 * spot(column), (const u8*)(g.at + first + column), true);
+    commit();
+    if (i - b.begin >= AHEAD) {
+      wait<AHEAD>();
+      hand_over(ready);
+      ready.next();
+    }
+    to.next();
+    if (++tile == b.from + b.per) tile = b.from, head++;
+  }
+  wait<0>();
+  for (int i = max(b.begin, b.end - AHEAD); i < b.end; i++) {
+    hand_over(ready);
+    ready.next();
+  }
+}
+
+#if BFLOAT
+#define TYPE "bf16"
+#else
+#define TYPE "f16"
+#endif
+#define FOUR(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define SIXTEEN(i) FOUR(i), FOUR(i + 4), FOUR(i + 8), FOUR(i + 12)
+__device__ __forceinline__ void product(float (&d)[SUMS], const u32 (&a)[4], u64 b, int more) {
+  asm volatile(
+      "{.reg .pred p; setp.ne.b32 p, %69, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE " {"
+        "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+        "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
+        "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
+        "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+      "}, {%64,%65,%66,%67}, %68, p, 1, 1, 0;}"
+      : SIXTEEN(0), SIXTEEN(16), SIXTEEN(32), SIXTEEN(48)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(more));
+}
+
+// Begin the products of 64 tokens and the queries of a tile.
+__device__ __forceinline__ void begin(float (&d)[SUMS], const u32 (&a)[STEPS][4], u32 stage) {
+  const u64 queries = 0x4000004000010000ull | (stage >> 4);  // swizzled over 128 bytes; 1,024 from 8 rows to the next
+#pragma unroll
+  for (int i = 0; i < SUMS; i++) asm volatile("" : "+f"(d[i])::"memory");
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+  for (int k = 0; k < STEPS; k++) product(d, a[k], queries + (k / 4 * HALF + k % 4 * 32) / 16, k != 0);
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
+// Wait for products.
+__device__ __forceinline__ void end(float (&d)[SUMS]) {
+  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+#pragma unroll
+  for (int i = 0; i < SUMS; i++) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+// 2^x for x up to 0 without the unit of special functions, which is as busy as the tensor cores. Its error is 3e-6.
+__device__ __forceinline__ float polynomial(float x) {
+  x = fmaxf(x, -126.75f);  // what is less becomes a denormal number: nothing
+  const float big = x + 12582912.f, f = x - (big - 12582912.f);
+  float y = fmaf(0.009570101946812917f, f, 0.05591786158553334f);
+  y = fmaf(y, f, 0.24024744837984488f);
+  y = fmaf(y, f, 0.6931218145829676f);
+  y = fmaf(y, f, 0.9999992614392343f);
+  return __int_as_float(__float_as_int(y) + (__float_as_int(big) << 23));
+}
+
+__device__ __forceinline__ float plus(float a, float b) {
+  float c;
+  asm("add.ftz.f32 %0, %1, %2;" : "=f"(c) : "f"(a), "f"(b));
+  return c;
+}
+
+// Add the weights of a tile. EDGE: some of its tokens may be hidden from some queries; `first` is the first of the thread's.
+template <bool EDGE> __device__ __forceinline__ void add(const Given& g, const float (&d)[SUMS], float (&sum)[2], u32 stage, int first) {
+  const u32 lane = (threadIdx.x & 3) * 16;
+#pragma unroll
+  for (int n = 0; n < COLS / 16; n++) {
+    float lse[4];
+    int at[4];
+    asm volatile("ld.shared.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(lse[0]), "=f"(lse[1]), "=f"(lse[2]), "=f"(lse[3]) : "r"(stage + LSE + n * 64 + lane));
+    if (EDGE) asm volatile("ld.shared.v4.s32 {%0,%1,%2,%3}, [%4];" : "=r"(at[0]), "=r"(at[1]), "=r"(at[2]), "=r"(at[3]) : "r"(stage + AT + n * 64 + lane));
+#pragma unroll
+    for (int e = 0; e < 8; e++) {
+      const int i = e / 2 % 2, c = e / 4 * 2 + e % 2;
+      float x = fmaf(d[8 * n + e], g.scale, -lse[c]);
+      if (EDGE && first + 8 * i > at[c] + g.offset) x = -__int_as_float(0x7f800000);
+      sum[i] = plus(sum[i], e * POLYNOMIALS % 8 < POLYNOMIALS ? polynomial(x) : ex2(x));
+    }
+  }
+}
+
+__device__ __forceinline__ void weigh_tile(const Given& g, const float (&d)[SUMS], float (&sum)[2], u32 stage, int first, int last) {
+  int query;
+  asm volatile("ld.shared.s32 %0, [%1];" : "=r"(query) : "r"(stage + AT));
+  if (g.causal && last > query + g.offset) add<true>(g, d, sum, stage, first);
+  else add<false>(g, d, sum, stage, first);
+}
+
+__device__ __forceinline__ void consume(const Given& g, const Block& b, u32 ring) {
+  const int lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) & 3, tokens = b.first + (threadIdx.x >> 7) * TILES * 64;
+  u32 a[TILES][STEPS][4];
+  float sum[TILES][2] = {}, d[TILES][SUMS];
+  const u8* from = g.keys + 2 * (b.row * g.key_row + b.kv_head * g.key_head) + 4 * (lane & 3);
+#pragma unroll
+  for (int m = 0; m < TILES; m++)
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      const u8* x = from + 2 * min(tokens + m * 64 + warp * 16 + i * 8 + lane / 4, g.tokens - 1) * g.key_token;
+#pragma unroll
+      for (int k = 0; k < STEPS; k++) {
+        a[m][k][i] = *(const u32*)(x + 32 * k);
+        a[m][k][i + 2] = *(const u32*)(x + 32 * k + 16);
+      }
+    }
+  const int first = tokens + warp * 16 + lane / 4;
+  if (b.begin < b.end) {
+    Place now = {ring, 0, 0};
+    await(now.full(), now.parity);
+    begin(d[0], a[0], now.stage());
+    end(d[0]);
+#pragma unroll 1
+    for (int i = b.begin; i < b.end; i++) {
+      const Place here = now;
+      begin(d[1], a[1], here.stage());
+      weigh_tile(g, d[0], sum[0], here.stage(), first, tokens + 63);
+      end(d[1]);
+      if (i + 1 < b.end) {  // else once more the same, for nothing
+        now.next();
+        await(now.full(), now.parity);
+      }
+      begin(d[0], a[0], now.stage());
+      weigh_tile(g, d[1], sum[1], here.stage(), first + 64, tokens + 127);
+      end(d[0]);
+      __syncwarp();
+      if (lane == 0) arrive(here.empty());
+    }
+  }
+  const int kv_heads = g.heads / g.groups;
+  const i64 line = ((i64)b.split * (gridDim.x / kv_heads) + b.row) * kv_heads + b.kv_head;
+#pragma unroll
+  for (int m = 0; m < TILES; m++)
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      float x = sum[m][i];
+      x += __shfl_xor_sync(~0u, x, 1);
+      x += __shfl_xor_sync(~0u, x, 2);
+      const int token = first + m * 64 + i * 8;
+      if ((lane & 3) == 0 && token < g.tokens) g.out[line * g.tokens + token] = x;
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) weigh(const __grid_constant__ Given g) {
+  extern __shared__ __align__(1024) unsigned char shared[];
+  const u32 ring = ((u32)__cvta_generic_to_shared(shared) + 1023) & ~1023u;
+  Block b;  // head by head, so that its queries stay in the cache; the first tokens, seen by most, begin
+  const i64 number = blockIdx.x + (i64)gridDim.x * (blockIdx.y + (i64)gridDim.y * blockIdx.z);
+  const int each = gridDim.y * g.splits, line = ORDER ? (int)(number / each) : blockIdx.x, kv_heads = g.heads / g.groups;
+  const int part = ORDER ? (int)(number % each) : blockIdx.y + gridDim.y * blockIdx.z;
+  b.row = line / kv_heads;
+  b.kv_head = line % kv_heads;
+  b.first = part / g.splits * ROWS;
+  b.split = part % g.splits;
+  b.from = first_that_sees(g, b.first) / COLS;
+  b.per = (g.count + COLS - 1) / COLS - b.from;
+  const i64 count = (i64)b.per * g.groups;
+  b.begin = (int)(count * b.split / g.splits);
+  b.end = (int)(count * (b.split + 1) / g.splits);
+  if (threadIdx.x == 0)
+    for (int i = 0; i < STAGES; i++) {
+      make(ring + 8 * i, FETCHING / 32);
+      make(ring + 8 * (STAGES + i), GROUPS * 4);
+    }
+  __syncthreads();
+  if (threadIdx.x >= GROUPS * 128) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+    if (b.begin < b.end) fetch(g, b, ring);
+  } else {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    consume(g, b, ring);
+  }
+}
