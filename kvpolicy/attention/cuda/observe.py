@@ -27,7 +27,11 @@ MASKS = 1 << 24
 UPDATES = 4
 """Updates whose queries are kept on the device: layers of other kinds, and those of other devices, have their own."""
 LOG2E = math.log2(math.e)
-ADDRESSES = struct.Struct("<10q6Q8i2f")
+AT_ONCE = 24 << 20
+"""Bytes of queries that blocks work at together, about: those read again and again stay in the cache."""
+LEAST = 8
+"""Tiles of queries that a block of the second pass on warpgroups is worth."""
+ADDRESSES = struct.Struct("<10q7Q10i2f")
 _known = threading.local()
 
 
@@ -71,7 +75,7 @@ class Sums(NamedTuple):
 
     def defined(self, arch: str) -> dict[str, object]:
         if self.grouped:
-            return {"HEAD_DIM": self.dim, "BFLOAT": int(self.bfloat), "POLYNOMIALS": 2, "ORDER": 1}
+            return {"HEAD_DIM": self.dim, "BFLOAT": int(self.bfloat), "POLYNOMIALS": 2, "REG_STEPS": 0, "TURNS": 0}
         return {
             "PASS": 1 + self.weighs,
             "HEAD_DIM": self.dim,
@@ -87,9 +91,27 @@ class Queries(NamedTuple):
 
     at: Tensor
     """Their numbers, then the last one again: int32, on the device."""
-    length: int
+    numbers: Tensor
+    """Their numbers, on the host."""
     kinds: dict[int, tuple[Tensor, bool]]
     """Of each kind of scores the ones that count, `[rows or 1, queries]`, on the device; and whether all of them do."""
+    ends: dict[Any, tuple[Tensor, int]]
+    """What `tiles` found."""
+
+    @property
+    def length(self) -> int:
+        return len(self.numbers)
+
+    def tiles(self, variant: Sums, tokens: int, offset: int, causal: bool) -> tuple[Tensor, int]:
+        """Tiles of queries that see each block of tokens, summed up from 0 on, on the device; and how many in all."""
+        key = variant.rows, variant.columns, tokens, offset, causal
+        if key not in self.ends:
+            starts = torch.arange(0, tokens, variant.rows)
+            first = torch.searchsorted(self.numbers, starts - offset) if causal else torch.zeros_like(starts)
+            tiles = -(-self.length // variant.columns) - first // variant.columns
+            ends = torch.nn.functional.pad(tiles.cumsum(0), (1, 0))
+            self.ends[key] = ends.int().to(self.at.device, non_blocking=True), int(ends[-1])
+        return self.ends[key]
 
     @classmethod
     def of(cls, counted: Any, offset: int, device: torch.device) -> Queries:
@@ -107,11 +129,12 @@ class Queries(NamedTuple):
     def _of(cls, counted: Any, offset: int, device: torch.device) -> Queries:
         tokens = torch.tensor([n for n in counted.queries if n >= offset], dtype=torch.int64)
         if not len(tokens):
-            return cls(tokens, 0, {})
-        at = torch.nn.functional.pad(tokens - offset, (0, -len(tokens) % COLUMNS), value=int(tokens[-1]) - offset)
+            return cls(tokens, tokens, {}, {})
+        numbers = tokens - offset
+        at = torch.nn.functional.pad(numbers, (0, -len(tokens) % COLUMNS), value=int(numbers[-1]))
         masks = {k: mask[:, tokens] for k, mask in enumerate(counted.masks)}
         kinds = {k: (mask.to(device, non_blocking=True), bool(mask.all())) for k, mask in masks.items() if mask.any()}
-        return cls(at.int().to(device, non_blocking=True), len(tokens), kinds)
+        return cls(at.int().to(device, non_blocking=True), numbers, kinds, {})
 
 
 class _Call(NamedTuple):
@@ -131,8 +154,10 @@ class _Call(NamedTuple):
         grouped = weighs and many and dim <= 128 and not (masked or capped) and _has_groups(self.query.get_device())
         return Sums(dim, self.query.dtype == torch.bfloat16, weighs, masked, capped, grouped)
 
-    def run(self, variant: Sums, lse: Tensor | None, splits: int, grid: tuple[int, int], to: Tensor) -> None:
-        """Launch a pass, whose result goes `to` a tensor `[splits, ...]`."""
+    def run(
+        self, variant: Sums, lse: Tensor | None, grid: tuple[int, int, int], to: Tensor, ends: Tensor | None = None, lines: int = 0
+    ) -> None:
+        """Launch a pass, whose result goes `to` a tensor `[splits, ...]`; `ends` and `lines` as of `_even`."""
         query, keys, mask, options, queries, causal = self
         heads, asked = query.shape[1:3]
         kv_heads, tokens = keys.shape[1:3]
@@ -141,11 +166,12 @@ class _Call(NamedTuple):
         given = ADDRESSES.pack(
             *query.stride()[:3], *keys.stride()[:3], *strides,
             query.data_ptr(), keys.data_ptr(), 0 if mask is None else mask.data_ptr(), queries.at.data_ptr(),
-            (to if lse is None else lse).data_ptr(), to.data_ptr(),
-            queries.length, len(queries.at), tokens, heads, heads // kv_heads, tokens - asked, splits, int(causal),
+            (to if lse is None else lse).data_ptr(), to.data_ptr(), 0 if ends is None else ends.data_ptr(),
+            len(query), lines, queries.length, len(queries.at), tokens, heads, heads // kv_heads, tokens - asked,
+            len(to), int(causal),
             options.scaling * LOG2E, (options.softcap or 0.0) * LOG2E,
         )  # fmt: skip
-        launch(kernel_of(variant, device), given, (*grid, splits), device)
+        launch(kernel_of(variant, device), given, grid, device)
 
 
 @functools.cache
@@ -180,7 +206,7 @@ def normalised(call: _Call) -> Tensor:
     grid = batch * heads, -(-room // variant.rows)
     splits = _splits(kernel_of(variant, query.get_device()), grid[0] * grid[1], -(-keys.shape[2] // variant.columns))
     parts = query.new_empty((splits, batch, heads, room), dtype=torch.float32)
-    call.run(variant, None, splits, grid, parts)
+    call.run(variant, None, (*grid, splits), parts)
     lse = parts[0] if splits == 1 else parts.mul_(1 / LOG2E).logsumexp(0).mul_(LOG2E)
     if call.options.sinks is not None:
         lse = torch.logaddexp2(lse, call.options.sinks.float().mul(LOG2E).view(1, -1, 1))
@@ -194,12 +220,30 @@ def weighed(call: _Call, lse: Tensor) -> Tensor:
     batch = call.query.shape[0]
     kv_heads, tokens = call.keys.shape[1:3]
     variant = call.variant(True)
+    if variant.grouped:
+        return _evenly(call, variant, lse)
     grid = batch * kv_heads, -(-tokens // variant.rows)
     tiles = lse.shape[2] // variant.columns * (call.query.shape[1] // kv_heads)
     splits = _splits(kernel_of(variant, call.query.get_device()), grid[0] * grid[1], tiles)
     parts = call.query.new_empty((splits, batch, kv_heads, tokens), dtype=torch.float32)
-    call.run(variant, lse, splits, grid, parts)
+    call.run(variant, lse, (*grid, splits), parts)
     return parts[0] if splits == 1 else parts.sum(0)
+
+
+def _evenly(call: _Call, variant: Sums, lse: Tensor) -> Tensor:
+    """As `weighed`; each block has as many tiles of queries, of one block of tokens after the other."""
+    batch, heads, asked, dim = call.query.shape
+    kv_heads, tokens = call.keys.shape[1:3]
+    ends, each = call.queries.tiles(variant, tokens, tokens - asked, call.causal)
+    groups, length = heads // kv_heads, call.queries.length
+    most = -(-batch * kv_heads // max(1, AT_ONCE // (2 * groups * length * dim)))
+    lines = -(-batch * kv_heads // min(most, batch * kv_heads))
+    least = ((batch * kv_heads - 1) % lines + 1) * each * groups  # tiles that blocks share, where they are fewest
+    blocks = max(1, min(kernel_of(variant, call.query.get_device()).slots, least // LEAST))
+    splits = -(-length // variant.columns) * groups // max(1, least // blocks) + 2
+    parts = call.query.new_zeros((splits, batch, kv_heads, tokens), dtype=torch.float32)
+    call.run(variant, lse, (blocks, 1, 1), parts, ends, lines)
+    return parts.sum(0)
 
 
 def sums(query: Tensor, keys: Tensor, observer: Any, mask: Tensor | None, options: AttentionOptions) -> bool:

@@ -6,6 +6,8 @@ struct Given {
   const int* at;  // which queries count: `count` of them, ascending, then the last again, up to `room`
   float* lse;     // of base 2; pass 1 writes [splits, rows, heads, room], pass 2 reads [rows, heads, room]; infinite: counts nothing
   float* out;     // [splits, rows, kv_heads, tokens]
+  const int* ends;  // pass 2 on warpgroups: tiles of queries that see each block of tokens, summed up from 0 on
+  int rows, lines;  // and how many rows and heads blocks work at together
   int count, room, tokens, heads, groups, offset, splits, causal;  // offset: tokens before the first query
   float scale, cap;                                                // with log2(e)
 };

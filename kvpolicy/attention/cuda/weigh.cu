@@ -9,13 +9,55 @@
 
 constexpr int D = HEAD_DIM, STEPS = D / 16, CHUNKS = D / 8, HALVES = (D + 63) / 64;
 constexpr int COLS = 128, TILES = 2, GROUPS = 2, ROWS = GROUPS * TILES * 64, SUMS = COLS / 2;  // SUMS: products of a thread
-constexpr int HALF = COLS * 128, LSE = HALVES * HALF, AT = LSE + COLS * 4, STAGE = AT + COLS * 4, STAGES = 6, AHEAD = 2;
+constexpr int HELD = REG_STEPS < STEPS ? REG_STEPS : STEPS;  // steps of keys that registers hold
+constexpr int HALF = COLS * 128, LSE = HALVES * HALF, AT = LSE + COLS * 4, STAGE = AT + COLS * 4, KEYS = HELD < STEPS ? GROUPS * HALVES * HALF : 0;
+constexpr int STAGES = HELD < STEPS ? 4 : 6, AHEAD = 2;
 constexpr int FETCHING = 128, THREADS = GROUPS * 128 + FETCHING;
-extern "C" { __constant__ int SHARED_BYTES = STAGES * STAGE + 2048; }
+extern "C" { __constant__ int SHARED_BYTES = STAGES * STAGE + KEYS + 2048; }
 
-struct Block {
+struct Segment {
   int row, kv_head, first, from, per, begin, end, split;  // first: of its tokens; columns begin at tile `from`, `per` of each head
 };
+
+// A block's share of the work: of each `lines` rows and heads an even part, so that all blocks end at once, and the queries
+// that they read stay in the cache.
+struct Walk {
+  int line;  // where those begin that are worked at
+  i64 unit, stop, all;
+};
+
+__device__ __forceinline__ void enter(const Given& g, Walk& w, int each, int lines) {
+  w.all = (i64)min(g.lines, lines - w.line) * each;
+  w.unit = w.all * blockIdx.x / gridDim.x;
+  w.stop = w.all * (blockIdx.x + 1) / gridDim.x;
+}
+
+__device__ __forceinline__ bool next(const Given& g, Walk& w, Segment& s) {
+  const int kv_heads = g.heads / g.groups, lines = g.rows * kv_heads, tiles = (g.tokens + ROWS - 1) / ROWS, each = g.ends[tiles] * g.groups;
+  while (w.unit == w.stop) {
+    w.line += g.lines;
+    if (w.line >= lines || each == 0) return false;
+    enter(g, w, each, lines);
+  }
+  const int line = w.line + (int)(w.unit / each), at = (int)(w.unit % each);
+  int low = 0, high = tiles - 1;  // the block of tokens: the last that begins no later
+  while (low < high) {
+    const int middle = (low + high + 1) / 2;
+    if (g.ends[middle] * g.groups <= at) low = middle;
+    else high = middle - 1;
+  }
+  const int start = g.ends[low];
+  s.row = line / kv_heads;
+  s.kv_head = line % kv_heads;
+  s.first = low * ROWS;
+  s.per = g.ends[low + 1] - start;
+  s.from = (g.count + COLS - 1) / COLS - s.per;
+  s.begin = at - start * g.groups;
+  s.end = (int)min((i64)s.per * g.groups, s.begin + w.stop - w.unit);
+  s.split = blockIdx.x - (int)(((w.unit - s.begin + 1) * gridDim.x - 1) / w.all);
+  w.unit += s.end - s.begin;
+  return true;
+}
 
 __device__ __forceinline__ void make(u32 barrier, int count) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory"); }
 __device__ __forceinline__ void arrive(u32 barrier) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory"); }
@@ -52,32 +94,39 @@ __device__ __forceinline__ void hand_over(const Place& at) {
   if ((threadIdx.x & 31) == 0) arrive(at.full());
 }
 
-__device__ __forceinline__ void fetch(const Given& g, const Block& b, u32 ring) {
+__device__ __forceinline__ void fetch(const Given& g, u32 ring) {
   const int lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) & 3, column = warp * 32 + lane;
   Place to = {ring, 0, 1}, ready = {ring, 0, 0};
-  int head = b.kv_head * g.groups + b.begin / b.per, tile = b.from + b.begin % b.per;
-  for (int i = b.begin; i < b.end; i++) {
-    await(to.empty(), to.parity);
-    const int first = tile * COLS, mine = g.at[first + column];
-    const u8* from = g.query + 2 * (b.row * g.query_row + head * g.query_head);
+  Walk w = {-g.lines, 0, 0, 0};
+  Segment b;
+  int waiting = 0;
+  while (next(g, w, b)) {
+    int head = b.kv_head * g.groups + b.begin / b.per, tile = b.from + b.begin % b.per;
+    for (int i = b.begin; i < b.end; i++) {
+      await(to.empty(), to.parity);
+      const int first = tile * COLS, mine = g.at[first + column];
+      const u8* from = g.query + 2 * (b.row * g.query_row + head * g.query_head);
 #pragma unroll 2
-    for (int k = 0; k < CHUNKS; k++) {
-      const int r = (k * 32 + lane) / CHUNKS, c = (k * 32 + lane) % CHUNKS;
-      copy<16>(to.stage() + swizzled(warp * 32 + r, c), from + 2 * __shfl_sync(~0u, mine, r) * g.query_token + c * 16, true);
+      for (int k = 0; k < CHUNKS; k++) {
+        const int r = (k * 32 + lane) / CHUNKS, c = (k * 32 + lane) % CHUNKS;
+        copy<16>(to.stage() + swizzled(warp * 32 + r, c), from + 2 * __shfl_sync(~0u, mine, r) * g.query_token + c * 16, true);
+      }
+      copy<4>(to.stage() + LSE + 4 * spot(column), (const u8*)(g.lse + ((i64)b.row * g.heads + head) * g.room + first + column), true);
+      copy<4>(to.stage() + AT + 4 * spot(column), (const u8*)(g.at + first + column), true);
+      commit();
+      if (waiting == AHEAD) {
+        wait<AHEAD>();
+        hand_over(ready);
+        ready.next();
+      } else {
+        waiting++;
+      }
+      to.next();
+      if (++tile == b.from + b.per) tile = b.from, head++;
     }
-    copy<4>(to.stage() + LSE + 4 * spot(column), (const u8*)(g.lse + ((i64)b.row * g.heads + head) * g.room + first + column), true);
-    copy<4>(to.stage() + AT + 4 * spot(column), (const u8*)(g.at + first + column), true);
-    commit();
-    if (i - b.begin >= AHEAD) {
-      wait<AHEAD>();
-      hand_over(ready);
-      ready.next();
-    }
-    to.next();
-    if (++tile == b.from + b.per) tile = b.from, head++;
   }
   wait<0>();
-  for (int i = max(b.begin, b.end - AHEAD); i < b.end; i++) {
+  for (; waiting; waiting--) {
     hand_over(ready);
     ready.next();
   }
@@ -103,15 +152,38 @@ __device__ __forceinline__ void product(float (&d)[SUMS], const u32 (&a)[4], u64
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(more));
 }
 
+__device__ __forceinline__ void product(float (&d)[SUMS], u64 a, u64 b, int more) {
+  asm volatile(
+      "{.reg .pred p; setp.ne.b32 p, %66, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE " {"
+        "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+        "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
+        "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
+        "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+      "}, %64, %65, p, 1, 1, 0, 0;}"
+      : SIXTEEN(0), SIXTEEN(16), SIXTEEN(32), SIXTEEN(48)
+      : "l"(a), "l"(b), "r"(more));
+}
+
+__device__ __forceinline__ void meet(int id, int count) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(count) : "memory"); }
+__device__ __forceinline__ void let(int id, int count) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(count) : "memory"); }
+
 // Begin the products of 64 tokens and the queries of a tile.
-__device__ __forceinline__ void begin(float (&d)[SUMS], const u32 (&a)[STEPS][4], u32 stage) {
-  const u64 queries = 0x4000004000010000ull | (stage >> 4);  // swizzled over 128 bytes; 1,024 from 8 rows to the next
+__device__ __forceinline__ void begin(float (&d)[SUMS], const u32 (&a)[HELD + 1][4], u32 keys, u32 stage) {
+  const u64 queries = 0x4000004000010000ull | (stage >> 4), tokens = 0x4000004000010000ull | (keys >> 4);  // swizzled over 128 bytes; 1,024 from 8 rows to the next
+  const int group = threadIdx.x >> 7;
+  if (TURNS) meet(1 + group, GROUPS * 128);
 #pragma unroll
   for (int i = 0; i < SUMS; i++) asm volatile("" : "+f"(d[i])::"memory");
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
-  for (int k = 0; k < STEPS; k++) product(d, a[k], queries + (k / 4 * HALF + k % 4 * 32) / 16, k != 0);
+  for (int k = 0; k < STEPS; k++) {
+    const int offset = (k / 4 * HALF + k % 4 * 32) / 16;
+    if (k < HELD) product(d, a[k < HELD ? k : 0], queries + offset, k != 0);
+    else product(d, tokens + offset, queries + offset, k != 0);
+  }
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+  if (TURNS) let(2 - group, GROUPS * 128);
 }
 
 // Wait for products.
@@ -164,75 +236,85 @@ __device__ __forceinline__ void weigh_tile(const Given& g, const float (&d)[SUMS
   else add<false>(g, d, sum, stage, first);
 }
 
-__device__ __forceinline__ void consume(const Given& g, const Block& b, u32 ring) {
-  const int lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) & 3, tokens = b.first + (threadIdx.x >> 7) * TILES * 64;
-  u32 a[TILES][STEPS][4];
-  float sum[TILES][2] = {}, d[TILES][SUMS];
-  const u8* from = g.keys + 2 * (b.row * g.key_row + b.kv_head * g.key_head) + 4 * (lane & 3);
+__device__ __forceinline__ void load(const Given& g, const Segment& b, u32 (&a)[TILES][HELD + 1][4], int tokens, u32 keys) {
+  const int lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) & 3, group = threadIdx.x >> 7;
+  const u8* from = g.keys + 2 * (b.row * g.key_row + b.kv_head * g.key_head);
+  if (HELD < STEPS) {
+    meet(3 + group, 128);
+#pragma unroll 4
+    for (int i = threadIdx.x & 127; i < TILES * 64 * CHUNKS; i += 128) {
+      const int r = i / CHUNKS, c = i % CHUNKS;
+      copy<16>(keys + swizzled(r, c), from + 2 * min(tokens + r, g.tokens - 1) * g.key_token + c * 16, true);
+    }
+    commit();
+  }
 #pragma unroll
   for (int m = 0; m < TILES; m++)
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-      const u8* x = from + 2 * min(tokens + m * 64 + warp * 16 + i * 8 + lane / 4, g.tokens - 1) * g.key_token;
+      const u8* x = from + 2 * min(tokens + m * 64 + warp * 16 + i * 8 + lane / 4, g.tokens - 1) * g.key_token + 4 * (lane & 3);
 #pragma unroll
-      for (int k = 0; k < STEPS; k++) {
+      for (int k = 0; k < HELD; k++) {
         a[m][k][i] = *(const u32*)(x + 32 * k);
         a[m][k][i + 2] = *(const u32*)(x + 32 * k + 16);
       }
     }
-  const int first = tokens + warp * 16 + lane / 4;
-  if (b.begin < b.end) {
-    Place now = {ring, 0, 0};
+  if (HELD < STEPS) {
+    wait<0>();
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    meet(3 + group, 128);
+  }
+}
+
+__device__ __forceinline__ void consume(const Given& g, u32 ring) {
+  const int lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) & 3, group = threadIdx.x >> 7;
+  const u32 keys = ring + 1024 + STAGES * STAGE + group * (KEYS / GROUPS);
+  u32 a[TILES][HELD + 1][4];
+  float d[TILES][SUMS];
+  Place now = {ring, 0, 0};
+  Walk w = {-g.lines, 0, 0, 0};
+  Segment b;
+  if (TURNS && group) let(1, GROUPS * 128);
+#pragma unroll 1
+  while (next(g, w, b)) {
+    const int tokens = b.first + group * TILES * 64, first = tokens + warp * 16 + lane / 4;
+    float sum[TILES][2] = {};
+    load(g, b, a, tokens, keys);
     await(now.full(), now.parity);
-    begin(d[0], a[0], now.stage());
+    begin(d[0], a[0], keys, now.stage());
     end(d[0]);
 #pragma unroll 1
     for (int i = b.begin; i < b.end; i++) {
       const Place here = now;
-      begin(d[1], a[1], here.stage());
+      begin(d[1], a[1], keys + 64 * 128, here.stage());
       weigh_tile(g, d[0], sum[0], here.stage(), first, tokens + 63);
       end(d[1]);
-      if (i + 1 < b.end) {  // else once more the same, for nothing
-        now.next();
-        await(now.full(), now.parity);
-      }
-      begin(d[0], a[0], now.stage());
+      now.next();
+      if (i + 1 < b.end) await(now.full(), now.parity);  // else once more the same, for nothing
+      begin(d[0], a[0], keys, i + 1 < b.end ? now.stage() : here.stage());
       weigh_tile(g, d[1], sum[1], here.stage(), first + 64, tokens + 127);
       end(d[0]);
       __syncwarp();
       if (lane == 0) arrive(here.empty());
     }
+    const i64 line = ((i64)b.split * g.rows + b.row) * (g.heads / g.groups) + b.kv_head;
+#pragma unroll
+    for (int m = 0; m < TILES; m++)
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        float x = sum[m][i];
+        x += __shfl_xor_sync(~0u, x, 1);
+        x += __shfl_xor_sync(~0u, x, 2);
+        const int token = first + m * 64 + i * 8;
+        if ((lane & 3) == 0 && token < g.tokens) g.out[line * g.tokens + token] = x;
+      }
   }
-  const int kv_heads = g.heads / g.groups;
-  const i64 line = ((i64)b.split * (gridDim.x / kv_heads) + b.row) * kv_heads + b.kv_head;
-#pragma unroll
-  for (int m = 0; m < TILES; m++)
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-      float x = sum[m][i];
-      x += __shfl_xor_sync(~0u, x, 1);
-      x += __shfl_xor_sync(~0u, x, 2);
-      const int token = first + m * 64 + i * 8;
-      if ((lane & 3) == 0 && token < g.tokens) g.out[line * g.tokens + token] = x;
-    }
+  if (TURNS && !group) meet(1, GROUPS * 128);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) weigh(const __grid_constant__ Given g) {
   extern __shared__ __align__(1024) unsigned char shared[];
   const u32 ring = ((u32)__cvta_generic_to_shared(shared) + 1023) & ~1023u;
-  Block b;  // head by head, so that its queries stay in the cache; the first tokens, seen by most, begin
-  const i64 number = blockIdx.x + (i64)gridDim.x * (blockIdx.y + (i64)gridDim.y * blockIdx.z);
-  const int each = gridDim.y * g.splits, line = ORDER ? (int)(number / each) : blockIdx.x, kv_heads = g.heads / g.groups;
-  const int part = ORDER ? (int)(number % each) : blockIdx.y + gridDim.y * blockIdx.z;
-  b.row = line / kv_heads;
-  b.kv_head = line % kv_heads;
-  b.first = part / g.splits * ROWS;
-  b.split = part % g.splits;
-  b.from = first_that_sees(g, b.first) / COLS;
-  b.per = (g.count + COLS - 1) / COLS - b.from;
-  const i64 count = (i64)b.per * g.groups;
-  b.begin = (int)(count * b.split / g.splits);
-  b.end = (int)(count * (b.split + 1) / g.splits);
   if (threadIdx.x == 0)
     for (int i = 0; i < STAGES; i++) {
       make(ring + 8 * i, FETCHING / 32);
@@ -241,9 +323,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) weigh(const __grid_cons
   __syncthreads();
   if (threadIdx.x >= GROUPS * 128) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-    if (b.begin < b.end) fetch(g, b, ring);
+    fetch(g, ring);
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
-    consume(g, b, ring);
+    consume(g, ring);
   }
 }
