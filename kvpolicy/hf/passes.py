@@ -15,10 +15,14 @@ from typing import Any, Protocol
 from weakref import ReferenceType, WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kvpolicy.errors import CacheError
 from kvpolicy.hf.calls import Call, PassAware, names_of, parts_of, path_between
+from kvpolicy.layer.layer import MAX_PENDING, LayerCache
+
+LATE = ["cuda"]
+"""Devices that work while the host plans."""
 
 lock = threading.RLock()
 """Held while hooks or registries change. Finalizers may run anywhere, so that a thread may hold it twice."""
@@ -61,6 +65,8 @@ class Pass:
     tokens: int = 0
     masked: bool = False
     """Whether the 2-D mask was seen."""
+    late: LayerCache | None = None
+    """The layer whose tokens are let in once the next one's attention is under way."""
 
     @property
     def cache(self) -> PassAware | None:
@@ -79,6 +85,17 @@ class Pass:
         cache = self.cache
         if cache is not None:
             cache.finish(failed)
+
+
+def let_in(tiers: LayerCache, current: Pass | None, query: Tensor) -> None:
+    """Let a layer's new tokens in; many on a GPU only once the next layer has given it work, so that it never waits."""
+    if current is not None and current.late is not None:
+        current.late.hold()
+        current.late = None
+    if current is not None and query.device.type in LATE and query.shape[2] > MAX_PENDING:
+        current.late = tiers
+    else:
+        tiers.hold()
 
 
 class Lease:
