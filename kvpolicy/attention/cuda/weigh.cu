@@ -8,12 +8,11 @@
 #include "observed.cuh"
 
 constexpr int D = HEAD_DIM, STEPS = D / 16, CHUNKS = D / 8, HALVES = (D + 63) / 64;
-constexpr int COLS = 128, TILES = 2, GROUPS = 2, ROWS = GROUPS * TILES * 64, SUMS = COLS / 2;  // SUMS: products of a thread
-constexpr int HELD = REG_STEPS < STEPS ? REG_STEPS : STEPS;  // steps of keys that registers hold
-constexpr int HALF = COLS * 128, LSE = HALVES * HALF, AT = LSE + COLS * 4, STAGE = AT + COLS * 4, KEYS = HELD < STEPS ? GROUPS * HALVES * HALF : 0;
-constexpr int STAGES = HELD < STEPS ? 4 : 6, AHEAD = 2;
+constexpr int COLS = 128, ROWS = GROUPS * TILES * 64;
+constexpr int WIDE = TILES == 2 ? 128 : 64, SUMS = WIDE / 2;  // columns of a product at a time, and what a thread has of them
+constexpr int HALF = COLS * 128, LSE = HALVES * HALF, AT = LSE + COLS * 4, STAGE = AT + COLS * 4, STAGES = 6, AHEAD = 2;
 constexpr int FETCHING = 128, THREADS = GROUPS * 128 + FETCHING;
-extern "C" { __constant__ int SHARED_BYTES = STAGES * STAGE + KEYS + 2048; }
+extern "C" { __constant__ int SHARED_BYTES = STAGES * STAGE + 2048; }
 
 struct Segment {
   int row, kv_head, first, from, per, begin, end, split;  // first: of its tokens; columns begin at tile `from`, `per` of each head
@@ -106,10 +105,11 @@ __device__ __forceinline__ void fetch(const Given& g, u32 ring) {
       await(to.empty(), to.parity);
       const int first = tile * COLS, mine = g.at[first + column];
       const u8* from = g.query + 2 * (b.row * g.query_row + head * g.query_head);
-#pragma unroll 2
+      const u32 step = 2 * (u32)g.query_token;
+#pragma unroll 4
       for (int k = 0; k < CHUNKS; k++) {
         const int r = (k * 32 + lane) / CHUNKS, c = (k * 32 + lane) % CHUNKS;
-        copy<16>(to.stage() + swizzled(warp * 32 + r, c), from + 2 * __shfl_sync(~0u, mine, r) * g.query_token + c * 16, true);
+        copy<16>(to.stage() + swizzled(warp * 32 + r, c), from + c * 16 + (u64)(u32)__shfl_sync(~0u, mine, r) * step, true);
       }
       copy<4>(to.stage() + LSE + 4 * spot(column), (const u8*)(g.lse + ((i64)b.row * g.heads + head) * g.room + first + column), true);
       copy<4>(to.stage() + AT + 4 * spot(column), (const u8*)(g.at + first + column), true);
@@ -139,58 +139,45 @@ __device__ __forceinline__ void fetch(const Given& g, u32 ring) {
 #endif
 #define FOUR(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define SIXTEEN(i) FOUR(i), FOUR(i + 4), FOUR(i + 8), FOUR(i + 12)
-__device__ __forceinline__ void product(float (&d)[SUMS], const u32 (&a)[4], u64 b, int more) {
+__device__ __forceinline__ void product(float (&d)[SUMS], const u32 (&a)[4], u32 b, int more) {
+#if TILES == 2
   asm volatile(
-      "{.reg .pred p; setp.ne.b32 p, %69, 0;\n"
+      "{.reg .pred p; .reg .b32 h; .reg .b64 b; setp.ne.b32 p, %69, 0; mov.b32 h, 0x40000040; mov.b64 b, {%68, h};\n"
       "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE " {"
-        "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
-        "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
-        "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
-        "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
-      "}, {%64,%65,%66,%67}, %68, p, 1, 1, 0;}"
+      "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+      "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
+      "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
+      "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+      "}, {%64,%65,%66,%67}, b, p, 1, 1, 0;}"
       : SIXTEEN(0), SIXTEEN(16), SIXTEEN(32), SIXTEEN(48)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(more));
+#else
+  asm volatile(
+      "{.reg .pred p; .reg .b32 h; .reg .b64 b; setp.ne.b32 p, %37, 0; mov.b32 h, 0x40000040; mov.b64 b, {%36, h};\n"
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " {"
+      "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+      "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+      "}, {%32,%33,%34,%35}, b, p, 1, 1, 0;}"
+      : SIXTEEN(0), SIXTEEN(16)
+#endif
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(more));
 }
 
-__device__ __forceinline__ void product(float (&d)[SUMS], u64 a, u64 b, int more) {
-  asm volatile(
-      "{.reg .pred p; setp.ne.b32 p, %66, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE " {"
-        "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
-        "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
-        "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
-        "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
-      "}, %64, %65, p, 1, 1, 0, 0;}"
-      : SIXTEEN(0), SIXTEEN(16), SIXTEEN(32), SIXTEEN(48)
-      : "l"(a), "l"(b), "r"(more));
-}
-
-__device__ __forceinline__ void meet(int id, int count) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(count) : "memory"); }
-__device__ __forceinline__ void let(int id, int count) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(count) : "memory"); }
-
-// Begin the products of 64 tokens and the queries of a tile.
-__device__ __forceinline__ void begin(float (&d)[SUMS], const u32 (&a)[HELD + 1][4], u32 keys, u32 stage) {
-  const u64 queries = 0x4000004000010000ull | (stage >> 4), tokens = 0x4000004000010000ull | (keys >> 4);  // swizzled over 128 bytes; 1,024 from 8 rows to the next
-  const int group = threadIdx.x >> 7;
-  if (TURNS) meet(1 + group, GROUPS * 128);
+// Begin the products of 64 tokens and queries of a tile.
+__device__ __forceinline__ void begin(float (&d)[SUMS], const u32 (&a)[STEPS][4], u32 queries) {
+  const u32 b = 0x10000 | (queries >> 4);  // swizzled over 128 bytes; 1,024 from 8 rows to the next
 #pragma unroll
-  for (int i = 0; i < SUMS; i++) asm volatile("" : "+f"(d[i])::"memory");
-  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+  for (int i = 0; i < SUMS; i++) asm volatile("" : "+f"(d[i]));
+  asm volatile("wgmma.fence.sync.aligned;");
 #pragma unroll
-  for (int k = 0; k < STEPS; k++) {
-    const int offset = (k / 4 * HALF + k % 4 * 32) / 16;
-    if (k < HELD) product(d, a[k < HELD ? k : 0], queries + offset, k != 0);
-    else product(d, tokens + offset, queries + offset, k != 0);
-  }
-  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-  if (TURNS) let(2 - group, GROUPS * 128);
+  for (int k = 0; k < STEPS; k++) product(d, a[k], b + (k / 4 * HALF + k % 4 * 32) / 16, k != 0);
+  asm volatile("wgmma.commit_group.sync.aligned;");
 }
 
 // Wait for products.
 __device__ __forceinline__ void end(float (&d)[SUMS]) {
-  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+  asm volatile("wgmma.wait_group.sync.aligned 0;");
 #pragma unroll
-  for (int i = 0; i < SUMS; i++) asm volatile("" : "+f"(d[i])::"memory");
+  for (int i = 0; i < SUMS; i++) asm volatile("" : "+f"(d[i]));
 }
 
 // 2^x for x up to 0 without the unit of special functions, which is as busy as the tensor cores. Its error is 3e-6.
@@ -210,106 +197,107 @@ __device__ __forceinline__ float plus(float a, float b) {
   return c;
 }
 
-// Add the weights of a tile. EDGE: some of its tokens may be hidden from some queries; `first` is the first of the thread's.
-template <bool EDGE> __device__ __forceinline__ void add(const Given& g, const float (&d)[SUMS], float (&sum)[2], u32 stage, int first) {
-  const u32 lane = (threadIdx.x & 3) * 16;
+struct Four {
+  float x[4];
+};
+
+__device__ __forceinline__ Four four(u32 at) {
+  Four f;
+  asm volatile("ld.shared.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(f.x[0]), "=f"(f.x[1]), "=f"(f.x[2]), "=f"(f.x[3]) : "r"(at));
+  return f;
+}
+
+// Add the weights of some columns, the first of whose numbers are at `lse`. EDGE: some tokens may be hidden from some
+// queries; `token` is the first of the thread's.
+template <bool EDGE> __device__ __forceinline__ void add(const Given& g, const float (&d)[SUMS], float (&sum)[2], u32 lse, Four known, int token) {
 #pragma unroll
-  for (int n = 0; n < COLS / 16; n++) {
-    float lse[4];
-    int at[4];
-    asm volatile("ld.shared.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(lse[0]), "=f"(lse[1]), "=f"(lse[2]), "=f"(lse[3]) : "r"(stage + LSE + n * 64 + lane));
-    if (EDGE) asm volatile("ld.shared.v4.s32 {%0,%1,%2,%3}, [%4];" : "=r"(at[0]), "=r"(at[1]), "=r"(at[2]), "=r"(at[3]) : "r"(stage + AT + n * 64 + lane));
+  for (int n = 0; n < WIDE / 16; n++) {
+    const Four now = known;
+    if (n + 1 < WIDE / 16) known = four(lse + (n + 1) * 64);
+    Four at;
+    if (EDGE) at = four(lse + AT - LSE + n * 64);
 #pragma unroll
     for (int e = 0; e < 8; e++) {
       const int i = e / 2 % 2, c = e / 4 * 2 + e % 2;
-      float x = fmaf(d[8 * n + e], g.scale, -lse[c]);
-      if (EDGE && first + 8 * i > at[c] + g.offset) x = -__int_as_float(0x7f800000);
+      float x = fmaf(d[8 * n + e], g.scale, -now.x[c]);
+      if (EDGE && token + 8 * i > __float_as_int(at.x[c]) + g.offset) x = -__int_as_float(0x7f800000);
       sum[i] = plus(sum[i], e * POLYNOMIALS % 8 < POLYNOMIALS ? polynomial(x) : ex2(x));
     }
   }
 }
 
-__device__ __forceinline__ void weigh_tile(const Given& g, const float (&d)[SUMS], float (&sum)[2], u32 stage, int first, int last) {
-  int query;
-  asm volatile("ld.shared.s32 %0, [%1];" : "=r"(query) : "r"(stage + AT));
-  if (g.causal && last > query + g.offset) add<true>(g, d, sum, stage, first);
-  else add<false>(g, d, sum, stage, first);
+__device__ __forceinline__ void weigh_tile(const Given& g, const float (&d)[SUMS], float (&sum)[2], u32 lse, Four known, int token, bool edge) {
+  if (edge) add<true>(g, d, sum, lse, known, token);
+  else add<false>(g, d, sum, lse, known, token);
 }
 
-__device__ __forceinline__ void load(const Given& g, const Segment& b, u32 (&a)[TILES][HELD + 1][4], int tokens, u32 keys) {
-  const int lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) & 3, group = threadIdx.x >> 7;
-  const u8* from = g.keys + 2 * (b.row * g.key_row + b.kv_head * g.key_head);
-  if (HELD < STEPS) {
-    meet(3 + group, 128);
-#pragma unroll 4
-    for (int i = threadIdx.x & 127; i < TILES * 64 * CHUNKS; i += 128) {
-      const int r = i / CHUNKS, c = i % CHUNKS;
-      copy<16>(keys + swizzled(r, c), from + 2 * min(tokens + r, g.tokens - 1) * g.key_token + c * 16, true);
-    }
-    commit();
-  }
+__device__ __forceinline__ void load(const Given& g, const Segment& b, u32 (&a)[TILES][STEPS][4], int token) {
+  const u8* from = g.keys + 2 * (b.row * g.key_row + b.kv_head * g.key_head) + 4 * (threadIdx.x & 3);
 #pragma unroll
   for (int m = 0; m < TILES; m++)
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-      const u8* x = from + 2 * min(tokens + m * 64 + warp * 16 + i * 8 + lane / 4, g.tokens - 1) * g.key_token + 4 * (lane & 3);
+      const u8* x = from + 2 * min(token + m * 64 + i * 8, g.tokens - 1) * g.key_token;
 #pragma unroll
-      for (int k = 0; k < HELD; k++) {
+      for (int k = 0; k < STEPS; k++) {
         a[m][k][i] = *(const u32*)(x + 32 * k);
         a[m][k][i + 2] = *(const u32*)(x + 32 * k + 16);
       }
     }
-  if (HELD < STEPS) {
-    wait<0>();
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-    meet(3 + group, 128);
-  }
+}
+
+__device__ __forceinline__ void store(const Given& g, const Segment& b, const float (&sum)[TILES][2], int token) {
+  float* to = g.out + (((i64)b.split * g.rows + b.row) * (g.heads / g.groups) + b.kv_head) * g.tokens;
+#pragma unroll
+  for (int m = 0; m < TILES; m++)
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      float x = sum[m][i];
+      x += __shfl_xor_sync(~0u, x, 1);
+      x += __shfl_xor_sync(~0u, x, 2);
+      const int at = token + m * 64 + i * 8;
+      if ((threadIdx.x & 3) == 0 && at < g.tokens) to[at] = x;
+    }
 }
 
 __device__ __forceinline__ void consume(const Given& g, u32 ring) {
-  const int lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) & 3, group = threadIdx.x >> 7;
-  const u32 keys = ring + 1024 + STAGES * STAGE + group * (KEYS / GROUPS);
-  u32 a[TILES][HELD + 1][4];
-  float d[TILES][SUMS];
+  const int lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) & 3;
+  constexpr int LAST = TILES - 1, OTHER = TILES == 2 ? 0 : 64 * 128, LATER = TILES == 2 ? 0 : WIDE * 4;  // where the second products differ
+  u32 a[TILES][STEPS][4];
+  float d[2][SUMS];
   Place now = {ring, 0, 0};
   Walk w = {-g.lines, 0, 0, 0};
   Segment b;
-  if (TURNS && group) let(1, GROUPS * 128);
 #pragma unroll 1
   while (next(g, w, b)) {
-    const int tokens = b.first + group * TILES * 64, first = tokens + warp * 16 + lane / 4;
+    const int tokens = b.first + (threadIdx.x >> 7) * TILES * 64, token = tokens + warp * 16 + lane / 4;
+    const int edges = (first_that_sees(g, tokens + TILES * 64 - 1) + COLS - 1) / COLS - b.from;  // tiles of a head, from the first on
     float sum[TILES][2] = {};
-    load(g, b, a, tokens, keys);
+    load(g, b, a, token);
     await(now.full(), now.parity);
-    begin(d[0], a[0], keys, now.stage());
+    begin(d[0], a[0], now.stage());
     end(d[0]);
+    int tile = b.begin % b.per;
 #pragma unroll 1
     for (int i = b.begin; i < b.end; i++) {
-      const Place here = now;
-      begin(d[1], a[1], keys + 64 * 128, here.stage());
-      weigh_tile(g, d[0], sum[0], here.stage(), first, tokens + 63);
+      const u32 here = now.stage(), lse = here + LSE + (lane & 3) * 16, empty = now.empty();
+      const bool edge = tile < edges;
+      Four known = four(lse);
+      begin(d[1], a[LAST], here + OTHER);
+      weigh_tile(g, d[0], sum[0], lse, known, token, edge);
       end(d[1]);
       now.next();
       if (i + 1 < b.end) await(now.full(), now.parity);  // else once more the same, for nothing
-      begin(d[0], a[0], keys, i + 1 < b.end ? now.stage() : here.stage());
-      weigh_tile(g, d[1], sum[1], here.stage(), first + 64, tokens + 127);
+      known = four(lse + LATER);
+      begin(d[0], a[0], i + 1 < b.end ? now.stage() : here);
+      weigh_tile(g, d[1], sum[LAST], lse + LATER, known, token + LAST * 64, edge);
       end(d[0]);
       __syncwarp();
-      if (lane == 0) arrive(here.empty());
+      if (lane == 0) arrive(empty);
+      if (++tile == b.per) tile = 0;
     }
-    const i64 line = ((i64)b.split * g.rows + b.row) * (g.heads / g.groups) + b.kv_head;
-#pragma unroll
-    for (int m = 0; m < TILES; m++)
-#pragma unroll
-      for (int i = 0; i < 2; i++) {
-        float x = sum[m][i];
-        x += __shfl_xor_sync(~0u, x, 1);
-        x += __shfl_xor_sync(~0u, x, 2);
-        const int token = first + m * 64 + i * 8;
-        if ((lane & 3) == 0 && token < g.tokens) g.out[line * g.tokens + token] = x;
-      }
+    store(g, b, sum, token);
   }
-  if (TURNS && !group) meet(1, GROUPS * 128);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) weigh(const __grid_constant__ Given g) {
@@ -322,10 +310,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) weigh(const __grid_cons
     }
   __syncthreads();
   if (threadIdx.x >= GROUPS * 128) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(GROUPS == 2 ? 40 : 56));
     fetch(g, ring);
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(GROUPS == 2 ? 232 : 152));
     consume(g, ring);
   }
 }
