@@ -14,7 +14,7 @@ from torch import Tensor
 from kvpolicy.attention.cuda.kernel import THREADS, Kernel, kernel_of, launch
 from kvpolicy.interfaces.backend import AttentionOptions
 
-__all__ = ["Sums", "sums"]
+__all__ = ["Call", "Queries", "Sums", "has_groups", "sums", "weighed"]
 
 COLUMNS = 128
 """Queries that count are filled up to a multiple."""
@@ -141,7 +141,7 @@ class Queries(NamedTuple):
         return cls(at.int().to(device, non_blocking=True), numbers, kinds, {})
 
 
-class _Call(NamedTuple):
+class Call(NamedTuple):
     """What both passes are given."""
 
     query: Tensor
@@ -155,7 +155,7 @@ class _Call(NamedTuple):
         capped, masked = self.options.softcap is not None, self.mask is not None
         heads, _, dim = self.query.shape[1:]
         many = self.queries.length * heads // self.keys.shape[1] >= FEW
-        grouped = weighs and many and dim <= 128 and not (masked or capped) and _has_groups(self.query.get_device())
+        grouped = weighs and many and dim <= 128 and not (masked or capped) and has_groups(self.query.get_device())
         return Sums(dim, self.query.dtype == torch.bfloat16, weighs, masked, capped, grouped)
 
     def run(
@@ -179,7 +179,8 @@ class _Call(NamedTuple):
 
 
 @functools.cache
-def _has_groups(device: int) -> bool:
+def has_groups(device: int) -> bool:
+    """Whether a device has products of warpgroups."""
     return torch.cuda.get_device_capability(device) == (9, 0)
 
 
@@ -194,7 +195,7 @@ def _splits(kernel: Kernel, blocks: int, tiles: int) -> int:
     return max(1, min(-(-WAVES * kernel.slots // max(1, blocks)), tiles // 4, 64))
 
 
-def normalised(call: _Call) -> Tensor:
+def normalised(call: Call) -> Tensor:
     """The logarithm (base 2) of the sum of exponentials of each query that counts: `[batch, heads, filled up]`.
 
     Infinite where a query sees nothing, and for those that fill up: its weights become zeros.
@@ -219,7 +220,7 @@ def normalised(call: _Call) -> Tensor:
     return lse
 
 
-def weighed(call: _Call, lse: Tensor) -> Tensor:
+def weighed(call: Call, lse: Tensor) -> Tensor:
     """Weights of each key summed over queries and their heads: `[batch, kv_heads, tokens]`."""
     batch = call.query.shape[0]
     kv_heads, tokens = call.keys.shape[1:3]
@@ -234,7 +235,7 @@ def weighed(call: _Call, lse: Tensor) -> Tensor:
     return parts[0] if splits == 1 else parts.sum(0)
 
 
-def _evenly(call: _Call, variant: Sums, lse: Tensor) -> Tensor:
+def _evenly(call: Call, variant: Sums, lse: Tensor) -> Tensor:
     """As `weighed`; each block has as many tiles of queries, of one block of tokens after the other."""
     batch, heads, asked, dim = call.query.shape
     kv_heads, tokens = call.keys.shape[1:3]
@@ -267,7 +268,7 @@ def sums(query: Tensor, keys: Tensor, observer: Any, mask: Tensor | None, option
     queries = Queries.of(observer.counted, tokens - asked, query.device)
     if not queries.length:
         return True
-    call = _Call(query, keys, mask, options, queries, asked > 1 and (mask is None or mask.shape[2] != asked))
+    call = Call(query, keys, mask, options, queries, asked > 1 and (mask is None or mask.shape[2] != asked))
     if any(kernel_of(call.variant(weighs), query.get_device()).slots == 0 for weighs in (False, True)):
         return False
     lse = normalised(call)
@@ -284,7 +285,7 @@ def _readable(x: Tensor) -> bool:
     return x.stride(3) == 1 and not any(step % 8 for step in x.stride()[:3]) and x.data_ptr() % 16 == 0
 
 
-def _seen(call: _Call, counted: Tensor) -> Tensor:
+def _seen(call: Call, counted: Tensor) -> Tensor:
     """How many of the queries that count could see each token: `[batch or 1, kv_heads or 1, tokens]`."""
     query, keys, mask, _, queries, causal = call
     at = queries.at[: queries.length].long()
