@@ -177,6 +177,7 @@ def _compiler() -> str:
 def compiled(kernel: Source, arch: str) -> bytes:
     """The cubin of a kernel for an architecture such as `sm_90`; from disk where it was compiled before."""
     from cuda.core import Program, ProgramOptions
+
     text, arch = source(kernel, arch), arch + kernel.feature
     key = hashlib.sha256("\0".join([text, arch, _compiler(), *OPTIONS]).encode()).hexdigest()
     path = cache_directory() / f"{key}.cubin"

@@ -79,7 +79,13 @@ class Sums(NamedTuple):
 
     def defined(self, arch: str) -> dict[str, object]:
         if self.grouped:
-            return {"HEAD_DIM": self.dim, "BFLOAT": int(self.bfloat), "POLYNOMIALS": 1, "GROUPS": GROUPS, "TILES": TILES}
+            return {
+                "HEAD_DIM": self.dim,
+                "BFLOAT": int(self.bfloat),
+                "POLYNOMIALS": 1,
+                "GROUPS": GROUPS,
+                "TILES": TILES,
+            }
         return {
             "PASS": 1 + self.weighs,
             "HEAD_DIM": self.dim,
@@ -159,7 +165,13 @@ class Call(NamedTuple):
         return Sums(dim, self.query.dtype == torch.bfloat16, weighs, masked, capped, grouped)
 
     def run(
-        self, variant: Sums, lse: Tensor | None, grid: tuple[int, int, int], to: Tensor, ends: Tensor | None = None, lines: int = 0
+        self,
+        variant: Sums,
+        lse: Tensor | None,
+        grid: tuple[int, int, int],
+        to: Tensor,
+        ends: Tensor | None = None,
+        lines: int = 0,
     ) -> None:
         """Launch a pass, whose result goes `to` a tensor `[splits, ...]`; `ends` and `lines` as of `_even`."""
         query, keys, mask, options, queries, causal = self

@@ -79,7 +79,7 @@ def test_sums_of_attention(dim: int, masked: str, grouped: bool, monkeypatch: py
 
 @pytest.mark.parametrize("dim", [64, 80, 96, 128])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("least, at_once", [(8, 24 << 20), (1 << 30, 24 << 20), (1, 24 << 20), (8, 1), (1, 1)])
+@pytest.mark.parametrize(("least", "at_once"), [(8, 24 << 20), (1 << 30, 24 << 20), (1, 24 << 20), (8, 1), (1, 1)])
 def test_shares_of_blocks(
     dim: int, dtype: torch.dtype, least: int, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
