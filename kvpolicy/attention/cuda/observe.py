@@ -20,7 +20,7 @@ COLUMNS = 128
 """Queries that count are filled up to a multiple."""
 WAVES = 4
 """Blocks for each that the card holds at once, so that the last to end are few."""
-GROUPS, TILES = 3, 1
+GROUPS, TILES = 2, 2
 """Warpgroups of a block that weigh, and tiles of 64 tokens of each."""
 FEW = 256
 """Queries of all heads of a KV head, below which blocks of 256 tokens have too little to do."""

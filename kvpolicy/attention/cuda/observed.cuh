@@ -14,7 +14,8 @@ struct Given {
 
 // The first query, of those that count, that sees a token.
 __device__ __forceinline__ int first_that_sees(const Given& g, int token) {
-  int low = 0, high = g.causal ? g.count : 0;
+  int low = 0, high = g.causal ? max(0, min(g.count, token - g.offset)) : 0;
+  if (high && g.at[high - 1] + g.offset < token) return high;  // all count
   while (low < high) {
     const int middle = (low + high) / 2;
     if (g.at[middle] + g.offset < token) low = middle + 1;

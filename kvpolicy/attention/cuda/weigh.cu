@@ -11,6 +11,7 @@ constexpr int D = HEAD_DIM, STEPS = D / 16, CHUNKS = D / 8, HALVES = (D + 63) / 
 constexpr int COLS = 128, ROWS = GROUPS * TILES * 64;
 constexpr int WIDE = TILES == 2 ? 128 : 64, SUMS = WIDE / 2;  // columns of a product at a time, and what a thread has of them
 constexpr int HALF = COLS * 128, LSE = HALVES * HALF, AT = LSE + COLS * 4, STAGE = AT + COLS * 4, STAGES = 6, AHEAD = 2;
+constexpr int KEY_TILES = (ROWS + COLS - 1) / COLS;  // of the ring, which a block's tokens take
 constexpr int FETCHING = 128, THREADS = GROUPS * 128 + FETCHING;
 extern "C" { __constant__ int SHARED_BYTES = STAGES * STAGE + 2048; }
 
@@ -93,42 +94,82 @@ __device__ __forceinline__ void hand_over(const Place& at) {
   if ((threadIdx.x & 31) == 0) arrive(at.full());
 }
 
+// What comes with the tokens of a segment, in the place of numbers of queries: where it goes, and what it is.
+struct Head {
+  int begin, end, per, first, line, edges;  // edges: tiles of a head, from the first on, where tokens of the warpgroup may be hidden
+};
+
+__device__ __forceinline__ void tell(const Given& g, const Segment& b, u32 to) {
+  const int lane = threadIdx.x & 31, group = min(lane, GROUPS - 1);
+  const int clear = (first_that_sees(g, min(b.first + (group + 1) * TILES * 64, g.tokens) - 1) + COLS - 1) / COLS - b.from;
+  const int line = (b.split * g.rows + b.row) * (g.heads / g.groups) + b.kv_head;
+  if (lane < GROUPS) asm volatile("st.shared.s32 [%0], %1;" ::"r"(to + 20 + 4 * lane), "r"(clear) : "memory");
+  if (lane == 0) {
+    asm volatile("st.shared.v4.s32 [%0], {%1,%2,%3,%4};" ::"r"(to), "r"(b.begin), "r"(b.end), "r"(b.per), "r"(b.first) : "memory");
+    asm volatile("st.shared.s32 [%0], %1;" ::"r"(to + 16), "r"(line) : "memory");
+  }
+}
+
+struct Fetch {
+  Place to, ready;
+  int waiting;  // tiles on their way
+
+  __device__ __forceinline__ u32 begin() {
+    await(to.empty(), to.parity);
+    return to.stage();
+  }
+  // Copy the rows that a warp has of a tile; `mine` is the number of the lane's.
+  __device__ __forceinline__ void rows(const u8* from, u32 step, int mine) {
+    const int lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) & 3;
+#pragma unroll 4
+    for (int k = 0; k < CHUNKS; k++) {
+      const int r = (k * 32 + lane) / CHUNKS, c = (k * 32 + lane) % CHUNKS;
+      copy<16>(to.stage() + swizzled(warp * 32 + r, c), from + c * 16 + (u64)(u32)__shfl_sync(~0u, mine, r) * step, true);
+    }
+  }
+  __device__ __forceinline__ void end() {
+    commit();
+    if (waiting == AHEAD) {
+      wait<AHEAD>();
+      hand_over(ready);
+      ready.next();
+    } else {
+      waiting++;
+    }
+    to.next();
+  }
+};
+
 __device__ __forceinline__ void fetch(const Given& g, u32 ring) {
-  const int lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) & 3, column = warp * 32 + lane;
-  Place to = {ring, 0, 1}, ready = {ring, 0, 0};
+  const int column = threadIdx.x & 127;
+  Fetch f = {{ring, 0, 1}, {ring, 0, 0}, 0};
   Walk w = {-g.lines, 0, 0, 0};
   Segment b;
-  int waiting = 0;
   while (next(g, w, b)) {
+    for (int k = 0; k < KEY_TILES; k++) {
+      const u32 to = f.begin();
+      if (k == 0 && threadIdx.x % FETCHING < 32) tell(g, b, to + LSE);
+      f.rows(g.keys + 2 * (b.row * g.key_row + b.kv_head * g.key_head), 2 * (u32)g.key_token, min(b.first + k * COLS + column, g.tokens - 1));
+      f.end();
+    }
     int head = b.kv_head * g.groups + b.begin / b.per, tile = b.from + b.begin % b.per;
     for (int i = b.begin; i < b.end; i++) {
-      await(to.empty(), to.parity);
-      const int first = tile * COLS, mine = g.at[first + column];
-      const u8* from = g.query + 2 * (b.row * g.query_row + head * g.query_head);
-      const u32 step = 2 * (u32)g.query_token;
-#pragma unroll 4
-      for (int k = 0; k < CHUNKS; k++) {
-        const int r = (k * 32 + lane) / CHUNKS, c = (k * 32 + lane) % CHUNKS;
-        copy<16>(to.stage() + swizzled(warp * 32 + r, c), from + c * 16 + (u64)(u32)__shfl_sync(~0u, mine, r) * step, true);
-      }
-      copy<4>(to.stage() + LSE + 4 * spot(column), (const u8*)(g.lse + ((i64)b.row * g.heads + head) * g.room + first + column), true);
-      copy<4>(to.stage() + AT + 4 * spot(column), (const u8*)(g.at + first + column), true);
-      commit();
-      if (waiting == AHEAD) {
-        wait<AHEAD>();
-        hand_over(ready);
-        ready.next();
-      } else {
-        waiting++;
-      }
-      to.next();
+      const u32 to = f.begin();
+      const int at = tile * COLS + column;
+      f.rows(g.query + 2 * (b.row * g.query_row + head * g.query_head), 2 * (u32)g.query_token, g.at[at]);
+      copy<4>(to + LSE + 4 * spot(column), (const u8*)(g.lse + ((i64)b.row * g.heads + head) * g.room + at), true);
+      copy<4>(to + AT + 4 * spot(column), (const u8*)(g.at + at), true);
+      f.end();
       if (++tile == b.from + b.per) tile = b.from, head++;
     }
   }
+  const u32 to = f.begin();  // no more
+  if (column == 0) asm volatile("st.shared.v2.s32 [%0], {0, 0};" ::"r"(to + LSE) : "memory");
+  f.end();
   wait<0>();
-  for (; waiting; waiting--) {
-    hand_over(ready);
-    ready.next();
+  for (; f.waiting; f.waiting--) {
+    hand_over(f.ready);
+    f.ready.next();
   }
 }
 
@@ -173,9 +214,9 @@ __device__ __forceinline__ void begin(float (&d)[SUMS], const u32 (&a)[STEPS][4]
   asm volatile("wgmma.commit_group.sync.aligned;");
 }
 
-// Wait for products.
-__device__ __forceinline__ void end(float (&d)[SUMS]) {
-  asm volatile("wgmma.wait_group.sync.aligned 0;");
+// Wait for products, but for those begun since.
+template <int SINCE> __device__ __forceinline__ void end(float (&d)[SUMS]) {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(SINCE));
 #pragma unroll
   for (int i = 0; i < SUMS; i++) asm volatile("" : "+f"(d[i]));
 }
@@ -231,23 +272,30 @@ __device__ __forceinline__ void weigh_tile(const Given& g, const float (&d)[SUMS
   else add<false>(g, d, sum, lse, known, token);
 }
 
-__device__ __forceinline__ void load(const Given& g, const Segment& b, u32 (&a)[TILES][STEPS][4], int token) {
-  const u8* from = g.keys + 2 * (b.row * g.key_row + b.kv_head * g.key_head) + 4 * (threadIdx.x & 3);
+// The tokens of a warp, as operands of all its products.
+__device__ __forceinline__ void load(u32 (&a)[TILES][STEPS][4], Place& now) {
+  const int lane = threadIdx.x & 31, row = (threadIdx.x >> 7) * TILES * 64 + ((threadIdx.x >> 5) & 3) * 16 + lane % 16;
 #pragma unroll
-  for (int m = 0; m < TILES; m++)
+  for (int tile = 0; tile < KEY_TILES; tile++) {
+    if (tile) await(now.full(), now.parity);
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
-      const u8* x = from + 2 * min(token + m * 64 + i * 8, g.tokens - 1) * g.key_token;
+    for (int m = 0; m < TILES; m++)
+      if ((row + m * 64) / COLS == tile) {
 #pragma unroll
-      for (int k = 0; k < STEPS; k++) {
-        a[m][k][i] = *(const u32*)(x + 32 * k);
-        a[m][k][i + 2] = *(const u32*)(x + 32 * k + 16);
+        for (int k = 0; k < STEPS; k++)
+          asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+              : "=r"(a[m][k][0]), "=r"(a[m][k][1]), "=r"(a[m][k][2]), "=r"(a[m][k][3])
+              : "r"(now.stage() + swizzled((row + m * 64) % COLS, 2 * k + lane / 16))
+              : "memory");
       }
-    }
+    __syncwarp();
+    if (lane == 0) arrive(now.empty());
+    now.next();
+  }
 }
 
-__device__ __forceinline__ void store(const Given& g, const Segment& b, const float (&sum)[TILES][2], int token) {
-  float* to = g.out + (((i64)b.split * g.rows + b.row) * (g.heads / g.groups) + b.kv_head) * g.tokens;
+__device__ __forceinline__ void store(const Given& g, const Head& b, const float (&sum)[TILES][2], int token) {
+  float* to = g.out + (i64)b.line * g.tokens;
 #pragma unroll
   for (int m = 0; m < TILES; m++)
 #pragma unroll
@@ -260,38 +308,45 @@ __device__ __forceinline__ void store(const Given& g, const Segment& b, const fl
     }
 }
 
+__device__ __forceinline__ bool told(Head& b, const Place& now) {
+  const u32 from = now.stage() + LSE;
+  await(now.full(), now.parity);
+  asm volatile("ld.shared.v4.s32 {%0,%1,%2,%3}, [%4];" : "=r"(b.begin), "=r"(b.end), "=r"(b.per), "=r"(b.first) : "r"(from) : "memory");
+  asm volatile("ld.shared.s32 %0, [%1];" : "=r"(b.line) : "r"(from + 16) : "memory");
+  asm volatile("ld.shared.s32 %0, [%1];" : "=r"(b.edges) : "r"(from + 20 + (threadIdx.x >> 7) * 4) : "memory");
+  return b.begin < b.end;
+}
+
 __device__ __forceinline__ void consume(const Given& g, u32 ring) {
-  const int lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) & 3;
+  const int lane = threadIdx.x & 31, row = (threadIdx.x >> 7) * TILES * 64 + ((threadIdx.x >> 5) & 3) * 16 + lane / 4;
   constexpr int LAST = TILES - 1, OTHER = TILES == 2 ? 0 : 64 * 128, LATER = TILES == 2 ? 0 : WIDE * 4;  // where the second products differ
   u32 a[TILES][STEPS][4];
   float d[2][SUMS];
   Place now = {ring, 0, 0};
-  Walk w = {-g.lines, 0, 0, 0};
-  Segment b;
+  Head b;
 #pragma unroll 1
-  while (next(g, w, b)) {
-    const int tokens = b.first + (threadIdx.x >> 7) * TILES * 64, token = tokens + warp * 16 + lane / 4;
-    const int edges = (first_that_sees(g, tokens + TILES * 64 - 1) + COLS - 1) / COLS - b.from;  // tiles of a head, from the first on
+  while (told(b, now)) {
+    const int token = b.first + row;
     float sum[TILES][2] = {};
-    load(g, b, a, token);
+    load(a, now);
     await(now.full(), now.parity);
     begin(d[0], a[0], now.stage());
-    end(d[0]);
+    end<0>(d[0]);
     int tile = b.begin % b.per;
 #pragma unroll 1
     for (int i = b.begin; i < b.end; i++) {
       const u32 here = now.stage(), lse = here + LSE + (lane & 3) * 16, empty = now.empty();
-      const bool edge = tile < edges;
+      const bool edge = tile < b.edges;
       Four known = four(lse);
       begin(d[1], a[LAST], here + OTHER);
       weigh_tile(g, d[0], sum[0], lse, known, token, edge);
-      end(d[1]);
       now.next();
       if (i + 1 < b.end) await(now.full(), now.parity);  // else once more the same, for nothing
       known = four(lse + LATER);
       begin(d[0], a[0], i + 1 < b.end ? now.stage() : here);
+      end<1>(d[1]);
       weigh_tile(g, d[1], sum[LAST], lse + LATER, known, token + LAST * 64, edge);
-      end(d[0]);
+      end<0>(d[0]);
       __syncwarp();
       if (lane == 0) arrive(empty);
       if (++tile == b.per) tile = 0;
