@@ -96,7 +96,7 @@ __device__ __forceinline__ void hand_over(const Place& at) {
 
 // What comes with the tokens of a segment, in the place of numbers of queries: where it goes, and what it is.
 struct Head {
-  int begin, end, per, first, line, edges;  // edges: tiles of a head, from the first on, where tokens of the warpgroup may be hidden
+  int tiles, tile, per, first, line, edges;  // edges: tiles of a head, from the first on, where tokens of the warpgroup may be hidden
 };
 
 __device__ __forceinline__ void tell(const Given& g, const Segment& b, u32 to) {
@@ -105,7 +105,7 @@ __device__ __forceinline__ void tell(const Given& g, const Segment& b, u32 to) {
   const int line = (b.split * g.rows + b.row) * (g.heads / g.groups) + b.kv_head;
   if (lane < GROUPS) asm volatile("st.shared.s32 [%0], %1;" ::"r"(to + 20 + 4 * lane), "r"(clear) : "memory");
   if (lane == 0) {
-    asm volatile("st.shared.v4.s32 [%0], {%1,%2,%3,%4};" ::"r"(to), "r"(b.begin), "r"(b.end), "r"(b.per), "r"(b.first) : "memory");
+    asm volatile("st.shared.v4.s32 [%0], {%1,%2,%3,%4};" ::"r"(to), "r"(b.end - b.begin), "r"(b.begin % b.per), "r"(b.per), "r"(b.first) : "memory");
     asm volatile("st.shared.s32 [%0], %1;" ::"r"(to + 16), "r"(line) : "memory");
   }
 }
@@ -164,7 +164,7 @@ __device__ __forceinline__ void fetch(const Given& g, u32 ring) {
     }
   }
   const u32 to = f.begin();  // no more
-  if (column == 0) asm volatile("st.shared.v2.s32 [%0], {0, 0};" ::"r"(to + LSE) : "memory");
+  if (column == 0) asm volatile("st.shared.s32 [%0], 0;" ::"r"(to + LSE) : "memory");
   f.end();
   wait<0>();
   for (; f.waiting; f.waiting--) {
@@ -311,10 +311,10 @@ __device__ __forceinline__ void store(const Given& g, const Head& b, const float
 __device__ __forceinline__ bool told(Head& b, const Place& now) {
   const u32 from = now.stage() + LSE;
   await(now.full(), now.parity);
-  asm volatile("ld.shared.v4.s32 {%0,%1,%2,%3}, [%4];" : "=r"(b.begin), "=r"(b.end), "=r"(b.per), "=r"(b.first) : "r"(from) : "memory");
+  asm volatile("ld.shared.v4.s32 {%0,%1,%2,%3}, [%4];" : "=r"(b.tiles), "=r"(b.tile), "=r"(b.per), "=r"(b.first) : "r"(from) : "memory");
   asm volatile("ld.shared.s32 %0, [%1];" : "=r"(b.line) : "r"(from + 16) : "memory");
   asm volatile("ld.shared.s32 %0, [%1];" : "=r"(b.edges) : "r"(from + 20 + (threadIdx.x >> 7) * 4) : "memory");
-  return b.begin < b.end;
+  return b.tiles > 0;
 }
 
 __device__ __forceinline__ void consume(const Given& g, u32 ring) {
@@ -332,24 +332,23 @@ __device__ __forceinline__ void consume(const Given& g, u32 ring) {
     await(now.full(), now.parity);
     begin(d[0], a[0], now.stage());
     end<0>(d[0]);
-    int tile = b.begin % b.per;
 #pragma unroll 1
-    for (int i = b.begin; i < b.end; i++) {
+    for (; b.tiles; b.tiles--) {
       const u32 here = now.stage(), lse = here + LSE + (lane & 3) * 16, empty = now.empty();
-      const bool edge = tile < b.edges;
+      const bool edge = b.tile < b.edges;
       Four known = four(lse);
       begin(d[1], a[LAST], here + OTHER);
       weigh_tile(g, d[0], sum[0], lse, known, token, edge);
       now.next();
-      if (i + 1 < b.end) await(now.full(), now.parity);  // else once more the same, for nothing
+      if (b.tiles > 1) await(now.full(), now.parity);  // else once more the same, for nothing
       known = four(lse + LATER);
-      begin(d[0], a[0], i + 1 < b.end ? now.stage() : here);
+      begin(d[0], a[0], b.tiles > 1 ? now.stage() : here);
       end<1>(d[1]);
       weigh_tile(g, d[1], sum[LAST], lse + LATER, known, token + LAST * 64, edge);
       end<0>(d[0]);
       __syncwarp();
       if (lane == 0) arrive(empty);
-      if (++tile == b.per) tile = 0;
+      if (++b.tile == b.per) b.tile = 0;
     }
     store(g, b, sum, token);
   }
