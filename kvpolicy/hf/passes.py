@@ -23,7 +23,7 @@ from kvpolicy.hf.modes import precise
 from kvpolicy.layer.layer import MAX_PENDING, LayerCache
 from kvpolicy.layer.prompt import hold_all
 
-LATE = ["cuda"]
+LATE: tuple[str, ...] = ("cuda",)
 """Devices that work while the host plans."""
 AT_ONCE = 4
 """Layers that let a prompt's tokens in together. Until then their keys and values are kept as they came."""
