@@ -205,7 +205,8 @@ __device__ __forceinline__ void product(float (&d)[SUMS], const u32 (&a)[4], u32
 
 // Begin the products of 64 tokens and queries of a tile.
 __device__ __forceinline__ void begin(float (&d)[SUMS], const u32 (&a)[STEPS][4], u32 queries) {
-  const u32 b = 0x10000 | (queries >> 4);  // swizzled over 128 bytes; 1,024 from 8 rows to the next
+  // Swizzled over 128 bytes, 1,024 from 8 rows to the next; from one lane, which the compiler takes for the same in all.
+  const u32 b = __shfl_sync(~0u, 0x10000 | (queries >> 4), 0);
 #pragma unroll
   for (int i = 0; i < SUMS; i++) asm volatile("" : "+f"(d[i]));
   asm volatile("wgmma.fence.sync.aligned;");
