@@ -203,21 +203,17 @@ __device__ __forceinline__ void product(float (&d)[SUMS], const u32 (&a)[4], u32
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(more));
 }
 
-// Begin the products of 64 tokens and queries of a tile.
-__device__ __forceinline__ void begin(float (&d)[SUMS], const u32 (&a)[STEPS][4], u32 queries) {
-  // Swizzled over 128 bytes, 1,024 from 8 rows to the next; from one lane, which the compiler takes for the same in all.
-  const u32 b = __shfl_sync(~0u, 0x10000 | (queries >> 4), 0);
+// Registers are as they are to be for products that come.
+__device__ __forceinline__ void ready(float (&d)[SUMS]) {
 #pragma unroll
   for (int i = 0; i < SUMS; i++) asm volatile("" : "+f"(d[i]));
   asm volatile("wgmma.fence.sync.aligned;");
-#pragma unroll
-  for (int k = 0; k < STEPS; k++) product(d, a[k], b + (k / 4 * HALF + k % 4 * 32) / 16, k != 0);
-  asm volatile("wgmma.commit_group.sync.aligned;");
 }
+__device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;"); }
 
-// Wait for products, but for those begun since.
-template <int SINCE> __device__ __forceinline__ void end(float (&d)[SUMS]) {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(SINCE));
+// Wait for products.
+__device__ __forceinline__ void end(float (&d)[SUMS]) {
+  asm volatile("wgmma.wait_group.sync.aligned 0;");
 #pragma unroll
   for (int i = 0; i < SUMS; i++) asm volatile("" : "+f"(d[i]));
 }
@@ -249,28 +245,39 @@ __device__ __forceinline__ Four four(u32 at) {
   return f;
 }
 
-// Add the weights of some columns, the first of whose numbers are at `lse`. EDGE: some tokens may be hidden from some
-// queries; `token` is the first of the thread's.
-template <bool EDGE> __device__ __forceinline__ void add(const Given& g, const float (&d)[SUMS], float (&sum)[2], u32 lse, Four known, int token) {
+// Hide tokens, `token` the first of the thread's, from queries before them, numbers of whose columns are at `ats`.
+__device__ __forceinline__ void hide(const Given& g, float (&d)[SUMS], u32 ats, int token) {
 #pragma unroll
   for (int n = 0; n < WIDE / 16; n++) {
-    const Four now = known;
-    if (n + 1 < WIDE / 16) known = four(lse + (n + 1) * 64);
-    Four at;
-    if (EDGE) at = four(lse + AT - LSE + n * 64);
+    const Four at = four(ats + n * 64);
 #pragma unroll
-    for (int e = 0; e < 8; e++) {
-      const int i = e / 2 % 2, c = e / 4 * 2 + e % 2;
-      float x = fmaf(d[8 * n + e], g.scale, -now.x[c]);
-      if (EDGE && token + 8 * i > __float_as_int(at.x[c]) + g.offset) x = -__int_as_float(0x7f800000);
-      sum[i] = plus(sum[i], e * POLYNOMIALS % 8 < POLYNOMIALS ? polynomial(x) : ex2(x));
-    }
+    for (int e = 0; e < 8; e++)
+      if (token + e / 2 % 2 * 8 > __float_as_int(at.x[e / 4 * 2 + e % 2]) + g.offset) d[8 * n + e] = -__int_as_float(0x7f800000);
   }
 }
 
-__device__ __forceinline__ void weigh_tile(const Given& g, const float (&d)[SUMS], float (&sum)[2], u32 lse, Four known, int token, bool edge) {
-  if (edge) add<true>(g, d, sum, lse, known, token);
-  else add<false>(g, d, sum, lse, known, token);
+// Add the weights of products, numbers of whose columns are at `lse`, and begin others, a part before each 16 columns: begun
+// at once they would be in the way of the exponentials.
+__device__ __forceinline__ void turn(const Given& g, const float (&d)[SUMS], float (&sum)[2], u32 lse, float (&other)[SUMS], const u32 (&a)[STEPS][4], u32 queries) {
+  constexpr int PARTS = WIDE / 16, EACH = (STEPS + PARTS - 2) / (PARTS - 1);
+  Four known = four(lse);
+  // Swizzled over 128 bytes, 1,024 from 8 rows to the next; from one lane, which the compiler takes for the same in all.
+  const u32 b = __shfl_sync(~0u, 0x10000 | (queries >> 4), 0);
+  ready(other);
+#pragma unroll
+  for (int n = 0; n < PARTS; n++) {
+    const Four now = known;
+    if (n + 1 < PARTS) known = four(lse + (n + 1) * 64);
+#pragma unroll
+    for (int k = n * EACH; k < n * EACH + EACH && k < STEPS; k++) product(other, a[k], b + (k / 4 * HALF + k % 4 * 32) / 16, k != 0);
+    if (n * EACH < STEPS && n * EACH + EACH >= STEPS) commit_products();
+#pragma unroll
+    for (int e = 0; e < 8; e++) {
+      const int i = e / 2 % 2, c = e / 4 * 2 + e % 2;
+      const float x = fmaf(d[8 * n + e], g.scale, -now.x[c]);
+      sum[i] = plus(sum[i], e * POLYNOMIALS % 8 < POLYNOMIALS ? polynomial(x) : ex2(x));
+    }
+  }
 }
 
 // The tokens of a warp, as operands of all its products.
@@ -331,22 +338,24 @@ __device__ __forceinline__ void consume(const Given& g, u32 ring) {
     float sum[TILES][2] = {};
     load(a, now);
     await(now.full(), now.parity);
-    begin(d[0], a[0], now.stage());
-    end<0>(d[0]);
+    const u32 first = __shfl_sync(~0u, 0x10000 | (now.stage() >> 4), 0);
+    ready(d[0]);
+#pragma unroll
+    for (int k = 0; k < STEPS; k++) product(d[0], a[0][k], first + (k / 4 * HALF + k % 4 * 32) / 16, k != 0);
+    commit_products();
+    end(d[0]);
 #pragma unroll 1
     for (; b.tiles; b.tiles--) {
       const u32 here = now.stage(), lse = here + LSE + (lane & 3) * 16, empty = now.empty();
       const bool edge = b.tile < b.edges;
-      Four known = four(lse);
-      begin(d[1], a[LAST], here + OTHER);
-      weigh_tile(g, d[0], sum[0], lse, known, token, edge);
+      if (edge) hide(g, d[0], lse + AT - LSE, token);
+      turn(g, d[0], sum[0], lse, d[1], a[LAST], here + OTHER);
       now.next();
       if (b.tiles > 1) await(now.full(), now.parity);  // else once more the same, for nothing
-      known = four(lse + LATER);
-      begin(d[0], a[0], b.tiles > 1 ? now.stage() : here);
-      end<1>(d[1]);
-      weigh_tile(g, d[1], sum[LAST], lse + LATER, known, token + LAST * 64, edge);
-      end<0>(d[0]);
+      end(d[1]);
+      if (edge) hide(g, d[1], lse + LATER + AT - LSE, token + LAST * 64);
+      turn(g, d[1], sum[LAST], lse + LATER, d[0], a[0], b.tiles > 1 ? now.stage() : here);
+      end(d[0]);
       __syncwarp();
       if (lane == 0) arrive(empty);
       if (++b.tile == b.per) b.tile = 0;
