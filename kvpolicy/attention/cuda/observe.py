@@ -82,7 +82,7 @@ class Sums(NamedTuple):
             return {
                 "HEAD_DIM": self.dim,
                 "BFLOAT": int(self.bfloat),
-                "POLYNOMIALS": 1,
+                "POLYNOMIALS": 0,
                 "GROUPS": GROUPS,
                 "TILES": TILES,
             }
