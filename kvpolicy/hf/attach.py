@@ -358,7 +358,7 @@ def _read(
     _show(current, module, query, key, value, attention_mask, kwargs, out)
     tiers.heed(query)
     if tiers.scratch is not None:  # no other layer reads these keys and values
-        tiers.hold()
+        passes.let_in(tiers, None if cache is None else current, query)
     if committed and wants_gradients(query, key, value):
         out = barred(ATTACHED, out, query, key, value)
     return out, None

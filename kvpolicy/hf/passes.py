@@ -10,15 +10,23 @@ import functools
 import sys
 import threading
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 from weakref import ReferenceType, WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kvpolicy.errors import CacheError
 from kvpolicy.hf.calls import Call, PassAware, names_of, parts_of, path_between
+from kvpolicy.hf.modes import precise
+from kvpolicy.layer.layer import MAX_PENDING, LayerCache
+from kvpolicy.layer.prompt import hold_all
+
+LATE: tuple[str, ...] = ("cuda",)
+"""Devices that work while the host plans."""
+AT_ONCE = 4
+"""Layers that let a prompt's tokens in together. Until then their keys and values are kept as they came."""
 
 lock = threading.RLock()
 """Held while hooks or registries change. Finalizers may run anywhere, so that a thread may hold it twice."""
@@ -61,6 +69,8 @@ class Pass:
     tokens: int = 0
     masked: bool = False
     """Whether the 2-D mask was seen."""
+    late: list[LayerCache] = field(default_factory=list)
+    """Layers whose tokens are let in once the next one's attention is under way."""
 
     @property
     def cache(self) -> PassAware | None:
@@ -76,9 +86,26 @@ class Pass:
         return frame.f_locals.get("self") is self.module()
 
     def end(self, failed: bool) -> None:
+        if self.late and not failed:
+            with torch.no_grad(), precise(self.late[0].like["keys"].device):
+                hold_all(self.late)
         cache = self.cache
         if cache is not None:
             cache.finish(failed)
+
+
+def let_in(tiers: LayerCache, current: Pass | None, query: Tensor) -> None:
+    """Let a layer's new tokens in; many on a GPU with those of other layers, once the next one has given it work.
+
+    So it never waits for the host, which plans for several layers at once.
+    """
+    if current is None or query.device.type not in LATE or query.shape[2] <= MAX_PENDING:
+        tiers.hold()
+        return
+    if len(current.late) == AT_ONCE:
+        hold_all(current.late)
+        current.late.clear()
+    current.late.append(tiers)
 
 
 class Lease:

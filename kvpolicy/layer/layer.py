@@ -356,16 +356,16 @@ def commit_all(groups: Iterable[Sequence[LayerCache]], coming: int = 0) -> None:
     waiting = [[layer for layer in group if layer.waiting] for group in groups]
     for layer in (layer for group in waiting for layer in group):
         layer.held_after_commit(coming)  # arithmetic first, which steps keep: interrupted, it leaves the layers whole
-    _advance(waiting)
+    advance(waiting)
     ending = [[layer for layer in group if layer._ends_prompt(coming)] for group in groups]
     for layer in (layer for group in ending for layer in group):
         if not layer.placement.prompted:
             layer.planner.note_prompt()
     ending = [[layer for layer in group if layer.placement.prompted] for group in ending]
-    _advance(ending, ends=True)
+    advance(ending, ends=True)
 
 
-def _advance(groups: Sequence[Sequence[LayerCache]], ends: bool = False) -> None:
+def advance(groups: Sequence[Sequence[LayerCache]], ends: bool = False) -> None:
     """Let the pending tokens of layers in, or, as it `ends`, what the prompt's end asks for; coded in one go."""
     before = [(layer, layer.broken) for group in groups for layer in group]
     for layer, _ in before:

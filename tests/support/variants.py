@@ -85,6 +85,6 @@ MANY = [
     variant(256, (Format(3, 32, True, BFLOAT, 256), Format(3, 64, False, BFLOAT, 256)), rows=8, wide=True),
     variant(256, (Format(2, 0, True, BFLOAT, 256, True), EXACT, True)),
     variant(256, (Format(4, 0, True, BFLOAT, 256, True), Format(4, 64, False, BFLOAT, 256)), rows=8, wide=True),
-    variant(96, (numbered(3), Format(3, 48, False, BFLOAT, 96))),
+    variant(96, (Format(3, 0, True, BFLOAT, 96, True), Format(3, 48, False, BFLOAT, 96))),
 ]
 """What is compiled for one architecture more."""

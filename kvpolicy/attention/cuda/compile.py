@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 __all__ = [
     "FEW",
     "MANY",
+    "THREADS",
     "Resources",
     "Source",
     "Variant",
@@ -23,6 +24,8 @@ __all__ = [
     "source",
 ]
 
+THREADS = 128
+"""Threads of a block of most kernels."""
 STAGES = 3
 """Tiles of a warp on their way or at work."""
 MEMORY = {"sm_80": 160, "sm_90": 224, "sm_100": 224, "sm_103": 224}
@@ -30,7 +33,7 @@ MEMORY = {"sm_80": 160, "sm_90": 224, "sm_100": 224, "sm_103": 224}
 FEW, MANY = (40, 32), (360, 240)
 """Runs and pages that a launch's arguments hold: 4 KB of them, or nearly the 32 KB that CUDA 12.1 allows."""
 OPTIONS = ("-std=c++17",)
-HEADERS = ("machine.cuh", "plan.cuh", "operands.cuh", "keys.cuh", "values.cuh", "merge.cuh")
+HEADERS = ("machine.cuh", "plan.cuh", "operands.cuh", "keys.cuh", "values.cuh", "merge.cuh", "observed.cuh")
 
 
 class Source(Protocol):
@@ -49,6 +52,14 @@ class Source(Protocol):
     @property
     def waits(self) -> bool:
         """Whether it waits itself for launches before it."""
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+
+    @property
+    def feature(self) -> str:
+        """What stands after the architecture where it needs what no other has: `a`, or nothing."""
 
     def defined(self, arch: str) -> dict[str, object]:
         """What stands before the file, by name."""
@@ -89,6 +100,14 @@ class Variant(NamedTuple):
     @property
     def waits(self) -> bool:
         return True
+
+    @property
+    def threads(self) -> int:
+        return THREADS
+
+    @property
+    def feature(self) -> str:
+        return ""
 
     def defined(self, arch: str) -> dict[str, object]:
         return {
@@ -167,7 +186,7 @@ def compiled(kernel: Source, arch: str) -> bytes:
     """The cubin of a kernel for an architecture such as `sm_90`; from disk where it was compiled before."""
     from cuda.core import Program, ProgramOptions
 
-    text = source(kernel, arch)
+    text, arch = source(kernel, arch), arch + kernel.feature
     key = hashlib.sha256("\0".join([text, arch, _compiler(), *OPTIONS]).encode()).hexdigest()
     path = cache_directory() / f"{key}.cubin"
     try:

@@ -57,6 +57,14 @@ class Encode(NamedTuple):
         return 4
 
     @property
+    def threads(self) -> int:
+        return THREADS
+
+    @property
+    def feature(self) -> str:
+        return ""
+
+    @property
     def tokens(self) -> int:
         """Tokens of a block."""
         return self.group if self.by_channel else THREADS // min(self.dim // 4, 32) * TURNS

@@ -8,11 +8,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from kvpolicy.attention.cuda.compile import Source, compiled, resources
+from kvpolicy.attention.cuda.compile import THREADS, Source, compiled, resources
 
 __all__ = ["THREADS", "Kernel", "kernel_of", "launch"]
 
-THREADS = 128
 EARLY = 12030
 """The driver from which on a graph can capture launches that overlap."""
 
@@ -23,6 +22,8 @@ class Kernel(NamedTuple):
     function: Any
     shared: int
     """Bytes of shared memory of a block."""
+    threads: int
+    """Threads of a block."""
     slots: int
     """Blocks that the card holds at once; 0 where it has too little shared memory for one."""
     early: bool = False
@@ -40,7 +41,7 @@ def kernel_of(source: Source, device: int) -> Kernel:
     with torch.cuda.device(device):
         torch.cuda.current_stream()  # there is a context
         if shared > _attribute("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN"):
-            return Kernel(None, shared, 0)
+            return Kernel(None, shared, source.threads, 0)
         early = source.waits and major >= 9 and _checked(driver.cuDriverGetVersion()) >= EARLY
         if early:  # no more blocks find room, or those of the next launch crowd together on some multiprocessors
             whole = _attribute("MAX_SHARED_MEMORY_PER_MULTIPROCESSOR") // (source.blocks + 1)
@@ -51,10 +52,10 @@ def kernel_of(source: Source, device: int) -> Kernel:
         )
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         _checked(driver.cuFuncSetAttribute(function, attribute, shared))
-        blocks = _checked(driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(function, THREADS, shared))
+        blocks = _checked(driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(function, source.threads, shared))
         processors = _attribute("MULTIPROCESSOR_COUNT")
     blocks = max(1, min(blocks, source.blocks))  # more of them read in too many places at once
-    return Kernel(function, shared, blocks * processors, early)
+    return Kernel(function, shared, source.threads, blocks * processors, early)
 
 
 def _attribute(name: str) -> int:
@@ -74,7 +75,7 @@ def launch(kernel: Kernel, arguments: bytes, grid: tuple[int, int, int], device:
     pointer = ctypes.c_void_p(ctypes.addressof(buffer))
     stream = torch._C._cuda_getCurrentRawStream(device)
     run = _early if kernel.early else _launcher()
-    result = run(kernel.function, *grid, THREADS, 1, 1, kernel.shared, stream, ctypes.addressof(pointer), 0)
+    result = run(kernel.function, *grid, kernel.threads, 1, 1, kernel.shared, stream, ctypes.addressof(pointer), 0)
     if result[0] != 0:
         _checked(result)
     return None

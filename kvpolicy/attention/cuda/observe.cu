@@ -5,23 +5,13 @@
 // heads of its group. A block keeps its rows in registers; columns come through a ring. What comes before this file
 // defines PASS, HEAD_DIM, BFLOAT (the model's type), BLOCKS, MASK (0 none, 1 bytes) and SOFTCAP.
 #include "machine.cuh"
+#include "observed.cuh"
 
 constexpr int D = HEAD_DIM, WARPS = 4, FRAGS = D > 128 ? 1 : PASS == 1 && MASK ? 2 : 4, ROWS = WARPS * FRAGS * 16, COLS = 64, STEPS = D / 16;
 constexpr int WIDE = FRAGS < 4 ? 4 : 2;  // tiles of 8 columns at a time
 constexpr int CHUNKS = D / 8, PITCH = 2 * D + 16;  // bytes; an odd number of 16 keeps banks apart
 constexpr int LSE = COLS * PITCH, AT = LSE + COLS * 4, STAGE = AT + COLS * 4, STAGES = D > 128 ? 2 : 3;
 extern "C" { __constant__ int SHARED_BYTES = STAGES * STAGE; }
-
-struct Given {
-  i64 query_row, query_head, query_token, key_row, key_head, key_token;  // elements
-  i64 mask_row, mask_head, mask_query, mask_token;                       // elements
-  const u8 *query, *keys, *mask;
-  const int* at;  // which queries count: `count` of them, ascending, then the last again, up to `room`
-  float* lse;     // of base 2; pass 1 writes [splits, rows, heads, room], pass 2 reads [rows, heads, room]; infinite: counts nothing
-  float* out;     // [splits, rows, kv_heads, tokens]
-  int count, room, tokens, heads, groups, offset, splits, causal;  // offset: tokens before the first query
-  float scale, cap;                                                // with log2(e)
-};
 
 struct Block {
   int row, head, kv_head, first, from, per;  // first: of its rows; pass 2: columns begin at `from`, `per` tiles of each head
@@ -181,13 +171,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) observe(const _
     b.first = blockIdx.y * ROWS;
     b.row = blockIdx.x / kv_heads;
     b.head = b.kv_head = blockIdx.x % kv_heads;
-    int low = 0, high = g.causal ? g.count : 0;  // the first query that sees the first of these tokens
-    while (low < high) {
-      const int middle = (low + high) / 2;
-      if (g.at[middle] + g.offset < b.first) low = middle + 1;
-      else high = middle;
-    }
-    b.from = low / COLS;
+    b.from = first_that_sees(g, b.first) / COLS;
     b.per = (g.count + COLS - 1) / COLS - b.from;
     count = (i64)b.per * g.groups;
   }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import struct
 import threading
@@ -10,21 +11,29 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kvpolicy.attention.cuda.kernel import Kernel, kernel_of, launch
+from kvpolicy.attention.cuda.kernel import THREADS, Kernel, kernel_of, launch
 from kvpolicy.interfaces.backend import AttentionOptions
 
-__all__ = ["Sums", "sums"]
+__all__ = ["Call", "Queries", "Sums", "has_groups", "sums", "weighed"]
 
-COLUMNS = 64
-"""Queries or keys of a tile; queries that count are filled up to a multiple."""
+COLUMNS = 128
+"""Queries that count are filled up to a multiple."""
 WAVES = 4
 """Blocks for each that the card holds at once, so that the last to end are few."""
+GROUPS, TILES = 2, 2
+"""Warpgroups of a block that weigh, and tiles of 64 tokens of each."""
+FEW = 256
+"""Queries of all heads of a KV head, below which blocks of 256 tokens have too little to do."""
 MASKS = 1 << 24
 """Numbers of masks that are summed at a time, about."""
 UPDATES = 4
 """Updates whose queries are kept on the device: layers of other kinds, and those of other devices, have their own."""
 LOG2E = math.log2(math.e)
-ADDRESSES = struct.Struct("<10q6Q8i2f")
+AT_ONCE = 24 << 20
+"""Bytes of queries that blocks work at together, about: those read again and again stay in the cache."""
+LEAST = 8
+"""Tiles of queries that a block of the second pass on warpgroups is worth."""
+ADDRESSES = struct.Struct("<10q7Q10i2f")
 _known = threading.local()
 
 
@@ -37,10 +46,25 @@ class Sums(NamedTuple):
     """Whether it is the second pass, which weighs; the first one normalises."""
     mask: bool = False
     softcap: bool = False
+    grouped: bool = False
+    """Whether the second pass takes the products of warpgroups, which Hopper has and no other."""
 
     @property
     def name(self) -> str:
-        return "observe"
+        return "weigh" if self.grouped else "observe"
+
+    @property
+    def threads(self) -> int:
+        return 128 * (GROUPS + 1) if self.grouped else THREADS
+
+    @property
+    def feature(self) -> str:
+        return "a" if self.grouped else ""
+
+    @property
+    def columns(self) -> int:
+        """Queries or keys of a tile."""
+        return 128 if self.grouped else 64
 
     @property
     def waits(self) -> bool:
@@ -48,14 +72,24 @@ class Sums(NamedTuple):
 
     @property
     def blocks(self) -> int:
-        return 3 if self.dim <= 64 and self.weighs else 2
+        return 1 if self.grouped else 3 if self.dim <= 64 and self.weighs else 2
 
     @property
     def rows(self) -> int:
         """Queries, or keys, of a block."""
+        if self.grouped:
+            return 64 * GROUPS * TILES
         return 64 if self.dim > 128 else 256 if self.weighs or not self.mask else 128
 
     def defined(self, arch: str) -> dict[str, object]:
+        if self.grouped:
+            return {
+                "HEAD_DIM": self.dim,
+                "BFLOAT": int(self.bfloat),
+                "POLYNOMIALS": 0,
+                "GROUPS": GROUPS,
+                "TILES": TILES,
+            }
         return {
             "PASS": 1 + self.weighs,
             "HEAD_DIM": self.dim,
@@ -71,9 +105,27 @@ class Queries(NamedTuple):
 
     at: Tensor
     """Their numbers, then the last one again: int32, on the device."""
-    length: int
+    numbers: Tensor
+    """Their numbers, on the host."""
     kinds: dict[int, tuple[Tensor, bool]]
     """Of each kind of scores the ones that count, `[rows or 1, queries]`, on the device; and whether all of them do."""
+    ends: dict[Any, tuple[Tensor, int]]
+    """What `tiles` found."""
+
+    @property
+    def length(self) -> int:
+        return len(self.numbers)
+
+    def tiles(self, variant: Sums, tokens: int, offset: int, causal: bool) -> tuple[Tensor, int]:
+        """Tiles of queries that see each block of tokens, summed up from 0 on, on the device; and how many in all."""
+        key = variant.rows, variant.columns, tokens, offset, causal
+        if key not in self.ends:
+            starts = torch.arange(0, tokens, variant.rows)
+            first = torch.searchsorted(self.numbers, starts - offset) if causal else torch.zeros_like(starts)
+            tiles = -(-self.length // variant.columns) - first // variant.columns
+            ends = torch.nn.functional.pad(tiles.cumsum(0), (1, 0))
+            self.ends[key] = ends.int().to(self.at.device, non_blocking=True), int(ends[-1])
+        return self.ends[key]
 
     @classmethod
     def of(cls, counted: Any, offset: int, device: torch.device) -> Queries:
@@ -91,14 +143,15 @@ class Queries(NamedTuple):
     def _of(cls, counted: Any, offset: int, device: torch.device) -> Queries:
         tokens = torch.tensor([n for n in counted.queries if n >= offset], dtype=torch.int64)
         if not len(tokens):
-            return cls(tokens, 0, {})
-        at = torch.nn.functional.pad(tokens - offset, (0, -len(tokens) % COLUMNS), value=int(tokens[-1]) - offset)
+            return cls(tokens, tokens, {}, {})
+        numbers = tokens - offset
+        at = torch.nn.functional.pad(numbers, (0, -len(tokens) % COLUMNS), value=int(numbers[-1]))
         masks = {k: mask[:, tokens] for k, mask in enumerate(counted.masks)}
         kinds = {k: (mask.to(device, non_blocking=True), bool(mask.all())) for k, mask in masks.items() if mask.any()}
-        return cls(at.int().to(device, non_blocking=True), len(tokens), kinds)
+        return cls(at.int().to(device, non_blocking=True), numbers, kinds, {})
 
 
-class _Call(NamedTuple):
+class Call(NamedTuple):
     """What both passes are given."""
 
     query: Tensor
@@ -109,11 +162,22 @@ class _Call(NamedTuple):
     causal: bool
 
     def variant(self, weighs: bool) -> Sums:
-        capped = self.options.softcap is not None
-        return Sums(self.query.shape[3], self.query.dtype == torch.bfloat16, weighs, self.mask is not None, capped)
+        capped, masked = self.options.softcap is not None, self.mask is not None
+        heads, _, dim = self.query.shape[1:]
+        many = self.queries.length * heads // self.keys.shape[1] >= FEW
+        grouped = weighs and many and dim <= 128 and not (masked or capped) and has_groups(self.query.get_device())
+        return Sums(dim, self.query.dtype == torch.bfloat16, weighs, masked, capped, grouped)
 
-    def run(self, variant: Sums, lse: Tensor | None, splits: int, grid: tuple[int, int], to: Tensor) -> None:
-        """Launch a pass, whose result goes `to` a tensor `[splits, ...]`."""
+    def run(
+        self,
+        variant: Sums,
+        lse: Tensor | None,
+        grid: tuple[int, int, int],
+        to: Tensor,
+        ends: Tensor | None = None,
+        lines: int = 0,
+    ) -> None:
+        """Launch a pass, whose result goes `to` a tensor `[splits, ...]`; `ends` and `lines` as of `_even`."""
         query, keys, mask, options, queries, causal = self
         heads, asked = query.shape[1:3]
         kv_heads, tokens = keys.shape[1:3]
@@ -122,11 +186,18 @@ class _Call(NamedTuple):
         given = ADDRESSES.pack(
             *query.stride()[:3], *keys.stride()[:3], *strides,
             query.data_ptr(), keys.data_ptr(), 0 if mask is None else mask.data_ptr(), queries.at.data_ptr(),
-            (to if lse is None else lse).data_ptr(), to.data_ptr(),
-            queries.length, len(queries.at), tokens, heads, heads // kv_heads, tokens - asked, splits, int(causal),
+            (to if lse is None else lse).data_ptr(), to.data_ptr(), 0 if ends is None else ends.data_ptr(),
+            len(query), lines, queries.length, len(queries.at), tokens, heads, heads // kv_heads, tokens - asked,
+            len(to), int(causal),
             options.scaling * LOG2E, (options.softcap or 0.0) * LOG2E,
         )  # fmt: skip
-        launch(kernel_of(variant, device), given, (*grid, splits), device)
+        launch(kernel_of(variant, device), given, grid, device)
+
+
+@functools.cache
+def has_groups(device: int) -> bool:
+    """Whether a device has products of warpgroups."""
+    return torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def _strides(mask: Tensor) -> tuple[int, ...]:
@@ -140,7 +211,7 @@ def _splits(kernel: Kernel, blocks: int, tiles: int) -> int:
     return max(1, min(-(-WAVES * kernel.slots // max(1, blocks)), tiles // 4, 64))
 
 
-def normalised(call: _Call) -> Tensor:
+def normalised(call: Call) -> Tensor:
     """The logarithm (base 2) of the sum of exponentials of each query that counts: `[batch, heads, filled up]`.
 
     Infinite where a query sees nothing, and for those that fill up: its weights become zeros.
@@ -154,9 +225,9 @@ def normalised(call: _Call) -> Tensor:
         return known
     variant = call.variant(False)
     grid = batch * heads, -(-room // variant.rows)
-    splits = _splits(kernel_of(variant, query.get_device()), grid[0] * grid[1], -(-keys.shape[2] // COLUMNS))
+    splits = _splits(kernel_of(variant, query.get_device()), grid[0] * grid[1], -(-keys.shape[2] // variant.columns))
     parts = query.new_empty((splits, batch, heads, room), dtype=torch.float32)
-    call.run(variant, None, splits, grid, parts)
+    call.run(variant, None, (*grid, splits), parts)
     lse = parts[0] if splits == 1 else parts.mul_(1 / LOG2E).logsumexp(0).mul_(LOG2E)
     if call.options.sinks is not None:
         lse = torch.logaddexp2(lse, call.options.sinks.float().mul(LOG2E).view(1, -1, 1))
@@ -165,17 +236,35 @@ def normalised(call: _Call) -> Tensor:
     return lse
 
 
-def weighed(call: _Call, lse: Tensor) -> Tensor:
+def weighed(call: Call, lse: Tensor) -> Tensor:
     """Weights of each key summed over queries and their heads: `[batch, kv_heads, tokens]`."""
     batch = call.query.shape[0]
     kv_heads, tokens = call.keys.shape[1:3]
     variant = call.variant(True)
+    if variant.grouped:
+        return _evenly(call, variant, lse)
     grid = batch * kv_heads, -(-tokens // variant.rows)
-    tiles = lse.shape[2] // COLUMNS * (call.query.shape[1] // kv_heads)
+    tiles = lse.shape[2] // variant.columns * (call.query.shape[1] // kv_heads)
     splits = _splits(kernel_of(variant, call.query.get_device()), grid[0] * grid[1], tiles)
     parts = call.query.new_empty((splits, batch, kv_heads, tokens), dtype=torch.float32)
-    call.run(variant, lse, splits, grid, parts)
+    call.run(variant, lse, (*grid, splits), parts)
     return parts[0] if splits == 1 else parts.sum(0)
+
+
+def _evenly(call: Call, variant: Sums, lse: Tensor) -> Tensor:
+    """As `weighed`; each block has as many tiles of queries, of one block of tokens after the other."""
+    batch, heads, asked, dim = call.query.shape
+    kv_heads, tokens = call.keys.shape[1:3]
+    ends, each = call.queries.tiles(variant, tokens, tokens - asked, call.causal)
+    groups, length = heads // kv_heads, call.queries.length
+    most = -(-batch * kv_heads // max(1, AT_ONCE // (2 * groups * length * dim)))
+    lines = -(-batch * kv_heads // min(most, batch * kv_heads))
+    least = ((batch * kv_heads - 1) % lines + 1) * each * groups  # tiles that blocks share, where they are fewest
+    blocks = max(1, min(kernel_of(variant, call.query.get_device()).slots, least // LEAST))
+    splits = -(-length // variant.columns) * groups // max(1, least // blocks) + 2
+    parts = call.query.new_zeros((splits, batch, kv_heads, tokens), dtype=torch.float32)
+    call.run(variant, lse, (blocks, 1, 1), parts, ends, lines)
+    return parts.sum(0)
 
 
 def sums(query: Tensor, keys: Tensor, observer: Any, mask: Tensor | None, options: AttentionOptions) -> bool:
@@ -195,7 +284,7 @@ def sums(query: Tensor, keys: Tensor, observer: Any, mask: Tensor | None, option
     queries = Queries.of(observer.counted, tokens - asked, query.device)
     if not queries.length:
         return True
-    call = _Call(query, keys, mask, options, queries, asked > 1 and (mask is None or mask.shape[2] != asked))
+    call = Call(query, keys, mask, options, queries, asked > 1 and (mask is None or mask.shape[2] != asked))
     if any(kernel_of(call.variant(weighs), query.get_device()).slots == 0 for weighs in (False, True)):
         return False
     lse = normalised(call)
@@ -212,7 +301,7 @@ def _readable(x: Tensor) -> bool:
     return x.stride(3) == 1 and not any(step % 8 for step in x.stride()[:3]) and x.data_ptr() % 16 == 0
 
 
-def _seen(call: _Call, counted: Tensor) -> Tensor:
+def _seen(call: Call, counted: Tensor) -> Tensor:
     """How many of the queries that count could see each token: `[batch or 1, kv_heads or 1, tokens]`."""
     query, keys, mask, _, queries, causal = call
     at = queries.at[: queries.length].long()

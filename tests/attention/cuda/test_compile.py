@@ -41,6 +41,15 @@ def test_sums_of_a_prompts_attention_compile_without_spills(arch: str) -> None:
             assert found.shared <= 99 * 1024
 
 
+@pytest.mark.parametrize("dim", [64, 80, 96, 128])
+@pytest.mark.parametrize("bfloat", [False, True])
+def test_sums_on_warpgroups_compile_without_spills(dim: int, bfloat: bool) -> None:
+    found = resources(compiled(Sums(dim, bfloat, True, grouped=True), "sm_90"))
+    assert found.stack == 0
+    assert 32 < found.registers <= 65536 // Sums(dim, bfloat, True, grouped=True).threads
+    assert found.shared <= 227 * 1024
+
+
 def test_a_kernel_is_compiled_once_and_then_read_from_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KVPOLICY_CACHE", str(tmp_path))
     compiled.cache_clear()
