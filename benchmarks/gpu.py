@@ -7,9 +7,9 @@
     python benchmarks/gpu.py --out out/gpu.json             # all rows, for gpu_plot.py and the tables of the docs
     python benchmarks/gpu.py --quick                        # whether all of it runs: few layers, shapes and steps
 
-layer: attention of one layer against flash attention. steps: decode steps of a Llama of 8 billion parameters with random
-weights. first: time to its first token. peak: memory of an attached layer's step. context: steps over lengths of context.
-rows: rows per second in equal memory.
+layer: attention of one layer against flash attention. peak: memory of an attached layer's step. first: time to the
+first token of a Llama of 8 billion parameters with random weights. steps: its decode steps. context: those over lengths
+of context. rows: tokens per second of as many rows as equal memory holds.
 
 Results that are wrong are said to be, without times, and the exit status is 1. What does not fit on the card is said.
 """

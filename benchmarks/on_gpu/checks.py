@@ -1,7 +1,7 @@
 """Whether results are right, before any is timed.
 
-A step without graphs is compared with PyTorch's code: the attention of each layer, for the same query and stores, and the
-logits of the whole step. A step with graphs must be the step without to the bit.
+A step without graphs is compared with PyTorch's code: the attention of each layer, for the same query and stores, and
+the logits of the whole step. A step with graphs must be the step without to the bit.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def roundoff(dtype: torch.dtype) -> float:
 def attention_bound(dtype: torch.dtype) -> float:
     """How far a layer's attention may be from float32: its output is rounded once, and so are the weights of values.
 
-    Queries times scales and weights are float16 even for bfloat16 models, finer than the output. So the error stays near
-    that of one rounding, whose root mean square is about 0.4 of the largest.
+    Queries times scales and weights are float16 even for bfloat16 models, finer than the output. So the error stays
+    near that of one rounding, whose root mean square is about 0.4 of the largest.
     """
     return roundoff(dtype)
 
@@ -40,8 +40,8 @@ def attention_bound(dtype: torch.dtype) -> float:
 def logits_bound(dtype: torch.dtype, layers: int) -> float:
     """How far logits may be apart that two right computations give.
 
-    A layer rounds its residual stream twice, and half a dozen results on the way there. Such errors, of root mean square
-    0.4 roundoffs each, add up over layers as the steps of a random walk do.
+    A layer rounds its residual stream twice, and half a dozen results on the way there. Such errors, of root mean
+    square 0.4 roundoffs each, add up over layers as the steps of a random walk do.
     """
     return 2 * max(layers, 4) ** 0.5 * roundoff(dtype)
 

@@ -66,7 +66,7 @@ def peak(
     nbits: Sequence[int] = (2, 4),
     steps: int = 10,
 ) -> None:
-    """What a step of an attached layer allocates beyond what the cache holds, which must be within 5% of a whole model's."""
+    """What a step of an attached layer allocates beyond its cache: at most 5% of a whole model's cache, and 4 MB."""
     for recipe in recipes:
         for bits in nbits:
             for count in tokens:

@@ -1,7 +1,7 @@
 """Attention of one layer on compressed stores, against flash attention on the same number of tokens.
 
-Random data. Times are medians of replayed graphs; `cold` goes round several layers, as a model does, so that no cache of
-the card holds the last one's tokens.
+Random data. Times are medians of replayed graphs; `cold` goes round several layers, as a model does, so that no cache
+of the card holds the last one's tokens.
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import time
 from typing import Any
 
@@ -13,7 +12,6 @@ from transformers import DynamicCache, QuantizedCache, StaticCache
 from kvpolicy.hf.models import cache_word
 
 from .card import HEAD_DIM, KV_HEADS, drawn, wait
-from .checks import logits_of
 from .prompts import prefilled
 from .rows import Check
 
@@ -105,12 +103,5 @@ def compiled(model: Any, prompt: Tensor, token: Tensor, steps: int) -> tuple[flo
 
     _, first = run(12)
     seconds, _ = run(steps)
-    del step
     torch._dynamo.reset()
-    gc.collect()
     return seconds, first
-
-
-def after(model: Any, cache: Any, token: Tensor) -> Tensor:
-    """The logits of a step."""
-    return logits_of(model, cache, token).clone()

@@ -23,7 +23,7 @@ STEPS = {"kivi": 256, "balanced": 128, "zipcache": 200}
 
 @contextmanager
 def in_parts(model: Any) -> Iterator[None]:
-    """Let a long prompt's tokens pass the feed-forward parts in turn: what these compute in between takes most memory."""
+    """Let a long prompt's tokens pass the feed-forward parts in turn: what these compute takes most memory."""
     parts = [one.mlp for one in model.model.layers]
 
     def wrapped(forward: Any) -> Any:

@@ -72,7 +72,7 @@ def of_layer(rows: Sequence[Row]) -> str:
         }
         us = f"{row.seconds * 1e6:.1f}" if row.shown else instead(row)
         lines.append([str(row.batch), f"{row.tokens:,}", row.arm, f"{flash.seconds * 1e6:.1f}", us, *more.values()])
-    head = "batch | tokens | recipe | flash attention, us | kvpolicy, us | times as fast | with no cache warm | at most, by bytes"
+    head = "batch | tokens | recipe | flash attention, us | kvpolicy, us | times as fast | cold | at most, by bytes"
     return table(head, "rrlrrrrr", lines)
 
 
@@ -86,7 +86,8 @@ def of_steps(rows: Sequence[Row]) -> str:
         peak = number(row, row.more.get("peak MB"), 0)
         cells = [named(row), ms(row), ratio(row), ms(twin), ratio(twin), peak]
         lines.append([str(row.batch), f"{row.tokens:,}", *cells])
-    head = "batch | tokens | cache | ms per step | of DynamicCache's | with graphs, ms | of DynamicCache's | a step's memory, MB"
+    of = "of DynamicCache's"
+    head = f"batch | tokens | cache | ms per step | {of} | with graphs, ms | {of} | a step's memory, MB"
     return table(head, "rrlrrrrr", lines)
 
 
@@ -108,12 +109,18 @@ def of_first(rows: Sequence[Row]) -> str:
 
 
 def of_peak(rows: Sequence[Row]) -> str:
+    lengths = list(dict.fromkeys(r.tokens for r in rows))
+    known = {(r.arm, r.tokens): r for r in rows}
     lines = []
-    for row in rows:
-        found = [number(row, row.more.get(name), 1) for name in ("peak MB", "bound MB", "cache MB")]
-        found[0] = found[0] or instead(row)
-        lines.append([row.arm, f"{row.tokens:,}", *found])
-    return table("recipe | tokens | peak of a step, MB | bound, MB | cache of 32 layers, MB", "lrrrr", lines)
+    for arm in dict.fromkeys(r.arm for r in rows):
+        cells = [arm]
+        for tokens in lengths:
+            row = known.get((arm, tokens))
+            found = [number(row, row.more.get(name), 1) if row else "" for name in ("peak MB", "bound MB")]
+            cells += [found[0] or (instead(row) if row else ""), found[1]]
+        lines.append(cells)
+    head = ["recipe", *(part for tokens in lengths for part in (f"{tokens:,} tokens: peak, MB", "bound, MB"))]
+    return table(" | ".join(head), "l" + "rr" * len(lengths), lines)
 
 
 def of_context(rows: Sequence[Row]) -> str:

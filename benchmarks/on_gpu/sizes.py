@@ -67,7 +67,7 @@ def checked(model: Any, arm: Arm, batch: int, tokens: int) -> list[Check]:
 
 
 def measured(model: Any, arm: Arm, row: Row, few: Sequence[Check], count: int | None) -> bool:
-    """Fill in a row. `few` are the checks of few rows; each layer's attention, or every eighth, is looked at here too."""
+    """Fill in a row. `few` are the checks of few rows; the attention of every eighth layer is looked at here too."""
     row.checks = list(few)
     row.skipped = quanto_missing() if arm.nbits else ""
     if row.wrong or row.skipped:

@@ -1,7 +1,7 @@
 """Decode steps of a whole model: recipes with and without graphs, beside transformers' caches.
 
-A prompt of random tokens, prefilled by the cache that is timed. A time is the mean of steps over at least two flushes; the
-device is waited for at the end.
+A prompt of random tokens, prefilled by the cache that is timed. A time is the mean of steps over at least two flushes;
+the device is waited for at the end.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 import kvpolicy
 
 from .card import prompt_of, release
-from .checks import eager_checks, graph_checks, logits_check
+from .checks import eager_checks, graph_checks, logits_check, logits_of
 from .peers import STATIC, compiled, dynamic, quanto, quanto_check, quanto_missing, quanto_time
 from .prompts import STEPS, prefilled, step_time
 from .rows import EXACT, Book, Row
@@ -55,15 +55,10 @@ class Sizes:
         prefilled(self.model, dynamic(self.model), self.prompt[:, :64])
         cache = dynamic(self.model)
         prefilled(self.model, cache, self.prompt)
-        self.first = self.model_logits(cache)
+        self.first = logits_of(self.model, cache, self.token).clone()
         seconds, more = peaked(lambda: step_time(self.model, cache, self.token, self.steps or 32))
         row.seconds, row.more = seconds, {"peak MB": more}
         self.base = (self.batch, seconds)
-
-    def model_logits(self, cache: Any) -> Tensor:
-        from .checks import logits_of
-
-        return logits_of(self.model, cache, self.token).clone()
 
     def static(self, row: Row) -> None:
         seconds, first = compiled(self.model, self.prompt, self.token, self.steps or 32)
