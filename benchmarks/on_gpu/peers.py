@@ -68,8 +68,8 @@ def quanto_time(model: Any, cache: Any, token: Tensor, steps: int = 12) -> float
         wait()
         return (time.perf_counter() - begin) / count
 
-    mean(3)
-    plain = mean(steps)
+    mean(2)
+    plain = mean(max(2, min(steps, int(3 / mean(1)))))
     layer = cache.layers[0]
     missing = RESIDUAL - 1 - (layer.keys.shape[-2] if layer.keys.dim() == 4 else 0)
     for number in range(model.config.num_hidden_layers):

@@ -11,16 +11,16 @@ Found = Sequence[tuple[str, Sequence[Row]]]
 
 
 def tables(runs: Found) -> dict[str, str]:
-    """Markdown, by the name of the section; of several runs one after the other."""
-    found = {}
+    """Markdown, by the name of the section: a table for what runs have been made on."""
+    found: dict[str, str] = {}
     for name, make in MAKERS.items():
-        parts = []
+        parts: dict[str, list[Row]] = {}
         for about, rows in runs:
             own = [row for row in rows if row.section == name]
             if own:
-                parts.append(f"{about}.\n\n{make(own)}")
+                parts.setdefault(about, []).extend(own)
         if parts:
-            found[name] = "\n\n".join(parts)
+            found[name] = "\n\n".join(f"{about}.\n\n{make(own)}" for about, own in parts.items())
     return found
 
 
@@ -142,10 +142,13 @@ def of_rows(rows: Sequence[Row]) -> str:
             times = "1.00" if base else number(row, row.more.get("times the rows"))
             faster = "1.00" if base else number(row, row.throughput)
             tokens = f"{row.more['tokens/s']:,.0f}" if row.shown else instead(row)
-            lines.append([named(row), f"{row.more['of GB']:.0f}", f"{row.batch}", times, tokens, faster])
+            taken = number(row, row.more.get("allocated GB"), 1)
+            lines.append([named(row), f"{row.batch}", times, taken, tokens, faster])
         elif not row.batch:
-            lines.append([named(row), "", instead(row), "", "", ""])
-    head = "cache | GB | rows | of DynamicCache's | tokens per second | of DynamicCache's"
+            lines.append([named(row), instead(row), "", "", "", ""])
+    gigabytes = max((row.more.get("of GB", 0.0) for row in rows), default=0.0)
+    of = "of DynamicCache's"
+    head = f"cache | rows in {gigabytes:.0f} GB | {of} | allocated, GB | tokens per second | {of}"
     return table(head, "lrrrrr", lines)
 
 

@@ -44,7 +44,7 @@ def _recipe(name: str, recipe: str, **params: Any) -> Arm:
     return Arm(name, lambda model: kvpolicy.make_cache(recipe, model, **params), steps=STEPS.get(recipe, 90))
 
 
-ARMS = (
+ARMS: tuple[Arm, ...] = (
     Arm(EXACT, dynamic, steps=24),
     Arm("quanto, 2 bits", lambda model: quanto(model, 2), 2),
     Arm("quanto, 4 bits", lambda model: quanto(model, 4), 4),
@@ -52,6 +52,7 @@ ARMS = (
     _recipe("logquant, 4 bits", "logquant", nbits=4),
     _recipe("kivi", "kivi"),
 )
+EQUAL_ARMS = tuple(arm for arm in ARMS if arm.nbits != 4)
 
 
 def checked(model: Any, arm: Arm, batch: int, tokens: int) -> list[Check]:
@@ -72,6 +73,7 @@ def measured(model: Any, arm: Arm, row: Row, few: Sequence[Check], count: int | 
     row.skipped = quanto_missing() if arm.nbits else ""
     if row.wrong or row.skipped:
         return True
+    before = allocated()
     cache, token = filled(arm.make(model), model, row.batch, row.tokens), prompt_of(model, row.batch, 1)
     if arm.nbits:
         row.seconds = quanto_time(model, cache, token)
@@ -86,6 +88,7 @@ def measured(model: Any, arm: Arm, row: Row, few: Sequence[Check], count: int | 
                 row.seconds = step_time(model, cache, token, steps)
             if handle.graphs is None or handle.graphs.replayed < steps:
                 row.skipped = f"not replayed: {dict(handle.graphs.reasons) if handle.graphs else 'no graphs here'}"
+    row.more["allocated GB"] = (allocated() - before) / 1e9
     return True
 
 
@@ -111,14 +114,18 @@ def context(
             release()
 
 
+def allocated() -> int:
+    return torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+
+
 def row_bytes(model: Any, arm: Arm, tokens: int) -> float:
-    """Bytes that a row of a cache takes, free room included."""
+    """Bytes that a row of a cache holds."""
     if arm.name == EXACT:
         return exact_bytes(model.config.num_hidden_layers, tokens)
     cache = filled(arm.make(model), model, 2, tokens)
     if arm.nbits:
         return sum(held_bytes(vars(layer)) for layer in cache.layers) / 2
-    return float(cache.memory().reserved) / 2
+    return float(cache.memory().bytes) / 2
 
 
 def room() -> float:
@@ -132,7 +139,7 @@ def rows(
     model: Any,
     gigabytes: float | None = None,
     tokens: int = ROW_TOKENS,
-    arms: Sequence[Arm] = ARMS,
+    arms: Sequence[Arm] = EQUAL_ARMS,
     points: Sequence[int] = (1, 4, 16, 64),
     count: int | None = None,
 ) -> None:
@@ -152,7 +159,7 @@ def rows(
         most = int(gigabytes * 1e9 / each)
         for batch in [*(n for n in points if n < most), most]:
             row = Row("rows", arm.name, batch, tokens, graphs=arm.ours)
-            row.more = {"tokens/s": 0.0, "GB": batch * each / 1e9, "of GB": gigabytes}
+            row.more = {"tokens/s": 0.0, "of GB": gigabytes}
             if batch == most:
                 row.base, row.more["most"] = base, 1.0
             if book.attempt(row, lambda row=row, arm=arm, few=few: measured(model, arm, row, few, count)):

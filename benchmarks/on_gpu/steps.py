@@ -17,7 +17,7 @@ import kvpolicy
 from .card import prompt_of, release
 from .checks import eager_checks, graph_checks, logits_check, logits_of
 from .peers import STATIC, compiled, dynamic, quanto, quanto_check, quanto_missing, quanto_time
-from .prompts import STEPS, prefilled, step_time
+from .prompts import STEPS, filled, prefilled, step_time
 from .rows import EXACT, Book, Row
 
 RECIPES = ("logquant", "kivi", "balanced", "best-3bit", "streaming-llm", "h2o", "zipcache")
@@ -53,12 +53,23 @@ class Sizes:
 
     def exact(self, row: Row) -> None:
         prefilled(self.model, dynamic(self.model), self.prompt[:, :64])
-        cache = dynamic(self.model)
-        prefilled(self.model, cache, self.prompt)
+        cache = self.held()
         self.first = logits_of(self.model, cache, self.token).clone()
         seconds, more = peaked(lambda: step_time(self.model, cache, self.token, self.steps or 32))
         row.seconds, row.more = seconds, {"peak MB": more}
         self.base = (self.batch, seconds)
+
+    def held(self) -> Any:
+        """A DynamicCache with the prompt, or with random numbers where there is no room to compute a prompt's."""
+        cache = dynamic(self.model)
+        try:
+            prefilled(self.model, cache, self.prompt)
+            return cache
+        except torch.cuda.OutOfMemoryError:
+            del cache
+        release()
+        print("  DynamicCache: filled with random numbers, its prompt does not fit", flush=True)
+        return filled(dynamic(self.model), self.model, self.batch, self.tokens)
 
     def static(self, row: Row) -> None:
         seconds, first = compiled(self.model, self.prompt, self.token, self.steps or 32)
