@@ -41,10 +41,10 @@ def logits_bound(dtype: torch.dtype, layers: int) -> float:
     """How far logits may be apart that two right computations give.
 
     On either way some sixteen results of a layer are rounded, norms, projections, products and sums, and as many after
-    the last layer. Such errors, of root mean square 0.4 roundoffs each, add up as the steps of a random walk do. A
-    quarter more is for what is not random.
+    the last layer. Such errors, of root mean square 0.4 roundoffs each, add up as the steps of a random walk do. Half
+    as much again is for what is not random.
     """
-    return 1.25 * 0.4 * (2 * 16 * (layers + 1)) ** 0.5 * roundoff(dtype)
+    return 1.5 * 0.4 * (2 * 16 * (layers + 1)) ** 0.5 * roundoff(dtype)
 
 
 def distance(found: Tensor, right: Tensor) -> float:

@@ -33,7 +33,7 @@ def prompts(row: Row, model: Any, prompt: Tensor, runs: int) -> Tensor:
             with kvpolicy.attach(model):
                 seconds, logits = prefilled(model, kvpolicy.make_cache(row.arm, model), prompt)
         found.append(seconds)
-    row.seconds, row.more = statistics.median(found[2:]), {"at first s": found[0]}
+    row.seconds, row.more = statistics.median(found[min(2, runs - 1) :]), {"at first s": found[0]}
     return logits
 
 
@@ -48,7 +48,9 @@ def first(
         prompt, base, right = prompt_of(model, batch, tokens), None, None
         for name in (EXACT, *recipes):
             row = Row("first", name, batch, tokens, base=base)
-            logits = book.attempt(row, lambda row=row, prompt=prompt: prompts(row, model, prompt, runs))
+            logits = book.attempt(
+                row, lambda row=row, prompt=prompt: prompts(row, model, prompt, runs - 2 * (row.batch > 1))
+            )
             release()
             if logits is None:
                 continue

@@ -23,8 +23,10 @@ STEPS = {"kivi": 256, "balanced": 128, "zipcache": 200}
 
 @contextmanager
 def in_parts(model: Any) -> Iterator[None]:
-    """Let a long prompt's tokens pass the feed-forward parts in turn: what these compute takes most memory."""
-    parts = [one.mlp for one in model.model.layers]
+    """Let a long prompt's tokens pass in turn what knows no other tokens, which takes most memory on the way."""
+    layers = model.model.layers
+    parts = [part for one in layers for part in (one.mlp, one.input_layernorm, one.post_attention_layernorm)]
+    parts.append(model.model.norm)
 
     def wrapped(forward: Any) -> Any:
         def run(x: Tensor) -> Tensor:
