@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +16,8 @@ import torch
 
 import kvpolicy
 
-BENCHMARKS = str(Path(__file__).parents[2] / "benchmarks")
+ROOT = Path(__file__).parents[2]
+BENCHMARKS = str(ROOT / "benchmarks")
 
 
 @pytest.fixture(autouse=True)
@@ -132,3 +135,37 @@ def test_the_rows_and_first_tokens_of_a_small_model_are_measured(model: Any) -> 
     assert replayed
     assert all(r.skipped.startswith("not replayed") and r.ratio is None for r in replayed)  # there is no GPU
     assert set(report.tables([(book.about, book.rows)])) == {"first", "rows"}
+
+
+def test_the_picture_is_drawn_and_the_pages_marks_are_filled_from_what_was_written(tmp_path: Path) -> None:
+    rows = part("rows")
+    book = rows.Book("a card, 80 GB", tmp_path / "gpu.json")
+    right = [rows.Check("attention", 0.0, 1.0)]
+    for arm, seconds in (("DynamicCache", 0.02), ("quanto, 2 bits", 0.05), ("logquant", 0.01)):
+        for size in (1, 2):
+            book.add(rows.Row("context", arm, 8, 1024 * size, seconds=seconds * size, checks=right))
+            more = {"of GB": 24.0, "tokens/s": size / seconds, "most": float(size > 1)}
+            book.add(rows.Row("rows", arm, size, 8192, seconds=seconds, checks=right, base=(2, 0.02), more=more))
+    importlib.import_module("gpu_plot").main([str(book.path)], str(tmp_path / "gpu.png"))
+    assert (tmp_path / "gpu.png").read_bytes().startswith(b"\x89PNG")
+
+    spec = importlib.util.spec_from_file_location("fill_measured", ROOT / "docs" / "_hooks" / "fill_measured.py")
+    assert spec is not None
+    assert spec.loader is not None
+    fill_measured = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(fill_measured)
+    page = tmp_path / "page.md"
+    page.write_text("<!-- measured: gpu-rows -->\nold\n<!-- /measured: gpu-rows -->\nkept\n", encoding="utf-8")
+    with patch.object(fill_measured, "ROOT", tmp_path):
+        fill_measured.fill(fill_measured.on_gpu([book.path]), [page])
+    text = page.read_text(encoding="utf-8")
+    assert "| kvpolicy logquant | 2 |" in text
+    assert "old" not in text
+    assert text.endswith("kept\n")
+
+
+def test_each_mark_of_the_page_has_a_table() -> None:
+    text = (ROOT / "docs" / "explanation" / "benchmarks.md").read_text(encoding="utf-8")
+    marks = set(re.findall(r"<!-- measured: gpu-(\w+) -->", text))
+    assert marks
+    assert marks <= set(part("report").MAKERS)
