@@ -24,24 +24,24 @@ from typing import Any
 
 import torch
 from on_gpu.card import Model, about
+from on_gpu.first import PROMPTS, first, peak
 from on_gpu.first import RECIPES as FIRST
-from on_gpu.first import first, peak
 from on_gpu.layer import SHAPES, layer
 from on_gpu.report import tables
 from on_gpu.rows import Book
 from on_gpu.sizes import CONTEXT, ROW_TOKENS, context, rows
 from on_gpu.steps import RECIPES, steps
+from on_gpu.steps import SHAPES as STEPS
 
 SECTIONS = ("layer", "peak", "first", "steps", "context", "rows")
-WITHOUT_MODEL = ("layer", "peak")
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"{', '.join(SECTIONS)}; by default all")
-    parser.add_argument(
-        "--shape", type=int, nargs=2, action="append", metavar=("BATCH", "TOKENS"), help="of steps, first"
-    )
+    pair: dict[str, Any] = {"type": int, "nargs": 2, "action": "append", "metavar": ("BATCH", "TOKENS")}
+    parser.add_argument("--shape", **pair, help="of steps")
+    parser.add_argument("--prompt", **pair, help="of first")
     parser.add_argument("--recipes", nargs="+", help="of steps, first")
     parser.add_argument("--peers", nargs="*", default=["static", "quanto"], help="of steps, beside DynamicCache")
     parser.add_argument("--gigabytes", type=float, help="of rows: for keys and values; by default 64 or what there is")
@@ -57,23 +57,22 @@ def parse() -> argparse.Namespace:
 
 def planned(book: Book, given: argparse.Namespace, model: Callable[[], Any]) -> dict[str, Callable[[], None]]:
     """What each section runs."""
-    shapes = [tuple(shape) for shape in given.shape or ()]
+    shapes, prompts = ([tuple(shape) for shape in x or ()] for x in (given.shape, given.prompt))
     recipes, peers = given.recipes, given.peers
     if given.quick:
-        small = shapes or [(2, 1024)]
         return {
             "layer": lambda: layer(book, ((2, 1024), (1, 4096))),
             "peak": lambda: peak(book, (4096,), ("logquant",), (2,), 2),
-            "first": lambda: first(book, model(), small, recipes or FIRST, 3),
-            "steps": lambda: steps(book, model(), [(1, 1024), *small], recipes or RECIPES, peers, 8),
+            "first": lambda: first(book, model(), prompts or [(2, 1024)], recipes or FIRST, 3),
+            "steps": lambda: steps(book, model(), shapes or [(1, 1024), (2, 1024)], recipes or RECIPES, peers, 8),
             "context": lambda: context(book, model(), (512, 1024), 2, count=8),
             "rows": lambda: rows(book, model(), given.gigabytes or 0.05, 1024, points=(1, 2), count=8),
         }
     return {
         "layer": lambda: layer(book, SHAPES),
         "peak": lambda: peak(book),
-        "first": lambda: first(book, model(), shapes or ((1, 8192), (4, 8192)), recipes or FIRST),
-        "steps": lambda: steps(book, model(), shapes or ((1, 4096), (16, 4096)), recipes or RECIPES, peers),
+        "first": lambda: first(book, model(), prompts or PROMPTS, recipes or FIRST),
+        "steps": lambda: steps(book, model(), shapes or STEPS, recipes or RECIPES, peers),
         "context": lambda: context(book, model(), CONTEXT),
         "rows": lambda: rows(book, model(), given.gigabytes, given.tokens),
     }

@@ -19,6 +19,7 @@ from .peers import dynamic
 from .prompts import prefilled
 from .rows import EXACT, Book, Check, Row
 
+PROMPTS = ((1, 8192), (4, 8192))
 RECIPES = ("logquant", "kivi", "best-2bit", "snapkv", "zipcache", "h2o")
 
 
@@ -40,7 +41,7 @@ def prompts(row: Row, model: Any, prompt: Tensor, runs: int) -> Tensor:
 def first(
     book: Book,
     model: Any,
-    shapes: Sequence[tuple[int, int]] = ((1, 8192), (4, 8192)),
+    shapes: Sequence[tuple[int, int]] = PROMPTS,
     recipes: Sequence[str] = RECIPES,
     runs: int = 7,
 ) -> None:

@@ -20,6 +20,7 @@ from .peers import STATIC, compiled, dynamic, quanto, quanto_check, quanto_missi
 from .prompts import STEPS, filled, prefilled, step_time
 from .rows import EXACT, Book, Row
 
+SHAPES = ((1, 4096), (1, 32768), (16, 4096), (64, 8192))
 RECIPES = ("logquant", "kivi", "balanced", "best-3bit", "streaming-llm", "h2o", "zipcache")
 
 
