@@ -24,7 +24,8 @@ import argparse
 import gc
 import json
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
@@ -36,10 +37,7 @@ from arms import (
     DYNAMIC,
     HEAD_DIM,
     HEADS,
-    HQQ,
     KV_HEADS,
-    PACKED,
-    QUANTO,
     RESIDUAL,
     SLOW_STEPS,
     Arm,
@@ -153,18 +151,47 @@ def about(options: argparse.Namespace) -> str:
     )
 
 
-def table(rows: Iterable[Row]) -> str:
-    lines = [
-        "| step | tokens | batch | nbits | dtype | cache | ms per step | of DynamicCache's | of packed heads' "
-        "| of quanto's | of HQQ's | bits | scratch, MB |",
-        "|---|---:|---:|---:|---|---|---:|---:|---:|---:|---:|---:|---:|",
-    ]
+def table(rows: Sequence[Row]) -> str:
+    """Milliseconds of a step, a line for each size; of kvpolicy's caches also as a part of DynamicCache's."""
+    modes = list(dict.fromkeys(r.mode for r in rows))
+    found = [(MODES[mode], _table([r for r in rows if r.mode == mode])) for mode in modes]
+    return "\n\n".join(text if len(modes) == 1 else f"{name}:\n\n{text}" for name, text in found)
+
+
+def _ms(ms: float) -> str:
+    return f"{ms:.3g}" if ms < 999 else f"{ms:,.0f}"
+
+
+def _table(rows: Sequence[Row]) -> str:
+    caches = sorted(dict.fromkeys(r.cache for r in rows), key=lambda name: name.startswith("kvpolicy"))
+    sizes: dict[tuple[str, ...], dict[str, Row]] = {}
     for r in rows:
-        shown = [f"{r.versus[p]:.2f}" if p in r.versus else "" for p in (DYNAMIC, PACKED, QUANTO, HQQ)]
-        cells = [MODES[r.mode], f"{r.tokens:,}", str(r.batch), str(r.nbits), r.dtype, r.cache, f"{r.ms:.2f}"]
-        cells += [*shown, f"{r.bits:.2f}", f"{r.scratch_mb:.0f}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        sizes.setdefault((f"{r.tokens:,}", str(r.batch), str(r.nbits), r.dtype), {})[r.cache] = r
+    head, rule = "| tokens | batch | nbits | dtype |", "|---:|---:|---:|---|"
+    columns: list[Callable[[dict[str, Row]], str]] = []
+    for name in caches:
+        head, rule = f"{head} {name}, ms |", f"{rule}---:|"
+        columns.append(lambda of, name=name: _ms(of[name].ms) if name in of else "")
+        if name.startswith("kvpolicy") and DYNAMIC in caches:
+            head, rule = f"{head} of DynamicCache's |", f"{rule}---:|"
+            columns.append(lambda of, name=name: f"{of[name].versus[DYNAMIC]:.2f}" if name in of else "")
+    lines = [f"| {' | '.join([*size, *(cell(of) for cell in columns)])} |" for size, of in sizes.items()]
+    return "\n".join([head, rule, *lines])
+
+
+def merged(paths: Iterable[Path]) -> str:
+    """One table of what several runs wrote, below what each was made with."""
+    runs = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    rows = [Row(**row) for run in runs for row in run["rows"]]
+    order = list(DTYPES)
+    rows.sort(key=lambda row: (order.index(row.dtype), row.batch, row.tokens, row.nbits))
+    said = [run["about"].split("; ") for run in runs]
+    common = [part for part in said[0] if all(part in parts for parts in said)]
+    lines = [f"{'; '.join(common)}.", ""]
+    for run, parts in zip(runs, said, strict=True):
+        own = "; ".join(part for part in parts if part not in common)
+        lines.append(f"- `{run['command']}`" + f": {own}" * bool(own))
+    return "\n".join([*lines, "", table(rows)])
 
 
 def growth(rows: Sequence[Row]) -> list[str]:
@@ -210,7 +237,8 @@ def write(rows: Sequence[Row], options: argparse.Namespace) -> None:
     for path in filter(None, (options.json, options.md)):
         path.parent.mkdir(parents=True, exist_ok=True)
     if options.json:
-        found: dict[str, Any] = {"about": about(options), "rows": [asdict(row) for row in rows]}
+        command = " ".join(["python benchmarks/decode.py", *sys.argv[1:]])
+        found: dict[str, Any] = {"about": about(options), "command": command, "rows": [asdict(row) for row in rows]}
         options.json.write_text(json.dumps(found, indent=1) + "\n")
     if options.md:
         notes = [f"- {note}" for note in growth(rows)]

@@ -98,19 +98,24 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     options = parser.parse_args()
     print(machine("cuda"))
+    wrong = False
     for batch in options.batch:
         # As a model gives them: heads side by side within a token.
         shape = (batch, options.tokens, 8, 128)
         keys, values = (torch.randn(shape, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in range(2))
         for recipe in options.recipes:
-            found = []
+            found, lines = [], []
             for name in ("kernel", "PyTorch"):
                 alone = patch.object(fused, "_encoders", lambda device: ()) if name == "PyTorch" else nullcontext()
                 with alone:
                     line, held = run(recipe, keys, values, options.layers, options.runs)
                 found.append(held)
-                print(f"batch {batch}, {recipe:10} {name:8} {line}", flush=True)
-            print(f"  {'the same bytes' if found[0] == found[1] else 'OTHER BYTES'}", flush=True)
+                lines.append(f"batch {batch}, {recipe:10} {name:8} {line}")
+            if found[0] != found[1]:
+                wrong, lines = True, [f"batch {batch}, {recipe:10} WRONG, the two leave other bytes: no times"]
+            print("\n".join(lines), flush=True)
+    if wrong:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

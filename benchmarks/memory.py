@@ -80,15 +80,19 @@ def main() -> None:
         f"{machine(options.device)}; per layer, {HEADS} query heads, {KV_HEADS} key-value heads, head_dim {HEAD_DIM}; "
         f"the worst of {options.steps} steps"
     )
-    lines = ["| recipe | tokens | batch | nbits | dtype | peak, MB | cache of 32 layers, MB | bound, MB |"]
-    lines.append("|---|---:|---:|---:|---|---:|---:|---:|")
-    print(f"{about}\n\n{lines[0]}\n{lines[1]}", flush=True)
-    sizes = product(options.recipes, options.dtype, options.batch, options.nbits, options.tokens)
-    for recipe, dtype, batch, nbits, tokens in sizes:
-        if tokens * batch <= options.most:
-            found = [f"{x:.1f}" for x in measure(recipe, tokens, batch, nbits, dtype, options)]
-            lines.append(f"| {' | '.join([recipe, f'{tokens:,}', str(batch), str(nbits), dtype, *found])} |")
-            print(lines[-1], flush=True)
+    lines = ["| recipe | nbits | dtype | batch |", "|---|---:|---|---:|"]
+    for tokens in options.tokens:
+        lines[0] += f" {tokens:,} tokens: peak, MB | bound, MB |"
+        lines[1] += "---:|---:|"
+    print("\n".join([about, "", *lines]), flush=True)
+    for recipe, dtype, batch, nbits in product(options.recipes, options.dtype, options.batch, options.nbits):
+        cells = [recipe, str(nbits), dtype, str(batch)]
+        for tokens in options.tokens:
+            fits = tokens * batch <= options.most
+            found = measure(recipe, tokens, batch, nbits, dtype, options) if fits else None
+            cells += ["", ""] if found is None else [f"{found[0]:.1f}", f"{found[2]:.1f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+        print(lines[-1], flush=True)
     if options.md:
         options.md.parent.mkdir(parents=True, exist_ok=True)
         options.md.write_text("\n".join([f"{about}.", "", *lines]) + "\n")

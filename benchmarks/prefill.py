@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from arms import DTYPES, clock, machine
+from on_gpu.checks import logits_check
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import kvpolicy
@@ -38,12 +39,12 @@ def model(options: argparse.Namespace, dtype: str) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).to(options.device, DTYPES[dtype]).eval()
 
 
-def first_token(llama: Any, ids: torch.Tensor, cache: Any) -> float:
-    """Seconds until the first token is known."""
+def first_token(llama: Any, ids: torch.Tensor, cache: Any) -> tuple[float, torch.Tensor]:
+    """Seconds until the first token is known, and its logits."""
     start = clock(ids.device)
     logits = llama(ids, **{cache_word(llama): cache}, logits_to_keep=1).logits
     int(logits[0, -1].argmax())
-    return clock(ids.device) - start
+    return clock(ids.device) - start, logits
 
 
 def measure(llama: Any, tokens: int, options: argparse.Namespace) -> dict[str, list[float]]:
@@ -52,12 +53,16 @@ def measure(llama: Any, tokens: int, options: argparse.Namespace) -> dict[str, l
     runs: dict[str, list[float]] = {}
     with torch.no_grad():
         for _ in range(options.runs):
-            dynamic = first_token(llama, ids, DynamicCache(config=llama.config))
-            runs.setdefault("DynamicCache", []).append(dynamic)
+            seconds, right = first_token(llama, ids, DynamicCache(config=llama.config))
+            runs.setdefault("DynamicCache", []).append(seconds)
             for recipe in options.recipes:
                 with kvpolicy.attach(llama):
                     cache = kvpolicy.make_cache(recipe, llama)
-                    runs.setdefault(f"kvpolicy {recipe}", []).append(first_token(llama, ids, cache))
+                    seconds, logits = first_token(llama, ids, cache)
+                check = logits_check(llama, logits, right)
+                if not check.holds:
+                    raise SystemExit(f"{recipe}: WRONG, logits {check.error:.1e} from DynamicCache's: no times")
+                runs.setdefault(f"kvpolicy {recipe}", []).append(seconds)
     return runs
 
 

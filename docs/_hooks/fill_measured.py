@@ -2,15 +2,18 @@
 
 make demo && .venv/bin/python docs/_hooks/fill_measured.py demo out/demo
 make real && .venv/bin/python docs/_hooks/fill_measured.py real out/real/recipes
-make bench ARGS="--update --tokens 4096 16384 --batch 1 --nbits 2 --md out/decode.md" &&
-    .venv/bin/python docs/_hooks/fill_measured.py decode out/decode.md
-(and so on for store and attend, each with the command that stands above its mark)
+make bench ARGS="--update --tokens 4096 16384 --batch 1 --nbits 2 --json out/update.json" &&
+    .venv/bin/python docs/_hooks/fill_measured.py decode out/update.json
+(and so on for attend, of several runs; for store, memory and prefill with --md, each with the command that is shown)
+.venv/bin/python benchmarks/gpu.py --out out/gpu.json && .venv/bin/python docs/_hooks/fill_measured.py gpu out/gpu.json
+(fills gpu-layer, gpu-steps and so on; of several runs, say on two cards, the tables stand one after the other)
 """
 
 from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,21 +71,43 @@ def _row(found: Any, name: str) -> dict[str, str]:
     }
 
 
-def decode(path: Path) -> str:
-    """The table that the benchmark wrote."""
-    return path.read_text(encoding="utf-8").strip()
+def written(paths: Sequence[Path]) -> str:
+    """What a benchmark wrote: a text, or the rows of some runs, which become one table."""
+    if paths[0].suffix != ".json":
+        return "\n\n".join(path.read_text(encoding="utf-8").strip() for path in paths)
+    from decode import merged
+
+    return merged(paths)
 
 
-def main(what: str, source: str) -> None:
-    """Fill in one kind of figures wherever its marks stand."""
-    text = compared(what, Path(source)) if what in MODELS else decode(Path(source))
-    mark = re.compile(rf"(<!-- measured: {what} -->\n).*?(<!-- /measured: {what} -->)", re.DOTALL)
-    for page in PAGES:
-        old = page.read_text(encoding="utf-8")
-        new = mark.sub(lambda match: f"{match[1]}{text}\n{match[2]}", old)
+def on_gpu(paths: Sequence[Path]) -> dict[str, str]:
+    """The tables of all sections, by the names of their marks."""
+    from on_gpu.report import tables
+    from on_gpu.rows import read
+
+    return {f"gpu-{name}": table for name, table in tables([read(path) for path in paths]).items()}
+
+
+def fill(texts: dict[str, str], pages: Sequence[Path]) -> None:
+    """Write texts wherever their marks stand."""
+    for page in pages:
+        old = new = page.read_text(encoding="utf-8")
+        for what, text in texts.items():
+            mark = re.compile(rf"(<!-- measured: {what} -->\n).*?(<!-- /measured: {what} -->)", re.DOTALL)
+            new = mark.sub(lambda match, text=text: f"{match[1]}{text}\n{match[2]}", new)
         if new != old:
             page.write_text(new, encoding="utf-8")
             print(f"filled {page.relative_to(ROOT)}")
+
+
+def main(what: str, *sources: str) -> None:
+    """Fill in one kind of figures wherever its marks stand."""
+    paths = [Path(source) for source in sources]
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    if what == "gpu":
+        fill(on_gpu(paths), PAGES)
+    else:
+        fill({what: compared(what, paths[0]) if what in MODELS else written(paths)}, PAGES)
 
 
 if __name__ == "__main__":
