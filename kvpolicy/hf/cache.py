@@ -81,7 +81,6 @@ class CompressedCache(PassAware, Cache):
         """That pass has ended; see `Guard.finish`."""
         self.guard.finish(failed)
 
-    @uncompiled
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -90,7 +89,14 @@ class CompressedCache(PassAware, Cache):
         Raises:
             CacheError: the cache is in use by another thread, or was interrupted.
         """
-        with self.guard.updating():
+        return self._update(torch.compiler.is_dynamo_compiling(), key_states, value_states, layer_idx, *args, **kwargs)
+
+    @uncompiled
+    def _update(
+        self, compiled: bool, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        with self.guard.updating:
+            self.reading.lasting = not compiled  # compiled code may write its results to the same memory again
             layer = self.layers[layer_idx]
             if not getattr(layer, "attached", True):
                 check_announced(self)

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from kvpolicy.errors import CacheError
-from kvpolicy.hf.modes import ATTACHED, HELD, barred, precise, uncompiled, wants_gradients
+from kvpolicy.hf.modes import ATTACHED, HELD, barred, plainly, uncompiled, wants_gradients
 from kvpolicy.interfaces.site import Site
 from kvpolicy.layer.held import Reading
 from kvpolicy.layer.layer import LayerCache
@@ -107,7 +107,7 @@ class TieredLayer(DenseAccess, CacheLayerMixin):
         """
         self.check_attached()
         linked, held = wants_gradients(key_states, value_states), self.tiers.seen
-        with torch.no_grad(), precise(key_states.device):
+        with plainly(key_states.device):
             if not self.is_initialized:
                 self.lazy_initialization(key_states, value_states)
             views = self.attached and self.tiers.told_apart

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from kvpolicy.errors import CacheError
 
 F = TypeVar("F", bound=Callable[..., Any])
+_AS_IT_IS: AbstractContextManager[Any] = nullcontext()
 
 nothing_hidden: ContextVar[Tensor | None] = ContextVar("kvpolicy_nothing_hidden", default=None)
 """A mask that stands for none. Models make one of their own where a CUDA graph is captured and they are given none."""
@@ -34,12 +35,21 @@ def uncompiled(function: F) -> F:
     return found
 
 
-def precise(device: torch.device) -> AbstractContextManager[Any]:
-    """Arithmetic in the types of the tensors, although the caller may run under `torch.autocast`."""
-    name = device.type
-    if torch.amp.is_autocast_available(name) and torch.is_autocast_enabled(name):
-        return torch.autocast(name, enabled=False)
-    return nullcontext()
+def plainly(device: torch.device) -> AbstractContextManager[Any]:
+    """Arithmetic without gradients and in the types of the tensors, although the caller may run under autocast."""
+    if torch._C._is_any_autocast_enabled():
+        return _unchanged(device.type)
+    return torch.no_grad() if torch.is_grad_enabled() else _AS_IT_IS
+
+
+@contextmanager
+def _unchanged(device: str) -> Iterator[None]:
+    with torch.no_grad():
+        if torch.amp.is_autocast_available(device):
+            with torch.autocast(device, enabled=False):
+                yield
+        else:
+            yield
 
 
 def wants_gradients(*tensors: Tensor) -> bool:

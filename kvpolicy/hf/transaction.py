@@ -16,9 +16,10 @@ from torch import Tensor
 
 from kvpolicy.errors import CacheError
 from kvpolicy.hf.layer import TieredLayer
-from kvpolicy.hf.modes import precise
+from kvpolicy.hf.modes import plainly
+from kvpolicy.layer.commit import commit_all
 from kvpolicy.layer.held import Reading
-from kvpolicy.layer.layer import MAX_APART, LayerCache, commit_all
+from kvpolicy.layer.layer import MAX_APART, LayerCache
 from kvpolicy.placement.padding import Padding
 
 BETWEEN = ("kvpolicy", "torch._dynamo", "contextlib")
@@ -78,6 +79,25 @@ def _cloned(x: Any) -> Any:
     return type(x)(map(_cloned, x)) if type(x) in (list, tuple) else x
 
 
+class _OneThread:
+    """Within it, one thread updates one layer."""
+
+    def __init__(self) -> None:
+        self.user: dict[str, int] = {}
+        """The thread that is doing so right now."""
+
+    def __enter__(self) -> None:
+        me = get_ident()
+        if self.user.setdefault("thread", me) != me:
+            raise CacheError("a cache serves one thread at a time, and another is updating this one; use another cache")
+
+    def __exit__(self, *_: Any) -> None:
+        self.user.pop("thread", None)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _OneThread, ()
+
+
 class Guard:
     """Knows of the forward pass under way, and takes back one that was interrupted."""
 
@@ -87,18 +107,14 @@ class Guard:
         """The forward pass under way, or one that was interrupted."""
         self._torn: str | None = None
         """The operation that was interrupted after some layers, so that the cache must be reset."""
-        self._user: dict[str, int] = {}
-        """The thread that is updating a layer right now."""
+        self.tiers = [layer.tiers for layer in layers if isinstance(layer, TieredLayer)]
+        """Of the layers that the recipe keeps."""
+        self.updating = _OneThread()
         self.untold = False
         """Whether tokens came outside any pass that a model announced."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_pass": None, "_user": {}}
-
-    @property
-    def tiers(self) -> list[LayerCache]:
-        """Of the layers that the recipe keeps."""
-        return [layer.tiers for layer in self.layers if isinstance(layer, TieredLayer)]
+        return {**self.__dict__, "_pass": None}
 
     @property
     def evicts(self) -> bool:
@@ -152,12 +168,13 @@ class Guard:
         own = {i: _kept(x) for i, x in enumerate(self.layers) if not isinstance(x, TieredLayer)}
         together = self.selects_together and not any(tiers.placement.attends for tiers in self.tiers)
         # Where this may end the prompt, layers wait for their updates, which know how many tokens come.
-        ends = tokens == 1 and not self.selects_together and any(tiers._ends_prompt(1) for tiers in self.tiers)
+        ends = tokens == 1 and not self.selects_together and any(tiers.ends_prompt() for tiers in self.tiers)
         if (attached and not ends) or together:
             device = next((tiers.like["keys"].device for tiers in self.tiers if tiers.like), torch.device("cpu"))
-            with torch.no_grad(), precise(device):
+            with plainly(device):
                 self.commit(tokens)
         self._pass = Transaction(before, padding, own, _caller())
+        self.reading.known.clear()
         self.reading.padding, self.reading.attached = coming, attached
 
     def _check_columns(self, mask: Tensor, tokens: int) -> None:
@@ -183,6 +200,7 @@ class Guard:
         if self.selects_together and self.pending > MAX_APART:
             self.commit()
         self.reading.attached = False
+        self.reading.known.clear()
         self._pass = None  # last: until here an interruption takes the pass back
 
     def announce(self, tokens: int, mask: Any, attached: bool) -> None:
@@ -360,17 +378,6 @@ class Guard:
             self._torn = None
             raise
         self._torn = None
-
-    @contextmanager
-    def updating(self) -> Iterator[None]:
-        """One thread updates one layer."""
-        me = get_ident()
-        if self._user.setdefault("thread", me) != me:
-            raise CacheError("a cache serves one thread at a time, and another is updating this one; use another cache")
-        try:
-            yield
-        finally:
-            self._user.pop("thread", None)
 
     def recover(self) -> None:
         """Take an interrupted pass back, if there is one."""

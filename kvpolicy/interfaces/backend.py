@@ -238,6 +238,16 @@ class Backend(Component):
             scores, sinks included: float32 `[batch, heads, queries]`, minus infinity where nothing is seen.
         """
 
+    def again(self, query: Tensor, part: Part, options: AttentionOptions) -> Callable[..., Tensor | None] | None:
+        """What attends in place of `attend` for parts that differ from this one in addresses alone, or None.
+
+        Other layers have such parts, right after this one: like stores with as many tokens in as many pages, without a
+        mask. It is called with their query, new tokens, addresses of pages (of keys, then of values), sinks and
+        observer, and returns the output `[batch, queries, heads, head_dim of values]` in the type of the query, or
+        None if `attend` is to be asked.
+        """
+        return None
+
     def observe(self, query: Tensor, keys: Tensor, mask: Tensor | None, options: AttentionOptions) -> bool:
         """Tell `options.observer` what queries of a prompt's first part attend to, without an output.
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from kvpolicy.placement.moves import NEW, AllMoves, Arrival
+from kvpolicy.placement.moves import NEW, AllMoves, Arrival, Moves
 from kvpolicy.storage.affine import AffineStore
 from kvpolicy.storage.base import Store
 from kvpolicy.storage.gather import gather_tokens
@@ -16,37 +18,48 @@ from kvpolicy.storage.pages import Leaving
 Stores = dict[str, list[Store | None]]
 
 
-def move(stores: Stores, new: dict[str, Tensor], moves: AllMoves, later: Later | None = None) -> None:
+def move(
+    stores: Sequence[Stores], new: Sequence[Mapping[str, Tensor]], moves: AllMoves, later: Later | None = None
+) -> None:
     """Let tokens arrive in stores and leave them.
 
     Args:
-        stores: of both sides.
-        new: the tokens that come in, `[batch, kv_heads, tokens, head_dim]`; none for a crop.
-        moves: what each store does.
+        stores: of both sides, of each layer.
+        new: the tokens that come in, `[batch, kv_heads, tokens, head_dim]`, of each layer; none for a crop.
+        moves: what each store does, the same in all layers.
         later: codes what arrives in stores that nothing leaves, if it is given.
     """
     for side, planned in moves.items():
-        held = stores[side]
         # All that moves is decoded before any store changes.
-        coming = [_collected(m.arrivals, held, new[side]) if m.arrivals else [] for m in planned]
-        for store, parts, m in zip(held, coming, planned, strict=True):
-            if store is None:
+        coming = [
+            [_collected(m.arrivals, held[side], own[side]) if m.arrivals else [] for m in planned]
+            for held, own in zip(stores, new, strict=True)
+        ]
+        for s, m in enumerate(planned):
+            if not m.arrivals and m.leaving is None and m.flat is None:
                 continue
-            places = _positions(m.arrivals) if store.by_position else [None] * len(parts)
-            for x, positions in zip(parts, places, strict=True):
-                empty = _partial(store, m.empty[0], x.shape[2])
-                full = all(arrival.full for arrival in m.arrivals)
-                if later is not None and m.leaving is None and m.flat is None and isinstance(store, AffineStore):
-                    store.append(x, empty, positions, full, later)
-                else:
-                    store.append(x, empty, positions, full)
-            # After the arrivals, so that groups close as they would token by token.
-            if isinstance(m.leaving, Leaving):
-                store.remove(m.leaving, _partial(store, m.empty[1], 0))
-            elif m.leaving is not None:
-                store.drop(m.leaving)
-            if m.flat is not None:
-                store.flatten(*m.flat)
+            for held, parts in zip(stores, coming, strict=True):
+                store = held[side][s]
+                if store is not None:
+                    _change(store, parts[s], m, later)
+
+
+def _change(store: Store, parts: list[Tensor], m: Moves, later: Later | None) -> None:
+    places = _positions(m.arrivals) if store.by_position else [None] * len(parts)
+    for x, positions in zip(parts, places, strict=True):
+        empty = _partial(store, m.empty[0], x.shape[2])
+        full = all(arrival.full for arrival in m.arrivals)
+        if later is not None and m.leaving is None and m.flat is None and isinstance(store, AffineStore):
+            store.append(x, empty, positions, full, later)
+        else:
+            store.append(x, empty, positions, full)
+    # After the arrivals, so that groups close as they would token by token.
+    if isinstance(m.leaving, Leaving):
+        store.remove(m.leaving, _partial(store, m.empty[1], 0))
+    elif m.leaving is not None:
+        store.drop(m.leaving)
+    if m.flat is not None:
+        store.flatten(*m.flat)
 
 
 def _partial(store: Store, empty: Tensor | None, arriving: int) -> Tensor | None:

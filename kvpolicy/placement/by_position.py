@@ -52,6 +52,10 @@ class ByPosition(Planner[Step]):
         step = step.end_prompt() if ends else step
         return sum(order.length for order in step.state.stores["keys"])
 
+    @property
+    def plain(self) -> bool:
+        return True
+
     def columns(self, device: torch.device) -> ColumnMap:
         return self.step.columns(device)
 

@@ -129,6 +129,10 @@ class HeldPerHead(Planner[Turn]):
     def device(self) -> torch.device:
         return next(table.device for tables in self._alike.own.values() for table in tables if table is not None)
 
+    @property
+    def plain(self) -> bool:
+        return self.aligned and not any(t is not None and t.gaps for t in self._alike.own["keys"])
+
     def columns(self, device: torch.device) -> ColumnMap:
         seen = self.step.seen
         if self.aligned:

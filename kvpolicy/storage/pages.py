@@ -74,10 +74,11 @@ class Pages:
         self.pages: list[Tensor] = []
         self.start = 0
         self.length = 0
-        self._marks: tuple[tuple[int, ...], list[int]] | None = None
+        self._lies: tuple[tuple[int, ...], list[int]] | None = None
+        """The tokens of each page, and addresses, until pages change."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_marks": None}
+        return {**self.__dict__, "_lies": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Pages:
         copied = Pages(self.whole)
@@ -100,12 +101,13 @@ class Pages:
     def marks(self) -> tuple[tuple[int, ...], list[int]]:
         """Where its tokens lie, for what reads memory itself: start, length, the tokens of a `Front` and of each page;
         the addresses of a `Front` and its bounds, and of each page. Not to be written to."""
-        if self._marks is None:
-            sizes = [page.shape[2] for page in self.pages]
+        if self._lies is None:
             front = [] if self.front is None else [self.front.flat, self.front.bounds]
-            addresses = [x.data_ptr() for x in (*front, *self.pages)]
-            self._marks = (self.start, self.length, self._before, *sizes), addresses
-        return self._marks
+            sizes = tuple([page.shape[2] for page in self.pages])
+            self._lies = sizes, [x.data_ptr() for x in (*front, *self.pages)]
+        sizes, addresses = self._lies
+        before = 0 if self.front is None else self.front.length
+        return (self.start, self.length, before, *sizes), addresses
 
     def append(self, x: Tensor) -> None:
         done = 0
@@ -116,7 +118,6 @@ class Pages:
 
     def room(self, like: Tensor, tokens: int) -> list[Tensor]:
         """Let so many tokens like those of a tensor in; returns where they are to be written, in order."""
-        self._marks = None
         found: list[Tensor] = []
         held, left = self.length - self._before, tokens
         free = self.capacity - self.start - held
@@ -128,6 +129,7 @@ class Pages:
                 most = at_once(like)
                 size = max(min(most * LARGEST // FULL, max(SMALLEST, self.length // 4)), min(most, left))
                 # An inference tensor could not be written to once inference mode is left.
+                self._lies = None
                 with torch.inference_mode(False):
                     shape = (*like.shape[:2], size, like.shape[3])
                     self.pages.append(torch.empty(shape, dtype=like.dtype, device=like.device))
@@ -141,7 +143,7 @@ class Pages:
         return found
 
     def _regrow(self, like: Tensor, tokens: int) -> None:
-        self._marks = None
+        self._lies = None
         with torch.inference_mode(False):
             more = max(tokens // 8, 8) if self.whole else max(tokens // 4, SMALLEST)
             shape = (*like.shape[:2], tokens + more, like.shape[3])
@@ -161,6 +163,7 @@ class Pages:
 
         Shapes as of `Front.of`. `places` has as many as the row and head that keeps most.
         """
+        self._lies = None
         if not places.shape[2]:
             self.lift()
             self._truncate(0)
@@ -175,6 +178,7 @@ class Pages:
         """Take tokens out of the `Front`: places that are empty are there again."""
         if self.front is not None:
             x = self.all()
+            self._lies = None
             self.front, self.pages, self.length = None, [], 0
             self.append(x)
 
@@ -310,18 +314,19 @@ class Pages:
                 block[:, :, :n] = x[:, :, offset : offset + n]
 
     def _truncate(self, length: int) -> None:
-        self._marks = None
-        self.length = length
+        self.length, count = length, len(self.pages)
         if length == 0:
             self.pages, self.start = [], 0
         while self.pages and self.start >= self.pages[0].shape[2]:
             self.start -= self.pages.pop(0).shape[2]
         while self.pages and self.capacity - self.pages[-1].shape[2] >= self.start + length:
             self.pages.pop()
+        if len(self.pages) < count:
+            self._lies = None
 
     def select(self, rows: Tensor) -> None:
         """Keep the batch rows `rows`, in that order, repeats included."""
-        self._marks = None
+        self._lies = None
         self.front = self.front.select(rows) if self.front is not None else None
         with torch.inference_mode(False):
             self.pages = [
@@ -329,7 +334,7 @@ class Pages:
             ]
 
     def to(self, device: torch.device) -> None:
-        self._marks = None
+        self._lies = None
         self.front = self.front.to(device) if self.front is not None else None
         self.pages = [page.to(device, non_blocking=True) for page in self.pages]
 

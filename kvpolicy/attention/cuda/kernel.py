@@ -53,12 +53,15 @@ def kernel_of(source: Source, device: int) -> Kernel:
     return Kernel(driver.cuLaunchKernel, function, shared, blocks * processors)
 
 
-def launch(kernel: Kernel, arguments: bytes, grid: tuple[int, int, int], device: int) -> None:
-    """Launch a kernel on the current stream of a device. Its arguments are copied before this returns."""
+def launch(kernel: Kernel, arguments: Any, grid: tuple[int, int, int], device: int) -> None:
+    """Launch a kernel on the current stream of a device.
+
+    Its arguments, bytes or an array of `ctypes`, are copied before this returns.
+    """
     if torch._C._cuda_getDevice() != device:
         with torch.cuda.device(device):
             return launch(kernel, arguments, grid, device)
-    buffer = ctypes.create_string_buffer(arguments, len(arguments))
+    buffer = ctypes.create_string_buffer(arguments, len(arguments)) if isinstance(arguments, bytes) else arguments
     pointer = ctypes.c_void_p(ctypes.addressof(buffer))
     stream = torch._C._cuda_getCurrentRawStream(device)
     result = kernel.run(
