@@ -248,6 +248,18 @@ class Backend(Component):
         """
         return None
 
+    def copies(self, places: Sequence[Tensor], tokens: Sequence[Tensor]) -> bool:
+        """Write tokens of several layers to where their stores keep them, at a small cost for each.
+
+        Args:
+            places: parts of tensors, `[batch, kv_heads, tokens, width]`.
+            tokens: what is to stand there, of the same shape and type.
+
+        Returns:
+            Whether that was done; if not, nothing was written.
+        """
+        return False
+
     def observe(self, query: Tensor, keys: Tensor, mask: Tensor | None, options: AttentionOptions) -> bool:
         """Tell `options.observer` what queries of a prompt's first part attend to, without an output.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,8 +12,9 @@ from torch import Tensor
 from kvpolicy.placement.moves import NEW, AllMoves, Arrival, Moves
 from kvpolicy.storage.affine import AffineStore
 from kvpolicy.storage.base import Store
+from kvpolicy.storage.exact import ExactStore
 from kvpolicy.storage.gather import gather_tokens
-from kvpolicy.storage.later import Later
+from kvpolicy.storage.later import Later, append_all
 from kvpolicy.storage.pages import Leaving
 
 Stores = dict[str, list[Store | None]]
@@ -32,20 +34,23 @@ def move(
     for side, planned in moves.items():
         # All that moves is decoded before any store changes.
         coming = [
-            [_collected(m.arrivals, held[side], own[side]) if m.arrivals else [] for m in planned]
+            [_collected(m.arrivals, held[side], own[side], planned) if m.arrivals else [] for m in planned]
             for held, own in zip(stores, new, strict=True)
         ]
         for s, m in enumerate(planned):
             if not m.arrivals and m.leaving is None and m.flat is None:
                 continue
-            for held, parts in zip(stores, coming, strict=True):
-                store = held[side][s]
-                if store is not None:
-                    _change(store, parts[s], m, later)
+            some = [(held[side][s], parts[s]) for held, parts in zip(stores, coming, strict=True)]
+            changed = [(store, parts) for store, parts in some if store is not None]
+            if len(changed) > 1 and all(isinstance(store, ExactStore) and len(parts) == 1 for store, parts in changed):
+                append_all([store.parts["exact"] for store, _ in changed], [parts[0] for _, parts in changed])
+                changed = [(store, []) for store, _ in changed]
+            for store, parts in changed:
+                _change(store, parts, m, later)
 
 
 def _change(store: Store, parts: list[Tensor], m: Moves, later: Later | None) -> None:
-    places = _positions(m.arrivals) if store.by_position else [None] * len(parts)
+    places = _positions(m.arrivals) if parts and store.by_position else [None] * len(parts)
     for x, positions in zip(parts, places, strict=True):
         empty = _partial(store, m.empty[0], x.shape[2])
         full = all(arrival.full for arrival in m.arrivals)
@@ -79,17 +84,17 @@ def _positions(arrivals: list[Arrival]) -> list[Tensor]:
     return [torch.cat(parts, dim=-1) for parts in runs.values()]
 
 
-def _collected(arrivals: list[Arrival], stores: list[Store | None], new: Tensor) -> list[Tensor]:
+def _collected(arrivals: list[Arrival], stores: list[Store | None], new: Tensor, planned: list[Moves]) -> list[Tensor]:
     """The tokens that arrive in a store, decoded, in order: a tensor for each run."""
     if len(arrivals) == 1:
-        return [_decoded(arrivals[0], stores, new)]
+        return [_decoded(arrivals[0], stores, new, planned)]
     runs: dict[int, list[Tensor]] = {}
     for arrival in arrivals:
-        runs.setdefault(arrival.run, []).append(_decoded(arrival, stores, new))
+        runs.setdefault(arrival.run, []).append(_decoded(arrival, stores, new, planned))
     return [torch.cat(parts, dim=2) if len(parts) > 1 else parts[0] for parts in runs.values()]
 
 
-def _decoded(arrival: Arrival, stores: list[Store | None], new: Tensor) -> Tensor:
+def _decoded(arrival: Arrival, stores: list[Store | None], new: Tensor, planned: list[Moves]) -> Tensor:
     index = arrival.indices
     if isinstance(index, Tensor):
         return _by_head(arrival, index, stores, new)
@@ -98,6 +103,8 @@ def _decoded(arrival: Arrival, stores: list[Store | None], new: Tensor) -> Tenso
     if arrival.span is not None:
         first, last = arrival.span
         if store is not None:
+            if isinstance(store, ExactStore) and _stays(store, planned[source].leaving):
+                return store.parts["exact"].slice(first, last)
             return store.take(index, new.dtype)
         return new if last - first == new.shape[2] else new[:, :, first:last]
     if store is not None:
@@ -106,6 +113,12 @@ def _decoded(arrival: Arrival, stores: list[Store | None], new: Tensor) -> Tenso
     else:
         x, lookup = new, index
     return x.index_select(2, torch.from_numpy(lookup).to(x.device, non_blocking=True))
+
+
+def _stays(store: ExactStore, leaving: Any) -> bool:
+    """Whether nothing is written to the memory of an exact store: at most its first tokens leave it."""
+    first = leaving is None or (isinstance(leaving, np.ndarray) and leaving[0] == 0 and leaving[-1] == len(leaving) - 1)
+    return first and not store.parts["exact"].whole
 
 
 def _by_head(arrival: Arrival, index: Tensor, stores: list[Store | None], new: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from kvpolicy.storage.packing import packed_width
 from kvpolicy.storage.pages import Pages
 from kvpolicy.storage.scales import E4M3, Scales
 
-__all__ = ["Coded", "Fused", "encoding_of", "fuse", "fusing", "run_fused"]
+__all__ = ["Coded", "Fused", "copied", "encoding_of", "fuse", "fusing", "run_fused"]
 
 
 class Coded(Protocol):
@@ -154,8 +154,11 @@ def run_fused(asked: Sequence[tuple[Any, Tensor, Fused]]) -> None:
     for store, x, fused in asked:
         places = []
         for part, width, tokens, dtype in _kept(store, x):
-            like = torch.empty((*x.shape[:2], 0, width), dtype=dtype, device=x.device)
-            room = store.parts[part].room(like, tokens)
+            pages = store.parts[part]
+            like = (
+                pages.pages[0] if pages.pages else torch.empty((*x.shape[:2], 0, width), dtype=dtype, device=x.device)
+            )
+            room = pages.room(like, tokens)
             place = room[0] if len(room) == 1 else like.new_empty((*x.shape[:2], tokens, width))
             if len(room) > 1:  # over two pages
                 apart.append((room, place))
@@ -168,6 +171,19 @@ def run_fused(asked: Sequence[tuple[Any, Tensor, Fused]]) -> None:
     for room, x in apart:
         for place, some in zip(room, x.split([place.shape[2] for place in room], dim=2), strict=True):
             place.copy_(some)
+
+
+@lru_cache
+def _copiers(device: str) -> tuple[Backend, ...]:
+    """The installed backends that may copy tokens on a type of device."""
+    found = (backend for backend in registry().usable_backends() if backend.device in (None, device))
+    return tuple(backend for backend in found if type(backend).copies is not Backend.copies)
+
+
+def copied(places: Sequence[Tensor], tokens: Sequence[Tensor]) -> bool:
+    """Whether a backend has written tokens to their places, all in one go."""
+    backends = _copiers(tokens[0].device.type)
+    return any(call(backend, "copies", places, tokens) is True for backend in backends)
 
 
 def _kept(store: Coded, x: Tensor) -> list[tuple[str, int, int, torch.dtype]]:

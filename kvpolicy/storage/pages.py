@@ -120,7 +120,8 @@ class Pages:
         """Let so many tokens like those of a tensor in; returns where they are to be written, in order."""
         found: list[Tensor] = []
         held, left = self.length - self._before, tokens
-        free = self.capacity - self.start - held
+        capacity = self.capacity if self._lies is None else sum(self._lies[0])
+        free = capacity - self.start - held
         if free < tokens and (self.whole or (held + tokens <= LARGEST and self.pages)):
             self._regrow(like, held + tokens)
             free = self.capacity - held

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kvpolicy.attention.cuda.again import Again, watch
 from kvpolicy.attention.cuda.compile import missing
+from kvpolicy.attention.cuda.copy import copy
 from kvpolicy.attention.cuda.encode import encode, variant_of
 from kvpolicy.attention.cuda.graph import Launch, Recording, change, current
 from kvpolicy.attention.cuda.kernel import THREADS, launch
@@ -100,6 +101,10 @@ class Cuda(Backend):
         if keys.dtype != query.dtype or self.refuses(exact) is not None:
             return False
         return sums(query, keys, options.observer, mask, options)
+
+    def copies(self, places: Sequence[Tensor], tokens: Sequence[Tensor]) -> bool:
+        served = torch.version.cuda is not None and torch.cuda.get_device_capability() >= (8, 0)
+        return served and missing() is None and copy(places, tokens)
 
     def encodes(self, encoding: Encoding) -> bool:
         served = torch.version.cuda is not None and torch.cuda.get_device_capability() >= (8, 0)
