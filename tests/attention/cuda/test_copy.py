@@ -1,0 +1,74 @@
+"""Tokens that one launch writes to where the stores of several layers keep them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from kernel_on_cpu import COMPILER, kernel_of, launch
+from torch import Tensor
+
+from kvpolicy.attention.cuda import copy as module
+from kvpolicy.attention.cuda.compile import missing
+from kvpolicy.attention.cuda.copy import PIECES, copy
+from kvpolicy.storage.later import append_all
+from kvpolicy.storage.pages import Pages
+
+absent = "no CUDA device" if not torch.cuda.is_available() else missing()
+on_gpu = pytest.mark.skipif(absent is not None, reason=f"the kernels can't run: {absent}")
+DEVICES = [
+    pytest.param("cpu", marks=pytest.mark.skipif(COMPILER is None, reason="no g++")),
+    pytest.param("cuda", marks=on_gpu),
+]
+
+
+@pytest.fixture
+def device(request: Any, monkeypatch: pytest.MonkeyPatch) -> str:
+    name: str = request.param
+    if name == "cpu":
+        monkeypatch.setattr(module, "kernel_of", kernel_of)
+        monkeypatch.setattr(module, "launch", launch)
+    return name
+
+
+def drawn(count: int, tokens: int, dtype: torch.dtype, device: str) -> list[Tensor]:
+    """Tokens as models give them: heads side by side in memory."""
+    return [torch.randn(2, tokens, 3, 40, device=device).to(dtype).transpose(1, 2) for _ in range(count)]
+
+
+@pytest.mark.parametrize("device", DEVICES, indirect=True)
+@pytest.mark.parametrize("tokens", [1, 7])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_tokens_stand_where_they_belong_and_nothing_else_changes(dtype: torch.dtype, tokens: int, device: str) -> None:
+    pages = [torch.full((2, 3, 20, 40), 5.0, dtype=dtype, device=device) for _ in range(PIECES + 3)]
+    given = drawn(len(pages), tokens, dtype, device)
+    expected = [page.clone() for page in pages]
+    for page, x in zip(expected, given, strict=True):
+        page[:, :, 4 : 4 + tokens] = x
+    assert copy([page[:, :, 4 : 4 + tokens] for page in pages], given)
+    assert all(map(torch.equal, pages, expected))
+
+
+@pytest.mark.parametrize("device", DEVICES, indirect=True)
+def test_tokens_that_lie_in_ways_that_differ_are_left_to_pytorch(device: str) -> None:
+    pages = [torch.zeros((2, 3, 20, 40), dtype=torch.bfloat16, device=device) for _ in range(2)]
+    places = [page[:, :, 4:5] for page in pages]
+    one, other = drawn(2, 1, torch.bfloat16, device)
+    odd = torch.randn(2, 3, 1, 41, device=device).to(torch.bfloat16)[..., 1:]
+    for given in ([one, other.repeat(1, 1, 2, 1)[:, :, :1]], [odd, odd], [one.half(), other.half()], [one, odd]):
+        assert not copy(places, given)
+    assert not any(page.any() for page in pages)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=on_gpu)])
+def test_pages_of_several_layers(device: str) -> None:
+    together, alone = [Pages() for _ in range(3)], [Pages() for _ in range(3)]
+    for tokens in (60, 1, 1, 5, 900, 2000, 1):
+        given = drawn(3, tokens, torch.bfloat16, device)
+        append_all(together, given)
+        for pages, x in zip(alone, given, strict=True):
+            pages.append(x)
+    for one, other in zip(together, alone, strict=True):
+        assert one.length == other.length
+        assert torch.equal(one.slice(0, one.length), other.slice(0, other.length))
