@@ -98,9 +98,12 @@ class CompressedCache(PassAware, Cache):
         with self.guard.updating:
             self.reading.lasting = not compiled  # compiled code may write its results to the same memory again
             layer = self.layers[layer_idx]
-            if not getattr(layer, "attached", True):
+            own = isinstance(layer, TieredLayer)
+            if own and not self.reading.attached:
                 check_announced(self)
             self.guard.expect(layer_idx, key_states)
+            if isinstance(layer, TieredLayer) and not self.offloading:
+                return layer.take(key_states, value_states)
             found: tuple[Tensor, Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
             return found
 

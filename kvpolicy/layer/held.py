@@ -77,6 +77,8 @@ class Held:
         """Whether it matters which tokens are padding: not where all is kept as it came."""
         self.evicts = bool(self.placement.specs["keys"][-1] == "evict")
         """Whether its last tier drops tokens."""
+        self.observes = self.placement.attends
+        """Whether policies ask for what only an attached model shows."""
         self.asked_for = self.asking is not None
         """Whether a transform of keys must see queries."""
         self.clear()
@@ -227,9 +229,12 @@ class Held:
         Raises:
             CacheError: a scorer must be told of them.
         """
-        scorer, end = self.placement.scores.told, self.seen + keys.shape[2]
+        scorer = self.placement.scores.told
+        if scorer is None:
+            return
+        end = self.seen + keys.shape[2]
         ends = keys.shape[2] == 1 and self.seen > 0  # what comes is no part of the prompt
-        if scorer is None or self.step.prompt is not None or ends:
+        if self.step.prompt is not None or ends:
             return
         if self.told is None or self.told.shape != (*keys.shape[:2], end):
             raise CacheError(
