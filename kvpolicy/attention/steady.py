@@ -1,7 +1,8 @@
 """Layers that stand alike: what attention found out for the first of them in a step serves the others.
 
 Layers of one recipe move the same tokens at the same time. Where their stores are alike, what kernels are given for
-them differs in addresses alone.
+them differs in addresses alone. Layers that stood alike do so after they have moved together (`layer/standing.py`); of
+others the marks of all pages are compared.
 """
 
 from __future__ import annotations
@@ -12,65 +13,53 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from kvpolicy.layer.layer import LayerCache
+from kvpolicy.layer.standing import Kind, Standing, Stood
 from kvpolicy.placement.step import Step
 from kvpolicy.storage.affine import AffineStore
+from kvpolicy.storage.clock import Clock
 from kvpolicy.storage.read import parts_read, words_of
 
 __all__ = ["Stands", "stands"]
-
-_kinds: dict[Any, Kind] = {}
-
-
-class Kind:
-    """Of layers all that stays the same while they hold tokens. There is one for each, so that they compare fast."""
-
-    def __init__(self, words: Any) -> None:
-        self.words = words
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Kind:
-        return self
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _kind, (self.words,)
-
-
-def _kind(words: Any) -> Kind:
-    return _kinds.setdefault(words, Kind(words))
 
 
 class Stands(NamedTuple):
     """How a layer stands, and what it is asked."""
 
-    kind: Kind
+    stood: Stood
     step: Step
-    marks: list[Any]
     asked: tuple[Any, ...]
-    addresses: list[int]
-    """Of its pages, in order: all that tells it from a layer that stands like it."""
 
     def again(
         self, tiers: LayerCache, query: Tensor, new: tuple[Tensor, Tensor], sinks: Tensor | None, observer: Any
     ) -> Tensor | None:
-        """What attention gives, if the layer before it stood alike."""
-        known: Known | None = tiers.reading.known.get(self.kind)
-        if known is None:
+        """What attention gives, if a layer before it stood alike."""
+        known: Known | None = tiers.reading.known.get(self.stood.standing.kind)
+        if known is None or known.step is not self.step or known.asked != self.asked:
             return None
-        other = known.stands
-        if other.step is not self.step or other.marks != self.marks or other.asked != self.asked:
-            return None
+        stood = self.stood
+        if known.standing is not stood.standing:  # what is known of the two may be of different ages
+            tiers.stood = _looked_up(tiers)
+            if tiers.stood is None or tiers.stood.standing is not known.standing:
+                return None
+            stood = tiers.stood
         tiers.backends = known.backends
-        return known.again(query, new, self.addresses, sinks, observer)
+        return known.again(query, new, stood.addresses, sinks, observer)
 
     def note(self, tiers: LayerCache, again: Callable[..., Tensor | None] | None) -> None:
         """Keep what serves those that stand like this layer."""
         if again is not None:
-            tiers.reading.known[self.kind] = Known(self, tiers.backends, again)
+            standing = self.stood.standing
+            if standing.marks is None:
+                standing.marks = _marks(tiers)[0]
+            tiers.reading.known[standing.kind] = Known(standing, self.step, self.asked, tiers.backends, again)
 
 
 class Known(NamedTuple):
     """What was found out for a layer."""
 
-    stands: Stands
+    standing: Standing
+    step: Step
+    asked: tuple[Any, ...]
     backends: tuple[str, ...]
     again: Callable[..., Tensor | None]
     """See `Backend.again`."""
@@ -78,11 +67,37 @@ class Known(NamedTuple):
 
 def stands(tiers: LayerCache, query: Tensor, new: tuple[Tensor, Tensor], *asked: Any) -> Stands | None:
     """How a layer stands, and what it is asked besides; None where more than that counts."""
+    if tiers.page_table is not None or not tiers.planner.plain:
+        return None
+    stood = tiers.stood
+    if stood is None or stood.standing.moved != Clock.moved or stood.grown != Clock.grown:
+        stood = tiers.stood = _looked_up(tiers)
+        if stood is None:
+            return None
+    keys, values = new
+    shapes = (
+        query.dtype, query.shape, query.stride(), query.get_device(), tiers.like["keys"].get_device(),
+        keys.dtype, keys.shape, keys.stride(), values.dtype, values.shape, values.stride(),
+    )  # fmt: skip
+    return Stands(stood, tiers.planner.step, (*shapes, *asked))
+
+
+def _looked_up(tiers: LayerCache) -> Stood | None:
+    """How a layer stands, by all of its pages; None where there is more to say of its stores than their marks."""
     kind = tiers.kind
     if kind is None:
         kind = tiers.kind = _kind_of(tiers)
-    if not kind.words or tiers.page_table is not None or not tiers.planner.plain:
+    if not kind.words:
         return None
+    marks, addresses = _marks(tiers)
+    known: Known | None = tiers.reading.known.get(kind)
+    if known is not None and known.standing.moved == Clock.moved and known.standing.marks == marks:
+        return Stood(known.standing, addresses, Clock.grown)
+    return Stood(Standing(kind, Clock.moved, marks), addresses, Clock.grown)
+
+
+def _marks(tiers: LayerCache) -> tuple[list[Any], list[int]]:
+    """The marks of all pages of a layer, and their addresses in order."""
     marks: list[Any] = []
     addresses: list[int] = []
     for side in tiers.stores.values():
@@ -93,22 +108,15 @@ def stands(tiers: LayerCache, query: Tensor, new: tuple[Tensor, Tensor], *asked:
                 addresses += where
             if isinstance(store, AffineStore) and store.by_channel:
                 marks.append(len(store.groups.sizes))
-    keys, values = new
-    shapes = (
-        query.dtype, query.shape, query.stride(), query.get_device(), tiers.like["keys"].get_device(),
-        keys.dtype, keys.shape, keys.stride(), values.dtype, values.shape, values.stride(),
-    )  # fmt: skip
-    return Stands(kind, tiers.planner.step, marks, (*shapes, *asked), addresses)
+    return marks, addresses
 
 
 def _kind_of(tiers: LayerCache) -> Kind:
     """The kind of a layer; without words where there is more to say of its stores."""
     stores = [store for side in tiers.stores.values() for store in side if store is not None]
     words = [words_of(store) for store in stores]
-    shapes = [(x.dtype, x.shape[1], x.shape[3]) for x in tiers.like.values()]
-    if None in words:
-        return _kind(())
+    shapes = [(x.dtype, x.device.type, x.shape[1], x.shape[3]) for x in tiers.like.values()]
     try:
-        return _kind((*words, *shapes))
+        return Kind.of(() if None in words else (*words, *shapes))
     except TypeError:  # a quantizer of somebody's that has no hash
-        return _kind(())
+        return Kind.of(())

@@ -248,12 +248,13 @@ class Backend(Component):
         """
         return None
 
-    def copies(self, places: Sequence[Tensor], tokens: Sequence[Tensor]) -> bool:
+    def copies(self, tokens: Sequence[Tensor], addresses: Sequence[int], steps: tuple[int, int, int]) -> bool:
         """Write tokens of several layers to where their stores keep them, at a small cost for each.
 
         Args:
-            places: parts of tensors, `[batch, kv_heads, tokens, width]`.
-            tokens: what is to stand there, of the same shape and type.
+            tokens: of each layer, `[batch, kv_heads, tokens, width]`, of one shape and type.
+            addresses: where the first number of each is to stand; numbers of a token are neighbours.
+            steps: bytes from row to row there, from head to head, and from token to token.
 
         Returns:
             Whether that was done; if not, nothing was written.

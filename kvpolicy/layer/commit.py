@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from kvpolicy.layer.mover import move
+from kvpolicy.layer.standing import Moving
 from kvpolicy.placement import joint
 from kvpolicy.placement.by_position import ByPosition
 from kvpolicy.placement.contract import select
@@ -69,8 +70,9 @@ def _advance(groups: Sequence[Group], ends: bool = False) -> None:
     before = [(layer, layer.broken) for group in groups for layer in group]
     for layer, _ in before:
         layer.broken = True
-    later = Later()
+    later, moving = Later(), Moving()
     for group in groups:
+        moving.move([] if group[0].placement.shared else group)
         for layers, moves in _planned(group, ends):
             move([layer.stores for layer in layers], [_new(layer, ends) for layer in layers], moves, later)
             leaves = moves["keys"][-1].leaving is not None
@@ -78,6 +80,7 @@ def _advance(groups: Sequence[Group], ends: bool = False) -> None:
                 layer.moved(leaves)
                 layer.pending = {}
     later.run()
+    moving.end()
     for layer, broken in before:
         layer.broken = broken
 

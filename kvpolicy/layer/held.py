@@ -16,6 +16,7 @@ from kvpolicy.interfaces.policy import RankPolicy
 from kvpolicy.interfaces.quantizer import Quantizer
 from kvpolicy.interfaces.site import Site
 from kvpolicy.layer.paging import PageTable
+from kvpolicy.layer.standing import Kind, Stood
 from kvpolicy.layer.view import Scratch
 from kvpolicy.placement.attention_scores import Observer
 from kvpolicy.placement.by_position import ByPosition
@@ -99,8 +100,10 @@ class Held:
         self.told: Tensor | None = None
         """What the tokens of the prompt score, where a scorer must be told that: `[batch, kv_heads, tokens]`."""
         self.densely = False
-        self.kind: Any = None
+        self.kind: Kind | None = None
         """What attention says of its stores once for all, if it was asked."""
+        self.stood: Stood | None = None
+        """What it knows of where tokens lie, as long as that holds."""
         self.backends: tuple[str, ...] = ()
         """Who computed attention last."""
         self.broken = False

@@ -21,7 +21,7 @@ from kvpolicy.storage.packing import packed_width
 from kvpolicy.storage.pages import Pages
 from kvpolicy.storage.scales import E4M3, Scales
 
-__all__ = ["Coded", "Fused", "copied", "encoding_of", "fuse", "fusing", "run_fused"]
+__all__ = ["Coded", "Fused", "copied", "copiers", "encoding_of", "fuse", "fusing", "run_fused"]
 
 
 class Coded(Protocol):
@@ -174,16 +174,16 @@ def run_fused(asked: Sequence[tuple[Any, Tensor, Fused]]) -> None:
 
 
 @lru_cache
-def _copiers(device: str) -> tuple[Backend, ...]:
+def copiers(device: str) -> tuple[Backend, ...]:
     """The installed backends that may copy tokens on a type of device."""
     found = (backend for backend in registry().usable_backends() if backend.device in (None, device))
     return tuple(backend for backend in found if type(backend).copies is not Backend.copies)
 
 
-def copied(places: Sequence[Tensor], tokens: Sequence[Tensor]) -> bool:
-    """Whether a backend has written tokens to their places, all in one go."""
-    backends = _copiers(tokens[0].device.type)
-    return any(call(backend, "copies", places, tokens) is True for backend in backends)
+def copied(tokens: Sequence[Tensor], addresses: Sequence[int], steps: tuple[int, int, int]) -> bool:
+    """Whether a backend has written tokens to where they belong, all in one go; see `Backend.copies`."""
+    backends = copiers(tokens[0].device.type)
+    return any(call(backend, "copies", tokens, addresses, steps) is True for backend in backends)
 
 
 def _kept(store: Coded, x: Tensor) -> list[tuple[str, int, int, torch.dtype]]:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from kvpolicy.storage.fused import Coded, Fused, copied, fusing, run_fused
+from kvpolicy.storage.fused import Coded, Fused, copied, copiers, fusing, run_fused
 from kvpolicy.storage.pages import Pages
 
 TOGETHER = 1 << 25
@@ -77,10 +77,28 @@ def _coded(asked: list[tuple[Coding, Tensor, int]]) -> Iterable[tuple[Tensor, Te
 
 def append_all(pages: Sequence[Pages], tokens: Sequence[Tensor]) -> None:
     """Let tokens into pages, `[batch, kv_heads, tokens, width]` of each tensor into its own."""
-    places = [own.room(x, x.shape[2]) for own, x in zip(pages, tokens, strict=True)]
-    if all(len(own) == 1 for own in places) and copied([own[0] for own in places], tokens):
-        return
-    for own, x in zip(places, tokens, strict=True):
-        parts = [x] if len(own) == 1 else x.split([place.shape[2] for place in own], dim=2)
-        for place, some in zip(own, parts, strict=True):
-            place.copy_(some)
+    done = _written(pages, tokens) if copiers(tokens[0].device.type) else 0
+    for own, x in zip(pages[done:], tokens[done:], strict=True):
+        own.append(x)
+
+
+def _written(pages: Sequence[Pages], tokens: Sequence[Tensor]) -> int:
+    """How many of the first pages were written in one go: those that lie alike."""
+    x = tokens[0]
+    if not pages[0].pages or pages[0].pages[-1].dtype != x.dtype:
+        return 0
+    size, addresses = 0, []
+    for own, new in zip(pages, tokens, strict=True):
+        found = own.spot(new, size)
+        if found is None:
+            break
+        size = found[0]
+        addresses.append(found[1])
+    token = x.shape[3] * x.element_size()
+    steps = x.shape[1] * size * token, size * token, token
+    done = len(addresses)
+    if not done or copied(tokens[:done], addresses, steps):
+        return done
+    for own, new in zip(pages[:done], tokens, strict=False):
+        own.slice(own.length - new.shape[2], own.length).copy_(new)
+    return done

@@ -161,7 +161,7 @@ class Served:
         self.repeated += 1
         for _ in range(2):
             observer = copy.deepcopy(asked.observer)
-            out = again(query, part.new, standing.addresses, asked.sinks, observer)
+            out = again(query, part.new, standing.stood.addresses, asked.sinks, observer)
             assert out is not None
             assert torch.equal(out.transpose(1, 2), found)
 

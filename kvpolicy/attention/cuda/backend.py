@@ -102,18 +102,23 @@ class Cuda(Backend):
             return False
         return sums(query, keys, options.observer, mask, options)
 
-    def copies(self, places: Sequence[Tensor], tokens: Sequence[Tensor]) -> bool:
-        served = torch.version.cuda is not None and torch.cuda.get_device_capability() >= (8, 0)
-        return served and missing() is None and copy(places, tokens)
+    def copies(self, tokens: Sequence[Tensor], addresses: Sequence[int], steps: tuple[int, int, int]) -> bool:
+        return _able() and copy(tokens, addresses, steps)
 
     def encodes(self, encoding: Encoding) -> bool:
-        served = torch.version.cuda is not None and torch.cuda.get_device_capability() >= (8, 0)
-        return served and variant_of(encoding) is not None and missing() is None
+        return variant_of(encoding) is not None and _able()
 
     def encode(self, encoding: Encoding, pieces: Sequence[tuple[Tensor, ...]]) -> None:
         variant = variant_of(encoding)
         assert variant is not None
         encode(variant, pieces)
+
+
+@functools.cache
+def _able() -> bool:
+    """Whether there are kernels that do something else than to attend."""
+    served = torch.version.cuda is not None and torch.cuda.get_device_capability() >= (8, 0)
+    return served and missing() is None
 
 
 @functools.cache

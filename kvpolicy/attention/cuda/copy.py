@@ -39,29 +39,27 @@ class Copy(NamedTuple):
         return {"PIECES": PIECES}
 
 
-def copy(places: Sequence[Tensor], tokens: Sequence[Tensor]) -> bool:
-    """Write each of `tokens`, `[batch, kv_heads, tokens, width]`, to its place; False: they lie in ways that differ."""
-    x, place = tokens[0], places[0]
-    size, device = x.element_size(), x.get_device()
-    shape, steps, own = x.shape, x.stride(), place.stride()
-    strides = [size * step for step in (*steps[:3], *own[:3])]
+def copy(tokens: Sequence[Tensor], addresses: Sequence[int], steps: tuple[int, int, int]) -> bool:
+    """See `Backend.copies`; False: tokens lie in ways that differ."""
+    x = tokens[0]
+    size, device, dtype, shape, own = x.element_size(), x.get_device(), x.dtype, x.shape, x.stride()
+    given = [size * step for step in own[:3]]
     width = size * shape[3]
-    if steps[3] != 1 or own[3] != 1 or place.shape != shape or any(n % UNIT for n in (*strides, width)):
+    if own[3] != 1 or any(n % UNIT for n in (*given, *steps, width)):
         return False
-    addresses: list[int] = []
-    for to, given in zip(places, tokens, strict=True):
-        if given.stride() != steps or to.stride() != own or given.shape != shape:
+    places: list[int] = []
+    for x, to in zip(tokens, addresses, strict=True):
+        at = x.data_ptr()
+        if (at | to) % UNIT or x.stride() != own or x.shape != shape or x.dtype != dtype or x.get_device() != device:
             return False
-        if given.dtype != to.dtype or given.get_device() != device:
-            return False
-        addresses += given.data_ptr(), to.data_ptr()
+        places += at, to
     count = x.numel() * size // UNIT
-    if any(address % UNIT for address in addresses) or count >= MOST:
+    if count >= MOST:
         return False
-    head = GIVEN.pack(*strides, shape[1], shape[2], width // UNIT, count)
+    head = GIVEN.pack(*given, *steps, shape[1], shape[2], width // UNIT, count)
     kernel = kernel_of(Copy(), device)
-    for first in range(0, len(addresses), 2 * PIECES):
-        some = addresses[first : first + 2 * PIECES]
+    for first in range(0, len(places), 2 * PIECES):
+        some = places[first : first + 2 * PIECES]
         arguments = (head + struct.pack(f"<{len(some)}Q", *some)).ljust(GIVEN.size + ADDRESSES * PIECES, b"\0")
         launch(kernel, arguments, (-(-count // THREADS), len(some) // 2, 1), device)
     return True

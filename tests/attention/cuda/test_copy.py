@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from kernel_on_cpu import COMPILER, kernel_of, launch
@@ -12,6 +13,7 @@ from torch import Tensor
 from kvpolicy.attention.cuda import copy as module
 from kvpolicy.attention.cuda.compile import missing
 from kvpolicy.attention.cuda.copy import PIECES, copy
+from kvpolicy.storage import later
 from kvpolicy.storage.later import append_all
 from kvpolicy.storage.pages import Pages
 
@@ -37,6 +39,12 @@ def drawn(count: int, tokens: int, dtype: torch.dtype, device: str) -> list[Tens
     return [torch.randn(2, tokens, 3, 40, device=device).to(dtype).transpose(1, 2) for _ in range(count)]
 
 
+def places(pages: list[Tensor], at: int) -> tuple[list[int], tuple[int, int, int]]:
+    """Where the token `at` of each page stands, and the steps of a page."""
+    steps = [page.element_size() * step for page in pages[:1] for step in page.stride()[:3]]
+    return [page.data_ptr() + at * steps[2] for page in pages], (steps[0], steps[1], steps[2])
+
+
 @pytest.mark.parametrize("device", DEVICES, indirect=True)
 @pytest.mark.parametrize("tokens", [1, 7])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -46,29 +54,37 @@ def test_tokens_stand_where_they_belong_and_nothing_else_changes(dtype: torch.dt
     expected = [page.clone() for page in pages]
     for page, x in zip(expected, given, strict=True):
         page[:, :, 4 : 4 + tokens] = x
-    assert copy([page[:, :, 4 : 4 + tokens] for page in pages], given)
+    assert copy(given, *places(pages, 4))
     assert all(map(torch.equal, pages, expected))
 
 
 @pytest.mark.parametrize("device", DEVICES, indirect=True)
 def test_tokens_that_lie_in_ways_that_differ_are_left_to_pytorch(device: str) -> None:
     pages = [torch.zeros((2, 3, 20, 40), dtype=torch.bfloat16, device=device) for _ in range(2)]
-    places = [page[:, :, 4:5] for page in pages]
     one, other = drawn(2, 1, torch.bfloat16, device)
     odd = torch.randn(2, 3, 1, 41, device=device).to(torch.bfloat16)[..., 1:]
-    for given in ([one, other.repeat(1, 1, 2, 1)[:, :, :1]], [odd, odd], [one.half(), other.half()], [one, odd]):
-        assert not copy(places, given)
+    for given in ([one, other.repeat(1, 1, 2, 1)[:, :, :1]], [odd, odd], [one, odd]):
+        assert not copy(given, *places(pages, 4))
     assert not any(page.any() for page in pages)
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=on_gpu)])
-def test_pages_of_several_layers(device: str) -> None:
+@pytest.mark.parametrize("device", DEVICES, indirect=True)
+def test_pages_of_several_layers(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[bool] = []
+    if device == "cpu":
+        monkeypatch.setattr(later, "copiers", lambda device: (None,))
+    monkeypatch.setattr(later, "copied", lambda *given: done.append(copy(*given)) or done[-1])
     together, alone = [Pages() for _ in range(3)], [Pages() for _ in range(3)]
-    for tokens in (60, 1, 1, 5, 900, 2000, 1):
+    for tokens in (60, 1, 1, 5, 900, 2000, 1, 1, 1):
         given = drawn(3, tokens, torch.bfloat16, device)
         append_all(together, given)
         for pages, x in zip(alone, given, strict=True):
             pages.append(x)
+        for pages in (*together, *alone):
+            pages.drop(np.arange(tokens // 3))
+            assert len(pages.marks[1]) == len(pages.pages)
+    assert len(done) > 3
+    assert all(done)
     for one, other in zip(together, alone, strict=True):
         assert one.length == other.length
         assert torch.equal(one.slice(0, one.length), other.slice(0, other.length))
