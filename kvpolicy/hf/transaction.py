@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from threading import get_ident
@@ -17,7 +17,7 @@ from torch import Tensor
 from kvpolicy.errors import CacheError
 from kvpolicy.hf.layer import TieredLayer
 from kvpolicy.hf.modes import plainly
-from kvpolicy.layer.commit import commit_all
+from kvpolicy.layer.commit import commit_all, groups_of
 from kvpolicy.layer.held import Reading
 from kvpolicy.layer.layer import MAX_APART, LayerCache
 from kvpolicy.placement.padding import Padding
@@ -109,22 +109,17 @@ class Guard:
         """The operation that was interrupted after some layers, so that the cache must be reset."""
         self.tiers = [layer.tiers for layer in layers if isinstance(layer, TieredLayer)]
         """Of the layers that the recipe keeps."""
+        self.evicts = any(tiers.evicts for tiers in self.tiers)
+        """Whether tokens are dropped in any layer."""
+        self.selects_together = any(tiers.placement.shared for tiers in self.tiers)
+        """Whether a policy selects the same tokens in several layers."""
+        self._groups = groups_of(self.tiers)
         self.updating = _OneThread()
         self.untold = False
         """Whether tokens came outside any pass that a model announced."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_pass": None}
-
-    @property
-    def evicts(self) -> bool:
-        """Whether tokens are dropped in any layer."""
-        return any(tiers.evicts for tiers in self.tiers)
-
-    @property
-    def selects_together(self) -> bool:
-        """Whether a policy selects the same tokens in several layers."""
-        return any(tiers.placement.shared for tiers in self.tiers)
 
     @property
     def pending(self) -> int:
@@ -158,8 +153,9 @@ class Guard:
         before, padding = self.seen, self.reading.padding
         if isinstance(mask, Tensor) and mask.ndim == 4 and self.evicts and not attached:
             self._check_columns(mask, tokens)
-        held = {tiers.planner.width for tiers in self.tiers if tiers.evicts and tiers.step.by_head}
-        if not attached and len(held) > 1 and not any(getattr(layer, "uneven", None) for layer in self.layers):
+        ragged = not attached and self.evicts and not any(getattr(layer, "uneven", None) for layer in self.layers)
+        held = {tiers.planner.width for tiers in self.tiers if ragged and tiers.evicts and tiers.step.by_head}
+        if len(held) > 1:
             raise CacheError(
                 "layers that drop tokens must hold the same number while the model is not attached, found "
                 f"{sorted(held)} after a crop; attach the model, or reset() the cache"
@@ -196,7 +192,8 @@ class Guard:
                 self.take_back()
             return
         for tiers in self.tiers:
-            tiers.hold()
+            if tiers.staged or tiers.decoded:
+                tiers.hold()
         if self.selects_together and self.pending > MAX_APART:
             self.commit()
         self.reading.attached = False
@@ -299,7 +296,7 @@ class Guard:
     def _agree(self) -> None:
         """Where the prompt has ended for some layers it has for all."""
         if any(tiers.step.prompt is not None for tiers in self.tiers):
-            commit_all(self._groups(tiers for tiers in self.tiers if tiers.step.prompt is None), coming=1)
+            commit_all(groups_of(tiers for tiers in self.tiers if tiers.step.prompt is None), coming=1)
 
     def expect(self, layer: int, keys: Tensor) -> None:
         """Refuse tokens for a layer that has seen more than the others, or in a pass of another thread."""
@@ -386,15 +383,7 @@ class Guard:
 
     def commit(self, coming: int = 0) -> None:
         """Let the pending tokens into the tiers, in all layers; see `commit_all`."""
-        commit_all(self._groups(self.tiers), coming)
-
-    def _groups(self, layers: Iterable[LayerCache]) -> Iterable[list[LayerCache]]:
-        """Layers that select together, the others each for itself."""
-        groups: dict[int, list[LayerCache]] = {}
-        for number, tiers in enumerate(layers):
-            placement = tiers.placement
-            groups.setdefault(id(placement) if placement.shared else -1 - number, []).append(tiers)
-        return groups.values()
+        commit_all(self._groups, coming)
 
     @contextmanager
     def emptying(self) -> Iterator[None]:

@@ -21,6 +21,15 @@ if TYPE_CHECKING:
 Group = Sequence["LayerCache"]
 
 
+def groups_of(layers: Iterable[LayerCache]) -> list[list[LayerCache]]:
+    """Layers that select together, the others each for itself."""
+    groups: dict[int, list[LayerCache]] = {}
+    for number, tiers in enumerate(layers):
+        placement = tiers.placement
+        groups.setdefault(id(placement) if placement.shared else -1 - number, []).append(tiers)
+    return list(groups.values())
+
+
 def commit_all(groups: Iterable[Group], coming: int = 0) -> None:
     """Let the pending tokens of layers into their tiers.
 
@@ -32,8 +41,10 @@ def commit_all(groups: Iterable[Group], coming: int = 0) -> None:
     groups = list(groups)
     for group in groups:
         for layer in group:
-            layer.check_whole()
-            layer.hold()
+            if layer.broken:
+                layer.check_whole()
+            if layer.staged or layer.decoded:
+                layer.hold()
     waiting = _together([[layer for layer in group if layer.pending] for group in groups])
     for group in waiting:
         for layer in group if group[0].placement.shared else group[:1]:

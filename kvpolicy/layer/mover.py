@@ -32,21 +32,36 @@ def move(
         later: codes what arrives in stores that nothing leaves, if it is given.
     """
     for side, planned in moves.items():
+        held, arriving = [own[side] for own in stores], [own[side] for own in new]
         # All that moves is decoded before any store changes.
-        coming = [
-            [_collected(m.arrivals, held[side], own[side], planned) if m.arrivals else [] for m in planned]
-            for held, own in zip(stores, new, strict=True)
-        ]
-        for s, m in enumerate(planned):
-            if not m.arrivals and m.leaving is None and m.flat is None:
+        coming = [_coming(m, planned, held, arriving) for m in planned]
+        for s, (m, parts) in enumerate(zip(planned, coming, strict=True)):
+            stays = m.leaving is None and m.flat is None
+            if not m.arrivals and stays:
                 continue
-            some = [(held[side][s], parts[s]) for held, parts in zip(stores, coming, strict=True)]
-            changed = [(store, parts) for store, parts in some if store is not None]
-            if len(changed) > 1 and all(isinstance(store, ExactStore) and len(parts) == 1 for store, parts in changed):
-                append_all([store.parts["exact"] for store, _ in changed], [parts[0] for _, parts in changed])
+            changed = [(own[s], x) for own, x in zip(held, parts, strict=True)]
+            if len(changed) > 1 and all(type(store) is ExactStore and len(x) == 1 for store, x in changed):
+                append_all(
+                    [store.parts["exact"] for store, _ in changed if store is not None], [x[0] for _, x in changed]
+                )
+                if stays:
+                    continue
                 changed = [(store, []) for store, _ in changed]
-            for store, parts in changed:
-                _change(store, parts, m, later)
+            for store, x in changed:
+                if store is not None:
+                    _change(store, x, m, later)
+
+
+def _coming(
+    m: Moves, planned: list[Moves], held: Sequence[list[Store | None]], new: Sequence[Tensor]
+) -> list[list[Tensor]]:
+    """The tokens that arrive in a store of each layer, decoded, in order: of each run."""
+    if not m.arrivals:
+        return [[] for _ in held]
+    first = m.arrivals[0]
+    if len(m.arrivals) == 1 and first.sources == (NEW,) and first.span == (0, new[0].shape[2]):
+        return [[x] for x in new]
+    return [_collected(m.arrivals, own, x, planned) for own, x in zip(held, new, strict=True)]
 
 
 def _change(store: Store, parts: list[Tensor], m: Moves, later: Later | None) -> None:
