@@ -19,7 +19,7 @@ from kvpolicy.hf.layer import TieredLayer
 from kvpolicy.hf.modes import plainly
 from kvpolicy.layer.commit import commit_all, groups_of
 from kvpolicy.layer.held import Reading
-from kvpolicy.layer.layer import MAX_APART, LayerCache
+from kvpolicy.layer.layer import MAX_APART
 from kvpolicy.placement.padding import Padding
 
 BETWEEN = ("kvpolicy", "torch._dynamo", "contextlib")
