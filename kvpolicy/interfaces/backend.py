@@ -261,6 +261,20 @@ class Backend(Component):
         """
         return False
 
+    def shifts(self, pages: Sequence[Tensor], sources: Sequence[Tensor], places: Sequence[Tensor]) -> bool:
+        """Move tokens within the pages of several layers, at a small cost for each.
+
+        Args:
+            pages: `[batch, kv_heads, room, width]` of each layer, of one shape and type.
+            sources: which tokens move, int64 `[batch or 1, kv_heads or 1, tokens]`. None of them is in `places`, but
+                for some that move to where nothing counts any more.
+            places: where to.
+
+        Returns:
+            Whether that was done; if not, nothing was written.
+        """
+        return False
+
     def observe(self, query: Tensor, keys: Tensor, mask: Tensor | None, options: AttentionOptions) -> bool:
         """Tell `options.observer` what queries of a prompt's first part attend to, without an output.
 

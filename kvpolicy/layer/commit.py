@@ -86,9 +86,8 @@ def _advance(groups: Sequence[Group], ends: bool = False) -> None:
         moving.move([] if group[0].placement.shared else group)
         for layers, moves in _planned(group, ends):
             move([layer.stores for layer in layers], [_new(layer, ends) for layer in layers], moves, later)
-            leaves = moves["keys"][-1].leaving is not None
-            for layer in layers:
-                layer.moved(leaves)
+            for layer, own in zip(layers, moves, strict=True):
+                layer.moved(own)
                 layer.pending = {}
     later.run()
     moving.end()
@@ -100,23 +99,20 @@ def _new(layer: LayerCache, ends: bool) -> dict[str, Tensor]:
     return layer.like if ends else layer.pending
 
 
-def _planned(group: Group, ends: bool) -> Iterator[tuple[Group, AllMoves]]:
-    """What moves in which of some layers."""
+def _planned(group: Group, ends: bool) -> Iterator[tuple[Group, list[AllMoves]]]:
+    """Which of some layers move alike, and what moves in each."""
     first = group[0]
     if len(group) > 1 and not first.placement.shared:
         if isinstance(first.planner, ByPosition):
             turn = first.planner.end_prompt() if ends else first.begin(first.pending)
-            moves = [layer.planner.moves(turn) for layer in group]
-            yield group, moves[0]  # the same for all
+            yield group, [layer.planner.moves(turn) for layer in group]
             return
         planners = [layer.by_head() for layer in group]
         new = [] if ends else [layer.pending for layer in group]
-        found = joint.plan(joint.joined(planners), new, first.padding, [layer.observer for layer in group])
-        for layer, own in zip(group, found, strict=True):
-            yield [layer], own
+        yield group, joint.plan(joint.joined(planners), new, first.padding, [layer.observer for layer in group])
         return
     turns = [layer.planner.end_prompt() if ends else layer.begin(layer.pending) for layer in group]
     if first.placement.ranks:
         select([layer.planner for layer in group], turns)
     for layer, turn in zip(group, turns, strict=True):
-        yield [layer], layer.moves(turn, _new(layer, ends))
+        yield [layer], [layer.moves(turn, _new(layer, ends))]

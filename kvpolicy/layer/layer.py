@@ -221,9 +221,9 @@ class LayerCache(Held):
             self.by_head()
         return self.planner.begin(new, self.padding, self.observer)
 
-    def moved(self, leaves: bool) -> None:
-        """Tokens have been let in; whether some left the last store of keys."""
-        if leaves:
+    def moved(self, moves: AllMoves) -> None:
+        """Tokens have been let in, and moved."""
+        if moves["keys"][-1].leaving is not None:
             self.forget_pages()
         self.observer = None
 
@@ -248,8 +248,8 @@ class LayerCache(Held):
         turn = self.begin(new)
         select([self.planner], [turn])
         moves = self.moves(turn, new)
-        move([self.stores], [new], moves)
-        self.moved(moves["keys"][-1].leaving is not None)
+        move([self.stores], [new], [moves])
+        self.moved(moves)
 
     def moves(self, turn: Any, new: dict[str, Tensor]) -> AllMoves:
         """What moves as planned; values that are dropped are merged, `new` with them."""
@@ -261,7 +261,7 @@ class LayerCache(Held):
     def settle(self) -> None:
         """Once all was restored: rows and heads take no more room than they took as it was saved."""
         if isinstance(self.planner, PerHeadPlacement):
-            move([self.stores], [self.like], self.planner.settle())
+            move([self.stores], [self.like], [self.planner.settle()])
 
     def by_head(self) -> PerHeadPlacement:
         """From now on each row, and each head that policies look at, has places of its own."""
@@ -319,7 +319,7 @@ class LayerCache(Held):
                 return
             self.pending, self.observer = {}, None
             if length < self.committed:
-                move([self.stores], [self.like], self.planner.crop(length))
+                move([self.stores], [self.like], [self.planner.crop(length)])
                 self.forget_pages()
 
     def select(self, rows: Tensor) -> None:

@@ -14,57 +14,71 @@ from kvpolicy.storage.affine import AffineStore
 from kvpolicy.storage.base import Store
 from kvpolicy.storage.exact import ExactStore
 from kvpolicy.storage.gather import gather_tokens
-from kvpolicy.storage.later import Later, append_all
+from kvpolicy.storage.later import Later, append_all, remove_all
 from kvpolicy.storage.pages import Leaving
 
 Stores = dict[str, list[Store | None]]
 
 
 def move(
-    stores: Sequence[Stores], new: Sequence[Mapping[str, Tensor]], moves: AllMoves, later: Later | None = None
+    stores: Sequence[Stores], new: Sequence[Mapping[str, Tensor]], moves: Sequence[AllMoves], later: Later | None = None
 ) -> None:
     """Let tokens arrive in stores and leave them.
 
     Args:
         stores: of both sides, of each layer.
         new: the tokens that come in, `[batch, kv_heads, tokens, head_dim]`, of each layer; none for a crop.
-        moves: what each store does, the same in all layers.
+        moves: what each store does, in each layer: as many tokens arrive and leave, from and to the same stores.
         later: codes what arrives in stores that nothing leaves, if it is given.
     """
-    for side, planned in moves.items():
-        held, arriving = [own[side] for own in stores], [own[side] for own in new]
+    for side in moves[0]:
+        held, arriving, planned = (
+            [own[side] for own in stores],
+            [own[side] for own in new],
+            [own[side] for own in moves],
+        )
+        count = len(planned[0])
         # All that moves is decoded before any store changes.
-        coming = [_coming(m, planned, held, arriving) for m in planned]
-        for s, (m, parts) in enumerate(zip(planned, coming, strict=True)):
-            stays = m.leaving is None and m.flat is None
-            if not m.arrivals and stays:
-                continue
-            changed = [(own[s], x) for own, x in zip(held, parts, strict=True)]
-            if len(changed) > 1 and all(type(store) is ExactStore and len(x) == 1 for store, x in changed):
-                append_all(
-                    [store.parts["exact"] for store, _ in changed if store is not None], [x[0] for _, x in changed]
-                )
-                if stays:
-                    continue
-                changed = [(store, []) for store, _ in changed]
-            for store, x in changed:
-                if store is not None:
-                    _change(store, x, m, later)
+        coming = [_coming(s, planned, held, arriving) for s in range(count)]
+        for s in range(count):
+            if planned[0][s].arrivals or planned[0][s].leaving is not None or planned[0][s].flat is not None:
+                _move_in([own[s] for own in held], [own[s] for own in planned], coming[s], later)
 
 
 def _coming(
-    m: Moves, planned: list[Moves], held: Sequence[list[Store | None]], new: Sequence[Tensor]
+    s: int, planned: Sequence[list[Moves]], held: Sequence[list[Store | None]], new: Sequence[Tensor]
 ) -> list[list[Tensor]]:
     """The tokens that arrive in a store of each layer, decoded, in order: of each run."""
-    if not m.arrivals:
+    arrivals = planned[0][s].arrivals
+    if not arrivals:
         return [[] for _ in held]
-    first = m.arrivals[0]
-    if len(m.arrivals) == 1 and first.sources == (NEW,) and first.span == (0, new[0].shape[2]):
+    if len(arrivals) == 1 and arrivals[0].sources == (NEW,) and arrivals[0].span == (0, new[0].shape[2]):
         return [[x] for x in new]
-    return [_collected(m.arrivals, own, x, planned) for own, x in zip(held, new, strict=True)]
+    return [_collected(own[s].arrivals, at, x, own) for own, at, x in zip(planned, held, new, strict=True)]
 
 
-def _change(store: Store, parts: list[Tensor], m: Moves, later: Later | None) -> None:
+def _move_in(
+    stores: Sequence[Store | None], moves: Sequence[Moves], parts: Sequence[list[Tensor]], later: Later | None
+) -> None:
+    """What moves in a store of each layer."""
+    exact = [store for store in stores if type(store) is ExactStore] if len(stores) > 1 else []
+    if len(exact) < len(stores) or any(len(x) > 1 for x in parts):
+        for store, m, x in zip(stores, moves, parts, strict=True):
+            if store is not None:
+                _change(store, m, x, later)
+        return
+    if parts[0]:
+        append_all([store.parts["exact"] for store in exact], [x[0] for x in parts])
+    leaving = [m.leaving for m in moves if isinstance(m.leaving, Leaving)]
+    if len(leaving) == len(exact) and moves[0].flat is None:
+        remove_all([store.parts["exact"] for store in exact], leaving)
+    elif moves[0].leaving is not None or moves[0].flat is not None:
+        for store, m in zip(exact, moves, strict=True):
+            _change(store, m, [], later)
+
+
+def _change(store: Store, m: Moves, parts: list[Tensor], later: Later | None) -> None:
+    """What moves in a store of a layer."""
     places = _positions(m.arrivals) if parts and store.by_position else [None] * len(parts)
     for x, positions in zip(parts, places, strict=True):
         empty = _partial(store, m.empty[0], x.shape[2])

@@ -21,7 +21,7 @@ from kvpolicy.storage.packing import packed_width
 from kvpolicy.storage.pages import Pages
 from kvpolicy.storage.scales import E4M3, Scales
 
-__all__ = ["Coded", "Fused", "copied", "copiers", "encoding_of", "fuse", "fusing", "run_fused"]
+__all__ = ["Coded", "Fused", "copied", "copiers", "encoding_of", "fuse", "fusing", "run_fused", "shifted"]
 
 
 class Coded(Protocol):
@@ -184,6 +184,12 @@ def copied(tokens: Sequence[Tensor], addresses: Sequence[int], steps: tuple[int,
     """Whether a backend has written tokens to where they belong, all in one go; see `Backend.copies`."""
     backends = copiers(tokens[0].device.type)
     return any(call(backend, "copies", tokens, addresses, steps) is True for backend in backends)
+
+
+def shifted(pages: Sequence[Tensor], sources: Sequence[Tensor], places: Sequence[Tensor]) -> bool:
+    """Whether a backend has moved tokens within pages, all in one go; see `Backend.shifts`."""
+    backends = copiers(pages[0].device.type)
+    return any(call(backend, "shifts", pages, sources, places) is True for backend in backends)
 
 
 def _kept(store: Coded, x: Tensor) -> list[tuple[str, int, int, torch.dtype]]:

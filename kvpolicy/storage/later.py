@@ -8,8 +8,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from kvpolicy.storage.fused import Coded, Fused, copied, copiers, fusing, run_fused
-from kvpolicy.storage.pages import Pages
+from kvpolicy.storage.fused import Coded, Fused, copied, copiers, fusing, run_fused, shifted
+from kvpolicy.storage.pages import Leaving, Pages
 
 TOGETHER = 1 << 25
 """Bytes of tokens that are coded in one go at most: they are copied side by side first."""
@@ -102,3 +102,18 @@ def _written(pages: Sequence[Pages], tokens: Sequence[Tensor]) -> int:
     for own, new in zip(pages[:done], tokens, strict=False):
         own.slice(own.length - new.shape[2], own.length).copy_(new)
     return done
+
+
+def remove_all(pages: Sequence[Pages], leaving: Sequence[Leaving]) -> None:
+    """Remove tokens from `whole` pages; see `Pages.remove`."""
+    for own in pages:
+        own.lift()
+    kept = pages[0].length - leaving[0].places.shape[2]
+    if kept and shifted(
+        [own.pages[0] for own in pages], [moves.last for moves in leaving], [moves.places for moves in leaving]
+    ):
+        for own, moves in zip(pages, leaving, strict=True):
+            own.shorten(own.length - moves.places.shape[2])
+        return
+    for own, moves in zip(pages, leaving, strict=True):
+        own.remove(moves)

@@ -256,6 +256,10 @@ class Pages:
         if kept:
             words = widest_view(self.pages[0])
             put(words, leaving.places, gathered(words, leaving.last))
+        self.shorten(kept)
+
+    def shorten(self, kept: int) -> None:
+        """Of a `whole` tensor keep the first tokens."""
         self._truncate(kept)
         if self.pages and self.pages[0].shape[2] > 4 * max(kept, SMALLEST):
             self._regrow(self.pages[0], kept)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvpolicy.attention.cuda.again import Again, watch
 from kvpolicy.attention.cuda.compile import missing
-from kvpolicy.attention.cuda.copy import copy
+from kvpolicy.attention.cuda.copy import copy, shift
 from kvpolicy.attention.cuda.encode import encode, variant_of
 from kvpolicy.attention.cuda.graph import Launch, Recording, change, current
 from kvpolicy.attention.cuda.kernel import THREADS, launch
@@ -104,6 +104,9 @@ class Cuda(Backend):
 
     def copies(self, tokens: Sequence[Tensor], addresses: Sequence[int], steps: tuple[int, int, int]) -> bool:
         return _able() and copy(tokens, addresses, steps)
+
+    def shifts(self, pages: Sequence[Tensor], sources: Sequence[Tensor], places: Sequence[Tensor]) -> bool:
+        return _able() and shift(pages, sources, places)
 
     def encodes(self, encoding: Encoding) -> bool:
         return variant_of(encoding) is not None and _able()

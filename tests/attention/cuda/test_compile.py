@@ -10,6 +10,7 @@ from variants import FEW, LARGEST, MANY
 
 from kvpolicy.attention.cuda import compile as compiling
 from kvpolicy.attention.cuda.compile import Variant, compiled, missing, resources
+from kvpolicy.attention.cuda.copy import Copy
 from kvpolicy.attention.cuda.observe import Sums
 
 absent = missing()
@@ -39,6 +40,13 @@ def test_sums_of_a_prompts_attention_compile_without_spills(arch: str) -> None:
             found = resources(compiled(Sums(dim, dim != 80, weighs, mask, softcap=mask), arch))
             assert found.stack == 0
             assert found.shared <= 99 * 1024
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_120"])
+@pytest.mark.parametrize("name", ["copy", "shift"])
+def test_copies_compile_without_spills(name: str, arch: str) -> None:
+    found = resources(compiled(Copy(name), arch))
+    assert found.stack == found.shared == 0
 
 
 def test_the_largest_format_spills_little() -> None:

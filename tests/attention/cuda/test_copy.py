@@ -12,10 +12,10 @@ from torch import Tensor
 
 from kvpolicy.attention.cuda import copy as module
 from kvpolicy.attention.cuda.compile import missing
-from kvpolicy.attention.cuda.copy import PIECES, copy
+from kvpolicy.attention.cuda.copy import PIECES, copy, shift
 from kvpolicy.storage import later
 from kvpolicy.storage.later import append_all
-from kvpolicy.storage.pages import Pages
+from kvpolicy.storage.pages import Leaving, Pages
 
 absent = "no CUDA device" if not torch.cuda.is_available() else missing()
 on_gpu = pytest.mark.skipif(absent is not None, reason=f"the kernels can't run: {absent}")
@@ -88,3 +88,27 @@ def test_pages_of_several_layers(device: str, monkeypatch: pytest.MonkeyPatch) -
     for one, other in zip(together, alone, strict=True):
         assert one.length == other.length
         assert torch.equal(one.slice(0, one.length), other.slice(0, other.length))
+
+
+@pytest.mark.parametrize("device", DEVICES, indirect=True)
+@pytest.mark.parametrize("shape", [(2, 3), (1, 3), (2, 1)])
+@pytest.mark.parametrize("leave", [1, 6])
+def test_tokens_that_leave_are_replaced_by_the_last(
+    leave: int, shape: tuple[int, int], device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[bool] = []
+    if device == "cpu":
+        monkeypatch.setattr(later, "copiers", lambda device: (None,))
+    monkeypatch.setattr(later, "shifted", lambda *given: done.append(shift(*given)) or done[-1])
+    together, alone = [Pages(whole=True) for _ in range(3)], [Pages(whole=True) for _ in range(3)]
+    for own, other, x in zip(together, alone, drawn(3, 20, torch.bfloat16, device), strict=True):
+        own.append(x)
+        other.append(x)
+    index = [torch.stack([torch.randperm(20)[:leave].sort().values for _ in range(6)]).view(2, 3, -1) for _ in range(3)]
+    leaving = [Leaving.of(x[: shape[0], : shape[1]].to(device), 20) for x in index]
+    later.remove_all(together, leaving)
+    for own, other, moves in zip(together, alone, leaving, strict=True):
+        other.remove(moves)
+        assert own.length == other.length == 20 - leave
+        assert torch.equal(own.all(), other.all())
+    assert done == [True]
