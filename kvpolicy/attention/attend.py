@@ -15,7 +15,6 @@ from kvpolicy.attention.reading import read
 from kvpolicy.attention.reference import REFERENCE, SCORES, only_new, weights
 from kvpolicy.attention.steady import stands
 from kvpolicy.interfaces.backend import AttentionOptions, Part, StoreView
-from kvpolicy.interfaces.component import call
 from kvpolicy.layer.layer import LayerCache
 from kvpolicy.placement.attention_scores import Observer
 
@@ -57,8 +56,8 @@ def attend(
     if observer is not None and not observer.queries:
         observer = None  # none of these queries counts
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
-    room = -1 if observer is None else observer.room
-    standing = None if mask is not None else stands(tiers, query, new, scale, softcap, sinks is None, room)
+    asked = scale, softcap, sinks is None, observer and observer.room
+    standing = None if mask is not None else stands(tiers, query, new, *asked)
     out = None if standing is None else standing.again(tiers, query, new, sinks, observer)
     if out is not None:
         return out
@@ -72,8 +71,9 @@ def attend(
         return _as_asked(REFERENCE.output(query, pieces[0][1], shown, options), query)
     found = [] if pages is None else [pages]
     alone = len(pieces) == 1 and pages is None
-    if alone and standing is not None:
-        standing.note(tiers, call(pieces[0][0], "again", query, pieces[0][1], options))
+    out = standing.first(tiers, *pieces[0], query, options) if alone and standing is not None else None
+    if out is not None:
+        return out
     for number, (backend, part) in enumerate(pieces):
         own = options if alone else AttentionOptions(scale, softcap, None if number else sinks)
         found.append(computed(backend, query, part, shown, own))

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from kvpolicy.interfaces.backend import AttentionOptions, Backend, Part
+from kvpolicy.interfaces.component import call
 from kvpolicy.layer.layer import LayerCache
 from kvpolicy.layer.standing import Kind, Standing, Stood
 from kvpolicy.placement.step import Step
@@ -45,13 +47,22 @@ class Stands(NamedTuple):
         tiers.backends = known.backends
         return known.again(query, new, stood.addresses, sinks, observer)
 
-    def note(self, tiers: LayerCache, again: Callable[..., Tensor | None] | None) -> None:
+    def first(
+        self, tiers: LayerCache, backend: Backend, part: Part, query: Tensor, options: AttentionOptions
+    ) -> Tensor | None:
+        """What attention gives, if what computes it can serve the layers to come; it is kept for them."""
+        again: Callable[..., Tensor | None] | None = call(backend, "again", query, part, options)
+        out = None if again is None else again(query, part.new, self.stood.addresses, options.sinks, options.observer)
+        if again is not None and out is not None:
+            self.note(tiers, again)
+        return out
+
+    def note(self, tiers: LayerCache, again: Callable[..., Tensor | None]) -> None:
         """Keep what serves those that stand like this layer."""
-        if again is not None:
-            standing = self.stood.standing
-            if standing.marks is None:
-                standing.marks = _marks(tiers)[0]
-            tiers.reading.known[standing.kind] = Known(standing, self.step, self.asked, tiers.backends, again)
+        standing = self.stood.standing
+        if standing.marks is None:
+            standing.marks = _marks(tiers)[0]
+        tiers.reading.known[standing.kind] = Known(standing, self.step, self.asked, tiers.backends, again)
 
 
 class Known(NamedTuple):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kvpolicy.attention.cuda.kernel import launch
+from kvpolicy.attention.cuda.kernel import Arguments, launch
 from kvpolicy.attention.cuda.layout import MAPS
 from kvpolicy.attention.cuda.plan import Plan
 from kvpolicy.attention.cuda.scratch import counters, partials
@@ -17,6 +17,8 @@ from kvpolicy.attention.cuda.scratch import counters, partials
 __all__ = ["Again", "watch"]
 
 NONE = (0,) * (MAPS - 1)
+AHEAD, LARGEST = 16, 1 << 20
+"""Outputs that are made at a time at most, and their bytes."""
 
 
 class Again:
@@ -38,8 +40,11 @@ class Again:
         self.kept: list[Tensor] = [query.new_empty((batch, heads, queries), dtype=torch.float32)]
         """Sums that nobody asks for, and what blocks share."""
         self.before = len(plan.numbers)
-        blank = plan.numbers + bytes(plan.addresses.size) + plan.layout
-        self.arguments = ctypes.create_string_buffer(blank, len(blank))
+        self.arguments = Arguments(plan.numbers + bytes(plan.addresses.size) + plan.layout)
+        self.outs: list[Tensor] = []
+        """Outputs that are still to be written, of layers to come."""
+        size = math.prod(plan.out) * plan.dtype.itemsize
+        self.ahead = max(1, min(AHEAD, LARGEST // max(size, 1)))
 
     def __call__(
         self, query: Tensor, new: tuple[Tensor, Tensor], addresses: list[int], sinks: Tensor | None, observer: Any
@@ -52,7 +57,9 @@ class Again:
         stream = torch._C._cuda_getCurrentRawStream(device)
         if stream != self.stream:
             self._share(stream)
-        out = query.new_empty(plan.out, dtype=plan.dtype)
+        if not self.outs:  # one call for several layers
+            self.outs = list(query.new_empty((self.ahead, *plan.out), dtype=plan.dtype).unbind(0))
+        out = self.outs.pop()
         sinks = None if sinks is None else sinks.float().contiguous()
         scores = sums = None
         if observer is not None:
@@ -60,7 +67,7 @@ class Again:
             sums = query.new_empty((*self.lines, 1), dtype=torch.float32)
         tensors = (scores, sums, sinks)
         plan.addresses.pack_into(
-            self.arguments, self.before, at, *NONE, 0, 0, out.data_ptr(), self.kept[0].data_ptr(), self.room[0],
+            self.arguments.buffer, self.before, at, *NONE, 0, 0, out.data_ptr(), self.kept[0].data_ptr(), self.room[0],
             *[0 if x is None else x.data_ptr() for x in tensors], self.room[1], *addresses, *self.indices, keys, values,
         )  # fmt: skip
         launch(plan.kernel, self.arguments, self.grid, device)

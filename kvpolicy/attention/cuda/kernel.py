@@ -11,7 +11,7 @@ import torch
 
 from kvpolicy.attention.cuda.compile import Source, compiled, resources
 
-__all__ = ["THREADS", "Kernel", "kernel_of", "launch"]
+__all__ = ["THREADS", "Arguments", "Kernel", "kernel_of", "launch"]
 
 THREADS = 128
 
@@ -53,19 +53,25 @@ def kernel_of(source: Source, device: int) -> Kernel:
     return Kernel(driver.cuLaunchKernel, function, shared, blocks * processors)
 
 
-def launch(kernel: Kernel, arguments: Any, grid: tuple[int, int, int], device: int) -> None:
-    """Launch a kernel on the current stream of a device.
+class Arguments:
+    """Arguments of launches, which may be written to between one and the next."""
 
-    Its arguments, bytes or an array of `ctypes`, are copied before this returns.
-    """
+    def __init__(self, content: bytes) -> None:
+        self.buffer = ctypes.create_string_buffer(content, len(content))
+        self._first = ctypes.c_void_p(ctypes.addressof(self.buffer))
+        self.address = ctypes.addressof(self._first)
+        """Where the address of the only argument of the kernel is."""
+
+
+def launch(kernel: Kernel, arguments: bytes | Arguments, grid: tuple[int, int, int], device: int) -> None:
+    """Launch a kernel on the current stream of a device. Its arguments are copied before this returns."""
     if torch._C._cuda_getDevice() != device:
         with torch.cuda.device(device):
             return launch(kernel, arguments, grid, device)
-    buffer = ctypes.create_string_buffer(arguments, len(arguments)) if isinstance(arguments, bytes) else arguments
-    pointer = ctypes.c_void_p(ctypes.addressof(buffer))
+    given = Arguments(arguments) if isinstance(arguments, bytes) else arguments
     stream = torch._C._cuda_getCurrentRawStream(device)
     result = kernel.run(
-        kernel.function, *grid, THREADS, 1, 1, kernel.shared, stream, ctypes.addressof(pointer), 0
+        kernel.function, *grid, THREADS, 1, 1, kernel.shared, stream, given.address, 0
     )  # fmt: skip
     if result[0] != 0:
         _checked(result)

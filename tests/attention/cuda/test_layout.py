@@ -23,13 +23,17 @@ def _on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(plan, "kernel_of", fake_kernel)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0, raising=False)
     for module in (backend, again):
-        monkeypatch.setattr(module, "launch", fake_launch)
+        monkeypatch.setattr(module, "launch", lambda kernel, given, *to: fake_launch(kernel, _bytes(given), *to))
         for name in ("counters", "partials"):
             monkeypatch.setattr(module, name, lambda count, device: torch.zeros(count))
     monkeypatch.setattr(backend, "_plans", {})
     monkeypatch.setattr(plan, "_known", {})
     with torch.no_grad():
         yield
+
+
+def _bytes(given: Any) -> bytes:
+    return given if isinstance(given, bytes) else bytes(given.buffer)
 
 
 def served(recipe: Any, **more: Any) -> Served:
