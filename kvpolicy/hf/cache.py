@@ -95,15 +95,14 @@ class CompressedCache(PassAware, Cache):
     def _update(
         self, compiled: bool, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
+        layer = self.layers[layer_idx]
+        self.reading.lasting = not compiled  # compiled code may write its results to the same memory again
+        if isinstance(layer, TieredLayer) and not self.offloading and self.guard.expects(layer_idx):
+            return layer.take(key_states, value_states)
         with self.guard.updating:
-            self.reading.lasting = not compiled  # compiled code may write its results to the same memory again
-            layer = self.layers[layer_idx]
-            own = isinstance(layer, TieredLayer)
-            if own and not self.reading.attached:
+            if not getattr(layer, "attached", True):
                 check_announced(self)
             self.guard.expect(layer_idx, key_states)
-            if isinstance(layer, TieredLayer) and not self.offloading:
-                return layer.take(key_states, value_states)
             found: tuple[Tensor, Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
             return found
 

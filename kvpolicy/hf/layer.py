@@ -110,13 +110,15 @@ class TieredLayer(DenseAccess, CacheLayerMixin):
     def take(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         """`update`, for callers that `torch.compile` does not look into."""
         tiers = self.tiers
+        views = tiers.told_apart and tiers.reading.attached
+        if views and self.is_initialized and not torch.is_grad_enabled() and not torch._C._is_any_autocast_enabled():
+            return tiers.stage(key_states, value_states)
         tiers.check_attached()
         linked = wants_gradients(key_states, value_states)
         held = linked and tiers.seen > 0
         with plainly(key_states.device):
             if not self.is_initialized:
                 self.lazy_initialization(key_states, value_states)
-            views = tiers.told_apart and tiers.reading.attached
             keys, values = (tiers.stage if views else tiers.update)(key_states, value_states)
         if not linked:
             return keys, values

@@ -298,6 +298,14 @@ class Guard:
         if any(tiers.step.prompt is not None for tiers in self.tiers):
             commit_all(groups_of(tiers for tiers in self.tiers if tiers.step.prompt is None), coming=1)
 
+    def expects(self, layer: int) -> bool:
+        """Whether the forward pass of an attached model under way, in this thread, brings tokens to a layer now."""
+        p = self._pass
+        if p is None or self._torn is not None or p.elsewhere or layer in p.given or not self.reading.attached:
+            return False
+        p.given.add(layer)
+        return True
+
     def expect(self, layer: int, keys: Tensor) -> None:
         """Refuse tokens for a layer that has seen more than the others, or in a pass of another thread."""
         p = self._pass

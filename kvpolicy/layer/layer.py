@@ -84,10 +84,11 @@ class LayerCache(Held):
         if not self.stores:
             self.start(keys, values)
         self._check_rows(keys)
-        self.check_told(keys)
+        if self.placement.scores.told is not None:
+            self.check_told(keys)
         tokens = keys.shape[2]
         self.commit(tokens)
-        first = self.committed == 0
+        first = self.planner.step.seen == 0
         if first and tokens and not self.placement.attends and not self.wants_queries:
             self.add(keys, values)
             return keys, values
@@ -96,7 +97,8 @@ class LayerCache(Held):
             keys, values = keys.detach(), values.detach()
         if tokens:
             self.staged = {"keys": keys, "values": values}
-        shown = shown if first else (keys, values)  # gradients reach the tokens of a first update
+        if not first:  # gradients reach the tokens of a first update
+            shown = keys, values
         held = self.planner.width
         return View(self, "keys", shown[0], held), View(self, "values", shown[1], held)
 
@@ -210,9 +212,7 @@ class LayerCache(Held):
 
     def commit(self, coming: int = 0) -> None:
         """Let the pending tokens into the tiers; see `commit_all`."""
-        self.check_whole()
-        self.hold()
-        if self.pending or self.ends_prompt(coming):
+        if self.broken or self.staged or self.decoded or self.pending or self.ends_prompt(coming):
             commit_all([[self]], coming)
 
     def begin(self, new: dict[str, Tensor]) -> Any:

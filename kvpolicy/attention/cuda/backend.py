@@ -83,15 +83,12 @@ class Cuda(Backend):
     def again(self, query: Tensor, part: Part, options: AttentionOptions) -> Again | None:
         if part.gaps or current() is not None:
             return None
-        known = _found.__dict__.pop("call", None)
+        known = _found.__dict__.get("call")
         plan = known[1] if known is not None and known[0] is part else _planned(query, part, None, options)[0]
-        if (
-            plan.dtype != query.dtype
-            or plan.maps
-            or plan.spaces != (-1,)
-            or (options.observer is not None and part.slots is not None)
-        ):
+        mapped = plan.maps or plan.spaces != (-1,) or plan.dtype != query.dtype
+        if mapped or (options.observer is not None and part.slots is not None):
             return None
+        _found.__dict__.pop("call", None)
         return Again(plan, query, indices_of(part), columns_of(part, options))
 
     def observe(self, query: Tensor, keys: Tensor, mask: Tensor | None, options: AttentionOptions) -> bool:
