@@ -137,7 +137,7 @@ def _written(name: str, own: Any) -> bool:
     return not name.startswith("__") or (isinstance(own, FunctionType) and not name.startswith("__annotate"))
 
 
-def fuse(store: Coded, x: Tensor, size: int, later: Any) -> bool:
+def fuse(store: Coded, x: Tensor, size: int, later: Any = None) -> bool:
     """Have tokens of a store coded by a backend, or leave that to `later`, if that is given; False where none does."""
     found = fusing(store, x, size)
     if found is not None and later is not None:
