@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,6 +35,8 @@ from kvpolicy.placement.planner import Placement
 from kvpolicy.placement.step import Step
 from kvpolicy.recipe.load import Recipe, load_recipe
 
+GRAPHS = "torch._inductor.cudagraph_trees"
+"""Where this is loaded, compiled code may write its results to the same memory again."""
 UNTOLD = (
     "no model tells this cache of padding while it is not attached, so that padded rows can't be told apart; make it "
     "for the model that runs: make_cache(recipe, model)"
@@ -81,6 +84,7 @@ class CompressedCache(PassAware, Cache):
         """That pass has ended; see `Guard.finish`."""
         self.guard.finish(failed)
 
+    @uncompiled
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -89,14 +93,8 @@ class CompressedCache(PassAware, Cache):
         Raises:
             CacheError: the cache is in use by another thread, or was interrupted.
         """
-        return self._update(torch.compiler.is_dynamo_compiling(), key_states, value_states, layer_idx, *args, **kwargs)
-
-    @uncompiled
-    def _update(
-        self, compiled: bool, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
         layer = self.layers[layer_idx]
-        self.reading.lasting = not compiled  # compiled code may write its results to the same memory again
+        self.reading.lasting = GRAPHS not in sys.modules
         if isinstance(layer, TieredLayer) and not self.offloading and self.guard.expects(layer_idx):
             return layer.take(key_states, value_states)
         with self.guard.updating:
