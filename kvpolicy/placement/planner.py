@@ -252,7 +252,7 @@ class Placement:
         self, policy: Policy | None, held: Ints, flow: _Flow, start: int, stop: int, prompt: int | None
     ) -> tuple[Ints, _Flow]:
         assert policy is not None
-        if not len(held) and not len(flow.positions):
+        if not len(flow.positions) and (not len(held) or policy.acts == "arrival"):
             return held, flow
         positions = np.concatenate([held, flow.positions])
         arrivals = np.concatenate([np.full(len(held), start, dtype=np.int64), flow.events])
