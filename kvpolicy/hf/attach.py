@@ -25,7 +25,7 @@ from kvpolicy.hf.calls import WORDS, Call, PassAware, names_of, parts_of, path_b
 from kvpolicy.hf.flash import own_attention
 from kvpolicy.hf.graphs import install, remove
 from kvpolicy.hf.layer import TieredLayer
-from kvpolicy.hf.modes import ATTACHED, barred, nothing_hidden, plainly, uncompiled, wants_gradients
+from kvpolicy.hf.modes import ATTACHED, barred, nothing_hidden, precise, uncompiled, wants_gradients
 from kvpolicy.hf.modes import watching as watching
 from kvpolicy.hf.override import EAGER, eager_of, interface_of, override
 from kvpolicy.hf.passes import Pass, attached_pass
@@ -347,7 +347,7 @@ def _read(
     options = kwargs.get("scaling"), kwargs.get("softcap"), kwargs.get("s_aux")
     if not committed:
         out, lse = own_attention(original, module, query, new, attention_mask, args, kwargs, observer is not None)
-    with plainly(query.device):
+    with precise(query.device):
         if committed:
             out = attend(tiers, query, new, attention_mask, *options, observer)
         elif observer is not None:

@@ -25,7 +25,7 @@ from kvpolicy.attention.attend import whole
 from kvpolicy.hf.cache import CompressedCache
 from kvpolicy.hf.calls import Call, names_of
 from kvpolicy.hf.model_state import ModelState
-from kvpolicy.hf.modes import nothing_hidden, plainly
+from kvpolicy.hf.modes import nothing_hidden, precise
 from kvpolicy.hf.usual import TENSORS, Unusual, named, usual
 from kvpolicy.layer.layer import LayerCache
 from kvpolicy.storage.affine import AffineStore
@@ -278,7 +278,7 @@ def _commit(cache: CompressedCache, device: torch.device) -> None:
             queries.
     """
     tiers = _tiers(cache)
-    with plainly(device):
+    with precise(device):
         cache.guard.commit(1)
         # What a step knows of them comes to the device here, not within a capture.
         columns = [layer.columns() for layer in tiers]

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from kvpolicy.errors import CacheError
-from kvpolicy.hf.modes import ATTACHED, HELD, barred, plainly, uncompiled, wants_gradients
+from kvpolicy.hf.modes import ATTACHED, HELD, barred, precise, uncompiled, wants_gradients
 from kvpolicy.interfaces.site import Site
 from kvpolicy.layer.held import Reading
 from kvpolicy.layer.layer import LayerCache
@@ -116,7 +116,7 @@ class TieredLayer(DenseAccess, CacheLayerMixin):
         tiers.check_attached()
         linked = wants_gradients(key_states, value_states)
         held = linked and tiers.seen > 0
-        with plainly(key_states.device):
+        with precise(key_states.device):
             if not self.is_initialized:
                 self.lazy_initialization(key_states, value_states)
             keys, values = (tiers.stage if views else tiers.update)(key_states, value_states)

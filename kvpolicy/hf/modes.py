@@ -35,7 +35,7 @@ def uncompiled(function: F) -> F:
     return found
 
 
-def plainly(device: torch.device) -> AbstractContextManager[Any]:
+def precise(device: torch.device) -> AbstractContextManager[Any]:
     """Arithmetic without gradients and in the types of the tensors, although the caller may run under autocast."""
     if torch._C._is_any_autocast_enabled():
         return _unchanged(device.type)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kvpolicy.errors import CacheError
 from kvpolicy.hf.layer import TieredLayer
-from kvpolicy.hf.modes import plainly
+from kvpolicy.hf.modes import precise
 from kvpolicy.layer.commit import commit_all, groups_of
 from kvpolicy.layer.held import Reading
 from kvpolicy.layer.layer import MAX_APART
@@ -167,7 +167,7 @@ class Guard:
         ends = tokens == 1 and not self.selects_together and any(tiers.ends_prompt() for tiers in self.tiers)
         if (attached and not ends) or together:
             device = next((tiers.like["keys"].device for tiers in self.tiers if tiers.like), torch.device("cpu"))
-            with plainly(device):
+            with precise(device):
                 self.commit(tokens)
         self._pass = Transaction(before, padding, own, _caller())
         self.reading.known.clear()

@@ -49,12 +49,17 @@ def commit_all(groups: Iterable[Group], coming: int = 0) -> None:
     for group in waiting:
         for layer in group if group[0].placement.shared else group[:1]:
             layer.held_after_commit(coming)  # arithmetic first, which steps keep: interrupted, it leaves layers whole
-    _advance(waiting)
+    _move(waiting)
     ending = [[layer for layer in group if layer.ends_prompt(coming)] for group in groups]
     for layer in (layer for group in ending for layer in group):
         if not layer.placement.prompted:
             layer.planner.note_prompt()
-    _advance(_together([[layer for layer in group if layer.placement.prompted] for group in ending]), ends=True)
+    advance([[layer for layer in group if layer.placement.prompted] for group in ending], ends=True)
+
+
+def advance(groups: Sequence[Group], ends: bool = False) -> None:
+    """Let the pending tokens of layers in, or, as it `ends`, what the prompt's end asks for; see `commit_all`."""
+    _move(_together(groups), ends)
 
 
 def _together(groups: Sequence[Group]) -> list[Group]:
@@ -76,8 +81,8 @@ def _key(layer: LayerCache) -> Any:
     return (id(layer.planner.step), layer.waiting) if alike else None
 
 
-def _advance(groups: Sequence[Group], ends: bool = False) -> None:
-    """Let the pending tokens of layers in, or, as it `ends`, what the prompt's end asks for; coded in one go."""
+def _move(groups: Sequence[Group], ends: bool = False) -> None:
+    """What `advance` does for layers that are put together already; what is to be coded is coded in one go."""
     before = [(layer, layer.broken) for group in groups for layer in group]
     for layer, _ in before:
         layer.broken = True

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 from kvpolicy import attach, make_cache
 from kvpolicy.attention.attend import attend
 from kvpolicy.errors import CacheError
-from kvpolicy.hf.modes import plainly
+from kvpolicy.hf.modes import precise
 from kvpolicy.layer.layer import LayerCache
 from tests.support.models import build, exact, ids, tiny
 from tests.support.words import CACHE, cache_of
@@ -176,7 +176,7 @@ def test_arithmetic_of_a_cache_is_float32_under_autocast() -> None:
     for tiers in layers:
         tiers.commit()
     want = attend(layers[0], query, (new[0], new[1]))
-    with torch.autocast("cpu", dtype=torch.bfloat16), plainly(query.device):
+    with torch.autocast("cpu", dtype=torch.bfloat16), precise(query.device):
         assert torch.equal(attend(layers[1], query, (new[0], new[1])), want)
 
 
