@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from kvpolicy.errors import CacheError
 
+_compiling: Callable[[], Any] | None = None
+"""Gives what compiles the frames of this thread, None where nothing does."""
+with suppress(ImportError):  # releases of PyTorch may have other names for it
+    from torch._C._dynamo.eval_frame import get_eval_frame_callback
+    from torch._dynamo.decorators import skip
+
+    _compiling = get_eval_frame_callback
 F = TypeVar("F", bound=Callable[..., Any])
 _AS_IT_IS: AbstractContextManager[Any] = nullcontext()
 
@@ -31,8 +39,16 @@ HELD = (
 
 def uncompiled(function: F) -> F:
     """A function that `torch.compile` calls instead of looking into it."""
-    found: F = torch.compiler.disable(function)
-    return found
+    apart: F = torch.compiler.disable(function)
+    if _compiling is None:
+        return apart
+    asks = _compiling
+
+    @functools.wraps(function)
+    def called(*args: Any, **kwargs: Any) -> Any:  # to go apart costs some ten calls, which eager models need not pay
+        return (function if asks() is None else apart)(*args, **kwargs)
+
+    return cast(F, skip(called))
 
 
 def precise(device: torch.device) -> AbstractContextManager[Any]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from kvpolicy.errors import CacheError
 from kvpolicy.hf.layer import TieredLayer
 from kvpolicy.hf.modes import precise
+from kvpolicy.hf.one_thread import OneThread
 from kvpolicy.layer.commit import commit_all, groups_of
 from kvpolicy.layer.held import Reading
 from kvpolicy.layer.layer import MAX_APART
@@ -79,25 +80,6 @@ def _cloned(x: Any) -> Any:
     return type(x)(map(_cloned, x)) if type(x) in (list, tuple) else x
 
 
-class _OneThread:
-    """Within it, one thread updates one layer."""
-
-    def __init__(self) -> None:
-        self.user: dict[str, int] = {}
-        """The thread that is doing so right now."""
-
-    def __enter__(self) -> None:
-        me = get_ident()
-        if self.user.setdefault("thread", me) != me:
-            raise CacheError("a cache serves one thread at a time, and another is updating this one; use another cache")
-
-    def __exit__(self, *_: Any) -> None:
-        self.user.pop("thread", None)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _OneThread, ()
-
-
 class Guard:
     """Knows of the forward pass under way, and takes back one that was interrupted."""
 
@@ -114,7 +96,8 @@ class Guard:
         self.selects_together = any(tiers.placement.shared for tiers in self.tiers)
         """Whether a policy selects the same tokens in several layers."""
         self._groups = groups_of(self.tiers)
-        self.updating = _OneThread()
+        self._asking = [tiers for tiers in self.tiers if tiers.asks_for_end]
+        self.updating = OneThread()
         self.untold = False
         """Whether tokens came outside any pass that a model announced."""
 
@@ -162,9 +145,9 @@ class Guard:
             )
         coming = self._padding_with(mask, tokens, before, attached)
         own = {i: _kept(x) for i, x in enumerate(self.layers) if not isinstance(x, TieredLayer)}
-        together = self.selects_together and not any(tiers.placement.attends for tiers in self.tiers)
+        together = self.selects_together and not any(tiers.observes for tiers in self.tiers)
         # Where this may end the prompt, layers wait for their updates, which know how many tokens come.
-        ends = tokens == 1 and not self.selects_together and any(tiers.ends_prompt() for tiers in self.tiers)
+        ends = tokens == 1 and not self.selects_together and any(tiers.ends_prompt() for tiers in self._asking)
         if (attached and not ends) or together:
             device = next((tiers.like["keys"].device for tiers in self.tiers if tiers.like), torch.device("cpu"))
             with precise(device):
@@ -257,7 +240,8 @@ class Guard:
             )
         lengths = self._lengths() if same_tokens else []
         for tiers in self.tiers if same_tokens else ():
-            tiers.check_whole()
+            if tiers.broken:
+                tiers.check_whole()
         if len(set(lengths)) > 1:
             raise CacheError(
                 f"the layers of a cache must hold the same tokens, and an update was interrupted: they have seen "
@@ -301,7 +285,8 @@ class Guard:
     def expects(self, layer: int) -> bool:
         """Whether the forward pass of an attached model under way, in this thread, brings tokens to a layer now."""
         p = self._pass
-        if p is None or self._torn is not None or p.elsewhere or layer in p.given or not self.reading.attached:
+        known = p is not None and self._torn is None and self.reading.attached and p.thread == get_ident()
+        if p is None or not known or layer in p.given:
             return False
         p.given.add(layer)
         return True

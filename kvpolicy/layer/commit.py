@@ -50,7 +50,8 @@ def commit_all(groups: Iterable[Group], coming: int = 0) -> None:
         for layer in group if group[0].placement.shared else group[:1]:
             layer.held_after_commit(coming)  # arithmetic first, which steps keep: interrupted, it leaves layers whole
     _move(waiting)
-    ending = [[layer for layer in group if layer.ends_prompt(coming)] for group in groups]
+    asking = [[layer for layer in group if layer.asks_for_end] for group in groups]
+    ending = [[layer for layer in group if layer.ends_prompt(coming)] for group in asking if group]
     for layer in (layer for group in ending for layer in group):
         if not layer.placement.prompted:
             layer.planner.note_prompt()

@@ -78,6 +78,8 @@ class Held:
         """Whether it matters which tokens are padding: not where all is kept as it came."""
         self.evicts = bool(self.placement.specs["keys"][-1] == "evict")
         """Whether its last tier drops tokens."""
+        self.asks_for_end = self.placement.prompted or self.placement.ranks
+        """Whether policies ask where the prompt ends."""
         self.observes = self.placement.attends
         """Whether policies ask for what only an attached model shows."""
         self.asked_for = self.asking is not None

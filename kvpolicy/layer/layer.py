@@ -53,8 +53,7 @@ class LayerCache(Held):
 
     def ends_prompt(self, coming: int = 1) -> bool:
         """Whether an update of so many tokens ends the prompt, and policies ask for that."""
-        asked = self.placement.prompted or self.placement.ranks
-        return coming == 1 and asked and self.step.prompt is None and self.seen > 0
+        return coming == 1 and self.asks_for_end and self.step.prompt is None and self.seen > 0
 
     def start(self, keys: Tensor, values: Tensor) -> None:
         """Make the stores for tensors of this kind: an empty slice of each is kept for type and device."""
@@ -193,7 +192,8 @@ class LayerCache(Held):
 
         Nobody else writes to tensors that are `lasting`: few tokens of such wait without being copied.
         """
-        if any(new[side].dtype != self.like[side].dtype for side in SIDES):  # autocast may have changed it
+        keys, values = self.like["keys"].dtype, self.like["values"].dtype
+        if new["keys"].dtype != keys or new["values"].dtype != values:  # autocast may have changed it
             new = {side: x.to(self.like[side if side in SIDES else "keys"].dtype) for side, x in new.items()}
         n = new["keys"].shape[2]
         if self.told is not None and self.step.prompt is None:
@@ -212,7 +212,8 @@ class LayerCache(Held):
 
     def commit(self, coming: int = 0) -> None:
         """Let the pending tokens into the tiers; see `commit_all`."""
-        if self.broken or self.staged or self.decoded or self.pending or self.ends_prompt(coming):
+        waits = self.broken or self.staged or self.decoded or self.pending
+        if waits or (self.asks_for_end and self.ends_prompt(coming)):
             commit_all([[self]], coming)
 
     def begin(self, new: dict[str, Tensor]) -> Any:
