@@ -87,20 +87,20 @@ def _written(pages: Sequence[Pages], tokens: Sequence[Tensor]) -> int:
     x = tokens[0]
     if not pages[0].pages or pages[0].pages[-1].dtype != x.dtype:
         return 0
+    n, width = x.shape[2], x.shape[3] * x.element_size()
     size, addresses = 0, []
-    for own, new in zip(pages, tokens, strict=True):
-        found = own.spot(new, size)
+    for own in pages:
+        found = own.spot(n, width, size)
         if found is None:
             break
         size = found[0]
         addresses.append(found[1])
-    token = x.shape[3] * x.element_size()
-    steps = x.shape[1] * size * token, size * token, token
+    steps = x.shape[1] * size * width, size * width, width
     done = len(addresses)
     if not done or copied(tokens[:done], addresses, steps):
         return done
     for own, new in zip(pages[:done], tokens, strict=False):
-        own.slice(own.length - new.shape[2], own.length).copy_(new)
+        own.slice(own.length - n, own.length).copy_(new)
     return done
 
 

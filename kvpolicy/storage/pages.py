@@ -202,11 +202,12 @@ class Pages:
             out.pages, out.length = [page], like.shape[2]
         return out
 
-    def spot(self, like: Tensor, size: int) -> tuple[int, int] | None:
-        """Let as many tokens in as a tensor has, where they fit into the last page as it is.
+    def spot(self, n: int, width: int, size: int) -> tuple[int, int] | None:
+        """Let `n` tokens of so many bytes in, where they fit into the last page as it is.
 
         Args:
-            like: the tensor.
+            n: how many.
+            width: bytes of a token.
             size: tokens that the page must have room for, 0 for any.
 
         Returns:
@@ -216,12 +217,14 @@ class Pages:
         if self._lies is None or self.front is not None or not self.pages:
             return None
         sizes, addresses = self._lies
-        at, n = self.start + self.length - sum(sizes[:-1]), like.shape[2]
+        at = self.start + self.length
+        if len(sizes) > 1:
+            at -= sum(sizes[:-1])
         if at < 0 or at + n > sizes[-1] or (size and size != sizes[-1]):
             return None
         Clock.note()
         self.length += n
-        return sizes[-1], addresses[-1] + at * like.shape[3] * like.element_size()
+        return sizes[-1], addresses[-1] + at * width
 
     def rows(self, first: int, last: int) -> Pages:
         """Some rows of a `whole` tensor, where they lie; to be read."""
