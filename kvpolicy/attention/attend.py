@@ -13,6 +13,7 @@ from kvpolicy.attention.backend import asked, assigned, computed, merged, observ
 from kvpolicy.attention.mask import Queries, as_mask
 from kvpolicy.attention.reading import read
 from kvpolicy.attention.reference import REFERENCE, SCORES, only_new, weights
+from kvpolicy.attention.steady import stands
 from kvpolicy.interfaces.backend import AttentionOptions, Part, StoreView
 from kvpolicy.layer.layer import LayerCache
 from kvpolicy.placement.attention_scores import Observer
@@ -55,6 +56,11 @@ def attend(
     if observer is not None and not observer.queries:
         observer = None  # none of these queries counts
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    asked = scale, softcap, sinks is None, observer and observer.room
+    standing = None if mask is not None else stands(tiers, query, new, *asked)
+    out = None if standing is None else standing.again(tiers, query, new, sinks, observer)
+    if out is not None:
+        return out
     shown = as_mask(mask, tiers.committed + new[0].shape[2], new[0].shape[1])
     pages = read(tiers, query, shown, scale, softcap) if tiers.page_table is not None else None
     options = AttentionOptions(scale, softcap, sinks, observer, alone=pages is None)
@@ -65,6 +71,9 @@ def attend(
         return _as_asked(REFERENCE.output(query, pieces[0][1], shown, options), query)
     found = [] if pages is None else [pages]
     alone = len(pieces) == 1 and pages is None
+    out = standing.first(tiers, *pieces[0], query, options) if alone and standing is not None else None
+    if out is not None:
+        return out
     for number, (backend, part) in enumerate(pieces):
         own = options if alone else AttentionOptions(scale, softcap, None if number else sinks)
         found.append(computed(backend, query, part, shown, own))

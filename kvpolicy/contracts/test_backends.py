@@ -226,3 +226,37 @@ def test_what_it_codes_is_what_pytorch_codes_to_the_bit(
             torch.testing.assert_close(found, expected, rtol=0.0, atol=0.0, equal_nan=True)
             around = torch.cat([page[:, :, :2], page[:, :, 2 + found.shape[2] :]], dim=2)
             assert (around.contiguous().view(torch.uint8) == 77).all()
+
+
+@EVERY
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_what_it_copies_stands_where_it_belongs(backend: Backend, tokens: int, device: str) -> None:
+    if backend.device not in (None, device):
+        return
+    given = [_given((2, KV_HEADS, 8, 64), torch.bfloat16, device, seed)[:, :, :tokens] for seed in range(3)]
+    pages = [torch.full((2, KV_HEADS, 32, 64), 7.0, dtype=torch.bfloat16, device=device) for _ in given]
+    expected = [page.clone() for page in pages]
+    size = pages[0].element_size()
+    steps = size * pages[0].stride(0), size * pages[0].stride(1), size * pages[0].stride(2)
+    addresses = [page.data_ptr() + 3 * steps[2] for page in pages]
+    if call(backend, "copies", given, addresses, steps):
+        for page, x in zip(expected, given, strict=True):
+            page[:, :, 3 : 3 + tokens] = x
+    bits = [(a.view(torch.int16), b.view(torch.int16)) for a, b in zip(pages, expected, strict=True)]
+    assert all(torch.equal(a, b) for a, b in bits)
+
+
+@EVERY
+@pytest.mark.parametrize("device", DEVICES)
+def test_what_it_moves_within_pages_stands_where_it_belongs(backend: Backend, device: str) -> None:
+    if backend.device not in (None, device):
+        return
+    pages = [torch.randn((2, KV_HEADS, 32, 64), device=device).to(torch.bfloat16) for _ in range(3)]
+    expected = [page.clone() for page in pages]
+    sources = [torch.arange(28, 32, device=device).expand(2, KV_HEADS, -1).contiguous() for _ in pages]
+    places = [torch.tensor([1, 4, 9, 20], device=device).expand(2, KV_HEADS, -1).contiguous() for _ in pages]
+    if call(backend, "shifts", pages, sources, places):
+        for page in expected:
+            page[:, :, [1, 4, 9, 20]] = page[:, :, 28:]
+    assert all(map(torch.equal, pages, expected))

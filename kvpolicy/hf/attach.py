@@ -32,11 +32,11 @@ from kvpolicy.hf.passes import Pass, attached_pass
 from kvpolicy.hf.passes import is_attached as is_attached
 from kvpolicy.layer.layer import LayerCache
 from kvpolicy.layer.view import View
+from kvpolicy.placement.attention_scores import Observer
 from kvpolicy.recipe.load import Recipe, load_recipe
 
 SERVED = ("sdpa", "eager")
 _reading = passes.reading
-OPTIONS = (("scaling", "scaling"), ("softcap", "softcap"), ("sinks", "s_aux"))
 _eager: WeakKeyDictionary[type, tuple[str, str]] = WeakKeyDictionary()
 """Where the eager function is that a class of attention modules names."""
 
@@ -270,9 +270,9 @@ def _attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Views are read from their stores, all else is for `before`, or for the module's own eager function."""
     original = before or _eager_in(type(module)) or eager_of(module, sys._getframe(1))
-    current = attached_pass(module)
     if isinstance(key, View) and isinstance(value, View):
-        return _read(original, module, current, query, key, value, *args, **kwargs)
+        return _read(original, module, query, key, value, *args, **kwargs)
+    current = attached_pass(module)
     key, value = (x.dense() if isinstance(x, View) else x for x in (key, value))  # DiffLlama computes on values alone
     if current is None or current.cache is None:
         found: tuple[Tensor, Tensor | None] = original(module, query, key, value, *args, **kwargs)
@@ -322,7 +322,6 @@ def _pass_on(
 def _read(
     original: Callable[..., Any],
     module: Any,
-    current: Pass | None,
     query: Tensor,
     key: View,
     value: View,
@@ -335,7 +334,6 @@ def _read(
     if attention_mask is not None and attention_mask is nothing_hidden.get():
         attention_mask = None
     assert isinstance(tiers, LayerCache)
-    options = {name: kwargs.get(given) for name, given in OPTIONS}
     if not query.shape[2]:
         return query.new_empty((query.shape[0], 0, query.shape[1], value.shape[3])), None
     if tiers.densely and attention_mask is not None and attention_mask.shape[-1] != tiers.seen:
@@ -344,24 +342,35 @@ def _read(
             f"{tiers.seen} tokens seen where its model is attached, found {attention_mask.shape[-1]}; use a recipe "
             "that drops none, or detach the model"
         )
-    cache = None if current is None else current.cache
-    # Layers that share another's keys may leave out queries: the scores speak of the attention of the layer itself.
-    observer = tiers.observe(query) if cache is None or _tiers_of(cache, module.layer_idx) is tiers else None
+    observer = _observer(module, tiers, query) if tiers.observes else None
     committed, lse = tiers.committed, None
+    options = kwargs.get("scaling"), kwargs.get("softcap"), kwargs.get("s_aux")
     if not committed:
         out, lse = own_attention(original, module, query, new, attention_mask, args, kwargs, observer is not None)
-    with torch.no_grad(), precise(query.device):
+    with precise(query.device):
         if committed:
-            out = attend(tiers, query, new, attention_mask, observer=observer, **options)
+            out = attend(tiers, query, new, attention_mask, *options, observer)
         elif observer is not None:
-            observe(query, new[0], observer, attention_mask, lse=lse, **options)
-    _show(current, module, query, key, value, attention_mask, kwargs, out)
-    tiers.heed(query)
+            observe(query, new[0], observer, attention_mask, *options, lse)
+    if watching.get() is not None:
+        _show(attached_pass(module), module, query, key, value, attention_mask, kwargs, out)
+    if tiers.asked_for:
+        tiers.heed(query)
     if tiers.scratch is not None:  # no other layer reads these keys and values
         passes.let_in(tiers, None if cache is None else current, query)
     if committed and wants_gradients(query, key, value):
         out = barred(ATTACHED, out, query, key, value)
     return out, None
+
+
+def _observer(module: Any, tiers: LayerCache, query: Tensor) -> Observer | None:
+    """Who is told of the attention of a layer.
+
+    Layers that share another's keys may leave out queries: the scores speak of the attention of the layer itself.
+    """
+    current = attached_pass(module)
+    cache = None if current is None else current.cache
+    return tiers.observe(query) if cache is None or _tiers_of(cache, module.layer_idx) is tiers else None
 
 
 def _show(current: Pass | None, *seen: Any) -> None:

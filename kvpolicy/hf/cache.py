@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,6 +35,8 @@ from kvpolicy.placement.planner import Placement
 from kvpolicy.placement.step import Step
 from kvpolicy.recipe.load import Recipe, load_recipe
 
+GRAPHS = "torch._inductor.cudagraph_trees"
+"""Where this is loaded, compiled code may write its results to the same memory again."""
 UNTOLD = (
     "no model tells this cache of padding while it is not attached, so that padded rows can't be told apart; make it "
     "for the model that runs: make_cache(recipe, model)"
@@ -90,8 +93,11 @@ class CompressedCache(PassAware, Cache):
         Raises:
             CacheError: the cache is in use by another thread, or was interrupted.
         """
-        with self.guard.updating():
-            layer = self.layers[layer_idx]
+        layer = self.layers[layer_idx]
+        self.reading.lasting = GRAPHS not in sys.modules
+        if isinstance(layer, TieredLayer) and not self.offloading and self.guard.expects(layer_idx):
+            return layer.take(key_states, value_states)
+        with self.guard.updating:
             if not getattr(layer, "attached", True):
                 check_announced(self)
             self.guard.expect(layer_idx, key_states)

@@ -278,7 +278,7 @@ def _commit(cache: CompressedCache, device: torch.device) -> None:
             queries.
     """
     tiers = _tiers(cache)
-    with torch.no_grad(), precise(device):
+    with precise(device):
         cache.guard.commit(1)
         # What a step knows of them comes to the device here, not within a capture.
         columns = [layer.columns() for layer in tiers]

@@ -105,23 +105,33 @@ class TieredLayer(DenseAccess, CacheLayerMixin):
         What it returns is overwritten by the next layer's update. Gradients reach the new tokens alone; `backward`
         raises a `CacheError` where they would have to go elsewhere.
         """
-        self.check_attached()
-        linked, held = wants_gradients(key_states, value_states), self.tiers.seen
-        with torch.no_grad(), precise(key_states.device):
+        return self.take(key_states, value_states)
+
+    def take(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """`update`, for callers that `torch.compile` does not look into."""
+        tiers = self.tiers
+        views = tiers.told_apart and tiers.reading.attached
+        if views and self.is_initialized and not torch.is_grad_enabled() and not torch._C._is_any_autocast_enabled():
+            return tiers.stage(key_states, value_states)
+        tiers.check_attached()
+        linked = wants_gradients(key_states, value_states)
+        held = linked and tiers.seen > 0
+        with precise(key_states.device):
             if not self.is_initialized:
                 self.lazy_initialization(key_states, value_states)
-            views = self.attached and self.tiers.told_apart
-            keys, values = (self.tiers.stage if views else self.tiers.update)(key_states, value_states)
-        if linked and held and views:
+            keys, values = (tiers.stage if views else tiers.update)(key_states, value_states)
+        if not linked:
+            return keys, values
+        if held and views:
             return barred(ATTACHED, keys, key_states), barred(ATTACHED, values, value_states)
-        if linked and held:
+        if held:
             keys, values = (
                 torch.cat([x[:, :, : x.shape[2] - new.shape[2]], new], dim=2)
                 for x, new in ((keys, key_states), (values, value_states))
             )
             if self.unlinked:
                 keys, values = barred(HELD, keys), barred(HELD, values)
-        self.unlinked = self.unlinked or linked
+        self.unlinked = True
         return keys, values
 
     def get_seq_length(self, *args: Any) -> int:

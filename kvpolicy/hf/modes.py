@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from kvpolicy.errors import CacheError
 
+_compiling: Callable[[], Any] | None = None
+"""Gives what compiles the frames of this thread, None where nothing does."""
+with suppress(ImportError):  # releases of PyTorch may have other names for it
+    from torch._C._dynamo.eval_frame import get_eval_frame_callback
+    from torch._dynamo.decorators import skip
+
+    _compiling = get_eval_frame_callback
 F = TypeVar("F", bound=Callable[..., Any])
+_AS_IT_IS: AbstractContextManager[Any] = nullcontext()
 
 nothing_hidden: ContextVar[Tensor | None] = ContextVar("kvpolicy_nothing_hidden", default=None)
 """A mask that stands for none. Models make one of their own where a CUDA graph is captured and they are given none."""
@@ -30,16 +39,33 @@ HELD = (
 
 def uncompiled(function: F) -> F:
     """A function that `torch.compile` calls instead of looking into it."""
-    found: F = torch.compiler.disable(function)
-    return found
+    apart: F = torch.compiler.disable(function)
+    if _compiling is None:
+        return apart
+    asks = _compiling
+
+    @functools.wraps(function)
+    def called(*args: Any, **kwargs: Any) -> Any:  # to go apart costs some ten calls, which eager models need not pay
+        return (function if asks() is None else apart)(*args, **kwargs)
+
+    return cast(F, skip(called))
 
 
 def precise(device: torch.device) -> AbstractContextManager[Any]:
-    """Arithmetic in the types of the tensors, although the caller may run under `torch.autocast`."""
-    name = device.type
-    if torch.amp.is_autocast_available(name) and torch.is_autocast_enabled(name):
-        return torch.autocast(name, enabled=False)
-    return nullcontext()
+    """Arithmetic without gradients and in the types of the tensors, although the caller may run under autocast."""
+    if torch._C._is_any_autocast_enabled():
+        return _unchanged(device.type)
+    return torch.no_grad() if torch.is_grad_enabled() else _AS_IT_IS
+
+
+@contextmanager
+def _unchanged(device: str) -> Iterator[None]:
+    with torch.no_grad():
+        if torch.amp.is_autocast_available(device):
+            with torch.autocast(device, enabled=False):
+                yield
+        else:
+            yield
 
 
 def wants_gradients(*tensors: Tensor) -> bool:

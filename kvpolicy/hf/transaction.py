@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from threading import get_ident
@@ -17,8 +17,10 @@ from torch import Tensor
 from kvpolicy.errors import CacheError
 from kvpolicy.hf.layer import TieredLayer
 from kvpolicy.hf.modes import precise
+from kvpolicy.hf.one_thread import OneThread
+from kvpolicy.layer.commit import commit_all, groups_of
 from kvpolicy.layer.held import Reading
-from kvpolicy.layer.layer import MAX_APART, LayerCache, commit_all
+from kvpolicy.layer.layer import MAX_APART
 from kvpolicy.placement.padding import Padding
 
 BETWEEN = ("kvpolicy", "torch._dynamo", "contextlib")
@@ -87,28 +89,20 @@ class Guard:
         """The forward pass under way, or one that was interrupted."""
         self._torn: str | None = None
         """The operation that was interrupted after some layers, so that the cache must be reset."""
-        self._user: dict[str, int] = {}
-        """The thread that is updating a layer right now."""
+        self.tiers = [layer.tiers for layer in layers if isinstance(layer, TieredLayer)]
+        """Of the layers that the recipe keeps."""
+        self.evicts = any(tiers.evicts for tiers in self.tiers)
+        """Whether tokens are dropped in any layer."""
+        self.selects_together = any(tiers.placement.shared for tiers in self.tiers)
+        """Whether a policy selects the same tokens in several layers."""
+        self._groups = groups_of(self.tiers)
+        self._asking = [tiers for tiers in self.tiers if tiers.asks_for_end]
+        self.updating = OneThread()
         self.untold = False
         """Whether tokens came outside any pass that a model announced."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_pass": None, "_user": {}}
-
-    @property
-    def tiers(self) -> list[LayerCache]:
-        """Of the layers that the recipe keeps."""
-        return [layer.tiers for layer in self.layers if isinstance(layer, TieredLayer)]
-
-    @property
-    def evicts(self) -> bool:
-        """Whether tokens are dropped in any layer."""
-        return any(tiers.evicts for tiers in self.tiers)
-
-    @property
-    def selects_together(self) -> bool:
-        """Whether a policy selects the same tokens in several layers."""
-        return any(tiers.placement.shared for tiers in self.tiers)
+        return {**self.__dict__, "_pass": None}
 
     @property
     def pending(self) -> int:
@@ -142,22 +136,24 @@ class Guard:
         before, padding = self.seen, self.reading.padding
         if isinstance(mask, Tensor) and mask.ndim == 4 and self.evicts and not attached:
             self._check_columns(mask, tokens)
-        held = {tiers.planner.width for tiers in self.tiers if tiers.evicts and tiers.step.by_head}
-        if not attached and len(held) > 1 and not any(getattr(layer, "uneven", None) for layer in self.layers):
+        ragged = not attached and self.evicts and not any(getattr(layer, "uneven", None) for layer in self.layers)
+        held = {tiers.planner.width for tiers in self.tiers if ragged and tiers.evicts and tiers.step.by_head}
+        if len(held) > 1:
             raise CacheError(
                 "layers that drop tokens must hold the same number while the model is not attached, found "
                 f"{sorted(held)} after a crop; attach the model, or reset() the cache"
             )
         coming = self._padding_with(mask, tokens, before, attached)
         own = {i: _kept(x) for i, x in enumerate(self.layers) if not isinstance(x, TieredLayer)}
-        together = self.selects_together and not any(tiers.placement.attends for tiers in self.tiers)
+        together = self.selects_together and not any(tiers.observes for tiers in self.tiers)
         # Where this may end the prompt, layers wait for their updates, which know how many tokens come.
-        ends = tokens == 1 and not self.selects_together and any(tiers._ends_prompt(1) for tiers in self.tiers)
+        ends = tokens == 1 and not self.selects_together and any(tiers.ends_prompt() for tiers in self._asking)
         if (attached and not ends) or together:
             device = next((tiers.like["keys"].device for tiers in self.tiers if tiers.like), torch.device("cpu"))
-            with torch.no_grad(), precise(device):
+            with precise(device):
                 self.commit(tokens)
         self._pass = Transaction(before, padding, own, _caller())
+        self.reading.known.clear()
         self.reading.padding, self.reading.attached = coming, attached
 
     def _check_columns(self, mask: Tensor, tokens: int) -> None:
@@ -179,10 +175,12 @@ class Guard:
                 self.take_back()
             return
         for tiers in self.tiers:
-            tiers.hold()
+            if tiers.staged or tiers.decoded:
+                tiers.hold()
         if self.selects_together and self.pending > MAX_APART:
             self.commit()
         self.reading.attached = False
+        self.reading.known.clear()
         self._pass = None  # last: until here an interruption takes the pass back
 
     def announce(self, tokens: int, mask: Any, attached: bool) -> None:
@@ -242,7 +240,8 @@ class Guard:
             )
         lengths = self._lengths() if same_tokens else []
         for tiers in self.tiers if same_tokens else ():
-            tiers.check_whole()
+            if tiers.broken:
+                tiers.check_whole()
         if len(set(lengths)) > 1:
             raise CacheError(
                 f"the layers of a cache must hold the same tokens, and an update was interrupted: they have seen "
@@ -281,7 +280,16 @@ class Guard:
     def _agree(self) -> None:
         """Where the prompt has ended for some layers it has for all."""
         if any(tiers.step.prompt is not None for tiers in self.tiers):
-            commit_all(self._groups(tiers for tiers in self.tiers if tiers.step.prompt is None), coming=1)
+            commit_all(groups_of(tiers for tiers in self.tiers if tiers.step.prompt is None), coming=1)
+
+    def expects(self, layer: int) -> bool:
+        """Whether the forward pass of an attached model under way, in this thread, brings tokens to a layer now."""
+        p = self._pass
+        known = p is not None and self._torn is None and self.reading.attached and p.thread == get_ident()
+        if p is None or not known or layer in p.given:
+            return False
+        p.given.add(layer)
+        return True
 
     def expect(self, layer: int, keys: Tensor) -> None:
         """Refuse tokens for a layer that has seen more than the others, or in a pass of another thread."""
@@ -361,17 +369,6 @@ class Guard:
             raise
         self._torn = None
 
-    @contextmanager
-    def updating(self) -> Iterator[None]:
-        """One thread updates one layer."""
-        me = get_ident()
-        if self._user.setdefault("thread", me) != me:
-            raise CacheError("a cache serves one thread at a time, and another is updating this one; use another cache")
-        try:
-            yield
-        finally:
-            self._user.pop("thread", None)
-
     def recover(self) -> None:
         """Take an interrupted pass back, if there is one."""
         if self._pass is not None and not self._pass.alive():
@@ -379,15 +376,7 @@ class Guard:
 
     def commit(self, coming: int = 0) -> None:
         """Let the pending tokens into the tiers, in all layers; see `commit_all`."""
-        commit_all(self._groups(self.tiers), coming)
-
-    def _groups(self, layers: Iterable[LayerCache]) -> Iterable[list[LayerCache]]:
-        """Layers that select together, the others each for itself."""
-        groups: dict[int, list[LayerCache]] = {}
-        for number, tiers in enumerate(layers):
-            placement = tiers.placement
-            groups.setdefault(id(placement) if placement.shared else -1 - number, []).append(tiers)
-        return groups.values()
+        commit_all(self._groups, coming)
 
     @contextmanager
     def emptying(self) -> Iterator[None]:

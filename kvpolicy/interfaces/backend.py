@@ -238,6 +238,43 @@ class Backend(Component):
             scores, sinks included: float32 `[batch, heads, queries]`, minus infinity where nothing is seen.
         """
 
+    def again(self, query: Tensor, part: Part, options: AttentionOptions) -> Callable[..., Tensor | None] | None:
+        """What attends in place of `attend` for parts that differ from this one in addresses alone, or None.
+
+        Other layers have such parts, right after this one: like stores with as many tokens in as many pages, without a
+        mask. It is called with their query, new tokens, addresses of pages (of keys, then of values), sinks and
+        observer, and returns the output `[batch, queries, heads, head_dim of values]` in the type of the query, or
+        None if `attend` is to be asked.
+        """
+        return None
+
+    def copies(self, tokens: Sequence[Tensor], addresses: Sequence[int], steps: tuple[int, int, int]) -> bool:
+        """Write tokens of several layers to where their stores keep them, at a small cost for each.
+
+        Args:
+            tokens: of each layer, `[batch, kv_heads, tokens, width]`, of one shape and type.
+            addresses: where the first number of each is to stand; numbers of a token are neighbours.
+            steps: bytes from row to row there, from head to head, and from token to token.
+
+        Returns:
+            Whether that was done; if not, nothing was written.
+        """
+        return False
+
+    def shifts(self, pages: Sequence[Tensor], sources: Sequence[Tensor], places: Sequence[Tensor]) -> bool:
+        """Move tokens within the pages of several layers, at a small cost for each.
+
+        Args:
+            pages: `[batch, kv_heads, room, width]` of each layer, of one shape and type.
+            sources: which tokens move, int64 `[batch or 1, kv_heads or 1, tokens]`. None of them is in `places`, but
+                for some that move to where nothing counts any more.
+            places: where to.
+
+        Returns:
+            Whether that was done; if not, nothing was written.
+        """
+        return False
+
     def observe(self, query: Tensor, keys: Tensor, mask: Tensor | None, options: AttentionOptions) -> bool:
         """Tell `options.observer` what queries of a prompt's first part attend to, without an output.
 

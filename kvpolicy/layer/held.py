@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +16,7 @@ from kvpolicy.interfaces.policy import RankPolicy
 from kvpolicy.interfaces.quantizer import Quantizer
 from kvpolicy.interfaces.site import Site
 from kvpolicy.layer.paging import PageTable
+from kvpolicy.layer.standing import Kind, Stood
 from kvpolicy.layer.view import Scratch
 from kvpolicy.placement.attention_scores import Observer
 from kvpolicy.placement.by_position import ByPosition
@@ -56,6 +57,10 @@ class Reading:
     """Whether an attached model reads the stores: updates give views, and masks cover all tokens seen."""
     padding: Padding | None = None
     """Which of all tokens are padding, those of the pass included, once some are."""
+    lasting: bool = False
+    """Whether nobody else writes to the tensors that updates bring."""
+    known: dict[Any, Any] = field(default_factory=dict)
+    """What attention found out in the pass, for each kind of layers."""
     room: int = 0
     """Columns that attention weights are to have at least, for policies that are told of them."""
 
@@ -71,6 +76,12 @@ class Held:
         specs = [spec for side in SIDES for spec in self.placement.specs[side]]
         self.told_apart = any(spec != "full" for spec in specs) or self.placement.tabled
         """Whether it matters which tokens are padding: not where all is kept as it came."""
+        self.evicts = bool(self.placement.specs["keys"][-1] == "evict")
+        """Whether its last tier drops tokens."""
+        self.asks_for_end = self.placement.prompted or self.placement.ranks
+        """Whether policies ask where the prompt ends."""
+        self.observes = self.placement.attends
+        """Whether policies ask for what only an attached model shows."""
         self.asked_for = self.asking is not None
         """Whether a transform of keys must see queries."""
         self.clear()
@@ -91,6 +102,10 @@ class Held:
         self.told: Tensor | None = None
         """What the tokens of the prompt score, where a scorer must be told that: `[batch, kv_heads, tokens]`."""
         self.densely = False
+        self.kind: Kind | None = None
+        """What attention says of its stores once for all, if it was asked."""
+        self.stood: Stood | None = None
+        """What it knows of where tokens lie, as long as that holds."""
         self.backends: tuple[str, ...] = ()
         """Who computed attention last."""
         self.broken = False
@@ -99,11 +114,6 @@ class Held:
     def padding(self) -> Padding | None:
         """Which of the tokens seen are padding, if this layer tells them apart."""
         return self.reading.padding if self.told_apart else None
-
-    @property
-    def evicts(self) -> bool:
-        """Whether its last tier drops tokens."""
-        return bool(self.placement.specs["keys"][-1] == "evict")
 
     @property
     def waiting(self) -> int:
@@ -116,7 +126,8 @@ class Held:
 
     @property
     def seen(self) -> int:
-        return self.committed + self.waiting + (self.staged["keys"].shape[2] if self.staged else 0)
+        pending = self.pending["keys"].shape[2] if self.pending else 0
+        return self.planner.step.seen + pending + (self.staged["keys"].shape[2] if self.staged else 0)
 
     @property
     def step(self) -> Step:
@@ -223,9 +234,12 @@ class Held:
         Raises:
             CacheError: a scorer must be told of them.
         """
-        scorer, end = self.placement.scores.told, self.seen + keys.shape[2]
+        scorer = self.placement.scores.told
+        if scorer is None:
+            return
+        end = self.seen + keys.shape[2]
         ends = keys.shape[2] == 1 and self.seen > 0  # what comes is no part of the prompt
-        if scorer is None or self.step.prompt is not None or ends:
+        if self.step.prompt is not None or ends:
             return
         if self.told is None or self.told.shape != (*keys.shape[:2], end):
             raise CacheError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,17 +11,16 @@ import torch
 from torch import Tensor
 
 from kvpolicy.errors import CacheError
+from kvpolicy.layer.commit import commit_all
 from kvpolicy.layer.held import PENDING, SIDES, Held, Positions
 from kvpolicy.layer.merging import merge
 from kvpolicy.layer.mover import move
 from kvpolicy.layer.paging import PageTable
 from kvpolicy.layer.view import View
-from kvpolicy.placement import joint
 from kvpolicy.placement.attention_scores import Counted, Observer
 from kvpolicy.placement.contract import select
 from kvpolicy.placement.moves import EMPTY, AllMoves
 from kvpolicy.placement.per_head import PerHeadPlacement
-from kvpolicy.storage.later import Later
 from kvpolicy.storage.make import make_store
 
 MAX_PENDING = 64
@@ -46,16 +45,15 @@ class LayerCache(Held):
         Args:
             coming: tokens of the update before which this happens, if there is one.
         """
-        ends = self._ends_prompt(coming)
+        ends = self.ends_prompt(coming)
         if not self.waiting and not ends:
             return self.planner.width
         planner = self.by_head() if self.tells_apart else self.planner
         return planner.width_after(self.waiting, self.padding, ends)
 
-    def _ends_prompt(self, coming: int) -> bool:
+    def ends_prompt(self, coming: int = 1) -> bool:
         """Whether an update of so many tokens ends the prompt, and policies ask for that."""
-        asked = self.placement.prompted or self.placement.ranks
-        return coming == 1 and asked and self.seen > 0 and self.step.prompt is None
+        return coming == 1 and self.asks_for_end and self.step.prompt is None and self.seen > 0
 
     def start(self, keys: Tensor, values: Tensor) -> None:
         """Make the stores for tensors of this kind: an empty slice of each is kept for type and device."""
@@ -85,18 +83,23 @@ class LayerCache(Held):
         if not self.stores:
             self.start(keys, values)
         self._check_rows(keys)
-        self.check_told(keys)
-        self.commit(keys.shape[2])
-        if self.committed == 0 and keys.shape[2] and not self.placement.attends and not self.wants_queries:
+        if self.placement.scores.told is not None:
+            self.check_told(keys)
+        tokens = keys.shape[2]
+        self.commit(tokens)
+        first = self.planner.step.seen == 0
+        if first and tokens and not self.placement.attends and not self.wants_queries:
             self.add(keys, values)
             return keys, values
-        staged = {side: x.detach() if x.requires_grad else x for side, x in (("keys", keys), ("values", values))}
+        shown = keys, values
+        if keys.requires_grad or values.requires_grad:
+            keys, values = keys.detach(), values.detach()
+        if tokens:
+            self.staged = {"keys": keys, "values": values}
+        if not first:  # gradients reach the tokens of a first update
+            shown = keys, values
         held = self.planner.width
-        first = self.committed == 0  # gradients reach the tokens of a first update
-        shown = {"keys": keys, "values": values} if first else staged
-        if keys.shape[2]:
-            self.staged = staged
-        return View(self, "keys", shown["keys"], held), View(self, "values", shown["values"], held)
+        return View(self, "keys", shown[0], held), View(self, "values", shown[1], held)
 
     def densified(self) -> dict[str, Tensor]:
         """What the views of `stage` stand for, for models that compute on it."""
@@ -169,11 +172,12 @@ class LayerCache(Held):
 
     def hold(self) -> None:
         """Let the tokens of `stage` in; its views are no longer valid."""
-        self.decoded = {}
+        if self.decoded:
+            self.decoded = {}
         if self.staged:
-            with self._changing():
-                self._enter(self.staged)
-                self.staged = {}
+            before, self.broken = self.broken, True
+            self._enter(self.staged, self.reading.lasting and self.placement.merger is None)
+            self.staged, self.broken = {}, before
 
     def add(self, keys: Tensor, values: Tensor) -> None:
         """Add tokens without decoding what is held: the pending ones commit, the newest of these wait."""
@@ -183,9 +187,13 @@ class LayerCache(Held):
         with self._changing():
             self._enter({"keys": keys.detach(), "values": values.detach()})
 
-    def _enter(self, new: dict[str, Tensor]) -> None:
-        """Take in new tokens, none pending: the newest wait, the others are let into the tiers."""
-        if any(new[side].dtype != self.like[side].dtype for side in SIDES):  # autocast may have changed it
+    def _enter(self, new: dict[str, Tensor], lasting: bool = False) -> None:
+        """Take in new tokens, none pending: the newest wait, the others are let into the tiers.
+
+        Nobody else writes to tensors that are `lasting`: few tokens of such wait without being copied.
+        """
+        keys, values = self.like["keys"].dtype, self.like["values"].dtype
+        if new["keys"].dtype != keys or new["values"].dtype != values:  # autocast may have changed it
             new = {side: x.to(self.like[side if side in SIDES else "keys"].dtype) for side, x in new.items()}
         n = new["keys"].shape[2]
         if self.told is not None and self.step.prompt is None:
@@ -197,11 +205,16 @@ class LayerCache(Held):
         if early:
             self._let_in({side: x[:, :, :early] for side, x in new.items()})
             new = {side: x[:, :, early:] for side, x in new.items()}
-        self.pending = {side: x.clone() for side, x in new.items()} if early < n else {}
+        if lasting and not early and n <= MAX_PENDING:
+            self.pending = new
+        else:
+            self.pending = {side: x.clone() for side, x in new.items()} if early < n else {}
 
     def commit(self, coming: int = 0) -> None:
         """Let the pending tokens into the tiers; see `commit_all`."""
-        commit_all([[self]], coming)
+        waits = self.broken or self.staged or self.decoded or self.pending
+        if waits or (self.asks_for_end and self.ends_prompt(coming)):
+            commit_all([[self]], coming)
 
     def begin(self, new: dict[str, Tensor]) -> Any:
         """Plan to let in new tokens; see `Planner.begin`."""
@@ -209,9 +222,8 @@ class LayerCache(Held):
             self.by_head()
         return self.planner.begin(new, self.padding, self.observer)
 
-    def finish(self, new: dict[str, Tensor], moves: AllMoves, later: Later | None = None) -> None:
-        """Let new tokens in as planned; what `later` codes is not in its store yet."""
-        move(self.stores, new, moves, later)
+    def moved(self, moves: AllMoves) -> None:
+        """Tokens have been let in, and moved."""
         if moves["keys"][-1].leaving is not None:
             self.forget_pages()
         self.observer = None
@@ -236,9 +248,11 @@ class LayerCache(Held):
     def _let_in(self, new: dict[str, Tensor]) -> None:
         turn = self.begin(new)
         select([self.planner], [turn])
-        self.finish(new, self._moves(turn, new))
+        moves = self.moves(turn, new)
+        move([self.stores], [new], [moves])
+        self.moved(moves)
 
-    def _moves(self, turn: Any, new: dict[str, Tensor]) -> AllMoves:
+    def moves(self, turn: Any, new: dict[str, Tensor]) -> AllMoves:
         """What moves as planned; values that are dropped are merged, `new` with them."""
         merger, stores = self.placement.merger, self.stores["values"]
         if merger is not None and stores[0] is not None:
@@ -248,7 +262,7 @@ class LayerCache(Held):
     def settle(self) -> None:
         """Once all was restored: rows and heads take no more room than they took as it was saved."""
         if isinstance(self.planner, PerHeadPlacement):
-            move(self.stores, self.like, self.planner.settle())
+            move([self.stores], [self.like], [self.planner.settle()])
 
     def by_head(self) -> PerHeadPlacement:
         """From now on each row, and each head that policies look at, has places of its own."""
@@ -306,7 +320,7 @@ class LayerCache(Held):
                 return
             self.pending, self.observer = {}, None
             if length < self.committed:
-                move(self.stores, self.like, self.planner.crop(length))
+                move([self.stores], [self.like], [self.planner.crop(length)])
                 self.forget_pages()
 
     def select(self, rows: Tensor) -> None:
@@ -339,67 +353,3 @@ class LayerCache(Held):
         for held in (self.pending, self.like):
             for side, x in held.items():
                 held[side] = x.to(device, non_blocking=True)
-
-
-def commit_all(groups: Iterable[Sequence[LayerCache]], coming: int = 0) -> None:
-    """Let the pending tokens of layers into their tiers.
-
-    Args:
-        groups: layers that select tokens together, or one alone.
-        coming: tokens of the update before which this happens, if there is one. The first that brings a single token to
-            a cache that holds some ends the prompt.
-    """
-    groups = list(groups)
-    for layer in (layer for group in groups for layer in group):
-        layer.check_whole()
-        layer.hold()
-    waiting = [[layer for layer in group if layer.waiting] for group in groups]
-    for layer in (layer for group in waiting for layer in group):
-        layer.held_after_commit(coming)  # arithmetic first, which steps keep: interrupted, it leaves the layers whole
-    advance(waiting)
-    ending = [[layer for layer in group if layer._ends_prompt(coming)] for group in groups]
-    for layer in (layer for group in ending for layer in group):
-        if not layer.placement.prompted:
-            layer.planner.note_prompt()
-    ending = [[layer for layer in group if layer.placement.prompted] for group in ending]
-    advance(ending, ends=True)
-
-
-def advance(groups: Sequence[Sequence[LayerCache]], ends: bool = False) -> None:
-    """Let the pending tokens of layers in, or, as it `ends`, what the prompt's end asks for; coded in one go."""
-    before = [(layer, layer.broken) for group in groups for layer in group]
-    for layer, _ in before:
-        layer.broken = True
-    later = Later()
-    for group in _together(groups):
-        new = [layer.like if ends else layer.pending for layer in group]
-        for layer, own, moves in zip(group, new, _planned(group, ends), strict=True):
-            layer.finish(own, moves, later)
-            layer.pending = {}
-    later.run()
-    for layer, broken in before:
-        layer.broken = broken
-
-
-def _together(groups: Sequence[Sequence[LayerCache]]) -> Iterable[Sequence[LayerCache]]:
-    """The same groups, those of one layer each that may plan as one put together."""
-    found: dict[Any, list[LayerCache]] = {}
-    for number, group in enumerate(group for group in groups if group):
-        key: Any = None
-        if len(group) == 1 and group[0].tells_apart:
-            key = joint.key_of(group[0].by_head(), group[0].observer)
-        found.setdefault(number if key is None else (*key, group[0].waiting), []).extend(group)
-    return found.values()
-
-
-def _planned(group: Sequence[LayerCache], ends: bool) -> list[AllMoves]:
-    """What moves in each of some layers."""
-    if len(group) > 1 and not group[0].placement.shared:
-        planners = [layer.by_head() for layer in group]
-        new = [] if ends else [layer.pending for layer in group]
-        return joint.plan(joint.joined(planners), new, group[0].padding, [layer.observer for layer in group])
-    turns = [layer.planner.end_prompt() if ends else layer.begin(layer.pending) for layer in group]
-    if group[0].placement.ranks:
-        select([layer.planner for layer in group], turns)
-    every = zip(group, turns, strict=True)
-    return [layer._moves(turn, layer.like if ends else layer.pending) for layer, turn in every]

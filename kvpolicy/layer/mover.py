@@ -2,51 +2,98 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from kvpolicy.placement.moves import NEW, AllMoves, Arrival
+from kvpolicy.placement.moves import NEW, AllMoves, Arrival, Moves
 from kvpolicy.storage.affine import AffineStore
 from kvpolicy.storage.base import Store
+from kvpolicy.storage.exact import ExactStore
 from kvpolicy.storage.gather import gather_tokens
-from kvpolicy.storage.later import Later
+from kvpolicy.storage.later import Later, append_all, remove_all
 from kvpolicy.storage.pages import Leaving
 
 Stores = dict[str, list[Store | None]]
 
 
-def move(stores: Stores, new: dict[str, Tensor], moves: AllMoves, later: Later | None = None) -> None:
+def move(
+    stores: Sequence[Stores], new: Sequence[Mapping[str, Tensor]], moves: Sequence[AllMoves], later: Later | None = None
+) -> None:
     """Let tokens arrive in stores and leave them.
 
     Args:
-        stores: of both sides.
-        new: the tokens that come in, `[batch, kv_heads, tokens, head_dim]`; none for a crop.
-        moves: what each store does.
+        stores: of both sides, of each layer.
+        new: the tokens that come in, `[batch, kv_heads, tokens, head_dim]`, of each layer; none for a crop.
+        moves: what each store does, in each layer: as many tokens arrive and leave, from and to the same stores.
         later: codes what arrives in stores that nothing leaves, if it is given.
     """
-    for side, planned in moves.items():
-        held = stores[side]
+    for side in moves[0]:
+        held, arriving, planned = (
+            [own[side] for own in stores],
+            [own[side] for own in new],
+            [own[side] for own in moves],
+        )
+        count = len(planned[0])
         # All that moves is decoded before any store changes.
-        coming = [_collected(m.arrivals, held, new[side]) if m.arrivals else [] for m in planned]
-        for store, parts, m in zip(held, coming, planned, strict=True):
-            if store is None:
-                continue
-            places = _positions(m.arrivals) if store.by_position else [None] * len(parts)
-            for x, positions in zip(parts, places, strict=True):
-                empty = _partial(store, m.empty[0], x.shape[2])
-                full = all(arrival.full for arrival in m.arrivals)
-                if later is not None and m.leaving is None and m.flat is None and isinstance(store, AffineStore):
-                    store.append(x, empty, positions, full, later)
-                else:
-                    store.append(x, empty, positions, full)
-            # After the arrivals, so that groups close as they would token by token.
-            if isinstance(m.leaving, Leaving):
-                store.remove(m.leaving, _partial(store, m.empty[1], 0))
-            elif m.leaving is not None:
-                store.drop(m.leaving)
-            if m.flat is not None:
-                store.flatten(*m.flat)
+        coming = [_coming(s, planned, held, arriving) for s in range(count)]
+        for s in range(count):
+            if planned[0][s].arrivals or planned[0][s].leaving is not None or planned[0][s].flat is not None:
+                _move_in([own[s] for own in held], [own[s] for own in planned], coming[s], later)
+
+
+def _coming(
+    s: int, planned: Sequence[list[Moves]], held: Sequence[list[Store | None]], new: Sequence[Tensor]
+) -> list[list[Tensor]]:
+    """The tokens that arrive in a store of each layer, decoded, in order: of each run."""
+    arrivals = planned[0][s].arrivals
+    if not arrivals:
+        return [[] for _ in held]
+    if len(arrivals) == 1 and arrivals[0].sources == (NEW,) and arrivals[0].span == (0, new[0].shape[2]):
+        return [[x] for x in new]
+    return [_collected(own[s].arrivals, at, x, own) for own, at, x in zip(planned, held, new, strict=True)]
+
+
+def _move_in(
+    stores: Sequence[Store | None], moves: Sequence[Moves], parts: Sequence[list[Tensor]], later: Later | None
+) -> None:
+    """What moves in a store of each layer."""
+    exact = [store for store in stores if type(store) is ExactStore] if len(stores) > 1 else []
+    if len(exact) < len(stores) or any(len(x) > 1 for x in parts):
+        for store, m, x in zip(stores, moves, parts, strict=True):
+            if store is not None:
+                _change(store, m, x, later)
+        return
+    if parts[0]:
+        append_all([store.parts["exact"] for store in exact], [x[0] for x in parts])
+    leaving = [m.leaving for m in moves if isinstance(m.leaving, Leaving)]
+    if len(leaving) == len(exact) and moves[0].flat is None:
+        remove_all([store.parts["exact"] for store in exact], leaving)
+    elif moves[0].leaving is not None or moves[0].flat is not None:
+        for store, m in zip(exact, moves, strict=True):
+            _change(store, m, [], later)
+
+
+def _change(store: Store, m: Moves, parts: list[Tensor], later: Later | None) -> None:
+    """What moves in a store of a layer."""
+    places = _positions(m.arrivals) if parts and store.by_position else [None] * len(parts)
+    for x, positions in zip(parts, places, strict=True):
+        empty = _partial(store, m.empty[0], x.shape[2])
+        full = all(arrival.full for arrival in m.arrivals)
+        if later is not None and m.leaving is None and m.flat is None and isinstance(store, AffineStore):
+            store.append(x, empty, positions, full, later)
+        else:
+            store.append(x, empty, positions, full)
+    # After the arrivals, so that groups close as they would token by token.
+    if isinstance(m.leaving, Leaving):
+        store.remove(m.leaving, _partial(store, m.empty[1], 0))
+    elif m.leaving is not None:
+        store.drop(m.leaving)
+    if m.flat is not None:
+        store.flatten(*m.flat)
 
 
 def _partial(store: Store, empty: Tensor | None, arriving: int) -> Tensor | None:
@@ -66,17 +113,17 @@ def _positions(arrivals: list[Arrival]) -> list[Tensor]:
     return [torch.cat(parts, dim=-1) for parts in runs.values()]
 
 
-def _collected(arrivals: list[Arrival], stores: list[Store | None], new: Tensor) -> list[Tensor]:
+def _collected(arrivals: list[Arrival], stores: list[Store | None], new: Tensor, planned: list[Moves]) -> list[Tensor]:
     """The tokens that arrive in a store, decoded, in order: a tensor for each run."""
     if len(arrivals) == 1:
-        return [_decoded(arrivals[0], stores, new)]
+        return [_decoded(arrivals[0], stores, new, planned)]
     runs: dict[int, list[Tensor]] = {}
     for arrival in arrivals:
-        runs.setdefault(arrival.run, []).append(_decoded(arrival, stores, new))
+        runs.setdefault(arrival.run, []).append(_decoded(arrival, stores, new, planned))
     return [torch.cat(parts, dim=2) if len(parts) > 1 else parts[0] for parts in runs.values()]
 
 
-def _decoded(arrival: Arrival, stores: list[Store | None], new: Tensor) -> Tensor:
+def _decoded(arrival: Arrival, stores: list[Store | None], new: Tensor, planned: list[Moves]) -> Tensor:
     index = arrival.indices
     if isinstance(index, Tensor):
         return _by_head(arrival, index, stores, new)
@@ -85,6 +132,8 @@ def _decoded(arrival: Arrival, stores: list[Store | None], new: Tensor) -> Tenso
     if arrival.span is not None:
         first, last = arrival.span
         if store is not None:
+            if isinstance(store, ExactStore) and _stays(store, planned[source].leaving):
+                return store.parts["exact"].slice(first, last)
             return store.take(index, new.dtype)
         return new if last - first == new.shape[2] else new[:, :, first:last]
     if store is not None:
@@ -93,6 +142,12 @@ def _decoded(arrival: Arrival, stores: list[Store | None], new: Tensor) -> Tenso
     else:
         x, lookup = new, index
     return x.index_select(2, torch.from_numpy(lookup).to(x.device, non_blocking=True))
+
+
+def _stays(store: ExactStore, leaving: Any) -> bool:
+    """Whether nothing is written to the memory of an exact store: at most its first tokens leave it."""
+    first = leaving is None or (isinstance(leaving, np.ndarray) and leaving[0] == 0 and leaving[-1] == len(leaving) - 1)
+    return first and not store.parts["exact"].whole
 
 
 def _by_head(arrival: Arrival, index: Tensor, stores: list[Store | None], new: Tensor) -> Tensor:

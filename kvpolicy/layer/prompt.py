@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kvpolicy.layer.layer import MAX_PENDING, LayerCache, advance
+from kvpolicy.layer.commit import advance
+from kvpolicy.layer.layer import MAX_PENDING, LayerCache
 
 __all__ = ["hold_all"]
 

@@ -60,7 +60,8 @@ class View(Tensor):
 
     @staticmethod
     def __new__(cls, tiers: Staged, side: str, new: Tensor, held: int) -> View:
-        shape = (*new.shape[:2], held + new.shape[2], new.shape[3])
+        batch, heads, tokens, dim = new.shape
+        shape = (batch, heads, held + tokens, dim)
         view: View = Tensor._make_wrapper_subclass(cls, shape, dtype=new.dtype, device=new.device)
         view.tiers, view.side, view.arriving = tiers, side, new
         return view

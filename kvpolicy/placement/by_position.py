@@ -45,12 +45,16 @@ class ByPosition(Planner[Step]):
 
     @property
     def width(self) -> int:
-        return sum(order.length for order in self.step.state.stores["keys"])
+        return self.step.width
 
     def width_after(self, n: int, padding: Padding | None, ends: bool) -> int:
         step = self.step.advance(n, padding) if n else self.step
         step = step.end_prompt() if ends else step
-        return sum(order.length for order in step.state.stores["keys"])
+        return step.width
+
+    @property
+    def plain(self) -> bool:
+        return True
 
     def columns(self, device: torch.device) -> ColumnMap:
         return self.step.columns(device)

@@ -91,6 +91,11 @@ class Planner(ABC, Generic[T]):
         """Whether rows or heads hold different numbers of tokens."""
         return False
 
+    @property
+    def plain(self) -> bool:
+        """Whether the step and the tokens of each store say where attention finds them, in all layers alike."""
+        return False
+
     @abstractmethod
     def columns(self, device: torch.device) -> ColumnMap:
         """Where attention finds the tokens of each store, on the device of the layer."""

@@ -46,6 +46,8 @@ class HeldPerHead(Planner[Turn]):
         state, placement = step.state, step.placement
         self.shape = (batch, site.kv_heads if placement.by_head else 1)
         self.ranking = Ranking(placement, [site])
+        self._width: tuple[Ints, int] | None = None
+        """Counts, and the width that they make."""
         self.joint: Together | None = None
         """The planners of several layers as one, if this is one of them."""
         self.aligned = placement.first_tier["keys"] == placement.first_tier["values"]
@@ -123,11 +125,18 @@ class HeldPerHead(Planner[Turn]):
 
     @property
     def width(self) -> int:
-        return int(self.counts.sum(0).max())
+        known = self._alike._width  # of planners that plan as one once
+        if known is None or known[0] is not self.counts:
+            known = self._alike._width = self.counts, int(self.counts.sum(0).max())
+        return known[1]
 
     @property
     def device(self) -> torch.device:
         return next(table.device for tables in self._alike.own.values() for table in tables if table is not None)
+
+    @property
+    def plain(self) -> bool:
+        return self.aligned and not any(t is not None and t.gaps for t in self._alike.own["keys"])
 
     def columns(self, device: torch.device) -> ColumnMap:
         seen = self.step.seen
@@ -186,8 +195,11 @@ class HeldPerHead(Planner[Turn]):
         live, seen = self.live(), self.step.seen
         if not seen:  # a first update attends its own tokens alone
             return
-        observer.live, observer.held = sum(t.length for t in live), self.columns(self.device).width
-        if not self.aligned:
+        observer.live = sum(t.length for t in live)
+        if self.aligned:
+            observer.held = sum(t.length for t in self._alike.own["keys"] if t is not None)
+        else:
+            observer.held = self.columns(self.device).width
             live = [t for s, t in enumerate(self.tables["keys"]) if t is not None and self.movable("keys", s)]
             places = torch.cat([t.positions for t in live], dim=2).long()
             new = torch.arange(observer.held, observer.held + observer.tokens, device=places.device)

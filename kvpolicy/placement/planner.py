@@ -6,7 +6,7 @@ lets go, and when, depends only on what arrived in it, and when.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
@@ -19,7 +19,8 @@ from kvpolicy.interfaces.prompt_scorer import PromptScorer
 from kvpolicy.interfaces.reader import Reader
 from kvpolicy.interfaces.scorer import Scorer
 from kvpolicy.interfaces.scores import Scores
-from kvpolicy.placement.moves import NEW, NOTHING, AllMoves, Arrival, Moves
+from kvpolicy.placement.arrivals import arrivals_of
+from kvpolicy.placement.moves import NOTHING, AllMoves, Moves
 from kvpolicy.placement.position_list import PositionList
 
 if TYPE_CHECKING:
@@ -251,7 +252,7 @@ class Placement:
         self, policy: Policy | None, held: Ints, flow: _Flow, start: int, stop: int, prompt: int | None
     ) -> tuple[Ints, _Flow]:
         assert policy is not None
-        if not len(held) and not len(flow.positions):
+        if not len(flow.positions) and (not len(held) or policy.acts == "arrival"):
             return held, flow
         positions = np.concatenate([held, flow.positions])
         arrivals = np.concatenate([np.full(len(held), start, dtype=np.int64), flow.events])
@@ -304,7 +305,7 @@ class Placement:
                 runs = flow.events[np.isin(flow.positions, entering)]
             if len(passing):
                 leaving = np.concatenate([leaving, positions.length + passing])
-            arrivals = list(_arrivals(entering, runs, held[:s], start))
+            arrivals = list(arrivals_of(entering, runs, held[:s], start))
             plans.append(Moves(arrivals, leaving if len(leaving) else None))
         return tuple(stores), plans
 
@@ -372,28 +373,3 @@ class Placement:
         for i, held in enumerate(state.tiers):
             tier[np.isin(positions, held)] = i
         return tier
-
-
-def _arrivals(entering: Ints, runs: Ints, above: Sequence[PositionList], start: int) -> Iterator[Arrival]:
-    """Split what enters a store, in order, where its source or its entry of `runs` changes."""
-    if not len(entering):
-        return
-    source = np.full(len(entering), NEW, dtype=np.int64)
-    index = entering - start
-    old = entering < start
-    if old.any():
-        for s, store in enumerate(above):
-            array = store.array
-            order = np.argsort(array, kind="stable")
-            at = np.minimum(np.searchsorted(array, entering, sorter=order), max(len(array) - 1, 0))
-            if len(array):
-                here = old & (array[order[at]] == entering)
-                source[here], index[here] = s, order[at][here]
-    cuts = np.flatnonzero((np.diff(source) != 0) | (np.diff(runs) != 0)) + 1
-    for part, indices, run, positions in zip(
-        *(np.split(x, cuts) for x in (source, index, runs, entering)), strict=True
-    ):
-        first, last = int(indices[0]), int(indices[-1]) + 1
-        together = last - first == len(indices) and bool((np.diff(indices) == 1).all())
-        span = (first, last) if together else None
-        yield Arrival((int(part[0]),), indices, positions=positions, span=span, run=int(run[0]))

@@ -210,6 +210,11 @@ class Step:
         found: T = self._derived[key]
         return found
 
+    @property
+    def width(self) -> int:
+        """Tokens held, where all rows and heads hold the same."""
+        return self._once("width", lambda: sum(order.length for order in self.state.stores["keys"]))
+
     def layout(self, side: str) -> tuple[list[int | Tensor], int]:
         """`Placement.layout`, kept."""
         side = "keys" if self.placement.alike else side
@@ -224,14 +229,15 @@ class Step:
             return [at if isinstance(at, int) else at.to(device, non_blocking=True) for at in where]
 
         keys, values = self.placement.columns(self.state, lambda side: self.layout(side)[0])
-        width = sum(order.length for order in self.state.stores["keys"])
         known = {
             side: [self._stretches(f"{side} {s}", at) for s, at in enumerate(where)]
             for side, where in (("keys", keys), ("values", values))
         }
         many = any(not isinstance(at, int) and scattered(at.numpy()) for at in (*keys, *values))
         slots = (lambda: self._slots(device)) if many and len(values) <= STORES else None
-        return ColumnMap(placed(keys), placed(values), width, False, lambda: self._in_columns(device), known, slots)
+        return ColumnMap(
+            placed(keys), placed(values), self.width, False, lambda: self._in_columns(device), known, slots
+        )
 
     def _slots(self, device: torch.device) -> tuple[Slots, ...]:
         """Where the values of the keys of each store lie, on a device."""

@@ -19,8 +19,9 @@ from kvpolicy.hf.model_config import check_stores, tiers_at
 from kvpolicy.interfaces.component import call
 from kvpolicy.interfaces.policy import RankPolicy
 from kvpolicy.interfaces.site import Site
+from kvpolicy.layer.commit import commit_all
 from kvpolicy.layer.held import Reading
-from kvpolicy.layer.layer import LayerCache, commit_all
+from kvpolicy.layer.layer import LayerCache
 from kvpolicy.layer.report import Memory, StoreMemory, measure
 from kvpolicy.layer.view import Scratch
 from kvpolicy.placement.per_head import PerHeadPlacement
@@ -186,11 +187,6 @@ class PlannedLayer(LayerCache):
                 size = like.shape[0] * like.shape[1] * (self.planner.width + tokens) * like.shape[3]
                 self.scratch.note(side, size, like.element_size())
 
-    @property
-    def ends_prompt(self) -> bool:
-        """Whether a single token ends the prompt, and policies ask for that."""
-        return self._ends_prompt(1)
-
     def by_head(self) -> PerHeadPlacement:
         if not isinstance(self.planner, PlannedPlacement):
             with self._changing():
@@ -289,7 +285,7 @@ class DryRun:
         with planned_for(self.device):
             together = any(cache.placement.shared for cache in caches)
             # As a cache does: where a pass may end the prompt, each layer is told by its own update.
-            ends = tokens == 1 and not together and any(cache.ends_prompt for cache in caches)
+            ends = tokens == 1 and not together and any(cache.ends_prompt() for cache in caches)
             if together or (self.reading.attached and not ends):
                 commit_all(self._groups(), tokens)
             for cache in caches:

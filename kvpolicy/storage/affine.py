@@ -190,12 +190,11 @@ class AffineStore(CodedStore):
                 return
             step = max(AT_ONCE // (x.shape[0] * x.shape[1] * x.shape[3]) // size, 1) * size
             # By row and head groups have numbers, which go by those kept already.
-            gathers = later if self.row_heads is None and x.shape[2] <= step else None
+            if later is not None and self.row_heads is None and x.shape[2] <= step and self.levels is None:
+                later.add(self, x, size)
+                return
             for part in x.split(step, dim=2):
-                fused = fuse(self, part, size, gathers)
-                if not fused and gathers is not None and self.levels is None:
-                    gathers.add(self, part, size)
-                elif not fused:
+                if not fuse(self, part, size):
                     self.keep(*self.encode(part, size))
             return
         if self.beside is None and fuse(self, x, size, later if self.row_heads is None else None):

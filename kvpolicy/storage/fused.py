@@ -21,7 +21,7 @@ from kvpolicy.storage.packing import packed_width
 from kvpolicy.storage.pages import Pages
 from kvpolicy.storage.scales import E4M3, Scales
 
-__all__ = ["Coded", "Fused", "encoding_of", "fuse", "fusing", "run_fused"]
+__all__ = ["Coded", "Fused", "copied", "copiers", "encoding_of", "fuse", "fusing", "run_fused", "shifted"]
 
 
 class Coded(Protocol):
@@ -137,7 +137,7 @@ def _written(name: str, own: Any) -> bool:
     return not name.startswith("__") or (isinstance(own, FunctionType) and not name.startswith("__annotate"))
 
 
-def fuse(store: Coded, x: Tensor, size: int, later: Any) -> bool:
+def fuse(store: Coded, x: Tensor, size: int, later: Any = None) -> bool:
     """Have tokens of a store coded by a backend, or leave that to `later`, if that is given; False where none does."""
     found = fusing(store, x, size)
     if found is not None and later is not None:
@@ -154,8 +154,11 @@ def run_fused(asked: Sequence[tuple[Any, Tensor, Fused]]) -> None:
     for store, x, fused in asked:
         places = []
         for part, width, tokens, dtype in _kept(store, x):
-            like = torch.empty((*x.shape[:2], 0, width), dtype=dtype, device=x.device)
-            room = store.parts[part].room(like, tokens)
+            pages = store.parts[part]
+            like = (
+                pages.pages[0] if pages.pages else torch.empty((*x.shape[:2], 0, width), dtype=dtype, device=x.device)
+            )
+            room = pages.room(like, tokens)
             place = room[0] if len(room) == 1 else like.new_empty((*x.shape[:2], tokens, width))
             if len(room) > 1:  # over two pages
                 apart.append((room, place))
@@ -168,6 +171,25 @@ def run_fused(asked: Sequence[tuple[Any, Tensor, Fused]]) -> None:
     for room, x in apart:
         for place, some in zip(room, x.split([place.shape[2] for place in room], dim=2), strict=True):
             place.copy_(some)
+
+
+@lru_cache
+def copiers(device: str) -> tuple[Backend, ...]:
+    """The installed backends that may copy tokens on a type of device."""
+    found = (backend for backend in registry().usable_backends() if backend.device in (None, device))
+    return tuple(backend for backend in found if type(backend).copies is not Backend.copies)
+
+
+def copied(tokens: Sequence[Tensor], addresses: Sequence[int], steps: tuple[int, int, int]) -> bool:
+    """Whether a backend has written tokens to where they belong, all in one go; see `Backend.copies`."""
+    backends = copiers(tokens[0].device.type)
+    return any(call(backend, "copies", tokens, addresses, steps) is True for backend in backends)
+
+
+def shifted(pages: Sequence[Tensor], sources: Sequence[Tensor], places: Sequence[Tensor]) -> bool:
+    """Whether a backend has moved tokens within pages, all in one go; see `Backend.shifts`."""
+    backends = copiers(pages[0].device.type)
+    return any(call(backend, "shifts", pages, sources, places) is True for backend in backends)
 
 
 def _kept(store: Coded, x: Tensor) -> list[tuple[str, int, int, torch.dtype]]:

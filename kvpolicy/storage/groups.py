@@ -10,9 +10,12 @@ from torch import Tensor
 
 from kvpolicy.errors import CacheError
 from kvpolicy.storage.base import Ints
-from kvpolicy.storage.pages import GROUPS_AT_FIRST, Leaving, Pages, forget_unused
+from kvpolicy.storage.pages import Leaving, Pages, planning
 
 __all__ = ["Groups"]
+
+GROUPS_AT_FIRST = 64
+"""Groups held before a device is asked which of them are empty."""
 
 
 class Groups:
@@ -77,7 +80,7 @@ class Groups:
         """
         assert self.numbers is not None
         self.numbers.remove(leaving)
-        self._most = forget_unused(self.numbers, kept, self._most)
+        self._most = _forget_unused(self.numbers, kept, self._most)
 
     def slice(self, first: int, last: int) -> Tensor:
         """Of numbers those of the tokens from `first` to `last`: `[batch, kv_heads or 1, tokens]`."""
@@ -140,3 +143,33 @@ class Groups:
             raise CacheError(f"each of {tokens} tokens must belong to one of {groups} groups")
         if numbers is not None:
             self.numbers.append(numbers)
+
+
+def _forget_unused(groups: Pages, kept: list[Pages], most: int) -> int:
+    """Drop what is kept of groups that no token belongs to any more, and number the others anew.
+
+    A CPU is asked each time which these are. Another device would have to be waited for, so it is asked once there are
+    more than `most` groups.
+
+    Args:
+        groups: the number of the group of each token, `[batch, kv_heads or 1, tokens, 1]`.
+        kept: what is kept of each group, in order.
+        most: what the last call returned; `GROUPS_AT_FIRST` for the first.
+
+    Returns:
+        Twice as many groups as are left, or `GROUPS_AT_FIRST`.
+    """
+    count = kept[0].length
+    if planning():
+        return most
+    if not count or (kept[0].pages[0].device.type != "cpu" and groups.length and count <= most):
+        return most
+    gone = np.arange(count)
+    if groups.length:
+        used = torch.zeros(count, dtype=torch.bool, device=kept[0].pages[0].device)
+        used[groups.all().flatten().long()] = True
+        groups.all().copy_((used.cumsum(0, dtype=torch.int32) - 1)[groups.all().long()])
+        gone = (~used).nonzero()[:, 0].cpu().numpy()
+    for part in kept:
+        part.drop(gone)
+    return max(2 * kept[0].length, GROUPS_AT_FIRST)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from kvpolicy.storage.fused import Coded, fusing, run_fused
+from kvpolicy.storage.fused import Coded, Fused, copied, copiers, fusing, run_fused, shifted
+from kvpolicy.storage.pages import Leaving, Pages
 
 TOGETHER = 1 << 25
 """Bytes of tokens that are coded in one go at most: they are copied side by side first."""
@@ -40,26 +41,29 @@ class Later:
         asked, self._asked = self._asked, []
         self._stores.clear()
         like: dict[Any, list[int]] = {}
-        fused = [fusing(store, x, size) for store, x, size in asked]
         for i, (store, x, size) in enumerate(asked):
-            if fused[i] is not None:
-                continue
-            # Layers of a recipe share their quantizers.
-            like.setdefault((id(store.quantizer), size, x.shape, x.dtype, x.device), []).append(i)
+            # Layers of a recipe share their quantizers. A store with transforms may stand alone.
+            alone = 0 if store.chain is None else id(store)
+            even = store.scales.uneven is None
+            key = (id(store.quantizer), store.head_dim, even, alone, size, x.shape, x.dtype, x.get_device())
+            like.setdefault(key, []).append(i)
         found: dict[int, tuple[Tensor, Tensor]] = {}
-        for numbers in like.values():
+        fused: dict[int, Fused] = {}
+        apart: dict[Any, list[int]] = {}
+        for key, numbers in like.items():
+            coder = fusing(*asked[numbers[0]])
+            if coder is None:
+                apart.setdefault((*key[:3], *key[4:]), []).extend(numbers)
+            else:
+                fused.update(dict.fromkeys(numbers, coder))
+        for numbers in apart.values():
             most = max(1, TOGETHER // max(1, asked[numbers[0]][1].nbytes))
             for first in range(0, len(numbers), most):
                 some = numbers[first : first + most]
                 found.update(zip(some, _coded([asked[i] for i in some]), strict=True))
-        apart = []
-        for i, (store, x, _) in enumerate(asked):
-            own = fused[i]
-            if own is None:
-                store.keep(*found[i])
-            else:
-                apart.append((store, x, own))
-        run_fused(apart)
+        for i, own in found.items():
+            asked[i][0].keep(*own)
+        run_fused([(*asked[i][:2], fused[i]) for i in sorted(fused)])
 
 
 def _coded(asked: list[tuple[Coding, Tensor, int]]) -> Iterable[tuple[Tensor, Tensor]]:
@@ -69,3 +73,47 @@ def _coded(asked: list[tuple[Coding, Tensor, int]]) -> Iterable[tuple[Tensor, Te
         return [store.encode(x, size)]
     codes, params = store.encode(torch.cat([x for _, x, _ in asked]), size)
     return zip(codes.split(len(x)), params.split(len(x)), strict=True)
+
+
+def append_all(pages: Sequence[Pages], tokens: Sequence[Tensor]) -> None:
+    """Let tokens into pages, `[batch, kv_heads, tokens, width]` of each tensor into its own."""
+    done = _written(pages, tokens) if copiers(tokens[0].device.type) else 0
+    for own, x in zip(pages[done:], tokens[done:], strict=True):
+        own.append(x)
+
+
+def _written(pages: Sequence[Pages], tokens: Sequence[Tensor]) -> int:
+    """How many of the first pages were written in one go: those that lie alike."""
+    x = tokens[0]
+    if not pages[0].pages or pages[0].pages[-1].dtype != x.dtype:
+        return 0
+    n, width = x.shape[2], x.shape[3] * x.element_size()
+    size, addresses = 0, []
+    for own in pages:
+        found = own.spot(n, width, size)
+        if found is None:
+            break
+        size = found[0]
+        addresses.append(found[1])
+    steps = x.shape[1] * size * width, size * width, width
+    done = len(addresses)
+    if not done or copied(tokens[:done], addresses, steps):
+        return done
+    for own, new in zip(pages[:done], tokens, strict=False):
+        own.slice(own.length - n, own.length).copy_(new)
+    return done
+
+
+def remove_all(pages: Sequence[Pages], leaving: Sequence[Leaving]) -> None:
+    """Remove tokens from `whole` pages; see `Pages.remove`."""
+    for own in pages:
+        own.lift()
+    kept = pages[0].length - leaving[0].places.shape[2]
+    if kept and shifted(
+        [own.pages[0] for own in pages], [moves.last for moves in leaving], [moves.places for moves in leaving]
+    ):
+        for own, moves in zip(pages, leaving, strict=True):
+            own.shorten(own.length - moves.places.shape[2])
+        return
+    for own, moves in zip(pages, leaving, strict=True):
+        own.remove(moves)

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kvpolicy.storage.clock import Clock
 from kvpolicy.storage.front import Front, widest_view
 from kvpolicy.storage.gather import gather_tokens, gathered, put, survivors
 
@@ -22,8 +23,6 @@ SMALLEST, LARGEST = 64, 1024
 """Tokens of a page with room for more."""
 FULL = 4096
 """Tokens of a page that is filled at once."""
-GROUPS_AT_FIRST = 64
-"""Groups held before a device is asked which of them are empty."""
 FEWER = 16
 """How many times as large both are on other devices than a CPU, where each page costs a launch of every kernel."""
 
@@ -74,10 +73,12 @@ class Pages:
         self.pages: list[Tensor] = []
         self.start = 0
         self.length = 0
-        self._marks: tuple[tuple[int, ...], list[int]] | None = None
+        self._lies: tuple[tuple[int, ...], list[int]] | None = None
+        """The tokens of each page, and addresses, until pages change."""
+        Clock.tick()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_marks": None}
+        return {**self.__dict__, "_lies": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Pages:
         copied = Pages(self.whole)
@@ -86,6 +87,10 @@ class Pages:
             copied.pages, copied.front = [page.clone() for page in self.pages], copy.deepcopy(self.front)
         copied.start, copied.length = self.start, self.length
         return copied
+
+    def _changed(self) -> None:
+        self._lies = None
+        Clock.tick()
 
     @property
     def capacity(self) -> int:
@@ -100,12 +105,13 @@ class Pages:
     def marks(self) -> tuple[tuple[int, ...], list[int]]:
         """Where its tokens lie, for what reads memory itself: start, length, the tokens of a `Front` and of each page;
         the addresses of a `Front` and its bounds, and of each page. Not to be written to."""
-        if self._marks is None:
-            sizes = [page.shape[2] for page in self.pages]
+        if self._lies is None:
             front = [] if self.front is None else [self.front.flat, self.front.bounds]
-            addresses = [x.data_ptr() for x in (*front, *self.pages)]
-            self._marks = (self.start, self.length, self._before, *sizes), addresses
-        return self._marks
+            sizes = tuple([page.shape[2] for page in self.pages])
+            self._lies = sizes, [x.data_ptr() for x in (*front, *self.pages)]
+        sizes, addresses = self._lies
+        before = 0 if self.front is None else self.front.length
+        return (self.start, self.length, before, *sizes), addresses
 
     def append(self, x: Tensor) -> None:
         done = 0
@@ -116,10 +122,11 @@ class Pages:
 
     def room(self, like: Tensor, tokens: int) -> list[Tensor]:
         """Let so many tokens like those of a tensor in; returns where they are to be written, in order."""
-        self._marks = None
+        Clock.note()
         found: list[Tensor] = []
         held, left = self.length - self._before, tokens
-        free = self.capacity - self.start - held
+        capacity = self.capacity if self._lies is None else sum(self._lies[0])
+        free = capacity - self.start - held
         if free < tokens and (self.whole or (held + tokens <= LARGEST and self.pages)):
             self._regrow(like, held + tokens)
             free = self.capacity - held
@@ -128,6 +135,7 @@ class Pages:
                 most = at_once(like)
                 size = max(min(most * LARGEST // FULL, max(SMALLEST, self.length // 4)), min(most, left))
                 # An inference tensor could not be written to once inference mode is left.
+                self._changed()
                 with torch.inference_mode(False):
                     shape = (*like.shape[:2], size, like.shape[3])
                     self.pages.append(torch.empty(shape, dtype=like.dtype, device=like.device))
@@ -141,7 +149,7 @@ class Pages:
         return found
 
     def _regrow(self, like: Tensor, tokens: int) -> None:
-        self._marks = None
+        self._changed()
         with torch.inference_mode(False):
             more = max(tokens // 8, 8) if self.whole else max(tokens // 4, SMALLEST)
             shape = (*like.shape[:2], tokens + more, like.shape[3])
@@ -161,6 +169,7 @@ class Pages:
 
         Shapes as of `Front.of`. `places` has as many as the row and head that keeps most.
         """
+        self._changed()
         if not places.shape[2]:
             self.lift()
             self._truncate(0)
@@ -175,6 +184,7 @@ class Pages:
         """Take tokens out of the `Front`: places that are empty are there again."""
         if self.front is not None:
             x = self.all()
+            self._changed()
             self.front, self.pages, self.length = None, [], 0
             self.append(x)
 
@@ -192,10 +202,35 @@ class Pages:
             out.pages, out.length = [page], like.shape[2]
         return out
 
+    def spot(self, n: int, width: int, size: int) -> tuple[int, int] | None:
+        """Let `n` tokens of so many bytes in, where they fit into the last page as it is.
+
+        Args:
+            n: how many.
+            width: bytes of a token.
+            size: tokens that the page must have room for, 0 for any.
+
+        Returns:
+            The tokens of that page, and the address of the first of the new ones; None if they don't fit, and none was
+            let in.
+        """
+        if self._lies is None or self.front is not None or not self.pages:
+            return None
+        sizes, addresses = self._lies
+        at = self.start + self.length
+        if len(sizes) > 1:
+            at -= sum(sizes[:-1])
+        if at < 0 or at + n > sizes[-1] or (size and size != sizes[-1]):
+            return None
+        Clock.note()
+        self.length += n
+        return sizes[-1], addresses[-1] + at * width
+
     def rows(self, first: int, last: int) -> Pages:
-        """Some rows of a `whole` tensor, where they lie."""
-        out = Pages(whole=True)
-        out.pages, out.start, out.length = [page[first:last] for page in self.pages], self.start, self.length
+        """Some rows of a `whole` tensor, where they lie; to be read."""
+        out = object.__new__(Pages)
+        out.__dict__.update(self.__dict__)
+        out.pages, out.front, out._lies = [page[first:last] for page in self.pages], None, None
         return out
 
     def all(self) -> Tensor:
@@ -224,6 +259,10 @@ class Pages:
         if kept:
             words = widest_view(self.pages[0])
             put(words, leaving.places, gathered(words, leaving.last))
+        self.shorten(kept)
+
+    def shorten(self, kept: int) -> None:
+        """Of a `whole` tensor keep the first tokens."""
         self._truncate(kept)
         if self.pages and self.pages[0].shape[2] > 4 * max(kept, SMALLEST):
             self._regrow(self.pages[0], kept)
@@ -310,18 +349,20 @@ class Pages:
                 block[:, :, :n] = x[:, :, offset : offset + n]
 
     def _truncate(self, length: int) -> None:
-        self._marks = None
-        self.length = length
+        self.length, before = length, len(self.pages)
+        Clock.note()
         if length == 0:
             self.pages, self.start = [], 0
         while self.pages and self.start >= self.pages[0].shape[2]:
             self.start -= self.pages.pop(0).shape[2]
         while self.pages and self.capacity - self.pages[-1].shape[2] >= self.start + length:
             self.pages.pop()
+        if len(self.pages) < before:
+            self._changed()
 
     def select(self, rows: Tensor) -> None:
         """Keep the batch rows `rows`, in that order, repeats included."""
-        self._marks = None
+        self._changed()
         self.front = self.front.select(rows) if self.front is not None else None
         with torch.inference_mode(False):
             self.pages = [
@@ -329,7 +370,7 @@ class Pages:
             ]
 
     def to(self, device: torch.device) -> None:
-        self._marks = None
+        self._changed()
         self.front = self.front.to(device) if self.front is not None else None
         self.pages = [page.to(device, non_blocking=True) for page in self.pages]
 
@@ -348,34 +389,9 @@ class Pages:
         return own + sum(page.nbytes for page in self.pages)
 
 
-def forget_unused(groups: Pages, kept: list[Pages], most: int) -> int:
-    """Drop what is kept of groups that no token belongs to any more, and number the others anew.
-
-    A CPU is asked each time which these are. Another device would have to be waited for, so it is asked once there are
-    more than `most` groups.
-
-    Args:
-        groups: the number of the group of each token, `[batch, kv_heads or 1, tokens, 1]`.
-        kept: what is kept of each group, in order.
-        most: what the last call returned; `GROUPS_AT_FIRST` for the first.
-
-    Returns:
-        Twice as many groups as are left, or `GROUPS_AT_FIRST`.
-    """
-    count = kept[0].length
-    if _planned.get() is not None:
-        return most
-    if not count or (kept[0].pages[0].device.type != "cpu" and groups.length and count <= most):
-        return most
-    gone = np.arange(count)
-    if groups.length:
-        used = torch.zeros(count, dtype=torch.bool, device=kept[0].pages[0].device)
-        used[groups.all().flatten().long()] = True
-        groups.all().copy_((used.cumsum(0, dtype=torch.int32) - 1)[groups.all().long()])
-        gone = (~used).nonzero()[:, 0].cpu().numpy()
-    for part in kept:
-        part.drop(gone)
-    return max(2 * kept[0].length, GROUPS_AT_FIRST)
+def planning() -> bool:
+    """Whether a cache is planned that holds no numbers."""
+    return _planned.get() is not None
 
 
 def at_once(like: Tensor) -> int:

@@ -31,6 +31,7 @@ typedef long long i64; typedef unsigned long long u64;
 #define __shared__
 #define __align__(n)
 struct uint2 { u32 x, y; };
+struct uint4 { u32 x, y, z, w; };
 struct Place { u32 x, y, z; };
 static Place threadIdx, blockIdx;
 alignas(16) unsigned char shared[1 << 16];
@@ -65,7 +66,7 @@ template <class T> static T __shfl_xor_sync(u32, T x, int lanes) {
 """
 AFTER = r"""
 static const Given* given;
-static void body() { encode(*given); done++; swapcontext(&fibers[self], &home); }
+static void body() { KERNEL(*given); done++; swapcontext(&fibers[self], &home); }
 extern "C" void run(const void* g, u32 x, u32 y) {
   given = (const Given*)g;
   for (blockIdx.y = 0; blockIdx.y < y; blockIdx.y++)
@@ -90,7 +91,8 @@ def kernel_of(source: Any, device: int) -> Any:
     """What runs a kernel on the CPU; its arithmetic is that of the source, one rounding an operation."""
     text = compiling.source(source, "sm_90")
     folder = Path(compiling.__file__).parent
-    return _library(text.replace((folder / "machine.cuh").read_text(encoding="utf-8"), "") + AFTER)
+    text = text.replace((folder / "machine.cuh").read_text(encoding="utf-8"), "")
+    return _library(text + AFTER.replace("KERNEL", source.name))
 
 
 def _library(text: str) -> Any:

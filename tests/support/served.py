@@ -14,7 +14,8 @@ from kvpolicy.attention.backend import spec_of
 from kvpolicy.attention.cuda.backend import Cuda
 from kvpolicy.attention.mask import as_mask
 from kvpolicy.attention.reference import REFERENCE
-from kvpolicy.interfaces.backend import AttentionOptions
+from kvpolicy.attention.steady import stands
+from kvpolicy.interfaces.backend import AttentionOptions, Part
 from kvpolicy.layer.held import Reading
 from kvpolicy.layer.layer import LayerCache
 from kvpolicy.placement.padding import Padding
@@ -103,6 +104,8 @@ class Served:
         self.tiers = LayerCache(Step.first(placement), None, self.reading)
         self.dims, self.groups, self.dtype, self.device = (dim, value_dim or dim), groups, dtype, device
         self.batch, self.kv_heads = 2, 2
+        self.repeated = 0
+        """How often the same was asked again, as for another layer."""
         torch.manual_seed(0)
         self.bias = 2 * torch.randn(1, self.kv_heads, 1, dim, device=device)
 
@@ -145,7 +148,22 @@ class Served:
             for a, b in zip(asked.observer.found, second.found, strict=True):
                 for x, y in zip(a or (), b or (), strict=True):
                     torch.testing.assert_close(x, y, rtol=2e-2, atol=2e-3)
+        if mask is None:
+            self.repeat(backend, query, part, asked, found)
         return float((found.float() - right).norm() / right.norm())
+
+    def repeat(self, backend: Cuda, query: Tensor, part: Part, asked: AttentionOptions, found: Tensor) -> None:
+        """What serves the other layers that stand alike gives the same to the bit."""
+        assert part.new is not None
+        standing, again = stands(self.tiers, query, part.new), backend.again(query, part, asked)
+        if standing is None or again is None:
+            return
+        self.repeated += 1
+        for _ in range(2):
+            observer = copy.deepcopy(asked.observer)
+            out = again(query, part.new, standing.stood.addresses, asked.sinks, observer)
+            assert out is not None
+            assert torch.equal(out.transpose(1, 2), found)
 
     def padded(self, n: int, pad: int) -> Tensor | None:
         if not pad and self.reading.padding is None:

@@ -11,12 +11,15 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from kvpolicy.attention.cuda.again import Again, watch
 from kvpolicy.attention.cuda.compile import missing
+from kvpolicy.attention.cuda.copy import copy, shift
 from kvpolicy.attention.cuda.encode import encode, variant_of
 from kvpolicy.attention.cuda.graph import Launch, Recording, change, current
 from kvpolicy.attention.cuda.kernel import THREADS, launch
 from kvpolicy.attention.cuda.layout import MAPS, Declined, scan
 from kvpolicy.attention.cuda.observe import sums
+from kvpolicy.attention.cuda.piece import indices_of
 from kvpolicy.attention.cuda.plan import Plan, columns_of, make_plan
 from kvpolicy.attention.cuda.scratch import counters, partials
 from kvpolicy.hookspecs import hookimpl
@@ -77,6 +80,17 @@ class Cuda(Backend):
         _, plan, pointers, places = known
         return _attend(plan, pointers, places, query, part, mask, options)
 
+    def again(self, query: Tensor, part: Part, options: AttentionOptions) -> Again | None:
+        if part.gaps or current() is not None:
+            return None
+        known = _found.__dict__.get("call")
+        plan = known[1] if known is not None and known[0] is part else _planned(query, part, None, options)[0]
+        mapped = plan.maps or plan.spaces != (-1,) or plan.dtype != query.dtype
+        if mapped or (options.observer is not None and part.slots is not None):
+            return None
+        _found.__dict__.pop("call", None)
+        return Again(plan, query, indices_of(part), columns_of(part, options))
+
     def observe(self, query: Tensor, keys: Tensor, mask: Tensor | None, options: AttentionOptions) -> bool:
         dim, groups = query.shape[3], query.shape[1] // keys.shape[1]
         exact = AttentionSpec(
@@ -86,14 +100,26 @@ class Cuda(Backend):
             return False
         return sums(query, keys, options.observer, mask, options)
 
+    def copies(self, tokens: Sequence[Tensor], addresses: Sequence[int], steps: tuple[int, int, int]) -> bool:
+        return _able() and copy(tokens, addresses, steps)
+
+    def shifts(self, pages: Sequence[Tensor], sources: Sequence[Tensor], places: Sequence[Tensor]) -> bool:
+        return _able() and shift(pages, sources, places)
+
     def encodes(self, encoding: Encoding) -> bool:
-        served = torch.version.cuda is not None and torch.cuda.get_device_capability() >= (8, 0)
-        return served and variant_of(encoding) is not None and missing() is None
+        return variant_of(encoding) is not None and _able()
 
     def encode(self, encoding: Encoding, pieces: Sequence[tuple[Tensor, ...]]) -> None:
         variant = variant_of(encoding)
         assert variant is not None
         encode(variant, pieces)
+
+
+@functools.cache
+def _able() -> bool:
+    """Whether there are kernels that do something else than to attend."""
+    served = torch.version.cuda is not None and torch.cuda.get_device_capability() >= (8, 0)
+    return served and missing() is None
 
 
 @functools.cache
@@ -184,7 +210,8 @@ def _attend(
         _record(graph, plan, query, part, mask, options, tensors, mapped)
     if scores is not None and sums is not None:
         scores = scores if part.slots is None else _in_columns(scores, part)
-        _watch(options.observer, scores, sums, queries, part, mask is not None or part.gaps or queries > 1)
+        new = 0 if part.new is None else part.new[0].shape[2]
+        watch(options.observer, scores, sums, queries, new, mask is not None or part.gaps or queries > 1)
     return _joined(plan, out, part, queries, graph).transpose(1, 2), lse
 
 
@@ -308,13 +335,6 @@ def _mapped(chain: Any, query: Tensor, part: Part) -> Tensor:
     return mapped.view(query.shape)
 
 
-@functools.lru_cache(maxsize=256)
-def _newest(queries: int, tokens: int) -> Tensor:
-    """Which of the new tokens the queries are."""
-    with torch.inference_mode(False):
-        return torch.arange(tokens - queries, tokens)
-
-
 def _in_columns(scores: Tensor, part: Part) -> Tensor:
     """Scores whose columns are those of keys, store by store, and of new tokens, in the columns of the part."""
     *lines, width = scores.shape
@@ -330,16 +350,6 @@ def _in_columns(scores: Tensor, part: Part) -> Tensor:
         else:
             found.scatter_(3, view.columns.unsqueeze(-2).expand_as(own), own)
     return found
-
-
-def _watch(observer: Any, scores: Tensor, sums: Tensor, queries: int, part: Part, hidden: bool) -> None:
-    """Tell an observer of the attention weights; whether some tokens may be `hidden` from a query."""
-    new = 0 if part.new is None else part.new[0].shape[2]
-    shaped = scores.view(*scores.shape[:2], -1, queries, scores.shape[3])
-    visible = shaped > -torch.inf if hidden else None
-    scores.sub_(sums).exp2_()
-    heads = slice(0, part.kv_heads)
-    observer.watch(_newest(queries, new), shaped, visible, heads, part.kv_heads)
 
 
 @hookimpl

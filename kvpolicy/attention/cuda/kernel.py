@@ -10,7 +10,7 @@ import torch
 
 from kvpolicy.attention.cuda.compile import THREADS, Source, compiled, resources
 
-__all__ = ["THREADS", "Kernel", "kernel_of", "launch"]
+__all__ = ["THREADS", "Arguments", "Kernel", "kernel_of", "launch"]
 
 EARLY = 12030
 """The driver from which on a graph can capture launches that overlap."""
@@ -66,16 +66,25 @@ def _attribute(name: str) -> int:
     return int(_checked(driver.cuDeviceGetAttribute(which, _checked(driver.cuCtxGetDevice()))))
 
 
-def launch(kernel: Kernel, arguments: bytes, grid: tuple[int, int, int], device: int) -> None:
+class Arguments:
+    """Arguments of launches, which may be written to between one and the next."""
+
+    def __init__(self, content: bytes) -> None:
+        self.buffer = ctypes.create_string_buffer(content, len(content))
+        self._first = ctypes.c_void_p(ctypes.addressof(self.buffer))
+        self.address = ctypes.addressof(self._first)
+        """Where the address of the only argument of the kernel is."""
+
+
+def launch(kernel: Kernel, arguments: bytes | Arguments, grid: tuple[int, int, int], device: int) -> None:
     """Launch a kernel on the current stream of a device. Its arguments are copied before this returns."""
     if torch._C._cuda_getDevice() != device:
         with torch.cuda.device(device):
             return launch(kernel, arguments, grid, device)
-    buffer = ctypes.create_string_buffer(arguments, len(arguments))
-    pointer = ctypes.c_void_p(ctypes.addressof(buffer))
+    given = Arguments(arguments) if isinstance(arguments, bytes) else arguments
     stream = torch._C._cuda_getCurrentRawStream(device)
     run = _early if kernel.early else _launcher()
-    result = run(kernel.function, *grid, kernel.threads, 1, 1, kernel.shared, stream, ctypes.addressof(pointer), 0)
+    result = run(kernel.function, *grid, kernel.threads, 1, 1, kernel.shared, stream, given.address, 0)
     if result[0] != 0:
         _checked(result)
     return None

@@ -15,8 +15,8 @@ from kvpolicy.attention.cuda.formats import EXACT, Format, affine_form, kind_of,
 from kvpolicy.attention.cuda.piece import LAST, Declined, Piece, indices_of, paired, some_of
 from kvpolicy.interfaces.backend import Part, StoreView
 from kvpolicy.storage.affine import AffineStore
-from kvpolicy.storage.exact import ExactStore
 from kvpolicy.storage.pages import Pages
+from kvpolicy.storage.read import parts_read
 
 __all__ = ["MAPS", "Declined", "Kind", "Laid", "Run", "lay_out", "pages_of", "scan", "width_of"]
 
@@ -64,12 +64,9 @@ def pages_of(store: Any) -> tuple[Pages, ...]:
     Raises:
         Declined: it is no store that they know.
     """
-    if isinstance(store, AffineStore):
-        parts, numbers = store.parts, store.groups.numbers
-        beside = () if numbers is None else (numbers,)
-        return parts["codes"], parts["params"], *beside, parts["exact"]
-    if isinstance(store, ExactStore):
-        return (store.parts["exact"],)
+    found = parts_read(store)
+    if found is not None:
+        return found
     raise Declined(f"a store of {type(store).__name__}")
 
 

@@ -10,6 +10,7 @@ from variants import FEW, MANY
 
 from kvpolicy.attention.cuda import compile as compiling
 from kvpolicy.attention.cuda.compile import Variant, compiled, missing, resources
+from kvpolicy.attention.cuda.copy import Copy
 from kvpolicy.attention.cuda.observe import Sums
 
 absent = missing()
@@ -48,6 +49,13 @@ def test_sums_on_warpgroups_compile_without_spills(dim: int, bfloat: bool) -> No
     assert found.stack == 0
     assert 32 < found.registers <= 65536 // Sums(dim, bfloat, True, grouped=True).threads
     assert found.shared <= 227 * 1024
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_120"])
+@pytest.mark.parametrize("name", ["copy", "shift"])
+def test_copies_compile_without_spills(name: str, arch: str) -> None:
+    found = resources(compiled(Copy(name), arch))
+    assert found.stack == found.shared == 0
 
 
 def test_a_kernel_is_compiled_once_and_then_read_from_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,103 @@
+"""The same launch again, for the other layers of a step that stand alike: addresses are all that differs."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvpolicy.attention.cuda.kernel import Arguments, launch
+from kvpolicy.attention.cuda.layout import MAPS
+from kvpolicy.attention.cuda.plan import Plan
+from kvpolicy.attention.cuda.scratch import counters, partials
+
+__all__ = ["Again", "watch"]
+
+NONE = (0,) * (MAPS - 1)
+AHEAD, LARGEST = 16, 1 << 20
+"""Outputs that are made at a time at most, and their bytes."""
+
+
+class Again:
+    """Attention over parts like one that was planned, without a mask: see `Backend.again`.
+
+    One thread uses it, in one step. Arguments are copied as they are launched, so that they have one place.
+    """
+
+    def __init__(self, plan: Plan, query: Tensor, slots: list[Tensor], columns: int) -> None:
+        """`slots` are the indices of a part that has some, `columns` those of attention weights, 0 for none."""
+        batch, heads, queries, _ = query.shape
+        self.plan, self.slots, self.columns = plan, slots, columns
+        self.lines = (batch, plan.lines // batch, heads * batch // plan.lines * queries)
+        self.indices = [index.data_ptr() for index in slots]
+        self.grid = plan.parts, plan.lines, plan.turns
+        self.device = query.get_device()
+        self.stream: Any = None
+        self.room: tuple[int, int] = (0, 0)
+        self.kept: list[Tensor] = [query.new_empty((batch, heads, queries), dtype=torch.float32)]
+        """Sums that nobody asks for, and what blocks share."""
+        self.before = len(plan.numbers)
+        self.arguments = Arguments(plan.numbers + bytes(plan.addresses.size) + plan.layout)
+        self.outs: list[Tensor] = []
+        """Outputs that are still to be written, of layers to come."""
+        size = math.prod(plan.out) * plan.dtype.itemsize
+        self.ahead = max(1, min(AHEAD, LARGEST // max(size, 1)))
+
+    def __call__(
+        self, query: Tensor, new: tuple[Tensor, Tensor], addresses: list[int], sinks: Tensor | None, observer: Any
+    ) -> Tensor | None:
+        plan, device = self.plan, self.device
+        keys, values = new[0].data_ptr(), new[1].data_ptr()
+        at = query.data_ptr()
+        if (at | keys | values) % 16:
+            return None
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        if stream != self.stream:
+            self._share(stream)
+        if not self.outs:  # one call for several layers
+            self.outs = list(query.new_empty((self.ahead, *plan.out), dtype=plan.dtype).unbind(0))
+        out = self.outs.pop()
+        sinks = None if sinks is None else sinks.float().contiguous()
+        scores = sums = None
+        if observer is not None:
+            scores = query.new_empty((*self.lines, self.columns), dtype=torch.float32)
+            sums = query.new_empty((*self.lines, 1), dtype=torch.float32)
+        tensors = (scores, sums, sinks)
+        plan.addresses.pack_into(
+            self.arguments.buffer, self.before, at, *NONE, 0, 0, out.data_ptr(), self.kept[0].data_ptr(), self.room[0],
+            *[0 if x is None else x.data_ptr() for x in tensors], self.room[1], *addresses, *self.indices, keys, values,
+        )  # fmt: skip
+        launch(plan.kernel, self.arguments, self.grid, device)
+        if scores is not None and sums is not None:
+            watch(observer, scores, sums, query.shape[2], new[0].shape[2], query.shape[2] > 1)
+        return out
+
+    def _share(self, stream: int) -> None:
+        """Take what the blocks of launches on a stream share."""
+        plan, device = self.plan, self.device
+        self.stream, self.room = stream, (0, 0)
+        if plan.partial:
+            shared = partials(plan.partial, device), counters(plan.lines * plan.turns, device)
+            self.kept[1:], self.room = shared, (shared[0].data_ptr(), shared[1].data_ptr())
+
+
+def watch(observer: Any, scores: Tensor, sums: Tensor, queries: int, new: int, hidden: bool) -> None:
+    """Tell an observer of the attention weights of the newest of so many new tokens.
+
+    `hidden` says whether some tokens may be hidden from a query.
+    """
+    kv_heads = scores.shape[1]
+    shaped = scores.view(*scores.shape[:2], -1, queries, scores.shape[3])
+    visible = shaped > -torch.inf if hidden else None
+    scores.sub_(sums).exp2_()
+    observer.watch(_newest(queries, new), shaped, visible, slice(0, kv_heads), kv_heads)
+
+
+@functools.lru_cache(maxsize=256)
+def _newest(queries: int, tokens: int) -> Tensor:
+    """Which of the new tokens the queries are."""
+    with torch.inference_mode(False):
+        return torch.arange(tokens - queries, tokens)

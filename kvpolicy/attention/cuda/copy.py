@@ -1,0 +1,108 @@
+"""Tokens of several layers written to where their stores keep them, or moved there, in one launch."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kvpolicy.attention.cuda.kernel import THREADS, kernel_of, launch
+
+__all__ = ["Copy", "copy", "shift"]
+
+PIECES = 128
+"""Tensors that a launch copies at most."""
+UNIT = 16
+"""Bytes that a thread copies."""
+GIVEN, SHIFT = struct.Struct("<6q4i"), struct.Struct("<7q4i")
+MOST = 1 << 31
+
+
+class Copy(NamedTuple):
+    """A kernel that copies tokens."""
+
+    name: str
+
+    @property
+    def blocks(self) -> int:
+        return 16
+
+    @property
+    def waits(self) -> bool:
+        return False
+
+    @property
+    def threads(self) -> int:
+        return THREADS
+
+    @property
+    def feature(self) -> str:
+        return ""
+
+    def defined(self, arch: str) -> dict[str, object]:
+        return {"PIECES": PIECES}
+
+
+def copy(tokens: Sequence[Tensor], addresses: Sequence[int], steps: tuple[int, int, int]) -> bool:
+    """See `Backend.copies`; False: tokens lie in ways that differ."""
+    x = tokens[0]
+    size, device, dtype, shape, own = x.element_size(), x.get_device(), x.dtype, x.shape, x.stride()
+    given = [size * step for step in own[:3]]
+    width = size * shape[3]
+    if own[3] != 1 or any(n % UNIT for n in (*given, *steps, width)):
+        return False
+    places: list[int] = []
+    for x, to in zip(tokens, addresses, strict=True):
+        at = x.data_ptr()
+        if (at | to) % UNIT or x.stride() != own or x.shape != shape or x.dtype != dtype or x.get_device() != device:
+            return False
+        places += at, to
+    count = x.numel() * size // UNIT
+    if count >= MOST:
+        return False
+    head = GIVEN.pack(*given, *steps, shape[1], shape[2], width // UNIT, count)
+    _launch(Copy("copy"), head, places, 2, count, device)
+    return True
+
+
+def shift(pages: Sequence[Tensor], sources: Sequence[Tensor], places: Sequence[Tensor]) -> bool:
+    """See `Backend.shifts`; False: tokens lie in ways that differ."""
+    page, device = pages[0], pages[0].get_device()
+    like = [(x.shape, x.stride(), x.dtype) for x in (page, sources[0], places[0])]
+    steps = [page.element_size() * step for step in page.stride()]
+    width, tokens = page.element_size() * page.shape[3], places[0].shape[2]
+    if any(dtype != torch.int64 or own[2] != 1 for _, own, dtype in like[1:]):
+        return False
+    if page.stride(3) != 1 or any(n % UNIT for n in (*steps[:3], width)) or sources[0].shape != places[0].shape:
+        return False
+    addresses: list[int] = []
+    for own in zip(pages, sources, places, strict=True):
+        if [(x.shape, x.stride(), x.dtype) for x in own] != like or any(x.get_device() != device for x in own):
+            return False
+        addresses += [x.data_ptr() for x in own]
+        if addresses[-3] % UNIT:
+            return False
+    count = page.shape[0] * page.shape[1] * tokens * (width // UNIT)
+    if count >= MOST:
+        return False
+    index = [step if size > 1 else 0 for x in (sources[0], places[0]) for step, size in _ahead(x)]
+    head = SHIFT.pack(*steps[:3], *index, page.shape[1], tokens, width // UNIT, count)
+    _launch(Copy("shift"), head, addresses, 3, count, device)
+    return True
+
+
+def _ahead(x: Tensor) -> list[tuple[int, int]]:
+    """Strides and sizes of rows and heads."""
+    return list(zip(x.stride()[:2], x.shape[:2], strict=True))
+
+
+def _launch(source: Copy, head: bytes, addresses: list[int], each: int, count: int, device: int) -> None:
+    """Launch a kernel on so many words of tensors, of which each has so many addresses."""
+    kernel = kernel_of(source, device)
+    for first in range(0, len(addresses), each * PIECES):
+        some = addresses[first : first + each * PIECES]
+        arguments = (head + struct.pack(f"<{len(some)}Q", *some)).ljust(len(head) + 8 * each * PIECES, b"\0")
+        launch(kernel, arguments, (-(-count // THREADS), len(some) // each, 1), device)

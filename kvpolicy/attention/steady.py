@@ -1,0 +1,133 @@
+"""Layers that stand alike: what attention found out for the first of them in a step serves the others.
+
+Layers of one recipe move the same tokens at the same time. Where their stores are alike, what kernels are given for
+them differs in addresses alone. Layers that stood alike do so after they have moved together (`layer/standing.py`); of
+others the marks of all pages are compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from kvpolicy.interfaces.backend import AttentionOptions, Backend, Part
+from kvpolicy.interfaces.component import call
+from kvpolicy.layer.layer import LayerCache
+from kvpolicy.layer.standing import Kind, Standing, Stood
+from kvpolicy.placement.step import Step
+from kvpolicy.storage.affine import AffineStore
+from kvpolicy.storage.clock import Clock
+from kvpolicy.storage.read import parts_read, words_of
+
+__all__ = ["Stands", "stands"]
+
+
+class Stands(NamedTuple):
+    """How a layer stands, and what it is asked."""
+
+    stood: Stood
+    step: Step
+    asked: tuple[Any, ...]
+
+    def again(
+        self, tiers: LayerCache, query: Tensor, new: tuple[Tensor, Tensor], sinks: Tensor | None, observer: Any
+    ) -> Tensor | None:
+        """What attention gives, if a layer before it stood alike."""
+        known: Known | None = tiers.reading.known.get(self.stood.standing.kind)
+        if known is None or known.step is not self.step or known.asked != self.asked:
+            return None
+        stood = self.stood
+        if known.standing is not stood.standing:  # what is known of the two may be of different ages
+            tiers.stood = _looked_up(tiers)
+            if tiers.stood is None or tiers.stood.standing is not known.standing:
+                return None
+            stood = tiers.stood
+        tiers.backends = known.backends
+        return known.again(query, new, stood.addresses, sinks, observer)
+
+    def first(
+        self, tiers: LayerCache, backend: Backend, part: Part, query: Tensor, options: AttentionOptions
+    ) -> Tensor | None:
+        """What attention gives, if what computes it can serve the layers to come; it is kept for them."""
+        again: Callable[..., Tensor | None] | None = call(backend, "again", query, part, options)
+        out = None if again is None else again(query, part.new, self.stood.addresses, options.sinks, options.observer)
+        if again is not None and out is not None:
+            self.note(tiers, again)
+        return out
+
+    def note(self, tiers: LayerCache, again: Callable[..., Tensor | None]) -> None:
+        """Keep what serves those that stand like this layer."""
+        standing = self.stood.standing
+        if standing.marks is None:
+            standing.marks = _marks(tiers)[0]
+        tiers.reading.known[standing.kind] = Known(standing, self.step, self.asked, tiers.backends, again)
+
+
+class Known(NamedTuple):
+    """What was found out for a layer."""
+
+    standing: Standing
+    step: Step
+    asked: tuple[Any, ...]
+    backends: tuple[str, ...]
+    again: Callable[..., Tensor | None]
+    """See `Backend.again`."""
+
+
+def stands(tiers: LayerCache, query: Tensor, new: tuple[Tensor, Tensor], *asked: Any) -> Stands | None:
+    """How a layer stands, and what it is asked besides; None where more than that counts."""
+    if tiers.page_table is not None or not tiers.planner.plain:
+        return None
+    stood = tiers.stood
+    if stood is None or stood.standing.moved != Clock.moved or stood.grown != Clock.grown:
+        stood = tiers.stood = _looked_up(tiers)
+        if stood is None:
+            return None
+    keys, values = new
+    shapes = (
+        query.dtype, query.shape, query.stride(), query.get_device(), tiers.like["keys"].get_device(),
+        keys.dtype, keys.shape, keys.stride(), values.dtype, values.shape, values.stride(),
+    )  # fmt: skip
+    return Stands(stood, tiers.planner.step, (*shapes, *asked))
+
+
+def _looked_up(tiers: LayerCache) -> Stood | None:
+    """How a layer stands, by all of its pages; None where there is more to say of its stores than their marks."""
+    kind = tiers.kind
+    if kind is None:
+        kind = tiers.kind = _kind_of(tiers)
+    if not kind.words:
+        return None
+    marks, addresses = _marks(tiers)
+    known: Known | None = tiers.reading.known.get(kind)
+    if known is not None and known.standing.moved == Clock.moved and known.standing.marks == marks:
+        return Stood(known.standing, addresses, Clock.grown)
+    return Stood(Standing(kind, Clock.moved, marks), addresses, Clock.grown)
+
+
+def _marks(tiers: LayerCache) -> tuple[list[Any], list[int]]:
+    """The marks of all pages of a layer, and their addresses in order."""
+    marks: list[Any] = []
+    addresses: list[int] = []
+    for side in tiers.stores.values():
+        for store in side:
+            for pages in parts_read(store) or ():
+                own, where = pages.marks
+                marks.append(own)
+                addresses += where
+            if isinstance(store, AffineStore) and store.by_channel:
+                marks.append(len(store.groups.sizes))
+    return marks, addresses
+
+
+def _kind_of(tiers: LayerCache) -> Kind:
+    """The kind of a layer; without words where there is more to say of its stores."""
+    stores = [store for side in tiers.stores.values() for store in side if store is not None]
+    words = [words_of(store) for store in stores]
+    shapes = [(x.dtype, x.device.type, x.shape[1], x.shape[3]) for x in tiers.like.values()]
+    try:
+        return Kind.of(() if None in words else (*words, *shapes))
+    except TypeError:  # a quantizer of somebody's that has no hash
+        return Kind.of(())

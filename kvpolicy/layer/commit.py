@@ -1,0 +1,124 @@
+"""Pending tokens of several layers let into their tiers: layers that plan the same plan once, and move together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from kvpolicy.layer.mover import move
+from kvpolicy.layer.standing import Moving
+from kvpolicy.placement import joint
+from kvpolicy.placement.by_position import ByPosition
+from kvpolicy.placement.contract import select
+from kvpolicy.placement.moves import AllMoves
+from kvpolicy.storage.later import Later
+
+if TYPE_CHECKING:
+    from kvpolicy.layer.layer import LayerCache
+
+Group = Sequence["LayerCache"]
+
+
+def groups_of(layers: Iterable[LayerCache]) -> list[list[LayerCache]]:
+    """Layers that select together, the others each for itself."""
+    groups: dict[int, list[LayerCache]] = {}
+    for number, tiers in enumerate(layers):
+        placement = tiers.placement
+        groups.setdefault(id(placement) if placement.shared else -1 - number, []).append(tiers)
+    return list(groups.values())
+
+
+def commit_all(groups: Iterable[Group], coming: int = 0) -> None:
+    """Let the pending tokens of layers into their tiers.
+
+    Args:
+        groups: layers that select tokens together, or one alone.
+        coming: tokens of the update before which this happens, if there is one. The first that brings a single token to
+            a cache that holds some ends the prompt.
+    """
+    groups = list(groups)
+    for group in groups:
+        for layer in group:
+            if layer.broken:
+                layer.check_whole()
+            if layer.staged or layer.decoded:
+                layer.hold()
+    waiting = _together([[layer for layer in group if layer.pending] for group in groups])
+    for group in waiting:
+        for layer in group if group[0].placement.shared else group[:1]:
+            layer.held_after_commit(coming)  # arithmetic first, which steps keep: interrupted, it leaves layers whole
+    _move(waiting)
+    asking = [[layer for layer in group if layer.asks_for_end] for group in groups]
+    ending = [[layer for layer in group if layer.ends_prompt(coming)] for group in asking if group]
+    for layer in (layer for group in ending for layer in group):
+        if not layer.placement.prompted:
+            layer.planner.note_prompt()
+    advance([[layer for layer in group if layer.placement.prompted] for group in ending], ends=True)
+
+
+def advance(groups: Sequence[Group], ends: bool = False) -> None:
+    """Let the pending tokens of layers in, or, as it `ends`, what the prompt's end asks for; see `commit_all`."""
+    _move(_together(groups), ends)
+
+
+def _together(groups: Sequence[Group]) -> list[Group]:
+    """The same groups, those of one layer each that may plan as one put together."""
+    found: dict[Any, list[LayerCache]] = {}
+    for number, group in enumerate(groups):
+        if group:
+            key = _key(group[0]) if len(group) == 1 else None
+            found.setdefault(number if key is None else key, []).extend(group)
+    return list(found.values())
+
+
+def _key(layer: LayerCache) -> Any:
+    """Layers with one key may plan as one; None: this one plans alone."""
+    if layer.tells_apart:
+        key = joint.key_of(layer.by_head(), layer.observer)
+        return None if key is None else (key, layer.waiting)
+    alike = isinstance(layer.planner, ByPosition) and layer.placement.merger is None
+    return (id(layer.planner.step), layer.waiting) if alike else None
+
+
+def _move(groups: Sequence[Group], ends: bool = False) -> None:
+    """What `advance` does for layers that are put together already; what is to be coded is coded in one go."""
+    before = [(layer, layer.broken) for group in groups for layer in group]
+    for layer, _ in before:
+        layer.broken = True
+    later, moving = Later(), Moving()
+    for group in groups:
+        moving.move([] if group[0].placement.shared else group)
+        for layers, moves in _planned(group, ends):
+            move([layer.stores for layer in layers], [_new(layer, ends) for layer in layers], moves, later)
+            for layer, own in zip(layers, moves, strict=True):
+                layer.moved(own)
+                layer.pending = {}
+    later.run()
+    moving.end()
+    for layer, broken in before:
+        layer.broken = broken
+
+
+def _new(layer: LayerCache, ends: bool) -> dict[str, Tensor]:
+    return layer.like if ends else layer.pending
+
+
+def _planned(group: Group, ends: bool) -> Iterator[tuple[Group, list[AllMoves]]]:
+    """Which of some layers move alike, and what moves in each."""
+    first = group[0]
+    if len(group) > 1 and not first.placement.shared:
+        if isinstance(first.planner, ByPosition):
+            turn = first.planner.end_prompt() if ends else first.begin(first.pending)
+            yield group, [layer.planner.moves(turn) for layer in group]
+            return
+        planners = [layer.by_head() for layer in group]
+        new = [] if ends else [layer.pending for layer in group]
+        yield group, joint.plan(joint.joined(planners), new, first.padding, [layer.observer for layer in group])
+        return
+    turns = [layer.planner.end_prompt() if ends else layer.begin(layer.pending) for layer in group]
+    if first.placement.ranks:
+        select([layer.planner for layer in group], turns)
+    for layer, turn in zip(group, turns, strict=True):
+        yield [layer], [layer.moves(turn, _new(layer, ends))]

@@ -1,0 +1,115 @@
+"""Layers that stand alike: what is known of them is what one would find by looking at all of their pages."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvpolicy.attention.steady import _looked_up, stands
+from kvpolicy.layer.commit import commit_all
+from kvpolicy.layer.held import Reading
+from kvpolicy.layer.layer import LayerCache
+from kvpolicy.layer.standing import Standing
+from kvpolicy.placement.planner import Placement
+from kvpolicy.placement.step import Step
+from kvpolicy.recipe.load import load_recipe
+
+RECIPES = {
+    "logquant": {"window": 12},
+    "kivi": {"residual": 16, "group_size": 8},
+    "streaming-llm": {"window": 20},
+    "kivi-sink": {"residual": 16, "group_size": 8},
+    "h2o": {},
+}
+
+
+class Layers:
+    """Some layers of one recipe that are given tokens as a pass of an attached model gives them."""
+
+    def __init__(self, name: str) -> None:
+        self.reading = Reading(attached=True, lasting=True)
+        first = Step.first(Placement(load_recipe(name, **RECIPES[name]).tiers))
+        self.layers = [LayerCache(first, None, self.reading) for _ in range(3)]
+        self.rows = 2
+        self.served = 0
+
+    def update(self, n: int) -> None:
+        self.reading.known.clear()
+        self.marks: dict[Standing, Any] = {}
+        if self.layers[0].stores:
+            commit_all([[layer] for layer in self.layers], n)
+        for layer in self.layers:
+            layer.stage(*(torch.randn(self.rows, n, 2, 32).transpose(1, 2) for _ in range(2)))
+            if layer.observes:
+                layer.observe()
+            self.check(layer)
+            layer.hold()
+
+    def check(self, layer: LayerCache) -> None:
+        """What is known of a layer holds, and what serves another that stands alike would serve it."""
+        x = torch.zeros(self.rows, 2, 1, 32)
+        found = stands(layer, x, (x, x)) if layer.committed else None
+        if found is None:
+            return
+        fresh = _looked_up(layer)
+        assert fresh is not None
+        assert found.stood.addresses == fresh.addresses
+        assert self.marks.setdefault(found.stood.standing, fresh.standing.marks) == fresh.standing.marks
+        if found.again(layer, x, (x, x), None, None) is None:
+            found.note(layer, lambda *given: x)
+        else:
+            self.served += 1
+
+    def crop(self, n: int) -> None:
+        for layer in self.layers:
+            layer.crop(max(layer.seen - n, 1))
+
+    def select(self, rows: list[int]) -> None:
+        for layer in self.layers:
+            layer.select(torch.tensor(rows))
+        self.rows = len(rows)
+
+    def alone(self, number: int) -> None:
+        """A layer lets its tokens in by itself."""
+        self.layers[number].commit()
+
+
+STEPS = st.one_of(
+    st.tuples(st.just("update"), st.sampled_from([1, 1, 1, 1, 1, 2, 7, 30])),
+    st.tuples(st.just("crop"), st.integers(1, 9)),
+    st.tuples(st.just("select"), st.sampled_from([[0, 1], [1, 0], [0, 0, 1], [1]])),
+    st.tuples(st.just("alone"), st.integers(0, 2)),
+    st.tuples(st.just("copy"), st.none()),
+)
+
+
+@settings(deadline=None, max_examples=40)
+@given(name=st.sampled_from(sorted(RECIPES)), first=st.integers(1, 150), steps=st.lists(STEPS, max_size=60))
+def test_what_is_known_holds_whatever_happens(name: str, first: int, steps: list[tuple[str, Any]]) -> None:
+    case = Layers(name)
+    case.update(first)
+    for what, value in steps:
+        if what == "copy":
+            case = copy.deepcopy(case)
+        elif what != "select" or max(value) < case.rows:
+            getattr(case, what)(value)
+    case.update(1)
+    case.update(1)
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_layers_stay_known_from_step_to_step(name: str) -> None:
+    case = Layers(name)
+    case.update(150)
+    kept, served = 0, case.served
+    for _ in range(60):
+        before = [layer.stood for layer in case.layers]
+        case.update(1)
+        kept += all(x is not None and x is layer.stood for x, layer in zip(before, case.layers, strict=True))
+    assert kept > 40
+    assert case.served == served + 2 * 60
