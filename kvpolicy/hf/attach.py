@@ -357,7 +357,7 @@ def _read(
     if tiers.asked_for:
         tiers.heed(query)
     if tiers.scratch is not None:  # no other layer reads these keys and values
-        passes.let_in(tiers, None if cache is None else current, query)
+        passes.let_in(tiers, attached_pass(module) if query.shape[2] > 1 else None, query)
     if committed and wants_gradients(query, key, value):
         out = barred(ATTACHED, out, query, key, value)
     return out, None

@@ -99,7 +99,7 @@ def let_in(tiers: LayerCache, current: Pass | None, query: Tensor) -> None:
 
     So it never waits for the host, which plans for several layers at once.
     """
-    if current is None or query.device.type not in LATE or query.shape[2] <= MAX_PENDING:
+    if current is None or current.cache is None or query.device.type not in LATE or query.shape[2] <= MAX_PENDING:
         tiers.hold()
         return
     if len(current.late) == AT_ONCE:
