@@ -38,7 +38,8 @@ def test_padded_batches_survive(name: str, tmp_path: Path) -> None:
     with attach(model):
         cache = make_cache(name, model, **({"window": 20} if name in ("logquant", "balanced") else {}))
         model(ids(150, batch=2), **{CACHE: cache}, attention_mask=mask)
-        for t in range(40):
+        model(ids(25, batch=2, seed=9), **{CACHE: cache})
+        for t in range(15):
             model(ids(1, batch=2, seed=t), **{CACHE: cache})
         cache.save(tmp_path / "cache")
         loaded = CompressedCache.load(tmp_path / "cache", model)

@@ -51,6 +51,7 @@ def interrupted(at: int, error: type[BaseException]) -> Iterator[list[int]]:
     """Raise an error at the `at`-th line that runs in kvpolicy, its plugins, or the model."""
     count = [0]
     mine = threading.get_ident()
+    inside: dict[str, bool] = {}
 
     def lines(frame: Any, event: str, arg: Any) -> Any:
         if event == "line":
@@ -61,8 +62,10 @@ def interrupted(at: int, error: type[BaseException]) -> Iterator[list[int]]:
         return lines
 
     def calls(frame: Any, event: str, arg: Any) -> Any:
-        inside = any(place in frame.f_code.co_filename for place in PLACES)
-        return lines if inside and threading.get_ident() == mine else None
+        file = frame.f_code.co_filename
+        if file not in inside:
+            inside[file] = any(place in file for place in PLACES)
+        return lines if inside[file] and threading.get_ident() == mine else None
 
     before = sys.gettrace()
     sys.settrace(calls)

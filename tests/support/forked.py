@@ -6,6 +6,7 @@ What is about a new process itself (its imports, a broken installation, bytes th
 from __future__ import annotations
 
 import atexit
+import gc
 import json
 import os
 import runpy
@@ -107,7 +108,7 @@ def _server() -> tuple[Any, Any]:
     """Pipes to and from the process that is forked for each request, started when the first is made."""
     path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     process = subprocess.Popen(
-        [sys.executable, "-c", "import forked; forked.serve()"],
+        [sys.executable, "-c", "import gc; gc.disable(); import forked; forked.serve()"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -150,6 +151,8 @@ def _python(arguments: list[str]) -> None:
 
 def _run(run: Callable[[], None], request: dict[str, Any]) -> NoReturn:
     status = 70
+    gc.freeze()  # what was there before is no garbage of the command, and looked through would be copied
+    gc.enable()
     signal.alarm(300)  # a fork that waits for a lock that a thread of its parent held would wait for ever
     try:
         where = Path(request["where"])
