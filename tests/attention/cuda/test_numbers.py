@@ -63,7 +63,6 @@ def test_bits_and_groups_per_channel(bits: int, group: int) -> None:
 @pytest.mark.parametrize("dim", [96, 256])
 def test_bits_and_head_dims_per_channel(bits: int, dim: int) -> None:
     Served(own(channel(bits), token(bits)), dim=dim).check((300, 1))
-    Served(own(channel(bits, "arrival"), token(bits)), dim=dim).check((300, 5, 1))
 
 
 @pytest.mark.parametrize("name", APART)
