@@ -349,7 +349,7 @@ def _read(
         out, lse = own_attention(original, module, query, new, attention_mask, args, kwargs, observer is not None)
     with precise(query.device):
         if committed:
-            out = attend(tiers, query, new, attention_mask, *options, observer)
+            out = attend(tiers, query, new, attention_mask, *options, observer=observer)
         elif observer is not None:
             observe(query, new[0], observer, attention_mask, *options, lse)
     if watching.get() is not None:
