@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from threading import Lock
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from kvpolicy.attention.steady import _looked_up, stands
 from kvpolicy.layer.commit import commit_all
 from kvpolicy.layer.held import Reading
 from kvpolicy.layer.layer import LayerCache
-from kvpolicy.layer.standing import Standing
+from kvpolicy.layer.standing import Kind, Standing
 from kvpolicy.placement.planner import Placement
 from kvpolicy.placement.step import Step
 from kvpolicy.recipe.load import load_recipe
@@ -95,6 +96,7 @@ def test_what_is_known_holds_whatever_happens(name: str, first: int, steps: list
     case.update(first)
     for what, value in steps:
         if what == "copy":
+            case.reading.known[Kind(())] = Lock()  # what attention keeps can't be copied
             case = copy.deepcopy(case)
         elif what != "select" or max(value) < case.rows:
             getattr(case, what)(value)
