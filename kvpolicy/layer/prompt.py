@@ -1,4 +1,4 @@
-"""A prompt's tokens let into the tiers of several layers: those that stand alike plan as one, and are coded in one go."""
+"""A prompt's tokens let into the tiers of several layers: those that stand alike plan as one, coded in one go."""
 
 from __future__ import annotations
 
