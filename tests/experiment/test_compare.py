@@ -228,6 +228,7 @@ def test_arms_may_be_recipes_mappings_and_have_names_of_their_own(loaded: tuple[
     assert list(short(loaded, "full").arms) == ["full"]
 
 
+@pytest.mark.draws
 def test_answers_of_one_token_are_said_to_be_out_of_reach(loaded: tuple[Any, Any], tmp_path: Path) -> None:
     file = tmp_path / "mine.jsonl"
     file.write_text('{"prompt": "import os\\n", "answer": "import"}\n', encoding="utf-8")
@@ -397,6 +398,7 @@ def test_predictions_that_are_not_numbers_are_an_error(loaded: tuple[Any, Any]) 
         compare(["full"], model=model, tokenizer=loaded[1], n=1, tokens=96, progress=False)
 
 
+@pytest.mark.draws
 def test_many_labels_do_not_overlap(result: Comparison, tmp_path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -86,6 +86,7 @@ def test_watching_changes_nothing_else(result: Comparison, loaded: tuple[Any, An
         plain.plot_attention(tmp_path / "attention.png")
 
 
+@pytest.mark.draws
 def test_files(result: Comparison, directory: Path, tmp_path: Path) -> None:
     assert (directory / "attention.png").read_bytes().startswith(b"\x89PNG")
     summary = read(directory).settings

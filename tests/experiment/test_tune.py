@@ -119,6 +119,7 @@ def test_the_numbers_are_those_of_the_models_own_loop(given: Given) -> None:
     assert found.bits.mean == pytest.approx(sum(bits) / 2)
 
 
+@pytest.mark.draws
 def test_the_best_keeps_the_budget(given: Given, tmp_path: Path, counted: list[Any]) -> None:
     out = tmp_path / "out"
     result = kvpolicy.tune(SPACE, **given, bits=20, out=out)
