@@ -20,8 +20,6 @@ COLUMNS = 128
 """Queries that count are filled up to a multiple."""
 WAVES = 4
 """Blocks for each that the card holds at once, so that the last to end are few."""
-GROUPS, TILES = 2, 2
-"""Warpgroups of a block that weigh, and tiles of 64 tokens of each."""
 FEW = 256
 """Queries of all heads of a KV head, below which blocks of 256 tokens have too little to do."""
 MASKS = 1 << 24
@@ -55,7 +53,7 @@ class Sums(NamedTuple):
 
     @property
     def threads(self) -> int:
-        return 128 * (GROUPS + 1) if self.grouped else THREADS
+        return 384 if self.grouped else THREADS
 
     @property
     def feature(self) -> str:
@@ -77,19 +75,11 @@ class Sums(NamedTuple):
     @property
     def rows(self) -> int:
         """Queries, or keys, of a block."""
-        if self.grouped:
-            return 64 * GROUPS * TILES
         return 64 if self.dim > 128 else 256 if self.weighs or not self.mask else 128
 
     def defined(self, arch: str) -> dict[str, object]:
         if self.grouped:
-            return {
-                "HEAD_DIM": self.dim,
-                "BFLOAT": int(self.bfloat),
-                "POLYNOMIALS": 0,
-                "GROUPS": GROUPS,
-                "TILES": TILES,
-            }
+            return {"HEAD_DIM": self.dim, "BFLOAT": int(self.bfloat)}
         return {
             "PASS": 1 + self.weighs,
             "HEAD_DIM": self.dim,

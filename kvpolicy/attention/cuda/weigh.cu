@@ -3,13 +3,12 @@
 //
 // A block has 256 tokens. Two warpgroups keep 128 each, two tiles of 64 rows in registers, and take exponentials of one
 // tile's products while the tensor cores work at the other's. A third fetches tiles of queries, of all heads of the group,
-// into a ring. What comes before this file defines HEAD_DIM, BFLOAT (the model's type) and POLYNOMIALS.
+// into a ring. What comes before this file defines HEAD_DIM and BFLOAT (the model's type).
 #include "machine.cuh"
 #include "observed.cuh"
 
 constexpr int D = HEAD_DIM, STEPS = D / 16, CHUNKS = D / 8, HALVES = (D + 63) / 64;
-constexpr int COLS = 128, ROWS = GROUPS * TILES * 64;
-constexpr int WIDE = TILES == 2 ? 128 : 64, SUMS = WIDE / 2;  // columns of a product at a time, and what a thread has of them
+constexpr int GROUPS = 2, TILES = 2, ROWS = GROUPS * TILES * 64, COLS = 128, SUMS = COLS / 2;  // SUMS: products that a thread has of a tile
 constexpr int HALF = COLS * 128, LSE = HALVES * HALF, AT = LSE + COLS * 4, STAGE = AT + COLS * 4, STAGES = 6, AHEAD = 2;
 constexpr int KEY_TILES = (ROWS + COLS - 1) / COLS;  // of the ring, which a block's tokens take
 constexpr int FETCHING = 128, THREADS = GROUPS * 128 + FETCHING;
@@ -181,7 +180,6 @@ __device__ __forceinline__ void fetch(const Given& g, u32 ring) {
 #define FOUR(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define SIXTEEN(i) FOUR(i), FOUR(i + 4), FOUR(i + 8), FOUR(i + 12)
 __device__ __forceinline__ void product(float (&d)[SUMS], const u32 (&a)[4], u32 b, int more) {
-#if TILES == 2
   asm volatile(
       "{.reg .pred p; .reg .b32 h; .reg .b64 b; setp.ne.b32 p, %69, 0; mov.b32 h, 0x40000040; mov.b64 b, {%68, h};\n"
       "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE " {"
@@ -191,42 +189,26 @@ __device__ __forceinline__ void product(float (&d)[SUMS], const u32 (&a)[4], u32
       "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
       "}, {%64,%65,%66,%67}, b, p, 1, 1, 0;}"
       : SIXTEEN(0), SIXTEEN(16), SIXTEEN(32), SIXTEEN(48)
-#else
-  asm volatile(
-      "{.reg .pred p; .reg .b32 h; .reg .b64 b; setp.ne.b32 p, %37, 0; mov.b32 h, 0x40000040; mov.b64 b, {%36, h};\n"
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " {"
-      "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
-      "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
-      "}, {%32,%33,%34,%35}, b, p, 1, 1, 0;}"
-      : SIXTEEN(0), SIXTEEN(16)
-#endif
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(more));
 }
 
-// Registers are as they are to be for products that come.
-__device__ __forceinline__ void ready(float (&d)[SUMS]) {
+// Begin the products of 64 tokens and queries of a tile.
+__device__ __forceinline__ void begin(float (&d)[SUMS], const u32 (&a)[STEPS][4], u32 queries) {
+  // Swizzled over 128 bytes, 1,024 from 8 rows to the next; from one lane, which the compiler takes for the same in all.
+  const u32 b = __shfl_sync(~0u, 0x10000 | (queries >> 4), 0);
 #pragma unroll
   for (int i = 0; i < SUMS; i++) asm volatile("" : "+f"(d[i]));
   asm volatile("wgmma.fence.sync.aligned;");
+#pragma unroll
+  for (int k = 0; k < STEPS; k++) product(d, a[k], b + (k / 4 * HALF + k % 4 * 32) / 16, k != 0);
+  asm volatile("wgmma.commit_group.sync.aligned;");
 }
-__device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;"); }
 
-// Wait for products.
-__device__ __forceinline__ void end(float (&d)[SUMS]) {
-  asm volatile("wgmma.wait_group.sync.aligned 0;");
+// Wait for products, but for those begun since.
+template <int SINCE> __device__ __forceinline__ void end(float (&d)[SUMS]) {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(SINCE));
 #pragma unroll
   for (int i = 0; i < SUMS; i++) asm volatile("" : "+f"(d[i]));
-}
-
-// 2^x for x up to 0 without the unit of special functions, which is as busy as the tensor cores. Its error is 3e-6.
-__device__ __forceinline__ float polynomial(float x) {
-  x = fmaxf(x, -126.75f);  // what is less becomes a denormal number: nothing
-  const float big = x + 12582912.f, f = x - (big - 12582912.f);
-  float y = fmaf(0.009570101946812917f, f, 0.05591786158553334f);
-  y = fmaf(y, f, 0.24024744837984488f);
-  y = fmaf(y, f, 0.6931218145829676f);
-  y = fmaf(y, f, 0.9999992614392343f);
-  return __int_as_float(__float_as_int(y) + (__float_as_int(big) << 23));
 }
 
 __device__ __forceinline__ float plus(float a, float b) {
@@ -245,39 +227,28 @@ __device__ __forceinline__ Four four(u32 at) {
   return f;
 }
 
-// Hide tokens, `token` the first of the thread's, from queries before them, numbers of whose columns are at `ats`.
-__device__ __forceinline__ void hide(const Given& g, float (&d)[SUMS], u32 ats, int token) {
+// Add the weights of some columns, the first of whose numbers are at `lse`. EDGE: some tokens may be hidden from some
+// queries; `token` is the first of the thread's.
+template <bool EDGE> __device__ __forceinline__ void add(const Given& g, const float (&d)[SUMS], float (&sum)[2], u32 lse, Four known, int token) {
 #pragma unroll
-  for (int n = 0; n < WIDE / 16; n++) {
-    const Four at = four(ats + n * 64);
-#pragma unroll
-    for (int e = 0; e < 8; e++)
-      if (token + e / 2 % 2 * 8 > __float_as_int(at.x[e / 4 * 2 + e % 2]) + g.offset) d[8 * n + e] = -__int_as_float(0x7f800000);
-  }
-}
-
-// Add the weights of products, numbers of whose columns are at `lse`, and begin others, a part before each 16 columns: begun
-// at once they would be in the way of the exponentials.
-__device__ __forceinline__ void turn(const Given& g, const float (&d)[SUMS], float (&sum)[2], u32 lse, float (&other)[SUMS], const u32 (&a)[STEPS][4], u32 queries) {
-  constexpr int PARTS = WIDE / 16, EACH = (STEPS + PARTS - 2) / (PARTS - 1);
-  Four known = four(lse);
-  // Swizzled over 128 bytes, 1,024 from 8 rows to the next; from one lane, which the compiler takes for the same in all.
-  const u32 b = __shfl_sync(~0u, 0x10000 | (queries >> 4), 0);
-  ready(other);
-#pragma unroll
-  for (int n = 0; n < PARTS; n++) {
+  for (int n = 0; n < COLS / 16; n++) {
     const Four now = known;
-    if (n + 1 < PARTS) known = four(lse + (n + 1) * 64);
-#pragma unroll
-    for (int k = n * EACH; k < n * EACH + EACH && k < STEPS; k++) product(other, a[k], b + (k / 4 * HALF + k % 4 * 32) / 16, k != 0);
-    if (n * EACH < STEPS && n * EACH + EACH >= STEPS) commit_products();
+    if (n + 1 < COLS / 16) known = four(lse + (n + 1) * 64);
+    Four at;
+    if (EDGE) at = four(lse + AT - LSE + n * 64);
 #pragma unroll
     for (int e = 0; e < 8; e++) {
       const int i = e / 2 % 2, c = e / 4 * 2 + e % 2;
-      const float x = fmaf(d[8 * n + e], g.scale, -now.x[c]);
-      sum[i] = plus(sum[i], e * POLYNOMIALS % 8 < POLYNOMIALS ? polynomial(x) : ex2(x));
+      float x = fmaf(d[8 * n + e], g.scale, -now.x[c]);
+      if (EDGE && token + 8 * i > __float_as_int(at.x[c]) + g.offset) x = -__int_as_float(0x7f800000);
+      sum[i] = plus(sum[i], ex2(x));
     }
   }
+}
+
+__device__ __forceinline__ void weigh_tile(const Given& g, const float (&d)[SUMS], float (&sum)[2], u32 lse, Four known, int token, bool edge) {
+  if (edge) add<true>(g, d, sum, lse, known, token);
+  else add<false>(g, d, sum, lse, known, token);
 }
 
 // The tokens of a warp, as operands of all its products.
@@ -327,7 +298,6 @@ __device__ __forceinline__ bool told(Head& b, const Place& now) {
 
 __device__ __forceinline__ void consume(const Given& g, u32 ring) {
   const int lane = threadIdx.x & 31, row = (threadIdx.x >> 7) * TILES * 64 + ((threadIdx.x >> 5) & 3) * 16 + lane / 4;
-  constexpr int LAST = TILES - 1, OTHER = TILES == 2 ? 0 : 64 * 128, LATER = TILES == 2 ? 0 : WIDE * 4;  // where the second products differ
   u32 a[TILES][STEPS][4];
   float d[2][SUMS];
   Place now = {ring, 0, 0};
@@ -338,24 +308,22 @@ __device__ __forceinline__ void consume(const Given& g, u32 ring) {
     float sum[TILES][2] = {};
     load(a, now);
     await(now.full(), now.parity);
-    const u32 first = __shfl_sync(~0u, 0x10000 | (now.stage() >> 4), 0);
-    ready(d[0]);
-#pragma unroll
-    for (int k = 0; k < STEPS; k++) product(d[0], a[0][k], first + (k / 4 * HALF + k % 4 * 32) / 16, k != 0);
-    commit_products();
-    end(d[0]);
+    begin(d[0], a[0], now.stage());
+    end<0>(d[0]);
 #pragma unroll 1
     for (; b.tiles; b.tiles--) {
       const u32 here = now.stage(), lse = here + LSE + (lane & 3) * 16, empty = now.empty();
       const bool edge = b.tile < b.edges;
-      if (edge) hide(g, d[0], lse + AT - LSE, token);
-      turn(g, d[0], sum[0], lse, d[1], a[LAST], here + OTHER);
+      Four known = four(lse);
+      begin(d[1], a[1], here);
+      weigh_tile(g, d[0], sum[0], lse, known, token, edge);
       now.next();
       if (b.tiles > 1) await(now.full(), now.parity);  // else once more the same, for nothing
-      end(d[1]);
-      if (edge) hide(g, d[1], lse + LATER + AT - LSE, token + LAST * 64);
-      turn(g, d[1], sum[LAST], lse + LATER, d[0], a[0], b.tiles > 1 ? now.stage() : here);
-      end(d[0]);
+      known = four(lse);
+      begin(d[0], a[0], b.tiles > 1 ? now.stage() : here);
+      end<1>(d[1]);
+      weigh_tile(g, d[1], sum[1], lse, known, token + 64, edge);
+      end<0>(d[0]);
       __syncwarp();
       if (lane == 0) arrive(empty);
       if (++b.tile == b.per) b.tile = 0;
@@ -374,10 +342,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) weigh(const __grid_cons
     }
   __syncthreads();
   if (threadIdx.x >= GROUPS * 128) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(GROUPS == 2 ? 40 : 56));
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
     fetch(g, ring);
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(GROUPS == 2 ? 232 : 152));
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
     consume(g, ring);
   }
 }
