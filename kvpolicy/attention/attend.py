@@ -14,7 +14,7 @@ from kvpolicy.attention.mask import Queries, as_mask
 from kvpolicy.attention.reading import read
 from kvpolicy.attention.reference import REFERENCE, SCORES, only_new, weights
 from kvpolicy.attention.steady import stands
-from kvpolicy.interfaces.backend import AttentionOptions, Part, StoreView
+from kvpolicy.interfaces.backend import AttentionOptions, Backend, Part, StoreView
 from kvpolicy.layer.layer import LayerCache
 from kvpolicy.placement.attention_scores import Observer
 
@@ -53,12 +53,11 @@ def attend(
     Raises:
         CacheError: the mask has another number of columns.
     """
-    if observer is not None and not observer.queries:
-        observer = None  # none of these queries counts
+    observer = observer if observer is not None and observer.queries else None  # some of these queries count
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     asked = scale, softcap, sinks is None, observer and observer.room
-    standing = None if mask is not None else stands(tiers, query, new, *asked)
-    out = None if standing is None else standing.again(tiers, query, new, sinks, observer)
+    standing = stands(tiers, query, new, *asked) if mask is None else None
+    out = standing.again(tiers, query, new, sinks, observer) if standing else None
     if out is not None:
         return out
     shown = as_mask(mask, tiers.committed + new[0].shape[2], new[0].shape[1])
@@ -67,17 +66,22 @@ def attend(
     part = whole(tiers, new) if pages is None else above(tiers, new)
     pieces = assigned(query, part, shown, options, tiers.step.by_head)
     tiers.backends = tuple(dict.fromkeys(backend.kind for backend, _ in pieces))
-    if len(pieces) == 1 and pieces[0][0] is REFERENCE and pages is None:
-        return _as_asked(REFERENCE.output(query, pieces[0][1], shown, options), query)
-    found = [] if pages is None else [pages]
     alone = len(pieces) == 1 and pages is None
-    out = standing.first(tiers, *pieces[0], query, options) if alone and standing is not None else None
+    if alone and pieces[0][0] is REFERENCE:
+        return _as_asked(REFERENCE.output(query, pieces[0][1], shown, options), query)
+    out = standing.first(tiers, *pieces[0], query, options) if alone and standing else None
     if out is not None:
         return out
-    for number, (backend, part) in enumerate(pieces):
-        own = options if alone else AttentionOptions(scale, softcap, None if number else sinks)
-        found.append(computed(backend, query, part, shown, own))
-    return _as_asked(merged(found)[0], query)
+    found = _computed(query, pieces, shown, options if alone else AttentionOptions(scale, softcap, sinks))
+    return _as_asked(merged(found if pages is None else [pages, *found])[0], query)
+
+
+def _computed(
+    query: Tensor, pieces: list[tuple[Backend, Part]], mask: Tensor | None, options: AttentionOptions
+) -> list[tuple[Tensor, Tensor]]:
+    """What backends give for their pieces, sinks being with the first."""
+    asked = [options, *[replace(options, sinks=None)] * (len(pieces) - 1)]
+    return [computed(backend, query, part, mask, own) for (backend, part), own in zip(pieces, asked, strict=True)]
 
 
 def _as_asked(out: Tensor, query: Tensor) -> Tensor:

@@ -2,28 +2,61 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
+from kvpolicy.layer.held import Held
 from kvpolicy.layer.mover import move
 from kvpolicy.layer.standing import Moving
 from kvpolicy.placement import joint
 from kvpolicy.placement.by_position import ByPosition
 from kvpolicy.placement.contract import select
 from kvpolicy.placement.moves import AllMoves
+from kvpolicy.placement.per_head import PerHeadPlacement
 from kvpolicy.storage.later import Later
 
-if TYPE_CHECKING:
-    from kvpolicy.layer.layer import LayerCache
 
-Group = Sequence["LayerCache"]
+class Committing(Held):
+    """A layer whose pending tokens can be let into its tiers."""
+
+    @abstractmethod
+    def hold(self) -> None:
+        """Let the tokens that are staged in; they are pending then."""
+
+    @abstractmethod
+    def held_after_commit(self, coming: int = 0) -> int:
+        """Tokens that the stores will hold once the pending ones are committed."""
+
+    @abstractmethod
+    def ends_prompt(self, coming: int = 1) -> bool:
+        """Whether an update of so many tokens ends the prompt, and policies ask for that."""
+
+    @abstractmethod
+    def by_head(self) -> PerHeadPlacement:
+        """From now on each row, and each head that policies look at, has places of its own."""
+
+    @abstractmethod
+    def begin(self, new: dict[str, Tensor]) -> Any:
+        """Plan to let in new tokens."""
+
+    @abstractmethod
+    def moves(self, turn: Any, new: dict[str, Tensor]) -> AllMoves:
+        """What moves as planned."""
+
+    @abstractmethod
+    def moved(self, moves: AllMoves) -> None:
+        """Tokens have been let in, and moved."""
 
 
-def groups_of(layers: Iterable[LayerCache]) -> list[list[LayerCache]]:
+Group = Sequence[Committing]
+
+
+def groups_of(layers: Iterable[Committing]) -> list[list[Committing]]:
     """Layers that select together, the others each for itself."""
-    groups: dict[int, list[LayerCache]] = {}
+    groups: dict[int, list[Committing]] = {}
     for number, tiers in enumerate(layers):
         placement = tiers.placement
         groups.setdefault(id(placement) if placement.shared else -1 - number, []).append(tiers)
@@ -65,7 +98,7 @@ def advance(groups: Sequence[Group], ends: bool = False) -> None:
 
 def _together(groups: Sequence[Group]) -> list[Group]:
     """The same groups, those of one layer each that may plan as one put together."""
-    found: dict[Any, list[LayerCache]] = {}
+    found: dict[Any, list[Committing]] = {}
     for number, group in enumerate(groups):
         if group:
             key = _key(group[0]) if len(group) == 1 else None
@@ -73,7 +106,7 @@ def _together(groups: Sequence[Group]) -> list[Group]:
     return list(found.values())
 
 
-def _key(layer: LayerCache) -> Any:
+def _key(layer: Committing) -> Any:
     """Layers with one key may plan as one; None: this one plans alone."""
     if layer.tells_apart:
         key = joint.key_of(layer.by_head(), layer.observer)
@@ -101,7 +134,7 @@ def _move(groups: Sequence[Group], ends: bool = False) -> None:
         layer.broken = broken
 
 
-def _new(layer: LayerCache, ends: bool) -> dict[str, Tensor]:
+def _new(layer: Committing, ends: bool) -> dict[str, Tensor]:
     return layer.like if ends else layer.pending
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from kvpolicy.errors import CacheError
-from kvpolicy.layer.commit import commit_all
-from kvpolicy.layer.held import PENDING, SIDES, Held, Positions
+from kvpolicy.layer.commit import Committing, commit_all
+from kvpolicy.layer.held import PENDING, SIDES, Positions
 from kvpolicy.layer.merging import merge
 from kvpolicy.layer.mover import move
 from kvpolicy.layer.paging import PageTable
@@ -29,7 +29,7 @@ MAX_APART = 24
 """The same where policies ask for scores: what each of these tokens' queries attended is kept apart."""
 
 
-class LayerCache(Held):
+class LayerCache(Committing):
     """One layer whose tokens come, descend and go: staged, then pending, then committed."""
 
     @contextmanager

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from kvpolicy.storage.clock import Clock
-
-if TYPE_CHECKING:
-    from kvpolicy.layer.layer import LayerCache
 
 _kinds: dict[Any, Kind] = {}
 
@@ -61,15 +58,21 @@ class Stood:
         return type(None), ()
 
 
+class Stands(Protocol):
+    """A layer."""
+
+    stood: Stood | None
+
+
 class Moving:
     """Groups of layers that move together, each group the same; what was known of them is known after that."""
 
     def __init__(self) -> None:
         self.before = Clock.moved
         self.after: dict[int, Standing] = {}
-        self.stood: list[tuple[LayerCache, Stood, Standing]] = []
+        self.stood: list[tuple[Stands, Stood, Standing]] = []
 
-    def move(self, layers: Sequence[LayerCache]) -> None:
+    def move(self, layers: Sequence[Stands]) -> None:
         """These layers make the same moves."""
         after: dict[int, Standing] = {}
         for layer in layers:
