@@ -267,6 +267,7 @@ class Guard:
                 layer.__dict__.clear()
                 layer.__dict__.update(p.own[i])
         self.reading.attached, self.reading.padding = False, p.padding
+        self.reading.known.clear()
         if not all(done):
             raise CacheError(
                 "a forward pass with this cache was interrupted after tokens had left their places for good; reset() "

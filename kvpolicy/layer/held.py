@@ -64,6 +64,9 @@ class Reading:
     room: int = 0
     """Columns that attention weights are to have at least, for policies that are told of them."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "known": {}}  # it is of the pass, and may hold what can't be copied
+
 
 class Held:
     """One layer: stores for keys and values, where their tokens are, and the pending tokens."""
