@@ -65,7 +65,7 @@ class Reading:
     """Columns that attention weights are to have at least, for policies that are told of them."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "known": {}}
+        return {**self.__dict__, "known": {}}  # it is of the pass, and may hold what can't be copied
 
 
 class Held:

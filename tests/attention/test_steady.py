@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from threading import Lock
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import build, ids
+from torch import Tensor
+from words import CACHE
 
+import kvpolicy
+from kvpolicy import AttentionOptions, AttentionSpec, Backend, Part, make_cache
+from kvpolicy.attention import backend as backends
+from kvpolicy.attention.reference import REFERENCE
 from kvpolicy.attention.steady import _looked_up, stands
 from kvpolicy.layer.commit import commit_all
 from kvpolicy.layer.held import Reading
@@ -115,3 +123,59 @@ def test_layers_stay_known_from_step_to_step(name: str) -> None:
         kept += all(x is not None and x is layer.stood for x, layer in zip(before, case.layers, strict=True))
     assert kept > 40
     assert case.served == served + 2 * 60
+
+
+class Uncopied:
+    """What attends again; as that of a device it can't be copied."""
+
+    def __call__(self, query: Tensor, new: tuple[Tensor, Tensor], *_: Any) -> Tensor:
+        batch, heads, queries, _ = query.shape
+        return query.new_zeros(batch, queries, heads, new[1].shape[3])
+
+    def __reduce__(self) -> Any:
+        raise TypeError("not to be copied")
+
+
+class Knowing(Backend):
+    """Serves all layers of a step at once."""
+
+    kind: Literal["knowing"] = "knowing"
+    priority: ClassVar[int] = 1
+
+    def refuses(self, spec: AttentionSpec) -> str | None:
+        return None
+
+    def attend(
+        self, query: Tensor, part: Part, mask: Tensor | None, options: AttentionOptions
+    ) -> tuple[Tensor, Tensor]:
+        return REFERENCE.attend(query, part, mask, options)
+
+    def again(self, query: Tensor, part: Part, options: AttentionOptions) -> Uncopied:
+        return Uncopied()
+
+
+@pytest.mark.parametrize("when", ["in a pass", "after an interruption"])
+def test_copies_leave_out_what_is_known_of_a_pass(when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "others", lambda: (Knowing(),))
+    backends.chosen.cache_clear()
+    model = build("llama", torch.float32, num_hidden_layers=3)
+    copies: list[Any] = []
+
+    def interrupt(*_: Any) -> None:
+        assert cache.reading.known
+        if when == "in a pass":
+            copies.append(copy.deepcopy(cache.reading))
+        raise KeyError
+
+    with torch.no_grad(), kvpolicy.attach(model):
+        cache = make_cache("logquant", model)
+        model(ids(150), **{CACHE: cache})
+        model(ids(1), **{CACHE: cache})
+        hook = model.model.layers[2].register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyError):
+            model(ids(1), **{CACHE: cache})
+        hook.remove()
+        copies.append(copy.deepcopy(cache).reading)
+        copies.append(pickle.loads(pickle.dumps(cache)).reading)
+    backends.chosen.cache_clear()
+    assert all(not reading.known for reading in [*copies, cache.reading])
