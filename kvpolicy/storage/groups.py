@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kvpolicy.errors import CacheError
 from kvpolicy.storage.base import Ints
+from kvpolicy.storage.clock import Clock
 from kvpolicy.storage.pages import Leaving, Pages, planning
 
 __all__ = ["Groups"]
@@ -170,6 +171,8 @@ def _forget_unused(groups: Pages, kept: list[Pages], most: int) -> int:
         used[groups.all().flatten().long()] = True
         groups.all().copy_((used.cumsum(0, dtype=torch.int32) - 1)[groups.all().long()])
         gone = (~used).nonzero()[:, 0].cpu().numpy()
+    if len(gone):  # in another layer others may be empty
+        Clock.tick()
     for part in kept:
         part.drop(gone)
     return max(2 * kept[0].length, GROUPS_AT_FIRST)

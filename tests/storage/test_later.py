@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvpolicy.storage import later as module
 from kvpolicy.storage.affine import AffineStore
+from kvpolicy.storage.clock import Clock
 from kvpolicy.storage.later import Later
 
 
@@ -109,3 +110,16 @@ def test_coding_waits_for_no_device(options: Any, scale_dtype: str) -> None:
         store.append(x)
     assert brought.found == []
     assert store.length == 24
+
+
+def test_groups_that_are_forgotten_part_layers_that_stood_alike() -> None:
+    """Which groups are empty is for the tokens of a layer to say: another that moved with it may keep them."""
+    store = AffineStore(Int(nbits=2, per="channel", group_size=4), 8)
+    store.differ_by_head((1, 1))
+    store.append(torch.randn(1, 1, 8, 8))
+    before = Clock.grown
+    store.remove(torch.tensor([[[0, 1, 4, 5]]]))
+    assert Clock.grown == before
+    store.remove(torch.tensor([[[0, 1]]]))
+    assert store.parts["params"].length == 1
+    assert Clock.grown != before
