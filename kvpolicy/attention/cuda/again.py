@@ -79,6 +79,7 @@ class Again:
         """Take what the blocks of launches on a stream share."""
         plan, device = self.plan, self.device
         self.stream, self.room = stream, (0, 0)
+        self.outs = []  # memory that was made for a stream goes back to it
         if plan.partial:
             shared = partials(plan.partial, device), counters(plan.lines * plan.turns, device)
             self.kept[1:], self.room = shared, (shared[0].data_ptr(), shared[1].data_ptr())
