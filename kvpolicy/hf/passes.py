@@ -87,7 +87,7 @@ class Pass:
 
     def end(self, failed: bool) -> None:
         if self.late and not failed:
-            with torch.no_grad(), precise(self.late[0].like["keys"].device):
+            with precise(self.late[0].like["keys"].device):
                 hold_all(self.late)
         cache = self.cache
         if cache is not None:
