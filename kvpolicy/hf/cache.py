@@ -19,7 +19,7 @@ from kvpolicy.hf.calls import PassAware
 from kvpolicy.hf.fingerprint import Origin
 from kvpolicy.hf.layer import TieredLayer, rows_within
 from kvpolicy.hf.model_config import check_selectors, check_stores, config_of, head_dim_of, tiers_at, uneven_layers
-from kvpolicy.hf.modes import uncompiled
+from kvpolicy.hf.modes import precise, uncompiled
 from kvpolicy.hf.passes import Lease, check_announced, hold, is_attached
 from kvpolicy.hf.rotary import rotaries
 from kvpolicy.hf.saving import load_cache, save_cache
@@ -303,7 +303,8 @@ def make_cache(recipe: Any, model_or_config: Any, *, strict: bool = False, **par
         MissingDependencyError: the recipe needs a library that is not installed.
     """
     loaded = load_recipe(recipe, **params)
-    return _made(loaded, model_or_config, strict, None)
+    with precise(torch.device("cpu")):  # where what a recipe asks for is tried
+        return _made(loaded, model_or_config, strict, None)
 
 
 def _restored(recipe: Recipe, model_or_config: Any, fitted: dict[int, dict[str, Tensor]]) -> CompressedCache:

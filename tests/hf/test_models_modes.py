@@ -163,6 +163,17 @@ def test_autocast_of_a_part(side: str, first: bool) -> None:
         assert (out[1] - true).abs().max() < 0.1 * true.abs().max()
 
 
+@pytest.mark.parametrize("name", ["best-2bit", "best-3bit", "turboquant", "zipcache"])
+def test_a_cache_can_be_made_under_autocast(name: str) -> None:
+    model, tokens = tiny("llama"), ids(70)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cache = make_cache(name, model)
+        assert torch.is_autocast_enabled("cpu")
+    with torch.no_grad(), attach(model):
+        found = turns(model, cache, tokens, (60, 9, 1))
+        assert torch.equal(found, turns(model, make_cache(name, model), tokens, (60, 9, 1)))
+
+
 def test_arithmetic_of_a_cache_is_float32_under_autocast() -> None:
     """The layer's own products are not rounded to bfloat16."""
     model, tokens = tiny("llama"), ids(90)
