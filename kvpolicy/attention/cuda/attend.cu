@@ -61,7 +61,7 @@ template <class P> struct Cursor {
 template <class P> __device__ __forceinline__ void attend_kind(const Plan& plan, const Kind& kind, int first, int round, int n, Warp& w) {
   using K = typename P::K;
   using V = typename P::V;
-  constexpr int TS = P::TOKENS, NB = TS / 16, NS = R == 8 ? NB : 1, ST = P::STAGES_;
+  constexpr int TS = P::TOKENS, NB = Tile<TS>::NB, NS = Tile<TS>::NS, ST = P::STAGES_;
   w.scratch = w.ring + P::SCRATCH;
   typename K::State ks;
   typename V::State vs;
@@ -109,9 +109,9 @@ template <class P> __device__ __forceinline__ void attend_kind(const Plan& plan,
 #pragma unroll
       for (int i = 0; i < NS * 4; i++) s[0][i] = soften(s[0][i], plan.cap);
     }
-    if (MASK || PLACES || CAUSAL || (NB == 1 && R == 4) || now.left < TS || (V::BY_SLOT && scattered(plan.layout.runs[now.run].v)))
-      hide<NS, NB, V::BY_SLOT>(plan, plan.layout.runs[now.run], now.done, now.left, w, s);
-    if (SCORES) keep<NS, NB, V::BY_SLOT>(plan, plan.layout.runs[now.run], now.done, now.left, w, s);
+    if (MASK || PLACES || CAUSAL || (R == 4 && !Tile<TS>::PAIRS) || now.left < TS || (V::BY_SLOT && scattered(plan.layout.runs[now.run].v)))
+      hide<TS, V::BY_SLOT>(plan, plan.layout.runs[now.run], now.done, now.left, w, s);
+    if (SCORES) keep<TS, V::BY_SLOT>(plan, plan.layout.runs[now.run], now.done, now.left, w, s);
     now.skip(TS, w);
     if (now.tile >= now.next) now.find(plan.layout, kind, TS);
     float top[2] = {s[0][0], s[0][1]};

@@ -11,7 +11,7 @@ import torch
 from kvpolicy.storage.affine import AffineStore
 from kvpolicy.storage.packing import PARTS
 
-__all__ = ["EXACT", "Format", "affine_form", "kind_of", "kinds_of", "refuses_store", "weight_of"]
+__all__ = ["EXACT", "Format", "affine_form", "is_large", "kind_of", "kinds_of", "refuses_store", "weight_of"]
 
 NUMBERS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 SMALL = {"float8_e4m3": 3}
@@ -101,14 +101,21 @@ def _misfit(nbits: int, group: int, dim: int) -> str | None:
 
 
 @functools.lru_cache(maxsize=256)
-def kind_of(keys: Format, values: Format, by_slot: bool = False) -> tuple[str, int]:
-    """A kind as a type of the headers, and the tokens of its tiles; values may lie where an index says."""
+def kind_of(keys: Format, values: Format, by_slot: bool = False, many: bool = False) -> tuple[str, int]:
+    """A kind as a type of the headers, and the tokens of its tiles; values may lie where an index says.
+
+    Of `many` tokens tiles are larger where registers and shared memory allow it: what a tile costs besides is paid for
+    more of them.
+    """
     halves = keys.by_channel and not keys.numbered and keys.group % 32 and keys.group != 16
     # more numbers than registers
     large = any(form.bits == 3 and form.dim > 128 for form in (keys, values))
     large = large or (keys.by_channel and keys.dim > 128 and (by_slot or keys.numbered))
     large = large or (keys.numbered and keys.bits == 3 and keys.dim % 128 > 0)
     tile = 16 if 16 in (keys.bits, values.bits) or halves or large else 32
+    small = max(keys.bits, values.bits) <= 2 and max(keys.dim, values.dim) <= 128
+    if many and tile == 32 and small and not keys.by_channel and not by_slot:
+        tile = 64
     names = []
     for form, side in ((keys, "Keys"), (values, "Values")):
         if form.bits == 16:
@@ -128,7 +135,12 @@ def kinds_of(pairs: Any) -> tuple[str, ...]:
     return tuple(sorted({kind_of(keys, values)[0] for keys, values in [(EXACT, EXACT), *pairs]}))
 
 
+def is_large(kind: str) -> bool:
+    """Whether its tiles have twice as many tokens as others."""
+    return kind.endswith(", 64>")
+
+
 @functools.lru_cache(maxsize=256)
 def weight_of(kind: str) -> int:
     """What a tile costs, about: with exact tokens there are more bytes, and fewer tiles on their way."""
-    return 8 if kind.count("Exact") == 2 else 6 if "Exact" in kind else 4
+    return 8 if kind.count("Exact") == 2 or is_large(kind) else 6 if "Exact" in kind else 4

@@ -8,10 +8,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from kvpolicy.attention.cuda.compile import THREADS, Source, compiled, resources
+from kvpolicy.attention.cuda.compile import MEMORY, THREADS, Source, compiled, resources
 
-__all__ = ["THREADS", "Arguments", "Kernel", "kernel_of", "launch"]
+__all__ = ["THREADS", "Arguments", "Kernel", "kernel_of", "launch", "roomy"]
 
+ROOM = 224
+"""KB of shared memory of a multiprocessor that larger tiles need."""
 EARLY = 12030
 """The driver from which on a graph can capture launches that overlap."""
 
@@ -28,6 +30,15 @@ class Kernel(NamedTuple):
     """Blocks that the card holds at once; 0 where it has too little shared memory for one."""
     early: bool = False
     """Whether it may be launched before the launch ahead of it has ended, for which it waits itself."""
+
+
+@functools.cache
+def roomy(device: int) -> bool:
+    """Whether multiprocessors of a device have the shared memory for larger tiles."""
+    if device < 0:
+        return False
+    major, minor = torch.cuda.get_device_capability(device)
+    return MEMORY.get(f"sm_{major}{minor}", 0) >= ROOM
 
 
 @functools.cache

@@ -64,7 +64,7 @@ template <int BITS, int GROUP, int T, int TS> struct TokenKeys {
   using A = typename C::A;
   using B = typename C::B;
   using S = Scaled<BITS, DK / GROUP, T>;
-  static constexpr int GROUPS = DK / GROUP, PARAMS = S::PARAMS, NB = TS / 16, NS = R == 8 ? NB : 1;
+  static constexpr int GROUPS = DK / GROUP, PARAMS = S::PARAMS, NB = Tile<TS>::NB, NS = Tile<TS>::NS;
   static constexpr int BYTES = C::bytes(TS), PARAM_BYTES = (TS * PARAMS + 15) / 16 * 16;
   static constexpr bool FAR = C::TWO && DK > 128;  // more queries than a thread has registers for: they lie in shared memory
   static constexpr int SCRATCH = FAR ? C::STEPS * 256 : 0;
@@ -115,11 +115,11 @@ template <int BITS, int GROUP, int T, int TS> struct TokenKeys {
         load_part<A, false>(x[b], data, w.lane, b);
         if (C::TWO) load_part<B, false>(y[b], data + A::place(TS), w.lane, b);
       }
-      const bool up = R == 4 && NB == 2 && c >= 2;
+      const bool up = Tile<TS>::up(w.lane);
       u32 par[NS][2][S::WORDS];
 #pragma unroll
       for (int i = 0; i < NS * 2; i++)
-        S::load(par[i >> 1][i & 1], params + ((R == 8 ? (i >> 1) * 16 : up ? 16 : 0) + r + 8 * (i & 1)) * PARAMS);
+        S::load(par[i >> 1][i & 1], params + (Tile<TS>::token(i >> 1, w.lane) + 8 * (i & 1)) * PARAMS);
       float codes[NS][4], offsets[NS][4];
 #pragma unroll
       for (int g = 0; g < GROUPS; g++) {
@@ -146,7 +146,7 @@ template <int BITS, int GROUP, int T, int TS> struct TokenKeys {
         for (int n = 0; n < NS; n++)
 #pragma unroll
           for (int i = 0; i < 4; i++) {
-            const float v = R == 8 ? d[n][i] : (up ? d[NB - 1][i] : d[0][i]);
+            const float v = Tile<TS>::own(d, n, i, up);
             const float a = v * S::scale(par[n][i >> 1], g), o = u[i & 1][g] * S::offset(par[n][i >> 1], g);
             codes[n][i] = g ? codes[n][i] + a : a;
             offsets[n][i] = g ? offsets[n][i] + o : o;
@@ -166,7 +166,7 @@ template <int BITS, int GROUP, int T, int TS> struct ChannelKeys {
   using C = Codes<DK, BITS>;
   using A = typename C::A;
   using B = typename C::B;
-  static constexpr int PARAMS = 2 * DK * Number<T>::SIZE, NB = TS / 16, NS = R == 8 ? NB : 1, SETS = TS > GROUP ? TS / GROUP : 1;
+  static constexpr int PARAMS = 2 * DK * Number<T>::SIZE, NB = Tile<TS>::NB, NS = Tile<TS>::NS, SETS = TS > GROUP ? TS / GROUP : 1;
   static constexpr int BYTES = C::bytes(TS), PARAM_BYTES = SETS * PARAMS, SET = C::STEPS * 64, SCRATCH = SETS * SET;
   static constexpr int PIECE = 16 / Number<T>::SIZE, PIECES = SETS * PARAMS / 16, TURNS = (PIECES + 31) / 32;
   using Source = Reader<DK, BITS, PARAMS, TS, true, GROUP>;
@@ -262,16 +262,16 @@ template <int BITS, int GROUP, int T, int TS> struct ChannelKeys {
         }
     }
     __device__ __forceinline__ float score(const float d[NB][4], const float o[SETS][4], bool up, int n, int i) {
-      const float v = R == 8 ? d[n][i] : (up ? d[NB - 1][i] : d[0][i]);
-      const float shift = R == 8 ? o[n * SETS / NB][i & 1] : (up ? o[SETS - 1][i & 1] : o[0][i & 1]);
-      return fmaf(v, scale, shift * plain);
+      constexpr int PER = Tile<TS>::PAIRS ? 2 : 1;  // blocks of a set of columns
+      const float shift = up ? o[(PER * n + PER - 1) * SETS / NB][i & 1] : o[PER * n * SETS / NB][i & 1];
+      return fmaf(Tile<TS>::own(d, n, i, up), scale, shift * plain);
     }
     __device__ __forceinline__ void scores(u32 data, u32, const Warp& w, float s[NS][4]) {
       u32 x[NB][A::CHUNKS][2], y[NB][B::CHUNKS][2];
       load(data, w, x, y);
       float d[NB][4], o[SETS][4];
       products(x, y, w, d, o);
-      const bool up = R == 4 && NB == 2 && (w.lane & 3) >= 2;
+      const bool up = Tile<TS>::up(w.lane);
 #pragma unroll
       for (int n = 0; n < NS; n++)
 #pragma unroll
@@ -286,7 +286,7 @@ template <int BITS, int T, int TS> struct GroupKeys {
   using By = ChannelKeys<BITS, TS, T, TS>;
   using A = typename By::A;
   using B = typename By::B;
-  static constexpr int NB = TS / 16, NS = R == 8 ? NB : 1, BYTES = By::BYTES, PARAM_BYTES = TS * 4, SCRATCH = By::SCRATCH;
+  static constexpr int NB = Tile<TS>::NB, NS = Tile<TS>::NS, BYTES = By::BYTES, PARAM_BYTES = TS * 4, SCRATCH = By::SCRATCH;
   using Source = Reader<DK, BITS, 4, TS, false, 1>;
   struct State {
     typename By::State by;
@@ -318,11 +318,11 @@ template <int BITS, int T, int TS> struct GroupKeys {
       const int c = w.lane & 3, r = w.lane >> 2;
       u32 x[NB][A::CHUNKS][2], y[NB][B::CHUNKS][2];
       by.load(data, w, x, y);
-      const bool up = R == 4 && NB == 2 && c >= 2;
+      const bool up = Tile<TS>::up(w.lane);
       u32 own[NS][2], mine;
 #pragma unroll
       for (int i = 0; i < NS * 2; i++)
-        load_words<1>(&own[i >> 1][i & 1], numbers + ((R == 8 ? (i >> 1) * 16 : up ? 16 : 0) + r + 8 * (i & 1)) * 4);
+        load_words<1>(&own[i >> 1][i & 1], numbers + (Tile<TS>::token(i >> 1, w.lane) + 8 * (i & 1)) * 4);
       load_words<1>(&mine, numbers + w.lane % TS * 4);
       mine = min(mine, last);  // after the last tile there are any numbers
       for (u32 todo = TS == 32 ? ~0u : 0xffffu; todo;) {
@@ -342,7 +342,7 @@ template <int BITS, int T, int TS> struct GroupKeys {
 
 template <int TS> struct ExactKeys {
   using P = Part<DK, 16, 0, 0>;
-  static constexpr int NB = TS / 16, NS = R == 8 ? NB : 1, BYTES = P::place(TS), PARAM_BYTES = 0, SCRATCH = 0;
+  static constexpr int NB = Tile<TS>::NB, NS = Tile<TS>::NS, BYTES = P::place(TS), PARAM_BYTES = 0, SCRATCH = 0;
   using Source = Reader<DK, 16, 0, TS, false, 1>;
   struct State {
     u32 q[DK / 16][2];
@@ -370,11 +370,11 @@ template <int TS> struct ExactKeys {
           load_two<false>(x, at + b * P::place(16) + i * 32);
           mma_model(d[b], x[0][0], x[0][1], x[1][0], x[1][1], q[i][0], q[i][1]);
         }
-      const bool up = R == 4 && NB == 2 && (w.lane & 3) >= 2;
+      const bool up = Tile<TS>::up(w.lane);
 #pragma unroll
       for (int n = 0; n < NS; n++)
 #pragma unroll
-        for (int i = 0; i < 4; i++) s[n][i] = scale * (R == 8 ? d[n][i] : (up ? d[NB - 1][i] : d[0][i]));
+        for (int i = 0; i < 4; i++) s[n][i] = scale * Tile<TS>::own(d, n, i, up);
     }
   };
 };

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from kvpolicy.attention.cuda.formats import EXACT, Format, affine_form, kind_of, refuses_store
+from kvpolicy.attention.cuda.kernel import roomy
 from kvpolicy.attention.cuda.piece import LAST, Declined, Piece, indices_of, paired, some_of
 from kvpolicy.interfaces.backend import Part, StoreView
 from kvpolicy.storage.affine import AffineStore
@@ -22,6 +23,8 @@ __all__ = ["MAPS", "Declined", "Kind", "Laid", "Run", "lay_out", "pages_of", "sc
 
 MAPS = 4
 """Spaces of keys, and of values, at most: the model's own, and those of transforms."""
+MANY = 400_000
+"""Tokens of all rows and heads from which on their tiles are larger: each warp has some of them to do even so."""
 PAGE, SIDES = struct.Struct("<2q"), struct.Struct("<12i")
 Key = tuple[Any, ...]
 
@@ -56,6 +59,8 @@ class Laid(NamedTuple):
     """Bytes from row to row and head to head of each page."""
     maps: tuple[list[int], list[int]]
     """The views of keys, and of values, whose transforms make a space, from number 1 on."""
+    many: bool
+    """Whether tiles may be larger."""
 
 
 def pages_of(store: Any) -> tuple[Pages, ...]:
@@ -142,15 +147,17 @@ def lay_out(part: Part, like: Tensor) -> Laid:
     numbered = [piece.form for own in sides[0] for piece in own if piece.form.numbered]
     if len(set(numbered)) < len(numbered):
         raise Declined("several stores whose tokens have the numbers of their groups")
-    runs, width = list(_runs(sides[0], sides[1], part, len(pages))), width_of(part)
+    width = width_of(part)
+    many = like.shape[0] * part.kv_heads * width >= MANY and roomy(like.get_device())
+    runs = list(_runs(sides[0], sides[1], part, len(pages), many))
     pages.extend(PAGE.pack(*_apart(index)) for index in indices_of(part))
     if part.new is not None:
         new = [_new_piece(x, width, len(pages) + i) for i, x in enumerate(part.new)]
-        runs += _join([new[0]], [new[1]])
+        runs += _join([new[0]], [new[1]], many)
         pages.extend(PAGE.pack(*(x.element_size() * n for n in x.stride()[:2])) for x in part.new)
     if not runs:
         raise Declined("no tokens")
-    return Laid(runs, pages, maps)
+    return Laid(runs, pages, maps, many)
 
 
 def width_of(part: Part) -> int:
@@ -158,17 +165,17 @@ def width_of(part: Part) -> int:
     return part.width if part.slots is None else sum(view.store.length for view in part.keys)
 
 
-def _runs(keys: list[list[Piece]], values: list[list[Piece]], part: Part, first_page: int) -> Iterator[Run]:
+def _runs(keys: list[list[Piece]], values: list[list[Piece]], part: Part, first_page: int, many: bool) -> Iterator[Run]:
     """The runs of the tokens that are held, of which each view has some pieces; see `paired`."""
     if part.slots is not None:
         for k, v in paired(keys, values, part, first_page):
-            yield from _join([k], [v])
+            yield from _join([k], [v], many)
         return
     sides = []
     for views, pieces in ((part.keys, keys), (part.values, values)):
         placed = (piece for view, own in zip(views, pieces, strict=True) for piece in _placed(own, view))
         sides.append(sorted(placed, key=lambda piece: piece.at))
-    runs = list(_join(*sides))
+    runs = list(_join(sides[0], sides[1], many))
     if sum(run.tokens for run in runs) < part.width:
         raise Declined("keys and values of other tokens")
     yield from runs
@@ -290,7 +297,7 @@ def _placed(found: list[Piece], view: StoreView) -> Iterator[Piece]:
                 yield some_of(piece, lo - piece.at, hi - lo, column + lo - first)
 
 
-def _join(keys: list[Piece], values: list[Piece]) -> Iterator[Run]:
+def _join(keys: list[Piece], values: list[Piece], many: bool) -> Iterator[Run]:
     i = j = 0
     while i < len(keys) and j < len(values):
         k, v = keys[i], values[j]
@@ -301,13 +308,13 @@ def _join(keys: list[Piece], values: list[Piece]) -> Iterator[Run]:
                 tile = min(kind_of(k.form, v.form)[1], k.form.group)
                 ahead = (k.group + lo - k.at) % k.form.group % tile
                 n = min(n, tile - ahead) if ahead else n
-            yield _run(some_of(k, lo - k.at, n, lo), some_of(v, lo - v.at, n, lo))
+            yield _run(some_of(k, lo - k.at, n, lo), some_of(v, lo - v.at, n, lo), many)
             lo += n
         i, j = i + (k.at + k.tokens <= hi), j + (v.at + v.tokens <= hi)
 
 
-def _run(k: Piece, v: Piece) -> Run:
-    name, tile = kind_of(k.form, v.form, v.by_slot)
+def _run(k: Piece, v: Piece, many: bool) -> Run:
+    name, tile = kind_of(k.form, v.form, v.by_slot, many)
     where = SIDES.pack(
         k.data, k.params, k.offset, k.params_offset, k.first if k.form.numbered else k.token, k.group,
         v.data, v.params, v.offset, v.params_offset, v.token, v.group,

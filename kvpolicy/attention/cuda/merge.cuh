@@ -47,14 +47,15 @@ template <bool BY_SLOT> __device__ __forceinline__ bool here(const Plan& plan, c
 }
 
 // Scores of tokens that a query may not see, and of those that are none, are minus infinity.
-template <int NS, int NB, bool BY_SLOT> __device__ __forceinline__ void hide(const Plan& plan, const Run& run, int seen, int left, const Warp& w, float s[NS][4]) {
-  const int c = w.lane & 3, r = w.lane >> 2, rows = plan.groups * plan.queries;
+template <int TS, bool BY_SLOT> __device__ __forceinline__ void hide(const Plan& plan, const Run& run, int seen, int left, const Warp& w, float s[Tile<TS>::NS][4]) {
+  using T = Tile<TS>;
+  const int c = w.lane & 3, rows = plan.groups * plan.queries;
 #pragma unroll
-  for (int n = 0; n < NS; n++)
+  for (int n = 0; n < T::NS; n++)
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-      const int tok = (R == 8 ? 16 * n : NB == 2 && c >= 2 ? 16 : 0) + r + 8 * h;
-      const bool held = tok < left && !(NB == 1 && R == 4 && c >= 2) && here<BY_SLOT>(plan, run, seen + tok, w);
+      const int tok = T::token(n, w.lane) + 8 * h;
+      const bool held = tok < left && !(R == 4 && !T::PAIRS && c >= 2) && here<BY_SLOT>(plan, run, seen + tok, w);
       const i64 column = (MASK || PLACES) && held ? column_of(plan, run, seen + tok, w) : 0;
 #pragma unroll
       for (int j = 0; j < 2; j++) {
@@ -77,12 +78,13 @@ template <int NS, int NB, bool BY_SLOT> __device__ __forceinline__ void hide(con
       }
     }
 }
-template <int NS, int NB, bool BY_SLOT> __device__ __forceinline__ void keep(const Plan& plan, const Run& run, int seen, int left, const Warp& w, const float s[NS][4]) {
-  const int c = w.lane & 3, r = w.lane >> 2, rows = plan.groups * plan.queries;
+template <int TS, bool BY_SLOT> __device__ __forceinline__ void keep(const Plan& plan, const Run& run, int seen, int left, const Warp& w, const float s[Tile<TS>::NS][4]) {
+  using T = Tile<TS>;
+  const int c = w.lane & 3, rows = plan.groups * plan.queries;
 #pragma unroll
-  for (int i = 0; i < NS * 4; i++) {
-    const int tok = (R == 8 ? 16 * (i >> 2) : NB == 2 && c >= 2 ? 16 : 0) + r + 8 * ((i >> 1) & 1), row = w.base + (2 * c + (i & 1)) % R;
-    if (tok < left && row < rows && !(NB == 1 && R == 4 && c >= 2) && here<BY_SLOT>(plan, run, seen + tok, w))
+  for (int i = 0; i < T::NS * 4; i++) {
+    const int tok = T::token(i >> 2, w.lane) + 8 * ((i >> 1) & 1), row = w.base + (2 * c + (i & 1)) % R;
+    if (tok < left && row < rows && !(R == 4 && !T::PAIRS && c >= 2) && here<BY_SLOT>(plan, run, seen + tok, w))
       plan.scores[(((i64)w.row * plan.kv_heads + w.head) * rows + row) * plan.columns + run.column + seen + tok] = s[0][i];
   }
 }

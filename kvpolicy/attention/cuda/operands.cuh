@@ -53,6 +53,17 @@ template <int BITS, int GROUPS, int T> struct Scaled {
   }
 };
 
+// Scores of a tile: 16 tokens are a block, and 8 columns are one of them or, of 4 query heads, two.
+template <int TS> struct Tile {
+  static constexpr int NB = TS / 16, NS = R == 8 ? NB : (NB + 1) / 2;
+  static constexpr bool PAIRS = R == 4 && NB > 1;
+  static __device__ __forceinline__ bool up(int lane) { return PAIRS && (lane & 3) >= 2; }  // whether a thread's columns are of the second
+  static __device__ __forceinline__ int block(int n, int lane) { return PAIRS ? 2 * n + up(lane) : n; }
+  // The first of a thread's two tokens of a set of columns; the other one is 8 further.
+  static __device__ __forceinline__ int token(int n, int lane) { return 16 * (PAIRS ? 2 * n : n) + (up(lane) ? 16 : 0) + (lane >> 2); }
+  static __device__ __forceinline__ float own(const float d[NB][4], int n, int i, bool up) { return PAIRS ? (up ? d[2 * n + 1][i] : d[2 * n][i]) : d[n][i]; }
+};
+
 // One part of codes: BITS of a code, LOW bits of the code below them, after SKIP bytes of a row. 16 bits are exact numbers.
 template <int DIM, int BITS_, int LOW_, int SKIP_> struct Part {
   static constexpr int BITS = BITS_, LOW = LOW_, SKIP = SKIP_, WIDTH = DIM * BITS / 8, CHUNKS = (WIDTH + 15) / 16;
@@ -142,8 +153,9 @@ template <int DIM, int BITS, int PARAMS_, int TS, bool BY_CHANNEL, int GROUP> st
     const u8* from = params.from - lane * PARAMS;
     if (((u64)from & 3) == 0) {
       if (lane < TS * PARAMS / 4) copy<4>(to + 4 * lane, from + 4 * lane, 4 / PARAMS * lane < count);
-    } else if (lane < TS) {
-      copy<PARAMS>(to + PARAMS * lane, from + PARAMS * lane, lane < count);
+    } else {
+#pragma unroll
+      for (int t = lane; t < TS; t += 32) copy<PARAMS>(to + PARAMS * t, from + PARAMS * t, t < count);
     }
   }
   __device__ __forceinline__ void fetch(u32 to, u32 to_params, int done, int count, int lane) {

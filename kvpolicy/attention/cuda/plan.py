@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy.attention.cuda.compile import FEW, MANY, Variant
-from kvpolicy.attention.cuda.formats import EXACT, affine_form, kind_of, weight_of
+from kvpolicy.attention.cuda.formats import EXACT, affine_form, is_large, kind_of, weight_of
 from kvpolicy.attention.cuda.kernel import Kernel, kernel_of
 from kvpolicy.attention.cuda.layout import MAPS, Declined, Kind, Laid, Run, lay_out, width_of
 from kvpolicy.interfaces.backend import AttentionOptions, Part
@@ -177,7 +177,7 @@ def _kinds(laid: Laid, query: Tensor, part: Part) -> tuple[list[Kind], list[int]
         tuple(sorted({affine_form(s) for s, *_ in views if isinstance(s, AffineStore) and s.parts["codes"].length}))
         for views in (part.keys, part.values)
     )
-    known = _known.setdefault((query.dtype, query.shape[3], part.value_dim, forms), {NEW})
+    known = _known.setdefault((query.dtype, query.shape[3], part.value_dim, forms, laid.many), {NEW})
     known |= own
     spaces = sorted({kind.space for kind in own})
     return sorted(known, key=lambda kind: (kind.space, -weight_of(kind.name), kind)), spaces
@@ -206,10 +206,11 @@ def _in_line(runs: list[Run], kinds: list[Kind], spaces: list[int], share: int =
             if run.kind == kind:
                 ordered.append((run, tiles))
                 tiles += -(-run.tokens // run.tile)
-        warps = WARPS if many[space] else _warps(tiles, share)
+        few = FEW_TILE * (2 if is_large(kind.name) else 1)
+        warps = WARPS if many[space] else _warps(tiles, few, share)
         gap = FEW_START * warps if warps < WARPS else START if many[space] else 0
         if warps < WARPS:
-            weight = FEW_TILE
+            weight = few
         before = costs[space] + (gap if tiles else 0)
         if tiles:
             many[space] = many[space] or warps == WARPS
@@ -219,10 +220,10 @@ def _in_line(runs: list[Run], kinds: list[Kind], spaces: list[int], share: int =
     return Lined(found, ordered, costs)
 
 
-def _warps(tiles: int, share: int) -> int:
+def _warps(tiles: int, cost: int, share: int) -> int:
     """How many warps of a block serve a kind, so that they have time for it: all, unless its tiles are few."""
     for warps in (1, 2):
-        if FEW_START + -(-tiles // warps) * FEW_TILE <= 0.75 * share:
+        if FEW_START + -(-tiles // warps) * cost <= 0.75 * share:
             return warps
     return WARPS
 

@@ -41,7 +41,7 @@ template <int BITS, int GROUP, int T, int TS> struct TokenValues {
   using A = typename C::A;
   using B = typename C::B;
   using S = Scaled<BITS, DV / GROUP, T>;
-  static constexpr int GROUPS = DV / GROUP, PARAMS = S::PARAMS, NB = TS / 16, NS = R == 8 ? NB : 1;
+  static constexpr int GROUPS = DV / GROUP, PARAMS = S::PARAMS, NB = Tile<TS>::NB, NS = Tile<TS>::NS;
   static constexpr int BYTES = C::bytes(TS), PARAM_BYTES = (TS * PARAMS + 15) / 16 * 16;
   static constexpr bool BY_SLOT = false;
   // Sums of both parts of a code are one where a thread has no registers for two: 16 channels of a plane of the first part
@@ -71,7 +71,7 @@ template <int BITS, int GROUP, int T, int TS> struct TokenValues {
       u32 e[NS][GROUPS][2];
 #pragma unroll
       for (int n = 0; n < NS; n++) {
-        const int tok = (R == 8 ? 16 * n : NB == 2 && c >= 2 ? 16 : 0) + r;
+        const int tok = Tile<TS>::token(n, w.lane);
         u32 par[2][S::WORDS];
         S::load(par[0], params + tok * PARAMS);
         S::load(par[1], params + (tok + 8) * PARAMS);
@@ -91,7 +91,7 @@ template <int BITS, int GROUP, int T, int TS> struct TokenValues {
         load_part<A, true>(x, data, w.lane, b);
         if (C::TWO) load_part<B, true>(y, data + A::place(TS), w.lane, b);
 #pragma unroll
-        for (int i = 0; i < GROUPS * 2; i++) z[0][i] = R == 8 ? e[b * (NS - 1) / (NB > 1 ? NB - 1 : 1)][0][i] : (r >> 2) == b ? e[0][0][i] : 0u;
+        for (int i = 0; i < GROUPS * 2; i++) z[0][i] = R == 8 ? e[b % NS][0][i] : (r >> 2) == (b & 1) ? e[b / 2][0][i] : 0u;
 #pragma unroll
         for (int q = 0; q < A::PLANES; q++)
 #pragma unroll
@@ -146,7 +146,7 @@ template <int BITS, int GROUP, int T, int TS> struct TokenValues {
 
 template <int TS> struct ExactValues {
   using P = Part<DV, 16, 0, 0>;
-  static constexpr int NB = TS / 16, NS = R == 8 ? NB : 1, BYTES = P::place(TS), PARAM_BYTES = 0;
+  static constexpr int NB = Tile<TS>::NB, NS = Tile<TS>::NS, BYTES = P::place(TS), PARAM_BYTES = 0;
   static constexpr bool BY_SLOT = false;
   using Source = Reader<DV, 16, 0, TS, false, 1>;
   struct State {
@@ -164,9 +164,9 @@ template <int TS> struct ExactValues {
       const u32 at = data + P::place(w.lane & 15) + (w.lane >> 4) * 16;
 #pragma unroll
       for (int b = 0; b < NB; b++) {
-        const float* y = p[R == 8 ? b : 0];
+        const float* y = p[R == 8 ? b : b / 2];
         u32 e0 = transposed(model_pair(y[0], y[1])), e1 = transposed(model_pair(y[2], y[3]));
-        if (R == 4 && (r >> 2) != b) e0 = e1 = 0u;
+        if (R == 4 && (r >> 2) != (b & 1)) e0 = e1 = 0u;
 #pragma unroll
         for (int i = 0; i < DV / 16; i++) {
           u32 x[2][2];

@@ -11,7 +11,8 @@ import torch
 from kernel_reader import fake_kernel, fake_launch
 from served import APART, Served, additive, channel, own, some, token
 
-from kvpolicy.attention.cuda import again, backend, plan
+from kvpolicy.attention.cuda import again, backend, layout, plan
+from kvpolicy.attention.cuda.formats import is_large
 from kvpolicy.attention.cuda.layout import scan
 from kvpolicy.interfaces.backend import AttentionSpec, Part, StoreView
 from kvpolicy.recipe.load import load_recipe
@@ -199,3 +200,19 @@ def test_few_tokens_of_a_kind_are_for_some_warps(name: str, parts: int, monkeypa
     monkeypatch.setattr(plan, "_warps", lambda *given: found.append(warps(*given)) or found[-1])
     served(name).check((7000, 1))
     assert min(found) < plan.WARPS
+
+
+@pytest.mark.parametrize(("name", "large"), [("logquant", True), ("partial-logquant", False), ("kivi", False)])
+def test_tiles_of_many_tokens_are_larger(name: str, large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = served(name)
+    monkeypatch.setattr(layout, "MANY", case.batch * case.kv_heads * 430)
+    monkeypatch.setattr(layout, "roomy", lambda device: True)
+    case.check((401, 1, 50, 1))
+    found = {many: any(is_large(kind.name) for kind in kinds) for (*_, many), kinds in plan._known.items()}
+    assert found == {False: False, True: large}
+
+
+def test_tiles_are_as_before_where_a_card_has_too_little_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layout, "MANY", 0)
+    served("logquant").check((401, 1))
+    assert not any(is_large(kind.name) for kinds in plan._known.values() for kind in kinds)
