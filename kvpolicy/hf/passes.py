@@ -21,12 +21,7 @@ from kvpolicy.errors import CacheError
 from kvpolicy.hf.calls import Call, PassAware, names_of, parts_of, path_between
 from kvpolicy.hf.modes import precise
 from kvpolicy.layer.layer import MAX_PENDING, LayerCache
-from kvpolicy.layer.prompt import hold_all
-
-LATE: tuple[str, ...] = ("cuda",)
-"""Devices that work while the host plans."""
-AT_ONCE = 4
-"""Layers that let a prompt's tokens in together. Until then their keys and values are kept as they came."""
+from kvpolicy.layer.prompt import AT_ONCE, LATE, hold_all
 
 lock = threading.RLock()
 """Held while hooks or registries change. Finalizers may run anywhere, so that a thread may hold it twice."""

@@ -7,7 +7,12 @@ from collections.abc import Sequence
 from kvpolicy.layer.commit import advance
 from kvpolicy.layer.layer import MAX_PENDING, LayerCache
 
-__all__ = ["hold_all"]
+__all__ = ["AT_ONCE", "LATE", "hold_all"]
+
+LATE: tuple[str, ...] = ("cuda",)
+"""Devices that work while the host plans."""
+AT_ONCE = 4
+"""Layers that let a prompt's tokens in together there. Until then their keys and values are kept as they came."""
 
 
 def hold_all(layers: Sequence[LayerCache]) -> None:

@@ -37,6 +37,18 @@ LLAMA_8B: dict[str, Any] = {
 }
 
 
+def test_layers_that_let_a_prompt_in_together_are_counted() -> None:
+    """On a GPU the keys and values of four layers wait, where the model is attached and the pass is a prompt's."""
+
+    def peak(tokens: int = 8192, **more: Any) -> int:
+        return kvpolicy.plan("logquant", LLAMA_8B, tokens=tokens, **more)["logquant"].prefill_peak
+
+    waiting = 4 * 2 * 8 * 128 * 2
+    assert peak() - peak(attach=False) == 8192 * waiting
+    assert peak(batch=3) - peak(batch=3, attach=False) == 3 * 8192 * waiting
+    assert peak(device="cpu") == peak(device="cpu", attach=False)
+
+
 def test_an_8b_model_at_131072_tokens() -> None:
     found = kvpolicy.plan(["logquant", "full"], LLAMA_8B, tokens=131072, batch=8)
     assert found.model.parameters == 8_030_261_248
