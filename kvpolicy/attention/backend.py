@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, lru_cache
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from kvpolicy.attention.reference import REFERENCE
 from kvpolicy.errors import PluginError
 from kvpolicy.interfaces.backend import AttentionOptions, AttentionSpec, Backend, Part, StoreView
 from kvpolicy.interfaces.checks import versions
-from kvpolicy.interfaces.component import TRY, call
+from kvpolicy.interfaces.component import TRY, call, guarded
 from kvpolicy.plugins import registry
 
 
@@ -172,6 +173,32 @@ def computed(
     if versions((query,)) != before:
         raise PluginError(f"backend {backend.kind!r}: attend must leave the query as it is, found it changed. {TRY}")
     return parts[0], parts[1]
+
+
+def computed_again(
+    backend: Backend, query: Tensor, part: Part, options: AttentionOptions, addresses: list[int]
+) -> tuple[Callable[..., Tensor | None], Tensor] | None:
+    """What serves the parts of other layers as well, and what it gives for this one, checked; None if nothing does.
+
+    Raises:
+        PluginError: it raised, or returned something else.
+    """
+    again: Callable[..., Tensor | None] | None = call(backend, "again", query, part, options)
+    if again is None:
+        return None
+    given = query, part.new, addresses, options.sinks, options.observer
+    out: Any = guarded(backend, "what again returns", lambda: again(*given))
+    if out is None:
+        return None
+    batch, heads, queries, _ = query.shape
+    wanted = (batch, queries, heads, part.value_dim), query.dtype, query.device
+    found = (tuple(out.shape), out.dtype, out.device) if isinstance(out, Tensor) else (type(out).__name__,)
+    if found != wanted:
+        raise PluginError(
+            f"backend {backend.kind!r}: what again returns must give {', '.join(map(str, wanted))}, found "
+            f"{', '.join(map(str, found))}. {TRY}"
+        )
+    return again, out
 
 
 def observed(backend: Backend, query: Tensor, keys: Tensor, mask: Tensor | None, options: AttentionOptions) -> bool:

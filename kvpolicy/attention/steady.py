@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from kvpolicy.attention.backend import computed_again
 from kvpolicy.interfaces.backend import AttentionOptions, Backend, Part
-from kvpolicy.interfaces.component import call
 from kvpolicy.layer.layer import LayerCache
 from kvpolicy.layer.standing import Kind, Standing, Stood
 from kvpolicy.placement.step import Step
@@ -51,11 +51,11 @@ class Stands(NamedTuple):
         self, tiers: LayerCache, backend: Backend, part: Part, query: Tensor, options: AttentionOptions
     ) -> Tensor | None:
         """What attention gives, if what computes it can serve the layers to come; it is kept for them."""
-        again: Callable[..., Tensor | None] | None = call(backend, "again", query, part, options)
-        out = None if again is None else again(query, part.new, self.stood.addresses, options.sinks, options.observer)
-        if again is not None and out is not None:
-            self.note(tiers, again)
-        return out
+        found = computed_again(backend, query, part, options, self.stood.addresses)
+        if found is None:
+            return None
+        self.note(tiers, found[0])
+        return found[1]
 
     def note(self, tiers: LayerCache, again: Callable[..., Tensor | None]) -> None:
         """Keep what serves those that stand like this layer."""

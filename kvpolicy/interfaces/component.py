@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from numbers import Number
 from typing import Any, ClassVar, Literal, get_args, get_origin
 
@@ -33,6 +33,7 @@ __all__ = [
     "budget_tokens",
     "call",
     "check_answer",
+    "guarded",
     "in_brief",
     "list_of",
 ]
@@ -129,8 +130,13 @@ def call(component: Component, method: str, *args: Any) -> Any:
         PluginError: it raised an error that is not kvpolicy's own. An interrupt, an exit and memory that runs out
             pass as they are.
     """
+    return guarded(component, method, lambda: getattr(component, method)(*args))
+
+
+def guarded(component: Component, what: str, function: Callable[[], Any]) -> Any:
+    """What a plugin's function gives; errors as by `call`, which say `what` it is."""
     try:
-        return getattr(component, method)(*args)
+        return function()
     except KvpolicyError:
         raise
     except Exception as error:
@@ -138,7 +144,7 @@ def call(component: Component, method: str, *args: Any) -> Any:
             raise
         reason = f"{type(error).__name__}: {error}"
         raise PluginError(
-            f"{component._role} {component.kind!r}: {method} must not fail, found {reason[:300]}. {TRY}"
+            f"{component._role} {component.kind!r}: {what} must not fail, found {reason[:300]}. {TRY}"
         ) from error
 
 

@@ -20,6 +20,7 @@ from kvpolicy import AttentionOptions, AttentionSpec, Backend, Part, make_cache
 from kvpolicy.attention import backend as backends
 from kvpolicy.attention.reference import REFERENCE
 from kvpolicy.attention.steady import _looked_up, stands
+from kvpolicy.errors import PluginError
 from kvpolicy.layer.commit import commit_all
 from kvpolicy.layer.held import Reading
 from kvpolicy.layer.layer import LayerCache
@@ -152,6 +153,30 @@ class Knowing(Backend):
 
     def again(self, query: Tensor, part: Part, options: AttentionOptions) -> Uncopied:
         return Uncopied()
+
+
+ANSWERS: dict[str, Any] = {
+    "no function": 3,
+    "other arguments": lambda query: query,
+    "a channel less": lambda query, new, *_: query.transpose(1, 2)[..., 1:],
+    "another type": lambda query, new, *_: query.transpose(1, 2).double(),
+    "another order": lambda query, new, *_: query,
+    "no tensor": lambda *_: 3,
+}
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_a_backend_whose_again_lies_is_named(answer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Knowing, "again", lambda self, *given: ANSWERS[answer])
+    monkeypatch.setattr(backends, "others", lambda: (Knowing(),))
+    backends.chosen.cache_clear()
+    model = build("llama", torch.float32, num_hidden_layers=3)
+    with torch.no_grad(), kvpolicy.attach(model):
+        cache = make_cache("logquant", model)
+        model(ids(150), **{CACHE: cache})
+        with pytest.raises(PluginError, match="backend 'knowing': what again returns must"):
+            model(ids(1), **{CACHE: cache})
+    backends.chosen.cache_clear()
 
 
 @pytest.mark.parametrize("when", ["in a pass", "after an interruption"])
