@@ -10,10 +10,11 @@ import torch
 
 from kvpolicy.attention.cuda.compile import MEMORY, THREADS, Source, compiled, resources
 
-__all__ = ["THREADS", "Arguments", "Kernel", "kernel_of", "launch", "roomy"]
+__all__ = ["THREADS", "Arguments", "Kernel", "kernel_of", "large_tiles", "launch"]
 
-ROOM = 224
-"""KB of shared memory of a multiprocessor that larger tiles need."""
+ROOM, BYTES = 224, 16
+"""For larger tiles a multiprocessor must have so many KB of shared memory, and get so many bytes of memory in a clock.
+Of an H100 it gets 13: there it waits for them, and larger tiles read in too many places. Of an H200 it gets 18."""
 EARLY = 12030
 """The driver from which on a graph can capture launches that overlap."""
 
@@ -33,12 +34,16 @@ class Kernel(NamedTuple):
 
 
 @functools.cache
-def roomy(device: int) -> bool:
-    """Whether multiprocessors of a device have the shared memory for larger tiles."""
+def large_tiles(device: int) -> bool:
+    """Whether a device is faster with larger tiles."""
     if device < 0:
         return False
     major, minor = torch.cuda.get_device_capability(device)
-    return MEMORY.get(f"sm_{major}{minor}", 0) >= ROOM
+    with torch.cuda.device(device):
+        torch.cuda.current_stream()  # there is a context
+        read = _attribute("MEMORY_CLOCK_RATE") * 2 * _attribute("GLOBAL_MEMORY_BUS_WIDTH") / 8
+        clocks = _attribute("CLOCK_RATE") * _attribute("MULTIPROCESSOR_COUNT")
+    return MEMORY.get(f"sm_{major}{minor}", 0) >= ROOM and read >= BYTES * clocks
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from kvpolicy.attention.cuda.formats import EXACT, Format, affine_form, kind_of, refuses_store
-from kvpolicy.attention.cuda.kernel import roomy
+from kvpolicy.attention.cuda.kernel import large_tiles
 from kvpolicy.attention.cuda.piece import LAST, Declined, Piece, indices_of, paired, some_of
 from kvpolicy.interfaces.backend import Part, StoreView
 from kvpolicy.storage.affine import AffineStore
@@ -148,7 +148,7 @@ def lay_out(part: Part, like: Tensor) -> Laid:
     if len(set(numbered)) < len(numbered):
         raise Declined("several stores whose tokens have the numbers of their groups")
     width = width_of(part)
-    many = like.shape[0] * part.kv_heads * width >= MANY and roomy(like.get_device())
+    many = like.shape[0] * part.kv_heads * width >= MANY and large_tiles(like.get_device())
     runs = list(_runs(sides[0], sides[1], part, len(pages), many))
     pages.extend(PAGE.pack(*_apart(index)) for index in indices_of(part))
     if part.new is not None:

@@ -206,13 +206,13 @@ def test_few_tokens_of_a_kind_are_for_some_warps(name: str, parts: int, monkeypa
 def test_tiles_of_many_tokens_are_larger(name: str, large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     case = served(name)
     monkeypatch.setattr(layout, "MANY", case.batch * case.kv_heads * 430)
-    monkeypatch.setattr(layout, "roomy", lambda device: True)
+    monkeypatch.setattr(layout, "large_tiles", lambda device: True)
     case.check((401, 1, 50, 1))
     found = {many: any(is_large(kind.name) for kind in kinds) for (*_, many), kinds in plan._known.items()}
     assert found == {False: False, True: large}
 
 
-def test_tiles_are_as_before_where_a_card_has_too_little_room(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiles_are_as_before_where_a_card_is_not_faster_with_larger_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layout, "MANY", 0)
     served("logquant").check((401, 1))
     assert not any(is_large(kind.name) for kinds in plan._known.values() for kind in kinds)
