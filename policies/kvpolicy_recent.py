@@ -47,6 +47,9 @@ class Recent(Policy):
 
     def departures(self, positions: Ints, arrivals: Ints, start: int, stop: int) -> Ints:
         left = np.full(len(positions), NEVER, dtype=np.int64)
+        if stop == start + 1:  # a step of decoding: there is one time to leave
+            left[~self.keep(positions, stop)] = stop
+            return left
         if len(arrivals) > 1 and (np.diff(np.maximum(arrivals, start)) < 0).any():
             return super().departures(positions, arrivals, start, stop)
         steps = np.arange(start + 1, stop + 1, dtype=np.int64)

@@ -169,7 +169,10 @@ class Policy(Component):
                 f"{_described(left)}. {TRY}"
             )
         events: Ints = left.astype(np.int64, copy=False)
-        wrong = (events != NEVER) & ((events < np.maximum(arrivals, start + 1)) | (events > stop))
+        leaves = events != NEVER
+        if not leaves.any():
+            return events
+        wrong = leaves & ((events < np.maximum(arrivals, start + 1)) | (events > stop))
         if wrong.any():
             at = int(wrong.argmax())
             raise PluginError(

@@ -256,7 +256,7 @@ class Placement:
             return held, flow
         positions = np.concatenate([held, flow.positions])
         arrivals = np.concatenate([np.full(len(held), start, dtype=np.int64), flow.events])
-        if len(positions) > 1 and (np.diff(positions) < 0).any():
+        if len(positions) > 1 and (positions[1:] < positions[:-1]).any():
             order = np.argsort(positions, kind="stable")
             positions, arrivals = positions[order], arrivals[order]
         left = policy._left(positions, arrivals, start, stop, prompt)
@@ -281,7 +281,7 @@ class Placement:
                 plans.append(NOTHING)
                 continue
             old = below[below < start]
-            leaving = np.flatnonzero(np.isin(positions.array, old)) if len(old) else NONE
+            leaving = positions.places(old) if len(old) else NONE
             kept = positions
             if len(leaving):
                 mask = np.ones(positions.length, dtype=np.bool_)
@@ -290,7 +290,7 @@ class Placement:
             entering = flow.positions
             passing = NONE
             if len(below) and len(entering):
-                passes = np.isin(entering, below)
+                passes = _among(entering, below)
                 grouped = getattr(spec, "per", "token") == "channel"
                 if passes.any() and grouped and self.store_spec(side, s + 1) == "evict":
                     passing = np.flatnonzero(passes)
@@ -302,7 +302,7 @@ class Placement:
                 stores.append(kept.append(entering))
             runs = np.zeros(len(entering), dtype=np.int64)
             if getattr(spec, "group_size", None) == "arrival":
-                runs = flow.events[np.isin(flow.positions, entering)]
+                runs = flow.events[_among(flow.positions, entering)]
             if len(passing):
                 leaving = np.concatenate([leaving, positions.length + passing])
             arrivals = list(arrivals_of(entering, runs, held[:s], start))
@@ -373,3 +373,9 @@ class Placement:
         for i, held in enumerate(state.tiers):
             tier[np.isin(positions, held)] = i
         return tier
+
+
+def _among(positions: Ints, others: Ints) -> NDArray[np.bool_]:
+    """Which positions are among others."""
+    found: NDArray[np.bool_] = positions == others[0] if len(others) == 1 else np.isin(positions, others)
+    return found

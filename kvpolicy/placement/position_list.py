@@ -42,6 +42,13 @@ class PositionList:
         follows = not self.length or items[0] == self.buffer[self.length - 1] + 1
         return PositionList(grown.buffer, stop, grown.fill, bool(self.contiguous and follows and _contiguous(items)))
 
+    def places(self, items: Ints) -> Ints:
+        """Where those of some positions that are here stand, ascending."""
+        if len(items) != 1 or not self.contiguous or not self.length:
+            return np.flatnonzero(np.isin(self.array, items))
+        at = items - int(self.buffer[0])
+        return at if 0 <= at[0] < self.length else at[:0]
+
     def keep(self, mask: NDArray[np.bool_]) -> PositionList:
         """The positions where `mask` is True, in a buffer of their own."""
         kept = self.array[mask]
@@ -49,4 +56,4 @@ class PositionList:
 
 
 def _contiguous(positions: NDArray[Any]) -> bool:
-    return bool((np.diff(positions) == 1).all())
+    return len(positions) < 2 or bool((positions[1:] - positions[:-1] == 1).all())

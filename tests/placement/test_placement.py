@@ -340,6 +340,14 @@ def test_crop_removes_positions_and_keeps_past_descents(recipe: Recipe, tokens: 
     assert (state.tiers[0] < tokens).all(), "the state before is untouched"
 
 
+@pytest.mark.parametrize("held", [np.arange(5, 12), np.array([1, 2, 7, 9]), np.arange(0)])
+@pytest.mark.parametrize("items", [[4], [5], [7], [11], [12], [9, 2], []])
+def test_places_are_those_that_a_search_finds(held: Any, items: list[int]) -> None:
+    positions = PositionList().append(held)
+    asked = np.array(items, dtype=np.int64)
+    assert positions.places(asked).tolist() == [i for i, x in enumerate(held.tolist()) if x in items]
+
+
 def test_growing_arrays_share_a_buffer_and_never_disturb_their_ancestors() -> None:
     first = PositionList().append(np.arange(10))
     second, other = first.append(np.array([10])), first.append(np.array([99, 98]))
