@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +15,8 @@ from kvpolicy.interfaces.policy import Scores
 from kvpolicy.placement.padding import Padding
 
 Bools = NDArray[np.bool_]
+LATER = 1 << 18
+"""Scores of a layer that are kept until those of other layers are there, at most."""
 
 
 def counted_queries(kind: Scores, mode: str, real: Bools, seen: Sequence[int], short: bool) -> Bools:
@@ -139,11 +141,24 @@ class Observer:
         """Columns of stored tokens whose scores are kept, and of all stored ones; then come the new tokens."""
         self.index: Tensor | None = None
         """Where the columns are not side by side: the column of each, `[batch, heads, columns]`."""
-        self.found: list[tuple[Tensor, Tensor | None] | None] = [None] * len(counted.kinds)
-        """Of each kind the attention, and the queries that saw a token. None in their place: the only query did, and
-        the attention is that of all columns, unless there is an index."""
+        self._found: list[tuple[Tensor, Tensor | None] | None] = [None] * len(counted.kinds)
+        self.raw: tuple[Tensor, Tensor] | None = None
+        """What `found` is to be made of; see `watch_later`."""
         self.room = 0
         """Columns that the attention weights have at least: more than there are, where a graph is to go on."""
+
+    @property
+    def found(self) -> list[tuple[Tensor, Tensor | None] | None]:
+        """Of each kind the attention, and the queries that saw a token. None in their place: the only query did, and
+        the attention is that of all columns, unless there is an index."""
+        if self.raw is not None:
+            (scores, sums), self.raw = self.raw, None
+            self._watch_whole(torch.sub(scores, sums).exp2_().unsqueeze(3))
+        return self._found
+
+    @found.setter
+    def found(self, found: list[tuple[Tensor, Tensor | None] | None]) -> None:
+        self._found, self.raw = found, None
 
     @property
     def queries(self) -> list[int]:
@@ -178,7 +193,10 @@ class Observer:
     @property
     def kind(self) -> Hashable:
         """What observers have in common that can be stacked."""
-        shapes = tuple(x if x is None else (x[0].shape, x[1] is None) for x in self.found)
+        if self.raw is not None:
+            shapes: tuple[Any, ...] = ("raw", *(x.shape for x in self.raw))
+        else:
+            shapes = tuple(x if x is None else (x[0].shape, x[1] is None) for x in self.found)
         places = self.live, self.held, self.index is None
         return self.counted.apart, self.tokens, self.heads, self.batch, places, shapes
 
@@ -193,12 +211,29 @@ class Observer:
         before = before if len(before) == 1 else before.repeat(many)
         found = cls(first.counted._replace(masks=masks, before=before), first.batch * many, first.heads)
         found.live, found.held, found.index = first.live, first.held, first.index
+        if first.raw is not None:
+            scores, sums = zip(*(observer.raw for observer in observers if observer.raw is not None), strict=True)
+            found.raw = torch.cat(scores), torch.cat(sums)
+            return found
         for k, known in enumerate(first.found):
             if known is not None:
                 parts = [x for observer in observers if (x := observer.found[k]) is not None]
                 sees = [x for _, x in parts if x is not None]
                 found.found[k] = torch.cat([x for x, _ in parts]), torch.cat(sees) if sees else None
         return found
+
+    def watch_later(self, scores: Tensor, sums: Tensor) -> bool:
+        """Keep what the only query's attention weights follow from, if it counts: those of several layers are then made
+        in one go. False: it is to be told of the weights.
+
+        Args:
+            scores: in units of log2, `[batch, kv_heads, groups, columns]`.
+            sums: log2 of the sums of their powers, `[batch, kv_heads, groups, 1]`.
+        """
+        if not self.counted.all or self.index is not None or scores.numel() > LATER:
+            return False
+        self.raw = scores, sums
+        return True
 
     def watch(self, at: Tensor, weights: Tensor, visible: Tensor | None, heads: slice, of: int) -> None:
         """Take in what some queries attended to.
@@ -215,18 +250,23 @@ class Observer:
         if not counted.all and not any(bool(w.any()) for w in wanted):
             return
         partly = weights.shape[1] < of
-        whole = counted.all and visible is None and not partly
-        columns = weights if whole and self.index is None else self._picked(weights)
+        if counted.all and visible is None and not partly:
+            self.raw = None
+            self._watch_whole(weights)
+            return
+        columns = self._picked(weights)
         sees = None if visible is None else self._picked(visible.expand_as(weights)[:, :, :1]).squeeze(2)
         for k, (kind, count) in enumerate(zip(counted.kinds, wanted, strict=True)):
-            if not counted.all and not count.any():
-                continue
-            reduced = columns.mean(2) if kind.heads == "mean" else columns.sum(2) if kind.heads == "sum" else None
-            reduced = columns.amax(2) if reduced is None else reduced
-            if whole:
-                self.found[k] = reduced if self.heads > 1 or of == 1 else reduced.mean(1, keepdim=True), None
-            else:
-                self._note(k, at, reduced, sees, count, heads, of)
+            if counted.all or count.any():
+                self._note(k, at, _reduced(columns, kind), sees, count, heads, of)
+
+    def _watch_whole(self, weights: Tensor) -> None:
+        """Take in what the only query attended to, which saw all columns."""
+        columns = weights if self.index is None else self._picked(weights)
+        for k, kind in enumerate(self.counted.kinds):
+            reduced = _reduced(columns, kind)
+            alone = self.heads > 1 or reduced.shape[1] == 1
+            self._found[k] = reduced if alone else reduced.mean(1, keepdim=True), None
 
     def _note(
         self, k: int, at: Tensor, reduced: Tensor, sees: Tensor | None, count: Tensor, heads: slice, of: int
@@ -324,3 +364,10 @@ class Observer:
 
     def _each(self, make: Callable[[Tensor], Tensor]) -> list[tuple[Tensor, Tensor | None] | None]:
         return [None if x is None else (make(x[0]), None if x[1] is None else make(x[1])) for x in self.found]
+
+
+def _reduced(weights: Tensor, kind: Scores) -> Tensor:
+    """Weights `[batch, kv_heads, groups, queries, columns]` of a kind, the query heads of a KV head as one."""
+    if kind.heads == "max":
+        return weights.amax(2)
+    return weights.mean(2) if kind.heads == "mean" else weights.sum(2)

@@ -100,7 +100,7 @@ class HeldPerHead(Planner[Turn]):
 
     def movable(self, side: str, s: int) -> bool:
         """Whether tokens may leave a store: not if it is the last tier's alone."""
-        return self.placement.tiers_of_store(side, s).start < self.last
+        return self.placement.first_tier[side][s] < self.last
 
     def live(self) -> list[TokenTable]:
         """The tables of keys whose tokens may still descend; they come before the others."""

@@ -33,6 +33,13 @@ class Joint:
     members: list[PerHeadPlacement]
     planner: PerHeadPlacement
     _views: list[Tables] | None = None
+    _where: Hashable = None
+
+    def where(self) -> Hashable:
+        """`_where` of its members, which stand alike."""
+        if self._where is None:
+            self._where = _where(self.members[0])
+        return self._where
 
     def tables_of(self, member: Any) -> Tables:
         """The tables of one of them, to be read."""
@@ -51,7 +58,7 @@ class Joint:
     def moves(self, turn: Turn) -> list[AllMoves]:
         """What moves in each layer."""
         found = split(self.planner.moves(turn), len(self.members))
-        self._views = None
+        self._views = self._where = None
         for member in self.members:
             member.step, member.counts, member.judged = self.planner.step, self.planner.counts, self.planner.judged
         return found
@@ -61,10 +68,16 @@ def key_of(planner: PerHeadPlacement, observer: Observer | None) -> Hashable | N
     """Planners with the same key may plan as one; None: this one plans alone."""
     if not _joins(planner.placement):
         return None
+    told = None if observer is None else observer.kind
+    where = planner.joint.where() if isinstance(planner.joint, Joint) else _where(planner)
+    return id(planner.placement), id(planner.step), where, told
+
+
+def _where(planner: PerHeadPlacement) -> Hashable:
+    """How many tokens are where."""
     lengths = tuple(planner.length(side, s) for side in ("keys", "values") for s in _stores(planner, side))
     counts = planner.counts.shape, planner.counts.tobytes(), planner.judged.shape, planner.judged.tobytes()
-    told = None if observer is None else observer.kind
-    return id(planner.placement), id(planner.step), planner.shape, planner.device, lengths, counts, told
+    return planner.shape, planner.device, lengths, counts
 
 
 def _stores(planner: PerHeadPlacement, side: str) -> range:

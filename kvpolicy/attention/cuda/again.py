@@ -18,7 +18,7 @@ __all__ = ["Again", "watch"]
 
 NONE = (0,) * (MAPS - 1)
 AHEAD, LARGEST = 16, 1 << 20
-"""Outputs that are made at a time at most, and their bytes."""
+"""Tensors that are made at a time at most, and their bytes."""
 
 
 class Again:
@@ -42,9 +42,9 @@ class Again:
         self.before = len(plan.numbers)
         self.arguments = Arguments(plan.numbers + bytes(plan.addresses.size) + plan.layout)
         self.outs: list[Tensor] = []
-        """Outputs that are still to be written, of layers to come."""
-        size = math.prod(plan.out) * plan.dtype.itemsize
-        self.ahead = max(1, min(AHEAD, LARGEST // max(size, 1)))
+        """Outputs that are still to be written, of layers to come; likewise scores, and sums."""
+        self.scores: list[Tensor] = []
+        self.sums: list[Tensor] = []
 
     def __call__(
         self, query: Tensor, new: tuple[Tensor, Tensor], addresses: list[int], sinks: Tensor | None, observer: Any
@@ -57,21 +57,19 @@ class Again:
         stream = torch._C._cuda_getCurrentRawStream(device)
         if stream != self.stream:
             self._share(stream)
-        if not self.outs:  # one call for several layers
-            self.outs = list(query.new_empty((self.ahead, *plan.out), dtype=plan.dtype).unbind(0))
-        out = self.outs.pop()
+        out = _one_of(self.outs, query, plan.out, plan.dtype)
         sinks = None if sinks is None else sinks.float().contiguous()
         scores = sums = None
         if observer is not None:
-            scores = query.new_empty((*self.lines, self.columns), dtype=torch.float32)
-            sums = query.new_empty((*self.lines, 1), dtype=torch.float32)
+            scores = _one_of(self.scores, query, (*self.lines, self.columns), torch.float32)
+            sums = _one_of(self.sums, query, (*self.lines, 1), torch.float32)
         tensors = (scores, sums, sinks)
         plan.addresses.pack_into(
             self.arguments.buffer, self.before, at, *NONE, 0, 0, out.data_ptr(), self.kept[0].data_ptr(), self.room[0],
             *[0 if x is None else x.data_ptr() for x in tensors], self.room[1], *addresses, *self.indices, keys, values,
         )  # fmt: skip
         launch(plan.kernel, self.arguments, self.grid, device)
-        if scores is not None and sums is not None:
+        if scores is not None and sums is not None and not observer.watch_later(scores, sums):
             watch(observer, scores, sums, query.shape[2], new[0].shape[2], query.shape[2] > 1)
         return out
 
@@ -79,10 +77,18 @@ class Again:
         """Take what the blocks of launches on a stream share."""
         plan, device = self.plan, self.device
         self.stream, self.room = stream, (0, 0)
-        self.outs = []  # memory that was made for a stream goes back to it
+        self.outs, self.scores, self.sums = [], [], []  # memory that was made for a stream goes back to it
         if plan.partial:
             shared = partials(plan.partial, device), counters(plan.lines * plan.turns, device)
             self.kept[1:], self.room = shared, (shared[0].data_ptr(), shared[1].data_ptr())
+
+
+def _one_of(made: list[Tensor], like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A tensor to be written to; if none is left of those that were made, some are made for layers to come."""
+    if not made:
+        count = max(1, min(AHEAD, LARGEST // max(math.prod(shape) * dtype.itemsize, 1)))
+        made += like.new_empty((count, *shape), dtype=dtype).unbind(0)
+    return made.pop()
 
 
 def watch(observer: Any, scores: Tensor, sums: Tensor, queries: int, new: int, hidden: bool) -> None:
