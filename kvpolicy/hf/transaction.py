@@ -132,8 +132,7 @@ class Guard:
         Raises:
             CacheError: the cache is not whole or in use, or the pass can't be served.
         """
-        self.whole()
-        before, padding = self.seen, self.reading.padding
+        before, padding = max(self.whole(), default=0), self.reading.padding
         if isinstance(mask, Tensor) and mask.ndim == 4 and self.evicts and not attached:
             self._check_columns(mask, tokens)
         ragged = not attached and self.evicts and not any(getattr(layer, "uneven", None) for layer in self.layers)
@@ -220,8 +219,11 @@ class Guard:
             real = real.cpu().numpy()
         return (padding or Padding.none(batch, seen)).crop(seen).append(real)
 
-    def whole(self, same_tokens: bool = True) -> None:
+    def whole(self, same_tokens: bool = True) -> list[int]:
         """Take an interrupted pass back, and check that all layers hold the `same_tokens`, if they must.
+
+        Returns:
+            The tokens that layers have seen, if these were checked.
 
         Raises:
             CacheError: they don't, or the cache is in use.
@@ -247,6 +249,7 @@ class Guard:
                 f"the layers of a cache must hold the same tokens, and an update was interrupted: they have seen "
                 f"{lengths}; crop({min(lengths)}) takes it back, or reset() the cache"
             )
+        return lengths
 
     def ready(self, same_tokens: bool = True) -> None:
         """`whole`, unless the forward pass that is running asks itself."""

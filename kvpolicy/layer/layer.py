@@ -82,10 +82,11 @@ class LayerCache(Committing):
         """Add tokens, once `hold` is called; returns views of all, for attention to read until then."""
         if not self.stores:
             self.start(keys, values)
-        self._check_rows(keys)
+        rows, _, tokens, _ = keys.shape
+        if rows != self.like["keys"].shape[0]:
+            self._check_rows(keys)
         if self.placement.scores.told is not None:
             self.check_told(keys)
-        tokens = keys.shape[2]
         self.commit(tokens)
         first = self.planner.step.seen == 0
         if first and tokens and not self.placement.attends and not self.wants_queries:

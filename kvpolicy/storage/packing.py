@@ -63,6 +63,7 @@ def _widths(head_dim: int, nbits: Bits) -> list[int]:
     return [_width(last - first, bits) for width, first, last in runs for bits, _ in PARTS[width]]
 
 
+@functools.cache
 def packed_width(head_dim: int, nbits: Bits) -> int:
     """Bytes of the packed codes of `head_dim` channels."""
     return sum(_widths(head_dim, nbits))

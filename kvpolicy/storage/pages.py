@@ -125,8 +125,7 @@ class Pages:
         Clock.note()
         found: list[Tensor] = []
         held, left = self.length - self._before, tokens
-        capacity = self.capacity if self._lies is None else sum(self._lies[0])
-        free = capacity - self.start - held
+        free = (self.capacity if self._lies is None else sum(self._lies[0])) - self.start - held
         if free < tokens and (self.whole or (held + tokens <= LARGEST and self.pages)):
             self._regrow(like, held + tokens)
             free = self.capacity - held
@@ -143,7 +142,7 @@ class Pages:
             n = min(free, left)
             page = self.pages[-1]
             at = page.shape[2] - free
-            found.append(page[:, :, at : at + n])
+            found.append(page.narrow(2, at, n))
             self.length += n
             left, free = left - n, free - n
         return found
@@ -288,6 +287,8 @@ class Pages:
 
     def slice(self, begin: int, end: int) -> Tensor:
         """Tokens `begin` to `end`: a view where they lie in one page."""
+        if len(self.pages) == 1 and self.front is None and begin < end <= self.length:
+            return self.pages[0].narrow(2, self.start + begin, end - begin)
         parts, before = [], self._before
         if self.front is not None and begin < before:
             parts.append(self.front.slice(begin, min(end, before)))
@@ -355,7 +356,7 @@ class Pages:
             self.pages, self.start = [], 0
         while self.pages and self.start >= self.pages[0].shape[2]:
             self.start -= self.pages.pop(0).shape[2]
-        while self.pages and self.capacity - self.pages[-1].shape[2] >= self.start + length:
+        while len(self.pages) > 1 and self.capacity - self.pages[-1].shape[2] >= self.start + length:
             self.pages.pop()
         if len(self.pages) < before:
             self._changed()
