@@ -192,12 +192,12 @@ class HeldPerHead(Planner[Turn]):
 
     def aim(self, observer: Observer) -> None:
         """Tell an observer which columns of attention are those of the stores whose tokens may yet descend."""
-        live, seen = self.live(), self.step.seen
+        seen = self.step.seen
         if not seen:  # a first update attends its own tokens alone
             return
-        observer.live = sum(t.length for t in live)
+        observer.live = sum([t.length for t in self.live()])
         if self.aligned:
-            observer.held = sum(t.length for t in self._alike.own["keys"] if t is not None)
+            observer.held = sum([t.length for t in self._alike.own["keys"] if t is not None])
         else:
             observer.held = self.columns(self.device).width
             live = [t for s, t in enumerate(self.tables["keys"]) if t is not None and self.movable("keys", s)]

@@ -333,11 +333,11 @@ class Step:
 
     def counted(self, tokens: int, padding: Padding | None, keep: int) -> Counted:
         """Which of the queries of `tokens` more tokens count for policies that rank by attention; see `Counted.of`."""
-        from kvpolicy.placement.attention_scores import Counted
-
         key = "counted", tokens, keep
         known = self._derived.get(key)
         if known is None or known[0] is not padding:
+            from kvpolicy.placement.attention_scores import Counted
+
             over = self.placement.scores.prompt_only and self.prompt is not None
             found = Counted.of(self.placement.kinds, tokens, self.seen, padding, keep, over)
             known = self._derived[key] = padding, found
