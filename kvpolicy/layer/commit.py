@@ -103,7 +103,17 @@ def _together(groups: Sequence[Group]) -> list[Group]:
         if group:
             key = _key(group[0]) if len(group) == 1 else None
             found.setdefault(number if key is None else key, []).extend(group)
-    return list(found.values())
+    return [some for group in found.values() for some in _at_once(group)]
+
+
+def _at_once(group: list[Committing]) -> Iterator[list[Committing]]:
+    """The layers of a group, as many at a time as may plan as one; all of those that select together."""
+    first = group[0]
+    most = len(group)
+    if most > 1 and first.tells_apart and not first.placement.shared:
+        most = joint.layers_at_once(first.by_head(), first.waiting, len(group))
+    for i in range(0, len(group), most):
+        yield group[i : i + most]
 
 
 def _key(layer: Committing) -> Any:

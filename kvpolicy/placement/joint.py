@@ -25,6 +25,9 @@ from kvpolicy.placement.planner import Placement
 from kvpolicy.placement.ranking import Turn
 from kvpolicy.storage.pages import Leaving
 
+AT_ONCE = 1 << 22
+"""Tokens of all rows and heads that are planned as one, about: each takes some hundred bytes while it is."""
+
 
 @dataclass(eq=False)
 class Joint:
@@ -96,6 +99,14 @@ def _joins(placement: Placement) -> bool:
         and not alone
         and all(scorer in columns.features and not scorer._again for scorer in asked)
     )
+
+
+def layers_at_once(planner: PerHeadPlacement, coming: int, layers: int) -> int:
+    """How many of so many layers plan as one, like shares of them, so that this takes little memory."""
+    rows, heads = planner.shape
+    tokens = 1 << max(planner.width + coming - 1, 1).bit_length()  # it stays so for many steps
+    parts = min(layers, -(-layers * rows * heads * tokens // AT_ONCE))
+    return -(-layers // max(parts, 1))
 
 
 def joined(members: Sequence[PerHeadPlacement]) -> Joint:

@@ -21,7 +21,9 @@ from kvpolicy.interfaces.policy import RankPolicy
 from kvpolicy.interfaces.site import Site
 from kvpolicy.layer.commit import commit_all
 from kvpolicy.layer.held import Reading
-from kvpolicy.layer.layer import LayerCache
+from kvpolicy.layer.layer import MAX_PENDING, LayerCache
+from kvpolicy.layer.prompt import AT_ONCE as LAYERS_AT_ONCE
+from kvpolicy.layer.prompt import LATE
 from kvpolicy.layer.report import Memory, StoreMemory, measure
 from kvpolicy.layer.view import Scratch
 from kvpolicy.placement.per_head import PerHeadPlacement
@@ -294,6 +296,21 @@ class DryRun:
             layer = self.shape.layers[i]
             sizes = [(self.batch, layer.kv_heads, tokens, dim) for dim in (layer.key_dim, layer.value_dim)]
             own.update(*(torch.empty(size, dtype=self.shape.torch_dtype, device="meta") for size in sizes), i)
+
+    def waiting(self, tokens: int, first: bool) -> int:
+        """Bytes of the tokens of a pass that layers keep as they came until several let theirs in together.
+
+        Of the `first` pass only layers keep them whose policies see attention, or whose transforms see queries.
+        """
+        if not self.reading.attached or self.scratch is None or self.device not in LATE or tokens <= MAX_PENDING:
+            return 0
+        each: list[int] = []
+        for (_, shape), numbers, (layer, *_) in self.kinds:
+            asks = layer.placement.attends or layer.asked_for
+            if layer.told_apart and (asks or not first):
+                queries = shape.heads * shape.key_dim if layer.placement.scores.reads_query() else 0
+                each += [shape.kv_heads * (shape.key_dim + shape.value_dim) + queries] * len(numbers)
+        return self.batch * tokens * sum(sorted(each)[-LAYERS_AT_ONCE:]) * self.shape.itemsize
 
     def _groups(self) -> list[list[PlannedLayer]]:
         """Layers that select together, the others each for itself."""

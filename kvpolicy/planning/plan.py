@@ -8,9 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvpolicy.errors import PlanError
-from kvpolicy.layer.layer import MAX_PENDING
-from kvpolicy.layer.prompt import AT_ONCE as LAYERS_AT_ONCE
-from kvpolicy.layer.prompt import LATE
 from kvpolicy.layer.report import Memory
 from kvpolicy.planning.counted import Learnt
 from kvpolicy.planning.dry_run import DryRun, unsure
@@ -119,14 +116,7 @@ class Setting:
         widest = max((x.kv_heads * max(x.key_dim, x.value_dim) for x in shape.layers), default=0)
         coded = any(store not in ("full", "evict") for tier in self.recipe.tiers for store in (tier.keys, tier.values))
         coding = min(batch * passed * widest, AT_ONCE) * 4 * COPIES if coded else 0
-        return activations + coding + self.waiting(batch, passed)
-
-    def waiting(self, batch: int, passed: int) -> int:
-        """Bytes of the tokens of a pass that layers keep as they came until several let theirs in together."""
-        if not self.attach or self.device.split(":")[0] not in LATE or passed <= MAX_PENDING:
-            return 0
-        wide = sorted(x.kv_heads * (x.key_dim + x.value_dim) for x in self.shape.layers)
-        return batch * passed * sum(wide[-LAYERS_AT_ONCE:]) * self.shape.itemsize
+        return activations + coding
 
     def needed(self, batch: int, tokens: int, quickly: bool = False) -> tuple[int, int, DryRun, Memory]:
         """Bytes at the peak of the prefill and while decoding; and the cache in the end.
@@ -139,7 +129,8 @@ class Setting:
         step = prompt if quickly else passed
         for first in range(0, prompt, step):
             run.feed(min(step, prompt - first))
-        peak = self.shape.weights + run.count().reserved + self.workspace(batch, passed)
+        waiting = run.waiting(passed, first=passed == prompt)
+        peak = self.shape.weights + run.count().reserved + self.workspace(batch, passed) + waiting
         for _ in range(later):
             run.feed(1)
         memory = run.memory()

@@ -10,7 +10,7 @@ import torch
 from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import ids, tiny
+from models import build, ids, tiny
 from torch import Tensor
 from words import CACHE
 
@@ -123,3 +123,24 @@ def test_layers_plan_as_one_while_a_model_decodes(recipe: Any) -> None:
     first.part()
     assert first.joint is second.joint is None
     assert cache.memory() == together
+
+
+@pytest.mark.parametrize("recipe", range(len(RECIPES)))
+@pytest.mark.parametrize("batch", [1, 3])
+def test_of_many_tokens_some_layers_at_a_time_plan_as_one(
+    recipe: int, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build("llama", torch.float32, num_hidden_layers=5)
+    ops = [*[("token", 1)] * 12, ("rows", 2), ("tokens", 3), *[("token", 1)] * 9, ("crop", 1), *[("token", 1)] * 3]
+    with kvpolicy.attach(model):
+        expected, _ = ran(model, RECIPES[recipe], ops, batch, batch > 1)
+        heads = model.config.num_key_value_heads
+        monkeypatch.setattr(joint, "AT_ONCE", 2 * batch * heads * 64)
+        together: list[list[int]] = []
+        before = joint.joined
+        monkeypatch.setattr(joint, "joined", lambda members: together.append(members) or before(members))
+        found, _ = ran(model, RECIPES[recipe], ops, batch, batch > 1)
+    assert {len(members) for members in together} <= {2, 3, 5}
+    assert min(len(members) for members in together) == 2
+    for x, y in zip(found, expected, strict=True):
+        assert torch.equal(x, y)
