@@ -211,8 +211,9 @@ class Observer:
         before = before if len(before) == 1 else before.repeat(many)
         found = cls(first.counted._replace(masks=masks, before=before), first.batch * many, first.heads)
         found.live, found.held, found.index = first.live, first.held, first.index
-        if first.raw is not None:
-            scores, sums = zip(*(observer.raw for observer in observers if observer.raw is not None), strict=True)
+        raw = [observer.raw for observer in observers if observer.raw is not None]
+        if len(raw) == many:
+            scores, sums = zip(*raw, strict=True)
             found.raw = torch.cat(scores), torch.cat(sums)
             return found
         for k, known in enumerate(first.found):

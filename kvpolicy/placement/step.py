@@ -213,10 +213,7 @@ class Step:
     @property
     def width(self) -> int:
         """Tokens held, where all rows and heads hold the same."""
-        known: int | None = self._derived.get("width")
-        if known is None:
-            known = self._derived["width"] = sum(order.length for order in self.state.stores["keys"])
-        return known
+        return self._once("width", lambda: sum([order.length for order in self.state.stores["keys"]]))
 
     def layout(self, side: str) -> tuple[list[int | Tensor], int]:
         """`Placement.layout`, kept."""

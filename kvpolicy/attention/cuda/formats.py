@@ -17,6 +17,8 @@ NUMBERS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 SMALL = {"float8_e4m3": 3}
 """Of scales that are kept as bytes."""
 SIZES = (2, 2, 4, 1)
+LARGE = 48
+"""Bytes of a token's codes and scales, on one side, of which shared memory holds larger tiles in three stages."""
 
 
 class Format(NamedTuple):
@@ -104,8 +106,8 @@ def _misfit(nbits: int, group: int, dim: int) -> str | None:
 def kind_of(keys: Format, values: Format, by_slot: bool = False, many: bool = False) -> tuple[str, int]:
     """A kind as a type of the headers, and the tokens of its tiles; values may lie where an index says.
 
-    Of `many` tokens tiles are larger where registers and shared memory allow it: what a tile costs besides is paid for
-    more of them.
+    Of `many` tokens per token tiles are larger where registers allow it, and shared memory several of them: what a tile
+    costs besides is paid for more tokens.
     """
     halves = keys.by_channel and not keys.numbered and keys.group % 32 and keys.group != 16
     # more numbers than registers
@@ -113,8 +115,7 @@ def kind_of(keys: Format, values: Format, by_slot: bool = False, many: bool = Fa
     large = large or (keys.by_channel and keys.dim > 128 and (by_slot or keys.numbered))
     large = large or (keys.numbered and keys.bits == 3 and keys.dim % 128 > 0)
     tile = 16 if 16 in (keys.bits, values.bits) or halves or large else 32
-    small = max(keys.bits, values.bits) <= 2 and max(keys.dim, values.dim) <= 128
-    if many and tile == 32 and small and not keys.by_channel and not by_slot:
+    if many and tile == 32 and not keys.by_channel and not by_slot and _small(keys) and _small(values):
         tile = 64
     names = []
     for form, side in ((keys, "Keys"), (values, "Values")):
@@ -128,6 +129,11 @@ def kind_of(keys: Format, values: Format, by_slot: bool = False, many: bool = Fa
     if by_slot:
         names[1] = f"Slots<{names[1]}>"
     return f"Pair<{names[0]}, {names[1]}, {tile}>", tile
+
+
+def _small(form: Format) -> bool:
+    """Whether larger tiles of a side find room."""
+    return form.bits <= 2 and form.dim <= 128 and form.row + form.params <= LARGE
 
 
 def kinds_of(pairs: Any) -> tuple[str, ...]:

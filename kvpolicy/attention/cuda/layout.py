@@ -23,8 +23,8 @@ __all__ = ["MAPS", "Declined", "Kind", "Laid", "Run", "lay_out", "pages_of", "sc
 
 MAPS = 4
 """Spaces of keys, and of values, at most: the model's own, and those of transforms."""
-MANY = 400_000
-"""Tokens of all rows and heads from which on their tiles are larger: each warp has some of them to do even so."""
+MANY, LONG = 400_000, 1024
+"""Tokens of all rows and heads, and of one, from which on tiles are larger: each warp has some of them even so."""
 PAGE, SIDES = struct.Struct("<2q"), struct.Struct("<12i")
 Key = tuple[Any, ...]
 
@@ -148,7 +148,7 @@ def lay_out(part: Part, like: Tensor) -> Laid:
     if len(set(numbered)) < len(numbered):
         raise Declined("several stores whose tokens have the numbers of their groups")
     width = width_of(part)
-    many = like.shape[0] * part.kv_heads * width >= MANY and large_tiles(like.get_device())
+    many = width >= LONG and like.shape[0] * part.kv_heads * width >= MANY and large_tiles(like.get_device())
     runs = list(_runs(sides[0], sides[1], part, len(pages), many))
     pages.extend(PAGE.pack(*_apart(index)) for index in indices_of(part))
     if part.new is not None:

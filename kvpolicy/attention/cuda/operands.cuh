@@ -58,7 +58,6 @@ template <int TS> struct Tile {
   static constexpr int NB = TS / 16, NS = R == 8 ? NB : (NB + 1) / 2;
   static constexpr bool PAIRS = R == 4 && NB > 1;
   static __device__ __forceinline__ bool up(int lane) { return PAIRS && (lane & 3) >= 2; }  // whether a thread's columns are of the second
-  static __device__ __forceinline__ int block(int n, int lane) { return PAIRS ? 2 * n + up(lane) : n; }
   // The first of a thread's two tokens of a set of columns; the other one is 8 further.
   static __device__ __forceinline__ int token(int n, int lane) { return 16 * (PAIRS ? 2 * n : n) + (up(lane) ? 16 : 0) + (lane >> 2); }
   static __device__ __forceinline__ float own(const float d[NB][4], int n, int i, bool up) { return PAIRS ? (up ? d[2 * n + 1][i] : d[2 * n][i]) : d[n][i]; }

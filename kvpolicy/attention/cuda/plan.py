@@ -180,7 +180,8 @@ def _kinds(laid: Laid, query: Tensor, part: Part) -> tuple[list[Kind], list[int]
     known = _known.setdefault((query.dtype, query.shape[3], part.value_dim, forms, laid.many), {NEW})
     known |= own
     spaces = sorted({kind.space for kind in own})
-    return sorted(known, key=lambda kind: (kind.space, -weight_of(kind.name), kind)), spaces
+    order = {kind: (kind.space, is_large(kind.name), -weight_of(kind.name), kind) for kind in known}
+    return sorted(known, key=order.__getitem__), spaces
 
 
 class Lined(NamedTuple):

@@ -31,6 +31,7 @@ DEVICE = "cuda"
 @pytest.fixture(autouse=True)
 def _of_any_number(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(layout, "MANY", 0)
+    monkeypatch.setattr(layout, "LONG", 0)
     monkeypatch.setattr(layout, "large_tiles", lambda device: True)
     monkeypatch.setattr(backend, "_plans", {})
     monkeypatch.setattr(plan, "_known", {})
@@ -54,8 +55,8 @@ def test_bits_and_head_dims(bits: int, dim: int, groups: int) -> None:
 @pytest.mark.parametrize(
     ("keys", "values"),
     [
-        (token(2, 16), token(2, 128)),
-        (token(2, scale_dtype="float32"), token(2, 32, scale_dtype="float32")),
+        (token(2, 32), token(2, 128)),
+        (token(2, 64, scale_dtype="float32"), token(2, 64, scale_dtype="float32")),
         (token(2, transforms=[{"kind": "hadamard", "seed": 1}]), token(2)),
         (token(2), token(2, transforms=[{"kind": "hadamard"}])),
         (token(2, "head", range="rms"), token(1, 64, range="rms")),

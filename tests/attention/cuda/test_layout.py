@@ -12,7 +12,7 @@ from kernel_reader import fake_kernel, fake_launch
 from served import APART, Served, additive, channel, own, some, token
 
 from kvpolicy.attention.cuda import again, backend, layout, plan
-from kvpolicy.attention.cuda.formats import is_large
+from kvpolicy.attention.cuda.formats import Format, is_large, kind_of
 from kvpolicy.attention.cuda.layout import scan
 from kvpolicy.interfaces.backend import AttentionSpec, Part, StoreView
 from kvpolicy.recipe.load import load_recipe
@@ -205,11 +205,32 @@ def test_few_tokens_of_a_kind_are_for_some_warps(name: str, parts: int, monkeypa
 @pytest.mark.parametrize(("name", "large"), [("logquant", True), ("partial-logquant", False), ("kivi", False)])
 def test_tiles_of_many_tokens_are_larger(name: str, large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     case = served(name)
+    monkeypatch.setattr(layout, "LONG", 0)
     monkeypatch.setattr(layout, "MANY", case.batch * case.kv_heads * 430)
     monkeypatch.setattr(layout, "large_tiles", lambda device: True)
     case.check((401, 1, 50, 1))
     found = {many: any(is_large(kind.name) for kind in kinds) for (*_, many), kinds in plan._known.items()}
     assert found == {False: False, True: large}
+
+
+@pytest.mark.parametrize(
+    ("keys", "values", "large"),
+    [
+        (Format(2, 64, False, 1, 128), Format(2, 64, False, 1, 128), True),
+        (Format(2, 32, False, 1, 128), Format(1, 64, False, 6, 64), True),
+        (Format(2, 32, False, 2, 128), Format(2, 64, False, 1, 128), False),
+        (Format(2, 64, False, 1, 128), Format(2, 16, False, 1, 128), False),
+        (Format(2, 64, False, 1, 256), Format(2, 64, False, 1, 128), False),
+        (Format(2, 64, False, 1, 128), Format(4, 64, False, 1, 128), False),
+        (Format(2, 32, True, 1, 128), Format(2, 64, False, 1, 128), False),
+    ],
+)
+def test_larger_tiles_are_those_of_which_shared_memory_holds_three_stages(
+    keys: Format, values: Format, large: bool
+) -> None:
+    assert is_large(kind_of(keys, values, many=True)[0]) is large
+    assert not is_large(kind_of(keys, values)[0])
+    assert not is_large(kind_of(keys, values, by_slot=True, many=True)[0])
 
 
 def test_tiles_are_as_before_where_a_card_is_not_faster_with_larger_ones(monkeypatch: pytest.MonkeyPatch) -> None:
