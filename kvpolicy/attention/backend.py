@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, lru_cache
 from itertools import pairwise
@@ -176,7 +176,12 @@ def computed(
 
 
 def computed_again(
-    backend: Backend, query: Tensor, part: Part, options: AttentionOptions, addresses: list[int]
+    backend: Backend,
+    query: Tensor,
+    part: Part,
+    options: AttentionOptions,
+    addresses: list[int],
+    stores: Mapping[str, Sequence[Any]],
 ) -> tuple[Callable[..., Tensor | None], Tensor] | None:
     """What serves the parts of other layers as well, and what it gives for this one, checked; None if nothing does.
 
@@ -186,7 +191,7 @@ def computed_again(
     again: Callable[..., Tensor | None] | None = call(backend, "again", query, part, options)
     if again is None:
         return None
-    given = query, part.new, addresses, options.sinks, options.observer
+    given = query, part.new, addresses, stores, options.sinks, options.observer
     out: Any = guarded(backend, "what again returns", lambda: again(*given))
     if out is None:
         return None

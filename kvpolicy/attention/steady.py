@@ -45,13 +45,13 @@ class Stands(NamedTuple):
                 return None
             stood = tiers.stood
         tiers.backends = known.backends
-        return known.again(query, new, stood.addresses, sinks, observer)
+        return known.again(query, new, stood.addresses, tiers.stores, sinks, observer)
 
     def first(
         self, tiers: LayerCache, backend: Backend, part: Part, query: Tensor, options: AttentionOptions
     ) -> Tensor | None:
         """What attention gives, if what computes it can serve the layers to come; it is kept for them."""
-        found = computed_again(backend, query, part, options, self.stood.addresses)
+        found = computed_again(backend, query, part, options, self.stood.addresses, tiers.stores)
         if found is None:
             return None
         self.note(tiers, found[0])

@@ -242,9 +242,10 @@ class Backend(Component):
         """What attends in place of `attend` for parts that differ from this one in addresses alone, or None.
 
         Other layers have such parts, right after this one: like stores with as many tokens in as many pages, without a
-        mask. It is called with their query, new tokens, addresses of pages (of keys, then of values), sinks and
-        observer, and returns the output `[batch, queries, heads, head_dim of values]` in the type of the query, or
-        None if `attend` is to be asked.
+        mask. It is called with their query, new tokens, addresses of pages (of keys, then of values), stores by side
+        (those that hold tokens are in the order of the part; what transforms keep differs), sinks and observer. It
+        returns the output `[batch, queries, heads, head_dim of values]` in the type of the query, or None if `attend`
+        is to be asked.
         """
         return None
 

@@ -24,7 +24,10 @@ def parts_read(store: Any) -> tuple[Pages, ...] | None:
 
 
 def words_of(store: Any) -> Any:
-    """What says, with the marks of `parts_read`, how kernels read a store as long as it lives; None: there is more."""
-    if isinstance(store, AffineStore) and store.chain is None and store.beside is None and store.levels is None:
+    """What says, with the marks of `parts_read`, how kernels read a store as long as it lives; None: there is more.
+
+    What its transforms keep is its own.
+    """
+    if isinstance(store, AffineStore) and store.beside is None and store.levels is None:
         return store.quantizer, store.head_dim, store.scales.origin
     return "exact" if isinstance(store, ExactStore) else None

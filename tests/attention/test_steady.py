@@ -35,6 +35,8 @@ RECIPES = {
     "streaming-llm": {"window": 20},
     "kivi-sink": {"residual": 16, "group_size": 8},
     "h2o": {},
+    "mikv": {},
+    "zipcache": {"period": 20},
 }
 
 
@@ -58,6 +60,7 @@ class Layers:
             if layer.observes:
                 layer.observe()
             self.check(layer)
+            layer.heed(torch.randn(self.rows, 2, n, 32))
             layer.hold()
 
     def check(self, layer: LayerCache) -> None:

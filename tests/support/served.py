@@ -161,9 +161,9 @@ class Served:
         self.repeated += 1
         for _ in range(2):
             observer = copy.deepcopy(asked.observer)
-            out = again(query, part.new, standing.stood.addresses, asked.sinks, observer)
+            out = again(query, part.new, standing.stood.addresses, self.tiers.stores, asked.sinks, observer)
             assert out is not None
-            assert torch.equal(out.transpose(1, 2), found)
+            assert torch.equal(out.transpose(1, 2), found.to(query.dtype))
 
     def padded(self, n: int, pad: int) -> Tensor | None:
         if not pad and self.reading.padding is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from kvpolicy.attention.cuda.kernel import Arguments, launch
 from kvpolicy.attention.cuda.layout import MAPS
 from kvpolicy.attention.cuda.plan import Plan
 from kvpolicy.attention.cuda.scratch import counters, partials
+from kvpolicy.attention.cuda.spaces import joined, mapped
 
 __all__ = ["Again", "watch"]
 
@@ -47,7 +49,13 @@ class Again:
         self.sums: list[Tensor] = []
 
     def __call__(
-        self, query: Tensor, new: tuple[Tensor, Tensor], addresses: list[int], sinks: Tensor | None, observer: Any
+        self,
+        query: Tensor,
+        new: tuple[Tensor, Tensor],
+        addresses: list[int],
+        stores: Mapping[str, Sequence[Any]],
+        sinks: Tensor | None,
+        observer: Any,
     ) -> Tensor | None:
         plan, device = self.plan, self.device
         keys, values = new[0].data_ptr(), new[1].data_ptr()
@@ -58,20 +66,24 @@ class Again:
         if stream != self.stream:
             self._share(stream)
         out = _one_of(self.outs, query, plan.out, plan.dtype)
+        maps = [mapped(chain, query, self.lines[1]) for chain in _chains(stores["keys"], plan.maps)]
         sinks = None if sinks is None else sinks.float().contiguous()
         scores = sums = None
         if observer is not None:
             scores = _one_of(self.scores, query, (*self.lines, self.columns), torch.float32)
             sums = _one_of(self.sums, query, (*self.lines, 1), torch.float32)
         tensors = (scores, sums, sinks)
+        asked = *[x.data_ptr() for x in maps], *NONE[len(maps) :]
         plan.addresses.pack_into(
-            self.arguments.buffer, self.before, at, *NONE, 0, 0, out.data_ptr(), self.kept[0].data_ptr(), self.room[0],
+            self.arguments.buffer, self.before, at, *asked, 0, 0, out.data_ptr(), self.kept[0].data_ptr(), self.room[0],
             *[0 if x is None else x.data_ptr() for x in tensors], self.room[1], *addresses, *self.indices, keys, values,
         )  # fmt: skip
         launch(plan.kernel, self.arguments, self.grid, device)
         if scores is not None and sums is not None and not observer.watch_later(scores, sums):
             watch(observer, scores, sums, query.shape[2], new[0].shape[2], query.shape[2] > 1)
-        return out
+        if plan.spaces != (-1,):
+            out = joined(out, _chains(stores["values"], plan.spaces), self.lines[1])
+        return out if out.dtype == query.dtype else out.to(query.dtype)
 
     def _share(self, stream: int) -> None:
         """Take what the blocks of launches on a stream share."""
@@ -81,6 +93,14 @@ class Again:
         if plan.partial:
             shared = partials(plan.partial, device), counters(plan.lines * plan.turns, device)
             self.kept[1:], self.room = shared, (shared[0].data_ptr(), shared[1].data_ptr())
+
+
+def _chains(stores: Sequence[Any], views: Sequence[int]) -> list[Any]:
+    """The transforms of some of the stores that hold tokens, by their numbers among these; None for -1."""
+    if not views or views == (-1,):
+        return []
+    held = [store for store in stores if store is not None and store.length]
+    return [None if view < 0 else held[view].chain for view in views]
 
 
 def _one_of(made: list[Tensor], like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -22,6 +22,7 @@ from kvpolicy.attention.cuda.observe import sums
 from kvpolicy.attention.cuda.piece import indices_of
 from kvpolicy.attention.cuda.plan import Plan, columns_of, make_plan
 from kvpolicy.attention.cuda.scratch import counters, partials
+from kvpolicy.attention.cuda.spaces import joined, mapped
 from kvpolicy.hookspecs import hookimpl
 from kvpolicy.interfaces.backend import AttentionOptions, AttentionSpec, Backend, Encoding, Part, StoreView
 
@@ -85,8 +86,7 @@ class Cuda(Backend):
             return None
         known = _found.__dict__.get("call")
         plan = known[1] if known is not None and known[0] is part else _planned(query, part, None, options)[0]
-        mapped = plan.maps or plan.spaces != (-1,) or plan.dtype != query.dtype
-        if mapped or (options.observer is not None and part.slots is not None):
+        if options.observer is not None and part.slots is not None:
             return None
         _found.__dict__.pop("call", None)
         return Again(plan, query, indices_of(part), columns_of(part, options))
@@ -202,17 +202,20 @@ def _attend(
         if part.slots is not None:  # nothing is written where no token is
             scores.fill_(-torch.inf)
         sums = query.new_empty((*lines, 1), dtype=torch.float32)
-    mapped = [_mapped(_chain(part.keys[view].store, graph), query, part) for view in plan.maps]
+    maps = [mapped(_chain(part.keys[view].store, graph), query, part.kv_heads) for view in plan.maps]
     tensors = (mask, places, out, lse, partial, scores, sums, sinks, zeros)
-    arguments, grid = _arguments(plan, pointers, query, mapped, tensors)
+    arguments, grid = _arguments(plan, pointers, query, maps, tensors)
     launch(plan.kernel, arguments, grid, device)
     if graph is not None:
-        _record(graph, plan, query, part, mask, options, tensors, mapped)
+        _record(graph, plan, query, part, mask, options, tensors, maps)
     if scores is not None and sums is not None:
         scores = scores if part.slots is None else _in_columns(scores, part)
         new = 0 if part.new is None else part.new[0].shape[2]
         watch(options.observer, scores, sums, queries, new, mask is not None or part.gaps or queries > 1)
-    return _joined(plan, out, part, queries, graph).transpose(1, 2), lse
+    if plan.spaces != (-1,):
+        chains = [None if view < 0 else _chain(part.values[view].store, graph) for view in plan.spaces]
+        out = joined(out, chains, part.kv_heads)
+    return out.transpose(1, 2), lse
 
 
 def _chain(store: Any, graph: Recording | None) -> Any:
@@ -311,28 +314,6 @@ def _spaces(plan: Plan, part: Part) -> tuple[tuple[int, ...], tuple[int, ...]]:
         own = [id(view) for view in _transformed(part, side)]
         numbers.append(tuple(-1 if i < 0 else own.index(id(getattr(part, side)[i])) for i in views))
     return numbers[0], numbers[1]
-
-
-def _joined(plan: Plan, out: Tensor, part: Part, queries: int, graph: Recording | None) -> Tensor:
-    """Outputs of all spaces of values as one, `[batch, queries, heads, head_dim]`."""
-    if plan.spaces == (-1,):
-        return out
-    total = None
-    for x, view in zip(out if len(plan.spaces) > 1 else out.unsqueeze(0), plan.spaces, strict=True):
-        if view >= 0:
-            rows = x.transpose(1, 2).unflatten(1, (part.kv_heads, -1)).flatten(2, 3)
-            inverse = _chain(part.values[view].store, graph).inverse(rows, None)
-            x = inverse.unflatten(2, (-1, queries)).flatten(1, 2).transpose(1, 2)
-        total = x if total is None else total + x
-    assert isinstance(total, Tensor)
-    return total
-
-
-def _mapped(chain: Any, query: Tensor, part: Part) -> Tensor:
-    """Queries for keys behind transforms, in float16: `[batch, heads, queries, head_dim]`."""
-    rows = query.float().unflatten(1, (part.kv_heads, -1)).flatten(2, 3)
-    mapped: Tensor = chain.adjoint(rows).to(torch.float16).contiguous()
-    return mapped.view(query.shape)
 
 
 def _in_columns(scores: Tensor, part: Part) -> Tensor:

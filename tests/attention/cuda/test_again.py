@@ -33,13 +33,13 @@ def test_addresses_are_those_of_a_layer_and_outputs_those_of_a_stream(
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: next(streams), raising=False)
     plan: Any = SimpleNamespace(
         kernel=None, parts=1, lines=2, turns=1, partial=0, numbers=b"", layout=b"", out=(1, 1, 4, 8),
-        dtype=torch.float32, addresses=struct.Struct(f"<{POINTERS + 4}Q"),
+        dtype=torch.float32, maps=(), spaces=(-1,), addresses=struct.Struct(f"<{POINTERS + 4}Q"),
     )  # fmt: skip
     run = Again(plan, torch.zeros(1, 4, 1, 8), [], 0)
     outs = []
     for layer in range(3):
         query, keys, values = torch.zeros(1, 4, 1, 8), torch.zeros(1, 2, 1, 8), torch.zeros(1, 2, 1, 8)
-        out = run(query, (keys, values), [100 + layer, 200 + layer], None, None)
+        out = run(query, (keys, values), [100 + layer, 200 + layer], {"keys": [], "values": []}, None, None)
         assert out is not None
         given = launched[-1]
         assert given[0] == query.data_ptr()

@@ -11,10 +11,12 @@ import torch
 from kernel_reader import fake_kernel, fake_launch
 from served import APART, Served, additive, channel, own, some, token
 
+from kvpolicy.attention.attend import whole
 from kvpolicy.attention.cuda import again, backend, layout, plan
 from kvpolicy.attention.cuda.formats import Format, is_large, kind_of
 from kvpolicy.attention.cuda.layout import scan
-from kvpolicy.interfaces.backend import AttentionSpec, Part, StoreView
+from kvpolicy.attention.steady import stands
+from kvpolicy.interfaces.backend import AttentionOptions, AttentionSpec, Part, StoreView
 from kvpolicy.recipe.load import load_recipe
 from kvpolicy.storage.make import make_store
 
@@ -59,7 +61,7 @@ def served(recipe: Any, **more: Any) -> Served:
 def test_recipes(name: str) -> None:
     case = served(name)
     case.check((213, 1, 3, 1))
-    assert case.repeated == (0 if name in ("mikv", "zipcache") else 3)
+    assert case.repeated == 3
 
 
 @pytest.mark.parametrize("name", APART)
@@ -237,3 +239,35 @@ def test_tiles_are_as_before_where_a_card_is_not_faster_with_larger_ones(monkeyp
     monkeypatch.setattr(layout, "MANY", 0)
     served("logquant").check((401, 1))
     assert not any(is_large(kind.name) for kinds in plan._known.values() for kind in kinds)
+
+
+ROTATED = own(token(2, transforms=[{"kind": "hadamard", "seed": 1}]), token(2, transforms=[{"kind": "scale"}]))
+
+
+@pytest.mark.parametrize(
+    "recipe", ["zipcache", "mikv", ROTATED, "logquant"], ids=["zipcache", "mikv", "own", "logquant"]
+)
+def test_what_serves_another_layer_takes_what_its_transforms_keep(recipe: Any) -> None:
+    """Layers that stand alike have transforms fitted to other tokens."""
+    serves, found = backend.Cuda(), []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        case = served(recipe)
+        case.check((213, 1, 1))
+        new = (case.draw(1, case.kv_heads, 64), case.draw(1, case.kv_heads, 64))
+        query = case.draw(1, case.kv_heads * case.groups, 64)
+        case.tiers.stage(*new)
+        case.tiers.observe()
+        part, options = whole(case.tiers, new), AttentionOptions(0.125, alone=True)
+        assert serves.declines(query, part, None, options) is None
+        right = serves.attend(query, part, None, options)[0].transpose(1, 2).to(query.dtype)
+        standing = stands(case.tiers, query, new)
+        assert standing is not None
+        run = serves.again(query, part, options)
+        assert run is not None
+        found.append((run, (query, new, standing.stood.addresses, case.tiers.stores, None, None), right))
+    for run, _, _ in found:
+        for _, given, right in found:
+            out = run(*given)
+            assert out is not None
+            assert torch.equal(out, right)
