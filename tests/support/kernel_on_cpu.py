@@ -92,7 +92,7 @@ def kernel_of(source: Any, device: int) -> Any:
     text = compiling.source(source, "sm_90")
     folder = Path(compiling.__file__).parent
     text = text.replace((folder / "machine.cuh").read_text(encoding="utf-8"), "")
-    return _library(text + AFTER.replace("KERNEL", source.name))
+    return _library(text + AFTER.replace("KERNEL", source.build.name))
 
 
 def _library(text: str) -> Any:

@@ -14,6 +14,7 @@ __all__ = [
     "FEW",
     "MANY",
     "THREADS",
+    "Build",
     "Resources",
     "Source",
     "Variant",
@@ -36,30 +37,29 @@ OPTIONS = ("-std=c++17",)
 HEADERS = ("machine.cuh", "plan.cuh", "operands.cuh", "keys.cuh", "values.cuh", "merge.cuh", "observed.cuh")
 
 
+class Build(NamedTuple):
+    """How a kernel is compiled and launched."""
+
+    name: str
+    """Of the kernel, and of its file."""
+    blocks: int
+    """Blocks that a multiprocessor is to hold at once."""
+    threads: int = THREADS
+    """Threads of a block."""
+    waits: bool = False
+    """Whether it waits itself for launches before it."""
+    feature: str = ""
+    """What stands after the architecture where it needs what no other has: `a`, or nothing."""
+
+
 class Source(Protocol):
     """A kernel, and what it is compiled for."""
 
     def __hash__(self) -> int: ...
 
     @property
-    def name(self) -> str:
-        """Of the kernel, and of its file."""
-
-    @property
-    def blocks(self) -> int:
-        """Blocks that a multiprocessor is to hold at once."""
-
-    @property
-    def waits(self) -> bool:
-        """Whether it waits itself for launches before it."""
-
-    @property
-    def threads(self) -> int:
-        """Threads of a block."""
-
-    @property
-    def feature(self) -> str:
-        """What stands after the architecture where it needs what no other has: `a`, or nothing."""
+    def build(self) -> Build:
+        """How it is compiled and launched."""
 
     def defined(self, arch: str) -> dict[str, object]:
         """What stands before the file, by name."""
@@ -90,24 +90,9 @@ class Variant(NamedTuple):
     """Whether scores are written, for policies that rank tokens by attention."""
 
     @property
-    def name(self) -> str:
-        return "attend"
-
-    @property
-    def blocks(self) -> int:
-        return 1 if max(self.dims) > 128 and any("<3," in kind for kind in self.kinds) else 2
-
-    @property
-    def waits(self) -> bool:
-        return True
-
-    @property
-    def threads(self) -> int:
-        return THREADS
-
-    @property
-    def feature(self) -> str:
-        return ""
+    def build(self) -> Build:
+        wide = max(self.dims) > 128 and any("<3," in kind for kind in self.kinds)
+        return Build("attend", 1 if wide else 2, waits=True)
 
     def defined(self, arch: str) -> dict[str, object]:
         return {
@@ -121,7 +106,7 @@ class Variant(NamedTuple):
             "PAGES": self.room[1],
             "STAGES": STAGES,
             "MEMORY": MEMORY.get(arch, 98),
-            "BLOCKS": self.blocks,
+            "BLOCKS": self.build.blocks,
             "MASK": self.mask,
             "PLACES": self.places,
             "CAUSAL": int(self.causal),
@@ -159,7 +144,7 @@ def missing() -> str | None:
 def source(kernel: Source, arch: str) -> str:
     """The source of a kernel for an architecture, whole."""
     folder = Path(__file__).parent
-    text = (folder / f"{kernel.name}.cu").read_text(encoding="utf-8")
+    text = (folder / f"{kernel.build.name}.cu").read_text(encoding="utf-8")
     for name in HEADERS:
         text = text.replace(f'#include "{name}"\n', (folder / name).read_text(encoding="utf-8"))
     return "".join(f"#define {name} {value}\n" for name, value in kernel.defined(arch).items()) + text
@@ -186,14 +171,14 @@ def compiled(kernel: Source, arch: str) -> bytes:
     """The cubin of a kernel for an architecture such as `sm_90`; from disk where it was compiled before."""
     from cuda.core import Program, ProgramOptions
 
-    text, arch = source(kernel, arch), arch + kernel.feature
+    text, arch = source(kernel, arch), arch + kernel.build.feature
     key = hashlib.sha256("\0".join([text, arch, _compiler(), *OPTIONS]).encode()).hexdigest()
     path = cache_directory() / f"{key}.cubin"
     try:
         return path.read_bytes()
     except OSError:
         pass
-    program = Program(text, "c++", ProgramOptions(arch=arch, std="c++17", name=f"{kernel.name}.cu"))
+    program = Program(text, "c++", ProgramOptions(arch=arch, std="c++17", name=f"{kernel.build.name}.cu"))
     found = bytes(program.compile("cubin").code)
     _keep(path, found)
     return found

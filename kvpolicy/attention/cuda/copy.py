@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kvpolicy.attention.cuda.compile import Build
 from kvpolicy.attention.cuda.kernel import THREADS, kernel_of, launch
 
 __all__ = ["Copy", "copy", "shift"]
@@ -27,20 +28,8 @@ class Copy(NamedTuple):
     name: str
 
     @property
-    def blocks(self) -> int:
-        return 16
-
-    @property
-    def waits(self) -> bool:
-        return False
-
-    @property
-    def threads(self) -> int:
-        return THREADS
-
-    @property
-    def feature(self) -> str:
-        return ""
+    def build(self) -> Build:
+        return Build(self.name, blocks=16)
 
     def defined(self, arch: str) -> dict[str, object]:
         return {"PIECES": PIECES}

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kvpolicy.attention.cuda.compile import Build
 from kvpolicy.attention.cuda.kernel import THREADS, kernel_of, launch
 from kvpolicy.interfaces.backend import Encoding
 
@@ -45,24 +46,8 @@ class Encode(NamedTuple):
     """Whether the tokens of a channel share a scale, all that there are: their extremes are found before."""
 
     @property
-    def name(self) -> str:
-        return "encode"
-
-    @property
-    def waits(self) -> bool:
-        return False
-
-    @property
-    def blocks(self) -> int:
-        return 4
-
-    @property
-    def threads(self) -> int:
-        return THREADS
-
-    @property
-    def feature(self) -> str:
-        return ""
+    def build(self) -> Build:
+        return Build("encode", blocks=4)
 
     @property
     def tokens(self) -> int:
@@ -86,7 +71,7 @@ class Encode(NamedTuple):
             "KEPT": self.kept,
             "PIECES": PIECES,
             "TURNS": TURNS,
-            "BLOCKS": self.blocks,
+            "BLOCKS": self.build.blocks,
         }
 
 

@@ -51,27 +51,28 @@ def kernel_of(source: Source, device: int) -> Kernel:
     """A kernel on a device, compiled and loaded at first use."""
     from cuda.bindings import driver
 
+    build = source.build
     major, minor = torch.cuda.get_device_capability(device)
     cubin = compiled(source, f"sm_{major}{minor}")
     shared = resources(cubin).shared
     with torch.cuda.device(device):
         torch.cuda.current_stream()  # there is a context
         if shared > _attribute("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN"):
-            return Kernel(None, shared, source.threads, 0)
-        early = source.waits and major >= 9 and _checked(driver.cuDriverGetVersion()) >= EARLY
+            return Kernel(None, shared, build.threads, 0)
+        early = build.waits and major >= 9 and _checked(driver.cuDriverGetVersion()) >= EARLY
         if early:  # no more blocks find room, or those of the next launch crowd together on some multiprocessors
-            whole = _attribute("MAX_SHARED_MEMORY_PER_MULTIPROCESSOR") // (source.blocks + 1)
+            whole = _attribute("MAX_SHARED_MEMORY_PER_MULTIPROCESSOR") // (build.blocks + 1)
             shared = max(shared, whole - _attribute("RESERVED_SHARED_MEMORY_PER_BLOCK") + 16)
         library = _checked(driver.cuLibraryLoadData(cubin, [], [], 0, [], [], 0))
         function = _checked(
-            driver.cuKernelGetFunction(_checked(driver.cuLibraryGetKernel(library, source.name.encode())))
+            driver.cuKernelGetFunction(_checked(driver.cuLibraryGetKernel(library, build.name.encode())))
         )
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         _checked(driver.cuFuncSetAttribute(function, attribute, shared))
-        blocks = _checked(driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(function, source.threads, shared))
+        blocks = _checked(driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(function, build.threads, shared))
         processors = _attribute("MULTIPROCESSOR_COUNT")
-    blocks = max(1, min(blocks, source.blocks))  # more of them read in too many places at once
-    return Kernel(function, shared, source.threads, blocks * processors, early)
+    blocks = max(1, min(blocks, build.blocks))  # more of them read in too many places at once
+    return Kernel(function, shared, build.threads, blocks * processors, early)
 
 
 def _attribute(name: str) -> int:

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kvpolicy.attention.cuda.kernel import THREADS, Kernel, kernel_of, launch
+from kvpolicy.attention.cuda.compile import Build
+from kvpolicy.attention.cuda.kernel import Kernel, kernel_of, launch
 from kvpolicy.interfaces.backend import AttentionOptions
 
 __all__ = ["Call", "Queries", "Sums", "has_groups", "sums", "weighed"]
@@ -48,29 +49,15 @@ class Sums(NamedTuple):
     """Whether the second pass takes the products of warpgroups, which Hopper has and no other."""
 
     @property
-    def name(self) -> str:
-        return "weigh" if self.grouped else "observe"
-
-    @property
-    def threads(self) -> int:
-        return 384 if self.grouped else THREADS
-
-    @property
-    def feature(self) -> str:
-        return "a" if self.grouped else ""
+    def build(self) -> Build:
+        if self.grouped:
+            return Build("weigh", blocks=1, threads=384, feature="a")
+        return Build("observe", blocks=3 if self.dim <= 64 and self.weighs else 2)
 
     @property
     def columns(self) -> int:
         """Queries or keys of a tile."""
         return 128 if self.grouped else 64
-
-    @property
-    def waits(self) -> bool:
-        return False
-
-    @property
-    def blocks(self) -> int:
-        return 1 if self.grouped else 3 if self.dim <= 64 and self.weighs else 2
 
     @property
     def rows(self) -> int:
@@ -84,7 +71,7 @@ class Sums(NamedTuple):
             "PASS": 1 + self.weighs,
             "HEAD_DIM": self.dim,
             "BFLOAT": int(self.bfloat),
-            "BLOCKS": self.blocks,
+            "BLOCKS": self.build.blocks,
             "MASK": int(self.mask),
             "SOFTCAP": int(self.softcap),
         }

@@ -9,7 +9,7 @@ import pytest
 from variants import FEW, MANY
 
 from kvpolicy.attention.cuda import compile as compiling
-from kvpolicy.attention.cuda.compile import Variant, compiled, missing, resources
+from kvpolicy.attention.cuda.compile import Build, Variant, compiled, missing, resources
 from kvpolicy.attention.cuda.copy import Copy
 from kvpolicy.attention.cuda.observe import Sums
 
@@ -47,7 +47,7 @@ def test_sums_of_a_prompts_attention_compile_without_spills(arch: str) -> None:
 def test_sums_on_warpgroups_compile_without_spills(dim: int, bfloat: bool) -> None:
     found = resources(compiled(Sums(dim, bfloat, True, grouped=True), "sm_90"))
     assert found.stack == 0
-    assert 32 < found.registers <= 65536 // Sums(dim, bfloat, True, grouped=True).threads
+    assert 32 < found.registers <= 65536 // Sums(dim, bfloat, True, grouped=True).build.threads
     assert found.shared <= 227 * 1024
 
 
@@ -80,7 +80,7 @@ def test_another_source_is_another_file(monkeypatch: pytest.MonkeyPatch, tmp_pat
     compiled.cache_clear()
     compiled(SMALL, "sm_90")
     compiled.cache_clear()
-    monkeypatch.setattr(Sums, "blocks", 1)
+    monkeypatch.setattr(Sums, "build", Build("observe", blocks=1))
     compiled(SMALL, "sm_90")
     compiled.cache_clear()
     assert len(list((tmp_path / "cuda").iterdir())) == 2
