@@ -76,18 +76,15 @@ def make_plan(query: Tensor, part: Part, mask: Tensor | None, places: Tensor | N
         raise Declined(f"{len(laid.runs)} runs of tokens in {len(laid.pages)} pages and {len(kinds)} ways")
     batch, heads, queries, _ = query.shape
     new, out = 0 if part.new is None else part.new[0].shape[2], (batch, queries, heads, part.value_dim)
-    causal = queries > 1 and new > 0 and (mask is None or mask.shape[3] != queries)
-    rows = heads // part.kv_heads * queries
-    size = 4 if rows <= 4 else 8
     variant = Variant(
         (query.shape[3], part.value_dim),
-        size,
+        4 if heads // part.kv_heads * queries <= 4 else 8,
         query.dtype == torch.bfloat16,
         tuple(kind.name for kind in kinds),
         room,
         0 if mask is None else MASKS[mask.dtype],
         0 if places is None else places.element_size(),
-        causal,
+        queries > 1 and new > 0 and (mask is None or mask.shape[3] != queries),
         options.softcap is not None,
         not options.alone or any(spaces),
         options.observer is not None,
@@ -95,12 +92,12 @@ def make_plan(query: Tensor, part: Part, mask: Tensor | None, places: Tensor | N
     kernel = kernel_of(variant, query.get_device())
     if not kernel.slots:
         raise Declined(f"a block needs {kernel.shared} bytes of shared memory, more than this card has")
-    lines, turns = batch * part.kv_heads, -(-rows // size)
+    lines, turns = batch * part.kv_heads, -(-(heads // part.kv_heads * queries) // variant.rows)
     costs = _in_line(laid.runs, kinds, spaces).costs
     parts = _blocks(lines * turns, kernel.slots, costs)
     lined = _in_line(laid.runs, kinds, spaces, sum(costs) // (WARPS * sum(parts)))
     slot = mask.shape[-1] - new if mask is not None else 0
-    later = new - queries if causal else NEVER
+    later = new - queries if variant.causal else NEVER
     body = _pack(laid, part, lined, parts, slot, -1 if places is not None else None, later, room[0])
     size_of = PARTS.size + KIND.size * len(kinds) + (TILE_BYTES + RUN_BYTES) * room[0] + PAGE_BYTES * room[1]
     return Plan(
@@ -110,7 +107,7 @@ def make_plan(query: Tensor, part: Part, mask: Tensor | None, places: Tensor | N
         turns,
         tuple(laid.maps[0]),
         tuple(laid.maps[1][space - 1] if space else -1 for space in spaces),
-        0 if sum(parts) == 1 else lines * turns * sum(parts) * size * (part.value_dim + 1),
+        0 if sum(parts) == 1 else lines * turns * sum(parts) * variant.rows * (part.value_dim + 1),
         _numbers(query, part, mask, places, options, sum(parts), len(spaces)),
         struct.Struct(f"<{POINTERS + len(laid.pages)}Q{8 * (room[1] - len(laid.pages))}x"),
         body.ljust(size_of, b"\0"),
