@@ -58,8 +58,8 @@ class Stood:
         return type(None), ()
 
 
-class Stands(Protocol):
-    """A layer."""
+class Movable(Protocol):
+    """A layer that moves, of which it is known how it stands."""
 
     stood: Stood | None
 
@@ -70,9 +70,9 @@ class Moving:
     def __init__(self) -> None:
         self.before = Clock.moved
         self.after: dict[int, Standing] = {}
-        self.stood: list[tuple[Stands, Stood, Standing]] = []
+        self.stood: list[tuple[Movable, Stood, Standing]] = []
 
-    def move(self, layers: Sequence[Stands]) -> None:
+    def move(self, layers: Sequence[Movable]) -> None:
         """These layers make the same moves."""
         after: dict[int, Standing] = {}
         for layer in layers:

@@ -76,9 +76,10 @@ def make_plan(query: Tensor, part: Part, mask: Tensor | None, places: Tensor | N
         raise Declined(f"{len(laid.runs)} runs of tokens in {len(laid.pages)} pages and {len(kinds)} ways")
     batch, heads, queries, _ = query.shape
     new, out = 0 if part.new is None else part.new[0].shape[2], (batch, queries, heads, part.value_dim)
+    rows = heads // part.kv_heads * queries
     variant = Variant(
         (query.shape[3], part.value_dim),
-        4 if heads // part.kv_heads * queries <= 4 else 8,
+        4 if rows <= 4 else 8,
         query.dtype == torch.bfloat16,
         tuple(kind.name for kind in kinds),
         room,
@@ -92,7 +93,7 @@ def make_plan(query: Tensor, part: Part, mask: Tensor | None, places: Tensor | N
     kernel = kernel_of(variant, query.get_device())
     if not kernel.slots:
         raise Declined(f"a block needs {kernel.shared} bytes of shared memory, more than this card has")
-    lines, turns = batch * part.kv_heads, -(-(heads // part.kv_heads * queries) // variant.rows)
+    lines, turns = batch * part.kv_heads, -(-rows // variant.rows)
     costs = _in_line(laid.runs, kinds, spaces).costs
     parts = _blocks(lines * turns, kernel.slots, costs)
     lined = _in_line(laid.runs, kinds, spaces, sum(costs) // (WARPS * sum(parts)))
