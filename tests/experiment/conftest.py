@@ -10,6 +10,14 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from kvpolicy.hf.models import load_model
+
+
+@pytest.fixture(scope="module")
+def loaded() -> tuple[Any, Any]:
+    """The bundled model, and its tokenizer."""
+    return load_model(device="cpu")
+
 
 def _touch(_: Figure, path: Path) -> None:
     path.touch()

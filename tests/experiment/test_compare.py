@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from short import short
 from transformers import DynamicCache
 from words import CACHE
 
@@ -18,7 +19,6 @@ from kvpolicy.experiment.records import records
 from kvpolicy.experiment.result import Comparison, estimate
 from kvpolicy.experiment.run import Runner
 from kvpolicy.experiment.store import read
-from kvpolicy.hf.models import load_model
 from kvpolicy.tasks.load import load_task
 from kvpolicy.tasks.scorers import score
 
@@ -33,11 +33,6 @@ FIELDS = {
 
 
 @pytest.fixture(scope="module")
-def loaded() -> tuple[Any, Any]:
-    return load_model(device="cpu")
-
-
-@pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("compare") / "made" / "here"
 
@@ -46,12 +41,6 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def result(loaded: tuple[Any, Any], directory: Path) -> Comparison:
     model, tokenizer = loaded
     return compare(ARMS, model=model, tokenizer=tokenizer, n=3, seed=5, tokens=160, out=directory, progress=False)
-
-
-def short(loaded: tuple[Any, Any], arms: Any, **options: Any) -> Comparison:
-    model, tokenizer = loaded
-    options = {"n": 1, "tokens": 96, "progress": False, **options}
-    return compare(arms, model=model, tokenizer=tokenizer, **options)
 
 
 def test_one_complete_row_per_arm_and_sample_in_order(result: Comparison, directory: Path) -> None:

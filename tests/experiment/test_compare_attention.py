@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 from models import COMMON, FAMILIES
+from short import short
 from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from kvpolicy import attach, compare
+from kvpolicy import attach
 from kvpolicy.cli.main import app
 from kvpolicy.errors import CacheError, CompareError, KvpolicyError
 from kvpolicy.experiment.attention_error import Watcher
@@ -21,21 +22,9 @@ from kvpolicy.experiment.result import Comparison
 from kvpolicy.experiment.run import Runner
 from kvpolicy.experiment.store import read
 from kvpolicy.hf.attach import is_attached, watching
-from kvpolicy.hf.models import load_model
 
 ARMS = ["full", "logquant:window=8", "kivi-evict:residual=24"]
 METRICS = ("l1", "l2", "exact_mass", "quantized_mass", "dropped_mass")
-
-
-@pytest.fixture(scope="module")
-def loaded() -> tuple[Any, Any]:
-    return load_model(device="cpu")
-
-
-def short(loaded: tuple[Any, Any], arms: Any, **options: Any) -> Comparison:
-    model, tokenizer = loaded
-    options = {"n": 1, "tokens": 96, "progress": False, **options}
-    return compare(arms, model=model, tokenizer=tokenizer, **options)
 
 
 @pytest.fixture(scope="module")

@@ -7,25 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from short import short
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvpolicy import compare
 from kvpolicy.errors import CompareError, RecipeError, TaskError
-from kvpolicy.experiment.result import Comparison
 from kvpolicy.experiment.run import Runner
 from kvpolicy.experiment.store import read
 from kvpolicy.hf.models import BUNDLED, load_model
-
-
-@pytest.fixture(scope="module")
-def loaded() -> tuple[Any, Any]:
-    return load_model(device="cpu")
-
-
-def short(loaded: tuple[Any, Any], arms: Any, **options: Any) -> Comparison:
-    model, tokenizer = loaded
-    options = {"n": 1, "tokens": 96, "progress": False, **options}
-    return compare(arms, model=model, tokenizer=tokenizer, **options)
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, arm: str, samples: set[int]) -> None:

@@ -18,7 +18,6 @@ from kvpolicy.experiment.names import AGAIN, ATTENTION, METRICS
 from kvpolicy.experiment.run import Runner
 from kvpolicy.experiment.schema import experiment_schema
 from kvpolicy.experiment.store import read
-from kvpolicy.hf.models import load_model
 from kvpolicy.recipe.yaml import read_file
 
 PAGE = """\
@@ -59,11 +58,6 @@ def page(tmp_path: Path) -> Path:
     (tmp_path / "own.jsonl").write_text("\n".join(rows))
     (tmp_path / "experiment.yaml").write_text(PAGE)
     return tmp_path / "experiment.yaml"
-
-
-@pytest.fixture(scope="module")
-def loaded() -> tuple[Any, Any]:
-    return load_model(device="cpu")
 
 
 def test_a_page_declares_arms_and_tasks_and_its_schema_knows_it(page: Path) -> None:

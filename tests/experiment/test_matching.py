@@ -19,7 +19,6 @@ from kvpolicy.experiment.experiment import load_experiment
 from kvpolicy.experiment.matching import Lengths, Search
 from kvpolicy.experiment.schema import experiment_schema
 from kvpolicy.experiment.store import read
-from kvpolicy.hf.models import load_model
 from kvpolicy.recipe.yaml import read_file, read_text
 
 PAGE = """\
@@ -34,11 +33,6 @@ match: {bits: 11.1}
 baseline: blocks
 metrics: [nll, bits]
 """
-
-
-@pytest.fixture(scope="module")
-def loaded() -> tuple[Any, Any]:
-    return load_model(device="cpu")
 
 
 def test_bits_agree_as_planned_and_measured(
