@@ -61,10 +61,10 @@ def prefilled(model: Any, cache: Any, prompt: Tensor) -> tuple[float, Tensor]:
     return time.perf_counter() - begin, logits
 
 
-def step_time(model: Any, cache: Any, token: Tensor, steps: int) -> float:
-    """Seconds of a step, the mean of many."""
+def step_time(model: Any, cache: Any, token: Tensor, steps: int, warm: int = 6) -> float:
+    """Seconds of a step, the mean of many, after some that do not count."""
     word = cache_word(model)
-    for _ in range(6):
+    for _ in range(warm):
         model(token, **{word: cache}, logits_to_keep=1)
     wait()
     begin = time.perf_counter()

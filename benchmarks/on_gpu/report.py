@@ -84,11 +84,12 @@ def of_steps(rows: Sequence[Row]) -> str:
             continue
         twin = replayed.get((row.batch, row.tokens, row.arm))
         peak = number(row, row.more.get("peak MB"), 0)
-        cells = [named(row), ms(row), ratio(row), ms(twin), ratio(twin), peak]
+        beside = number(row, row.more.get("DynamicCache ms"), 1)
+        cells = [named(row), ms(row), beside, ratio(row), ms(twin), ratio(twin), peak]
         lines.append([str(row.batch), f"{row.tokens:,}", *cells])
     of = "of DynamicCache's"
-    head = f"batch | tokens | cache | ms per step | {of} | with graphs, ms | {of} | a step's memory, MB"
-    return table(head, "rrlrrrrr", lines)
+    head = f"batch | tokens | cache | ms per step | DynamicCache in turns, ms | {of} | with graphs, ms | {of}"
+    return table(f"{head} | a step's memory, MB", "rrlrrrrrr", lines)
 
 
 def of_first(rows: Sequence[Row]) -> str:

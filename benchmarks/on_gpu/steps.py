@@ -1,12 +1,14 @@
 """Decode steps of a whole model: recipes with and without graphs, beside transformers' caches.
 
 A prompt of random tokens, prefilled by the cache that is timed. A time is the mean of steps over at least two flushes;
-the device is waited for at the end.
+the device is waited for at the end. Steps without graphs wait for the host, whose speed changes from minute to minute:
+they take turns with a `DynamicCache`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +24,8 @@ from .rows import EXACT, Book, Row
 
 SHAPES = ((1, 4096), (1, 32768), (16, 4096), (64, 8192))
 RECIPES = ("logquant", "kivi", "balanced", "best-3bit", "streaming-llm", "h2o", "zipcache")
+TURN, THEIRS = 16, 8
+"""Steps in a turn of a recipe, and of the `DynamicCache` beside it."""
 
 
 def peaked(run: Callable[[], float]) -> tuple[float, float]:
@@ -94,6 +98,7 @@ class Sizes:
             return
         self.book.add(row)
         replayed = self.row(name, graphs=True)
+        replayed.base = row.base
         self.attempt(replayed, lambda row: self.graphs(row, name, cache))
 
     def eager(self, row: Row, name: str) -> Any:
@@ -103,11 +108,36 @@ class Sizes:
         row.checks = eager_checks(self.model, cache, self.token)
         release()
         if not row.wrong:
-            steps = self.steps or STEPS.get(name, 90)
-            with kvpolicy.attach(self.model, graphs=False):
-                row.seconds, more = peaked(lambda: step_time(self.model, cache, self.token, steps))
-            row.more = {"peak MB": more, "cache MB": cache.memory().bytes / 1e6}
+            self.in_turns(row, cache, self.steps or STEPS.get(name, 90))
+            row.more["cache MB"] = cache.memory().bytes / 1e6
         return cache
+
+    def in_turns(self, row: Row, cache: Any, steps: int) -> None:
+        """Time steps of a cache in turns with those of a DynamicCache, if there is room for that."""
+        exact = self.beside()
+        turns = [min(TURN, steps - first) for first in range(0, steps, TURN)]
+        ours, peaks, theirs = 0.0, [], 0.0
+        for number, count in enumerate(turns):
+            warm = 0 if number else 6
+            with kvpolicy.attach(self.model, graphs=False):
+                seconds, peak = peaked(partial(step_time, self.model, cache, self.token, count, warm))
+            ours += seconds * count
+            peaks.append(peak)
+            if exact is not None:
+                theirs += step_time(self.model, exact, self.token, THEIRS, warm)
+        row.seconds, row.more = ours / steps, {"peak MB": max(peaks)}
+        if exact is not None:
+            row.base = (self.batch, theirs / len(turns))
+            row.more["DynamicCache ms"] = row.base[1] * 1e3
+
+    def beside(self) -> Any:
+        """A DynamicCache of random numbers, as long as the prompt; None where it doesn't fit."""
+        try:
+            return filled(dynamic(self.model), self.model, self.batch, self.tokens)
+        except torch.cuda.OutOfMemoryError:
+            pass
+        release()
+        return None
 
     def graphs(self, row: Row, name: str, cache: Any) -> None:
         row.checks = graph_checks(self.model, cache, self.token)
