@@ -35,6 +35,16 @@ class Stands(NamedTuple):
         self, tiers: LayerCache, query: Tensor, new: tuple[Tensor, Tensor], sinks: Tensor | None, observer: Any
     ) -> Tensor | None:
         """What attention gives, if a layer before it stood alike."""
+        found = self.known(tiers)
+        if found is None:
+            return None
+        known, addresses = found
+        tiers.backends = known.backends
+        out: Tensor | None = known.again(query, new, addresses, tiers.stores, sinks, observer)
+        return out
+
+    def known(self, tiers: LayerCache) -> tuple[Known, list[int]] | None:
+        """What was kept for a layer that stood like this one and was asked the same, and this one's addresses."""
         known: Known | None = tiers.reading.known.get(self.stood.standing.kind)
         if known is None or known.step is not self.step or known.asked != self.asked:
             return None
@@ -44,8 +54,7 @@ class Stands(NamedTuple):
             if tiers.stood is None or tiers.stood.standing is not known.standing:
                 return None
             stood = tiers.stood
-        tiers.backends = known.backends
-        return known.again(query, new, stood.addresses, tiers.stores, sinks, observer)
+        return known, stood.addresses
 
     def first(
         self, tiers: LayerCache, backend: Backend, part: Part, query: Tensor, options: AttentionOptions
@@ -57,7 +66,7 @@ class Stands(NamedTuple):
         self.note(tiers, found[0])
         return found[1]
 
-    def note(self, tiers: LayerCache, again: Callable[..., Tensor | None]) -> None:
+    def note(self, tiers: LayerCache, again: Callable[..., Any]) -> None:
         """Keep what serves those that stand like this layer."""
         standing = self.stood.standing
         if standing.marks is None:
@@ -72,8 +81,8 @@ class Known(NamedTuple):
     step: Step
     asked: tuple[Any, ...]
     backends: tuple[str, ...]
-    again: Callable[..., Tensor | None]
-    """See `Backend.again`."""
+    again: Callable[..., Any]
+    """See `Backend.again`; of a graph that is replayed, its `Renewal`."""
 
 
 def stands(tiers: LayerCache, query: Tensor, new: tuple[Tensor, Tensor], *asked: Any) -> Stands | None:

@@ -12,8 +12,8 @@ import functools
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_map_only
 from transformers.utils import ModelOutput
 
 from kvpolicy.attention.attend import whole
+from kvpolicy.attention.steady import stands
 from kvpolicy.hf.cache import CompressedCache
 from kvpolicy.hf.calls import Call, names_of
 from kvpolicy.hf.model_state import ModelState
@@ -29,6 +30,9 @@ from kvpolicy.hf.modes import nothing_hidden, precise
 from kvpolicy.hf.usual import TENSORS, Unusual, named, usual
 from kvpolicy.layer.layer import LayerCache
 from kvpolicy.storage.affine import AffineStore
+
+if TYPE_CHECKING:
+    from kvpolicy.attention.cuda.graph import Launch
 
 OF_CACHE = object()
 """Stands for the cache in what a step gives."""
@@ -197,13 +201,11 @@ class Captured:
 
     def renew(self, cache: CompressedCache) -> str | None:
         """Let the graph read `cache` as it is now; returns why not, if it can't."""
-        from kvpolicy.attention.cuda.backend import renew
-
         handle = self.graph.raw_cuda_graph_exec()
         for launch, layer in zip(self.recording.launches, _tiers(cache), strict=True):
-            reason = renew(handle, launch, whole(layer, launch.call[1]))
+            reason = _renewed(handle, launch, layer)
             if reason is not None:
-                return str(reason)
+                return reason
         return None
 
     def replay(self, cache: CompressedCache, given: dict[str, Tensor]) -> Any:
@@ -212,24 +214,51 @@ class Captured:
             self.given[name].copy_(x, non_blocking=True)
         self.graph.replay()
         # Copies: the next replay, with any cache and from any thread, writes over what the graph gives.
-        new = iter(self.new.clone().split([shape.numel() for shape in self.shapes]))
-        sizes = iter(self.shapes)
+        new = iter(_parts(self.new.clone(), self.shapes))
         for layer in _tiers(cache):
-            layer.pending = {side: next(new).view(next(sizes)) for side in ("keys", "values")}
+            layer.pending = {"keys": next(new), "values": next(new)}
         self._tell(cache)
         own = {name: cache if x is OF_CACHE else tree_map_only(Tensor, Tensor.clone, x) for name, x in self.out.items()}
         return self.kind(**own)
 
     def _tell(self, cache: CompressedCache) -> None:
         """Let observers know of the attention weights that the graph wrote."""
-        weights = iter(() if self.told is None else self.told.clone().split([x.numel() for x in self.told_shapes]))
-        sizes = iter(self.told_shapes)
+        weights = iter(() if self.told is None else _parts(self.told.clone(), self.told_shapes))
         for layer in _tiers(cache):
             if layer.placement.kinds:
                 layer.observer = None
                 observer = layer.expect()
                 if observer.queries:
-                    observer.found = [(next(weights).view(next(sizes)), None) for _ in observer.found]
+                    observer.found = [(next(weights), None) for _ in observer.found]
+
+
+def _renewed(graph: int, launch: Launch, layer: LayerCache) -> str | None:
+    """Let a launch read what a layer holds now; returns why not, if it can't."""
+    from kvpolicy.attention.cuda.backend import renewal
+
+    query, new, options = launch.call
+    observer = options.observer
+    asked = options.scaling, options.softcap, options.sinks is None, observer and observer.room, Captured
+    standing = stands(layer, query, new, *asked)
+    known = standing.known(layer) if standing else None
+    if known is not None:
+        found, addresses = known[0].again, known[1]
+    else:
+        planned = renewal(launch, whole(layer, new))
+        if isinstance(planned, str):
+            return planned
+        found, addresses = planned
+        if standing:
+            standing.note(layer, found)
+    reason: str | None = found(graph, launch, addresses, layer.stores)
+    return reason
+
+
+def _parts(x: Tensor, shapes: list[torch.Size]) -> Sequence[Tensor]:
+    """What lies end to end in `x`."""
+    if all(shape == shapes[0] for shape in shapes):
+        return x.view(len(shapes), *shapes[0]).unbind(0)
+    return [own.view(shape) for own, shape in zip(x.split([s.numel() for s in shapes]), shapes, strict=True)]
 
 
 def _twins(cache: CompressedCache) -> dict[int, Any]:

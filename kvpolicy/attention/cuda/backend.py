@@ -15,12 +15,13 @@ from kvpolicy.attention.cuda.again import Again, watch
 from kvpolicy.attention.cuda.compile import missing
 from kvpolicy.attention.cuda.copy import copy, shift
 from kvpolicy.attention.cuda.encode import encode, variant_of
-from kvpolicy.attention.cuda.graph import Launch, Recording, change, current
-from kvpolicy.attention.cuda.kernel import THREADS, launch
-from kvpolicy.attention.cuda.layout import MAPS, Declined, scan
+from kvpolicy.attention.cuda.graph import Launch, Recording, current
+from kvpolicy.attention.cuda.kernel import launch
+from kvpolicy.attention.cuda.layout import Declined, scan
 from kvpolicy.attention.cuda.observe import sums
 from kvpolicy.attention.cuda.piece import indices_of
 from kvpolicy.attention.cuda.plan import Plan, columns_of, make_plan
+from kvpolicy.attention.cuda.renew import Renewal, arguments_of, spaces_of, transformed
 from kvpolicy.attention.cuda.scratch import counters, partials
 from kvpolicy.attention.cuda.spaces import joined, mapped
 from kvpolicy.hookspecs import hookimpl
@@ -204,7 +205,7 @@ def _attend(
         sums = query.new_empty((*lines, 1), dtype=torch.float32)
     maps = [mapped(_chain(part.keys[view].store, graph), query, part.kv_heads) for view in plan.maps]
     tensors = (mask, places, out, lse, partial, scores, sums, sinks, zeros)
-    arguments, grid = _arguments(plan, pointers, query, maps, tensors)
+    arguments, grid = arguments_of(plan, pointers, query, maps, tensors)
     launch(plan.kernel, arguments, grid, device)
     if graph is not None:
         _record(graph, plan, query, part, mask, options, tensors, maps)
@@ -229,16 +230,6 @@ def _chain(store: Any, graph: Recording | None) -> Any:
     return twin
 
 
-def _arguments(
-    plan: Plan, pointers: list[int], query: Tensor, mapped: list[Tensor], tensors: tuple[Tensor | None, ...]
-) -> tuple[bytes, tuple[int, int, int]]:
-    """The arguments of a launch, and its grid."""
-    asked = [x.data_ptr() for x in mapped] + [0] * (MAPS - 1 - len(mapped))
-    addresses = [0 if x is None else x.data_ptr() for x in tensors]
-    packed = plan.addresses.pack(query.data_ptr(), *asked, *addresses, *pointers)
-    return plan.numbers + packed + plan.layout, (plan.parts, plan.lines, plan.turns)
-
-
 def _room(plan: Plan, graph: Recording) -> tuple[Tensor, Tensor]:
     """What the blocks of a launch use among themselves, where a graph captures it."""
     if plan.partial > graph.partials.numel() or plan.lines * plan.turns > graph.counters.numel():
@@ -260,7 +251,8 @@ def _record(
     watched = options.observer is not None and not options.observer.room
     if mask is not None or part.gaps or watched or not options.alone:
         graph.unfit = "its attention has a mask, or gaps"
-    spaces = _spaces(plan, part)
+    spaces = spaces_of(plan, part)
+    held = {side: transformed(view.store for view in getattr(part, side)) for side in ("keys", "values")}
     own = [(side, i) for side, numbers in zip(("keys", "values"), spaces, strict=True) for i in numbers if i >= 0]
     graph.add(
         query.get_device(),
@@ -268,16 +260,15 @@ def _record(
         call=(query, part.new, options),
         tensors=tensors,
         mapped=tuple(mapped),
-        chains=tuple((side, i, _chain(_transformed(part, side)[i].store, graph)) for side, i in own),
+        chains=tuple((side, i, _chain(held[side][i], graph)) for side, i in own),
         spaces=spaces,
     )
 
 
-def renew(exec_graph: int, known: Launch, part: Part) -> str | None:
-    """Let a launch of a graph read a part as it is now; returns why not, if it can't.
+def renewal(known: Launch, part: Part) -> tuple[Renewal, list[int]] | str:
+    """What lets a launch of a graph read a part as it is now, and where its pages lie; or why it can't.
 
     Args:
-        exec_graph: the handle of the instantiated graph.
         known: the launch.
         part: the part, its new tokens those of the launch.
     """
@@ -286,34 +277,8 @@ def renew(exec_graph: int, known: Launch, part: Part) -> str | None:
         plan, pointers, _ = _planned(query, part, None, options)
     except Declined as reason:
         return str(reason)
-    *_, partial, scores, _, _, zeros = known.tensors
-    if scores is not None and columns_of(part, options) != scores.shape[-1]:
-        return "attention weights need more room"
-    if part.gaps:
-        return "its attention has gaps"
-    if _spaces(plan, part) != known.spaces:
-        return "its attention has other transforms"
-    if not all(twin.take(_transformed(part, side)[i].store.chain) for side, i, twin in known.chains):
-        return "transforms keep something else"
-    if plan.partial > partial.numel() or plan.lines * plan.turns > zeros.numel() or plan.out != known.tensors[2].shape:
-        return "a launch needs more room"
-    arguments, grid = _arguments(plan, pointers, query, list(known.mapped), known.tensors)
-    change(exec_graph, known.node, plan.kernel, arguments, grid, THREADS)
-    return None
-
-
-def _transformed(part: Part, side: str) -> list[StoreView]:
-    """The views of a side whose stores have transforms."""
-    return [view for view in getattr(part, side) if getattr(view.store, "chain", None) is not None]
-
-
-def _spaces(plan: Plan, part: Part) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Which of `_transformed` make the spaces of keys, and of values; -1 for none. Stores may be empty for a while."""
-    numbers = []
-    for side, views in (("keys", plan.maps), ("values", plan.spaces)):
-        own = [id(view) for view in _transformed(part, side)]
-        numbers.append(tuple(-1 if i < 0 else own.index(id(getattr(part, side)[i])) for i in views))
-    return numbers[0], numbers[1]
+    found = Renewal(plan, part, options)
+    return found, pointers[: len(pointers) - len(found.indices) - 2]
 
 
 def _in_columns(scores: Tensor, part: Part) -> Tensor:
