@@ -24,8 +24,8 @@ STYLES = {
     "quanto, 2 bits": ("#c8722a", "s", "-", 4),
     "quanto, 4 bits": ("#c8722a", "s", "--", -4),
     "logquant": ("#1f6fb4", "o", "-", 6),
-    "logquant, 4 bits": ("#1f6fb4", "o", "--", -2),
-    "kivi": ("#2f9e78", "^", "-", -4),
+    "logquant, 4 bits": ("#1f6fb4", "o", "--", -12),
+    "kivi": ("#2f9e78", "^", "-", -3),
 }
 """Color, marker, line, and how much higher than its point the number of rows stands."""
 LABELS = {"logquant": "kvpolicy logquant, 2 bits", "kivi": "kvpolicy kivi, 2 bits"}
@@ -75,8 +75,11 @@ def main(sources: list[str], target: str) -> None:
             room = f"{rows[0].more['of GB']:.0f} GB for keys and values ({card})"
             axes.set(xlabel=f"rows of {rows[0].tokens:,} tokens", ylabel="tokens per second", title=room)
         axes.title.set_fontsize(10)
-    handles, labels = both[1].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    shown = {}
+    for axes in both:
+        lines, labels = axes.get_legend_handles_labels()
+        shown |= dict(zip(labels, lines, strict=True))
+    figure.legend(shown.values(), shown, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     Path(target).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, dpi=130)
 

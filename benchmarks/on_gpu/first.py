@@ -67,7 +67,7 @@ def peak(
     tokens: Sequence[int] = (4096, 16384, 65536),
     recipes: Sequence[str] = ("logquant", "kivi"),
     nbits: Sequence[int] = (2, 4),
-    steps: int = 10,
+    steps: int = 130,
 ) -> None:
     """What a step of an attached layer allocates beyond its cache: at most 5% of a whole model's cache, and 4 MB."""
     for recipe in recipes:
