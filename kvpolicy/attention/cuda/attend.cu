@@ -63,6 +63,7 @@ template <class P> __device__ __forceinline__ void attend_kind(const Plan& plan,
   using V = typename P::V;
   constexpr int TS = P::TOKENS, NB = Tile<TS>::NB, NS = Tile<TS>::NS, ST = P::STAGES_;
   w.scratch = w.ring + P::SCRATCH;
+  w.more = w.ring + P::MORE;
   typename K::State ks;
   typename V::State vs;
   Place now;  // of the next scores
@@ -147,12 +148,15 @@ template <class P> __device__ __forceinline__ void attend_kind(const Plan& plan,
     }
     if (ST > 1) {  // the next scores (of nothing, in the end) together with this tile's values: neither waits for the other
       ks.convert(keys + P::KEY_PARAMS, w);
+      vs.convert(values + P::VALUE_PARAMS, w);
       __syncwarp();
       ks.scores(keys, keys + P::KEY_PARAMS, w, s);
       vs.add(values + P::VALUES, values + P::VALUE_PARAMS, w, p);
       values = keys;
       keys = keys + P::STAGE == w.ring + ST * P::STAGE ? w.ring : keys + P::STAGE;
     } else {
+      vs.convert(values + P::VALUE_PARAMS, w);
+      __syncwarp();
       vs.add(values + P::VALUES, values + P::VALUE_PARAMS, w, p);
       __syncwarp();
       if (it + 1 < n) next.fetch_values(plan, kind, values, w);
