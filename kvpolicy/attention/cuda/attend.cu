@@ -14,21 +14,23 @@
 
 // Where in its run a tile of a kind is.
 struct Place {
-  int run, done, left, tile, round, next;  // next: the first tile of the next run
+  int run, done, left;
+};
+struct Line : Place {
+  int tile, next, uneven;  // next: the first tile of the next run; uneven: the warp's tiles before those with even steps
   __device__ __forceinline__ void find(const Layout& layout, const Kind& kind, int tokens) {
     while (run + 1 < kind.last && layout.tiles[run + 1] <= tile) run++;
     next = run + 1 < kind.last ? layout.tiles[run + 1] : 1 << 30;
     done = (tile - layout.tiles[run]) * tokens;
     left = layout.runs[run].tokens - done;
   }
-  __device__ __forceinline__ int skip(int tokens, const Warp& w) {  // to the warp's next tile, so many further on
+  __device__ __forceinline__ int skip(int i, int tokens, const Warp& w) {  // from the warp's i-th tile to its next one, so many further on
     int stride = w.stride;
-    if (round < w.all) {
+    if (i < uneven) {
       stride = 0;
 #pragma unroll
-      for (int u = 0; u < WARPS; u++) stride += round >= w.from[u];
+      for (int u = 0; u < WARPS; u++) stride += w.all - uneven + i >= w.from[u];
     }
-    round++;
     tile += stride;
     done += stride * tokens;
     left -= stride * tokens;
@@ -39,15 +41,15 @@ struct Place {
 template <class P> struct Cursor {
   typename P::K::Source k;
   typename P::V::Source v;
-  Place at;
+  Line at;
   __device__ __forceinline__ void open(const Plan& plan, const Warp& w) {
     k.open(plan, plan.layout.runs[at.run].k, w, at.done, at.left);
     v.open(plan, plan.layout.runs[at.run].v, w, at.done, at.left);
   }
   __device__ __forceinline__ void fetch_keys(u32 to, const Warp& w) { k.fetch(to, to + P::KEY_PARAMS, at.done, at.left, w.lane); }
-  __device__ __forceinline__ void fetch_values(const Plan& plan, const Kind& kind, u32 to, const Warp& w) {
+  __device__ __forceinline__ void fetch_values(const Plan& plan, const Kind& kind, int i, u32 to, const Warp& w) {
     v.fetch(to + P::VALUES, to + P::VALUE_PARAMS, at.done, at.left, w.lane);
-    const int stride = at.skip(P::TOKENS, w);
+    const int stride = at.skip(i, P::TOKENS, w);
     if (at.tile < at.next) {
       k.skip(stride, at.left, w.lane);
       v.skip(stride, at.left, w.lane);
@@ -66,25 +68,31 @@ template <class P> __device__ __forceinline__ void attend_kind(const Plan& plan,
   w.more = w.ring + P::MORE;
   typename K::State ks;
   typename V::State vs;
-  Place now;  // of the next scores
-  now.run = kind.first;
-  now.tile = first;
-  now.round = round;
-  now.find(plan.layout, kind, TS);
   Cursor<P> next;
-  next.at = now;
+  next.at.run = kind.first;
+  next.at.tile = first;
+  next.at.uneven = w.all - round;
+  next.at.find(plan.layout, kind, TS);
   next.k.start(w.lane);
   next.v.start(w.lane);
   next.open(plan, w);
-  int slot = 0;  // where the next tile goes
+  constexpr int AHEAD = ST > 1 ? ST - 1 : 1;
+  Place now[AHEAD];  // of the next scores, and those after them
+  auto remember = [&] {
+#pragma unroll
+    for (int i = 0; i + 1 < AHEAD; i++) now[i] = now[i + 1];
+    now[AHEAD - 1] = next.at;
+  };
+  u32 to = w.ring;  // where the next tile goes
   wait_for_last();
   ks.ask(plan, kind, w);
+  auto after = [&](u32 stage) { return stage + P::STAGE == w.ring + ST * P::STAGE ? w.ring : stage + P::STAGE; };
   auto fetch = [&](int i) {
+    remember();
     if (i < n) {
-      const u32 to = w.ring + slot * P::STAGE;
       next.fetch_keys(to, w);
-      next.fetch_values(plan, kind, to, w);
-      slot = slot + 1 == ST ? 0 : slot + 1;
+      next.fetch_values(plan, kind, i, to, w);
+      to = after(to);
     }
     commit();
   };
@@ -92,9 +100,10 @@ template <class P> __device__ __forceinline__ void attend_kind(const Plan& plan,
 #pragma unroll 1
     for (int i = 0; i < ST - 1; i++) fetch(i);
   } else {  // keys of a tile are on their way while the last one is at its values, and the other way round
+    remember();
     next.fetch_keys(w.ring, w);
     commit();
-    next.fetch_values(plan, kind, w.ring, w);
+    next.fetch_values(plan, kind, 0, w.ring, w);
     commit();
   }
   ks.start(plan, kind, w);
@@ -110,11 +119,9 @@ template <class P> __device__ __forceinline__ void attend_kind(const Plan& plan,
 #pragma unroll
       for (int i = 0; i < NS * 4; i++) s[0][i] = soften(s[0][i], plan.cap);
     }
-    if (MASK || PLACES || CAUSAL || (R == 4 && !Tile<TS>::PAIRS) || now.left < TS || (V::BY_SLOT && scattered(plan.layout.runs[now.run].v)))
-      hide<TS, V::BY_SLOT>(plan, plan.layout.runs[now.run], now.done, now.left, w, s);
-    if (SCORES) keep<TS, V::BY_SLOT>(plan, plan.layout.runs[now.run], now.done, now.left, w, s);
-    now.skip(TS, w);
-    if (now.tile >= now.next) now.find(plan.layout, kind, TS);
+    if (MASK || PLACES || CAUSAL || (R == 4 && !Tile<TS>::PAIRS) || now[0].left < TS || (V::BY_SLOT && scattered(plan.layout.runs[now[0].run].v)))
+      hide<TS, V::BY_SLOT>(plan, plan.layout.runs[now[0].run], now[0].done, now[0].left, w, s);
+    if (SCORES) keep<TS, V::BY_SLOT>(plan, plan.layout.runs[now[0].run], now[0].done, now[0].left, w, s);
     float top[2] = {s[0][0], s[0][1]};
 #pragma unroll
     for (int i = 2; i < NS * 4; i++) top[i & 1] = fmaxf(top[i & 1], s[0][i]);
@@ -153,13 +160,14 @@ template <class P> __device__ __forceinline__ void attend_kind(const Plan& plan,
       ks.scores(keys, keys + P::KEY_PARAMS, w, s);
       vs.add(values + P::VALUES, values + P::VALUE_PARAMS, w, p);
       values = keys;
-      keys = keys + P::STAGE == w.ring + ST * P::STAGE ? w.ring : keys + P::STAGE;
+      keys = after(keys);
     } else {
       vs.convert(values + P::VALUE_PARAMS, w);
       __syncwarp();
       vs.add(values + P::VALUES, values + P::VALUE_PARAMS, w, p);
       __syncwarp();
-      if (it + 1 < n) next.fetch_values(plan, kind, values, w);
+      remember();
+      if (it + 1 < n) next.fetch_values(plan, kind, it + 1, values, w);
       commit();
       wait<1>();
       ks.convert(keys + P::KEY_PARAMS, w);

@@ -173,9 +173,10 @@ template <int BITS, int GROUP, int T, int TS> struct ChannelKeys {
   // Where a channel's numbers go in the order of reading, and what a scale is multiplied by.
   template <class P> static __device__ __forceinline__ u32 place(int ch) { return (ch / P::WIDTH * P::CHUNKS + ch % P::WIDTH / 16) * 64 + ch % P::WIDTH % 16 * 4; }
   template <class P> static __device__ __forceinline__ float factor(int ch) { return (float)(1 << P::LOW) * __uint_as_float((127 - P::BITS * (ch / P::WIDTH)) << 23); }
+  static __device__ __forceinline__ u32 both(float x) { return halves(x, x); }
   struct State {
-    u32 q[C::STEPS][2], to[TURNS];
-    float scale, plain, by[TURNS];
+    u32 q[C::STEPS][2], to[TURNS], by[TURNS];
+    float scale, plain;
     __device__ __forceinline__ void ask(const Plan& plan, const Kind& kind, const Warp& w) {
       const u8* row = query_row(plan, kind, w, (w.lane >> 2) % R);
       ask_query<A>(q, row, w.lane & 3);
@@ -192,8 +193,8 @@ template <int BITS, int GROUP, int T, int TS> struct ChannelKeys {
       for (int k = 0; k < TURNS; k++) {
         const int i = w.lane + 32 * k, first = i % (PIECES / SETS) * PIECE;
         to[k] = w.scratch + i / (PIECES / SETS) * SET + place<A>(first % DK) + (first < DK ? 4 : 0);
-        by[k] = first < DK ? factor<A>(first) : 1.f;
-        asm volatile("" : "+r"(to[k]), "+f"(by[k]));
+        by[k] = both(first < DK ? factor<A>(first) : 1.f);
+        asm volatile("" : "+r"(to[k]), "+r"(by[k]));
       }
       if (A::WIDTH % 16 || B::WIDTH % 16) {
         for (int i = w.lane; i < SCRATCH / 8; i += 32) store_pair(w.scratch + 8 * i, 0, 0);
@@ -209,16 +210,16 @@ template <int BITS, int GROUP, int T, int TS> struct ChannelKeys {
 #pragma unroll
         for (int e = 0; e < 4; e++) x[e] = Number<T>::of(raw, j + e);
         const int first = i % (PIECES / SETS) * PIECE + j;
-        u32 at = to[k] + 4 * j;
-        float f = by[k];
+        u32 at = to[k] + 4 * j, f = by[k];
         if (A::WIDTH % PIECE && j) {  // four more channels may be of another plane
           at = w.scratch + i / (PIECES / SETS) * SET + place<A>(first % DK) + (first < DK ? 4 : 0);
-          f = first < DK ? factor<A>(first) : 1.f;
+          f = both(first < DK ? factor<A>(first) : 1.f);
         }
-        store_apart(at, halves(x[0] * f, x[2] * f), halves(x[1] * f, x[3] * f));
+        const u32 even = halves(x[0], x[2]), odd = halves(x[1], x[3]);
+        store_apart(at, times(even, f), times(odd, f));
         if (C::TWO && first < DK) {
-          const float g = factor<B>(first);
-          store_apart(w.scratch + i / (PIECES / SETS) * SET + A::STEPS * 64 + place<B>(first) + 4, halves(x[0] * g, x[2] * g), halves(x[1] * g, x[3] * g));
+          const u32 g = both(factor<B>(first));
+          store_apart(w.scratch + i / (PIECES / SETS) * SET + A::STEPS * 64 + place<B>(first) + 4, times(even, g), times(odd, g));
         }
       }
     }
