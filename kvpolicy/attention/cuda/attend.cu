@@ -83,22 +83,22 @@ template <class P> __device__ __forceinline__ void attend_kind(const Plan& plan,
     for (int i = 0; i + 1 < AHEAD; i++) now[i] = now[i + 1];
     now[AHEAD - 1] = next.at;
   };
-  u32 to = w.ring;  // where the next tile goes
+  u32 stage[ST];  // of the tile at its values, and those after it
+#pragma unroll
+  for (int i = 0; i < ST; i++) stage[i] = w.ring + i * P::STAGE;
   wait_for_last();
   ks.ask(plan, kind, w);
-  auto after = [&](u32 stage) { return stage + P::STAGE == w.ring + ST * P::STAGE ? w.ring : stage + P::STAGE; };
-  auto fetch = [&](int i) {
+  auto fetch = [&](int i, u32 to) {
     remember();
     if (i < n) {
       next.fetch_keys(to, w);
       next.fetch_values(plan, kind, i, to, w);
-      to = after(to);
     }
     commit();
   };
   if (ST > 1) {  // of ST tiles one is at its values, the next one at its keys, and the others are on their way
 #pragma unroll 1
-    for (int i = 0; i < ST - 1; i++) fetch(i);
+    for (int i = 0; i < ST - 1; i++) fetch(i, w.ring + i * P::STAGE);
   } else {  // keys of a tile are on their way while the last one is at its values, and the other way round
     remember();
     next.fetch_keys(w.ring, w);
@@ -113,8 +113,8 @@ template <class P> __device__ __forceinline__ void attend_kind(const Plan& plan,
   ks.convert(w.ring + P::KEY_PARAMS, w);
   __syncwarp();
   ks.scores(w.ring, w.ring + P::KEY_PARAMS, w, s);
-  u32 values = w.ring, keys = ST > 1 ? w.ring + P::STAGE : w.ring;
   for (int it = 0; it < n; it++) {
+    const u32 values = stage[0], keys = stage[ST > 1 ? 1 : 0];
     if (SOFTCAP) {
 #pragma unroll
       for (int i = 0; i < NS * 4; i++) s[0][i] = soften(s[0][i], plan.cap);
@@ -139,7 +139,7 @@ template <class P> __device__ __forceinline__ void attend_kind(const Plan& plan,
       vs.rescale(f);
     }
     if (ST > 1) {
-      fetch(it + ST - 1);
+      fetch(it + ST - 1, stage[ST - 1]);
       wait<(ST > 1 ? ST - 2 : 0)>();
     } else {
       if (it + 1 < n) next.fetch_keys(keys, w);
@@ -159,8 +159,9 @@ template <class P> __device__ __forceinline__ void attend_kind(const Plan& plan,
       __syncwarp();
       ks.scores(keys, keys + P::KEY_PARAMS, w, s);
       vs.add(values + P::VALUES, values + P::VALUE_PARAMS, w, p);
-      values = keys;
-      keys = after(keys);
+#pragma unroll
+      for (int i = 0; i + 1 < ST; i++) stage[i] = stage[i + 1];
+      stage[ST - 1] = values;
     } else {
       vs.convert(values + P::VALUE_PARAMS, w);
       __syncwarp();

@@ -49,12 +49,14 @@ template <int BITS, int GROUP, int T, int TS> struct TokenValues {
   static constexpr bool ONE = C::TWO && DV > 128 && A::WIDTH % 32 == 0;
   static constexpr int SUMS = ONE ? A::STEPS : C::STEPS;
   // Scales and offsets of a token that are a row of eight 16-bit numbers are turned as they are read: tokens two by two, as
-  // the weights of a product lie. Scales are multiplied in there, and offsets are an operand of a product of their own.
+  // the weights of a product lie. Scales are multiplied in there. All of them are an operand A as they lie, whose rows 0 to 7
+  // are numbers of tokens 0 to 7 and 16 to 23, and the others those of the other tokens: one product with the weights of the
+  // ones, and one of the others, sum up offsets; the other half of each is not read.
   static constexpr bool TURNED = GROUPS == 4 && T < 2 && TS % 32 == 0;
   static constexpr int SETS = TS / 32, SCRATCH = TURNED ? SETS * 512 : 0;
   using Source = Reader<DV, BITS, PARAMS, TS, false, 1>;
   struct State {
-    float acc[SUMS][4], o[2][GROUPS];  // turned: o is one of an operand C
+    float acc[SUMS][4], o[2][GROUPS];  // of each column and group; turned: of each product
     u32 turned[TURNED ? SETS : 1][4];
     __device__ __forceinline__ void start() {
 #pragma unroll
@@ -68,7 +70,7 @@ template <int BITS, int GROUP, int T, int TS> struct TokenValues {
 #pragma unroll
       for (int g = 0; g < GROUPS; g++) {
         o[0][g] *= f[TURNED ? g & 1 : 0];
-        o[1][g] *= f[1];
+        o[1][g] *= f[TURNED ? g & 1 : 1];
       }
     }
     // Turn the scales and offsets of a tile, and put them where all threads read scales.
@@ -82,6 +84,10 @@ template <int BITS, int GROUP, int T, int TS> struct TokenValues {
         for (int i = 0; i < 4; i++) turned[t][i] = T == 1 ? halves(lo(x[0][i]), hi(x[0][i])) : x[0][i];
         store_four(w.more + t * 512 + w.lane * 16, turned[t]);
       }
+    }
+    // The weights of a block as an operand: of 4 query heads the columns of the other block are zero.
+    static __device__ __forceinline__ u32 of_block(const u32 e[NS][TURNED ? 1 : GROUPS][2], int i, int b, int r) {
+      return R == 8 ? e[b % NS][0][i] : (r >> 2) == (b & 1) ? e[b / 2][0][i] : 0u;
     }
     // Weights times the scales of each group, as operands.
     __device__ __forceinline__ void scaled(u32 params, const Warp& w, const float p[NS][4], u32 e[NS][TURNED ? 1 : GROUPS][2]) {
@@ -110,6 +116,9 @@ template <int BITS, int GROUP, int T, int TS> struct TokenValues {
         for (int i = 0; i < NS * 2; i++) e[i >> 1][0][i & 1] = transposed(halves(p[i >> 1][2 * (i & 1)], p[i >> 1][2 * (i & 1) + 1]));
 #pragma unroll
         for (int i = 0; i < SETS * GROUPS; i++) load_words<4>(par[0][i], w.more + i / GROUPS * 512 + i % GROUPS * 64 + c * 16);
+#pragma unroll
+        for (int i = 0; i < SETS * 2; i++)
+          mma(o[i & 1], turned[i >> 1][0], turned[i >> 1][1], turned[i >> 1][2], turned[i >> 1][3], of_block(e, i & 1, i & ~1, r), of_block(e, i & 1, i | 1, r));
       } else {
         scaled(params, w, p, e);
       }
@@ -119,12 +128,9 @@ template <int BITS, int GROUP, int T, int TS> struct TokenValues {
         load_part<A, true>(x, data, w.lane, b);
         if (C::TWO) load_part<B, true>(y, data + A::place(TS), w.lane, b);
 #pragma unroll
-        for (int i = 0; i < (TURNED ? 1 : GROUPS) * 2; i++) z[0][i] = R == 8 ? e[b % NS][0][i] : (r >> 2) == (b & 1) ? e[b / 2][0][i] : 0u;
-        if (TURNED) {
-          const u32* rows = turned[b / 2] + 2 * (b & 1);
-          mma(o[0], rows[0], 0, rows[1], 0, z[0][0], z[0][1]);
-#pragma unroll
-          for (int i = GROUPS * 2 - 1; i >= 0; i--) z[0][i] = times(z[0][i & 1], par[b / 2][i >> 1][2 * (b & 1) + (i & 1)]);
+        for (int i = 0; i < GROUPS * 2; i++) {
+          z[0][i] = of_block(e, TURNED ? i & 1 : i, b, r);
+          if (TURNED) z[0][i] = times(z[0][i], par[b / 2][i >> 1][2 * (b & 1) + (i & 1)]);
         }
 #pragma unroll
         for (int q = 0; q < A::PLANES; q++)
@@ -163,7 +169,7 @@ template <int BITS, int GROUP, int T, int TS> struct TokenValues {
     }
     __device__ __forceinline__ void finish(Warp& w, float m[2], float l[2]) {
       if (TURNED) {
-        const float sums[2] = {o[0][0], o[0][1]};
+        const float sums[2] = {o[0][0] + o[1][2], o[0][1] + o[1][3]};
 #pragma unroll
         for (int i = 0; i < 2 * GROUPS; i++) o[0][i] = __shfl_sync(~0u, sums[i / GROUPS], 16 + 4 * (i % GROUPS) + (w.lane & 3));
       } else {
