@@ -53,11 +53,11 @@ template <int BITS, int GROUP, int T, int TS> struct TokenValues {
   // are numbers of tokens 0 to 7 and 16 to 23, and the others those of the other tokens: one product with the weights of the
   // ones, and one of the others, sum up offsets; the other half of each is not read.
   static constexpr bool TURNED = GROUPS == 4 && T < 2 && TS % 32 == 0;
-  static constexpr int SETS = TS / 32, SCRATCH = TURNED ? SETS * 512 : 0;
+  static constexpr int SETS = TURNED ? TS / 32 : 1, SCRATCH = TURNED ? SETS * 512 : 0;
   using Source = Reader<DV, BITS, PARAMS, TS, false, 1>;
   struct State {
     float acc[SUMS][4], o[2][GROUPS];  // of each column and group; turned: of each product
-    u32 turned[TURNED ? SETS : 1][4];
+    u32 turned[SETS][4];
     __device__ __forceinline__ void start() {
 #pragma unroll
       for (int i = 0; i < SUMS * 4; i++) acc[0][i] = 0.f;
@@ -75,14 +75,15 @@ template <int BITS, int GROUP, int T, int TS> struct TokenValues {
     }
     // Turn the scales and offsets of a tile, and put them where all threads read scales.
     __device__ __forceinline__ void convert(u32 params, const Warp& w) {
-      if (!TURNED) return;
+      if (TURNED) {
 #pragma unroll
-      for (int t = 0; t < SETS; t++) {
-        u32 x[2][2];
-        load_two<true>(x, params + t * 512 + w.lane * 16);
+        for (int t = 0; t < SETS; t++) {
+          u32 x[2][2];
+          load_two<true>(x, params + t * 512 + w.lane * 16);
 #pragma unroll
-        for (int i = 0; i < 4; i++) turned[t][i] = T == 1 ? halves(lo(x[0][i]), hi(x[0][i])) : x[0][i];
-        store_four(w.more + t * 512 + w.lane * 16, turned[t]);
+          for (int i = 0; i < 4; i++) turned[t][i] = T == 1 ? halves(lo(x[0][i]), hi(x[0][i])) : x[0][i];
+          store_four(w.more + t * 512 + w.lane * 16, turned[t]);
+        }
       }
     }
     // The weights of a block as an operand: of 4 query heads the columns of the other block are zero.
@@ -110,7 +111,7 @@ template <int BITS, int GROUP, int T, int TS> struct TokenValues {
     }
     __device__ __forceinline__ void add(u32 data, u32 params, const Warp& w, float p[NS][4]) {
       const int c = w.lane & 3, r = w.lane >> 2;
-      u32 e[NS][TURNED ? 1 : GROUPS][2], par[TURNED ? SETS : 1][GROUPS][4];
+      u32 e[NS][TURNED ? 1 : GROUPS][2], par[SETS][GROUPS][4];
       if (TURNED) {
 #pragma unroll
         for (int i = 0; i < NS * 2; i++) e[i >> 1][0][i & 1] = transposed(halves(p[i >> 1][2 * (i & 1)], p[i >> 1][2 * (i & 1) + 1]));
