@@ -110,6 +110,7 @@ template <class P> __device__ __forceinline__ void attend_kind(const Plan& plan,
   vs.start();
   float m[2] = {LOWEST, LOWEST}, l[2] = {0.f, 0.f}, s[NS][4];
   wait<(ST > 1 ? ST - 2 : 1)>();
+  __syncwarp();
   ks.convert(w.ring + P::KEY_PARAMS, w);
   __syncwarp();
   ks.scores(w.ring, w.ring + P::KEY_PARAMS, w, s);
@@ -141,6 +142,7 @@ template <class P> __device__ __forceinline__ void attend_kind(const Plan& plan,
     if (ST > 1) {
       fetch(it + ST - 1, stage[ST - 1]);
       wait<(ST > 1 ? ST - 2 : 0)>();
+      __syncwarp();
     } else {
       if (it + 1 < n) next.fetch_keys(keys, w);
       commit();
@@ -171,6 +173,7 @@ template <class P> __device__ __forceinline__ void attend_kind(const Plan& plan,
       if (it + 1 < n) next.fetch_values(plan, kind, it + 1, values, w);
       commit();
       wait<1>();
+      __syncwarp();
       ks.convert(keys + P::KEY_PARAMS, w);
       __syncwarp();
       ks.scores(keys, keys + P::KEY_PARAMS, w, s);
