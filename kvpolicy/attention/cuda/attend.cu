@@ -14,21 +14,23 @@
 
 // Where in its run a tile of a kind is.
 struct Place {
-  int run, done, left, tile, round, next;  // next: the first tile of the next run
+  int run, done, left;
+};
+struct Line : Place {
+  int tile, next, uneven;  // next: the first tile of the next run; uneven: the warp's tiles before those with even steps
   __device__ __forceinline__ void find(const Layout& layout, const Kind& kind, int tokens) {
     while (run + 1 < kind.last && layout.tiles[run + 1] <= tile) run++;
     next = run + 1 < kind.last ? layout.tiles[run + 1] : 1 << 30;
     done = (tile - layout.tiles[run]) * tokens;
     left = layout.runs[run].tokens - done;
   }
-  __device__ __forceinline__ int skip(int tokens, const Warp& w) {  // to the warp's next tile, so many further on
+  __device__ __forceinline__ int skip(int i, int tokens, const Warp& w) {  // from the warp's i-th tile to its next one, so many further on
     int stride = w.stride;
-    if (round < w.all) {
+    if (i < uneven) {
       stride = 0;
 #pragma unroll
-      for (int u = 0; u < WARPS; u++) stride += round >= w.from[u];
+      for (int u = 0; u < WARPS; u++) stride += w.all - uneven + i >= w.from[u];
     }
-    round++;
     tile += stride;
     done += stride * tokens;
     left -= stride * tokens;
@@ -39,15 +41,15 @@ struct Place {
 template <class P> struct Cursor {
   typename P::K::Source k;
   typename P::V::Source v;
-  Place at;
+  Line at;
   __device__ __forceinline__ void open(const Plan& plan, const Warp& w) {
     k.open(plan, plan.layout.runs[at.run].k, w, at.done, at.left);
     v.open(plan, plan.layout.runs[at.run].v, w, at.done, at.left);
   }
   __device__ __forceinline__ void fetch_keys(u32 to, const Warp& w) { k.fetch(to, to + P::KEY_PARAMS, at.done, at.left, w.lane); }
-  __device__ __forceinline__ void fetch_values(const Plan& plan, const Kind& kind, u32 to, const Warp& w) {
+  __device__ __forceinline__ void fetch_values(const Plan& plan, const Kind& kind, int i, u32 to, const Warp& w) {
     v.fetch(to + P::VALUES, to + P::VALUE_PARAMS, at.done, at.left, w.lane);
-    const int stride = at.skip(P::TOKENS, w);
+    const int stride = at.skip(i, P::TOKENS, w);
     if (at.tile < at.next) {
       k.skip(stride, at.left, w.lane);
       v.skip(stride, at.left, w.lane);
@@ -63,57 +65,64 @@ template <class P> __device__ __forceinline__ void attend_kind(const Plan& plan,
   using V = typename P::V;
   constexpr int TS = P::TOKENS, NB = Tile<TS>::NB, NS = Tile<TS>::NS, ST = P::STAGES_;
   w.scratch = w.ring + P::SCRATCH;
+  w.more = w.ring + P::MORE;
   typename K::State ks;
   typename V::State vs;
-  Place now;  // of the next scores
-  now.run = kind.first;
-  now.tile = first;
-  now.round = round;
-  now.find(plan.layout, kind, TS);
   Cursor<P> next;
-  next.at = now;
+  next.at.run = kind.first;
+  next.at.tile = first;
+  next.at.uneven = w.all - round;
+  next.at.find(plan.layout, kind, TS);
   next.k.start(w.lane);
   next.v.start(w.lane);
   next.open(plan, w);
-  int slot = 0;  // where the next tile goes
+  constexpr int AHEAD = ST > 1 ? ST - 1 : 1;
+  Place now[AHEAD];  // of the next scores, and those after them
+  auto remember = [&] {
+#pragma unroll
+    for (int i = 0; i + 1 < AHEAD; i++) now[i] = now[i + 1];
+    now[AHEAD - 1] = next.at;
+  };
+  u32 stage[ST];  // of the tile at its values, and those after it
+#pragma unroll
+  for (int i = 0; i < ST; i++) stage[i] = w.ring + i * P::STAGE;
   wait_for_last();
   ks.ask(plan, kind, w);
-  auto fetch = [&](int i) {
+  auto fetch = [&](int i, u32 to) {
+    remember();
     if (i < n) {
-      const u32 to = w.ring + slot * P::STAGE;
       next.fetch_keys(to, w);
-      next.fetch_values(plan, kind, to, w);
-      slot = slot + 1 == ST ? 0 : slot + 1;
+      next.fetch_values(plan, kind, i, to, w);
     }
     commit();
   };
   if (ST > 1) {  // of ST tiles one is at its values, the next one at its keys, and the others are on their way
 #pragma unroll 1
-    for (int i = 0; i < ST - 1; i++) fetch(i);
+    for (int i = 0; i < ST - 1; i++) fetch(i, w.ring + i * P::STAGE);
   } else {  // keys of a tile are on their way while the last one is at its values, and the other way round
+    remember();
     next.fetch_keys(w.ring, w);
     commit();
-    next.fetch_values(plan, kind, w.ring, w);
+    next.fetch_values(plan, kind, 0, w.ring, w);
     commit();
   }
   ks.start(plan, kind, w);
   vs.start();
   float m[2] = {LOWEST, LOWEST}, l[2] = {0.f, 0.f}, s[NS][4];
   wait<(ST > 1 ? ST - 2 : 1)>();
+  __syncwarp();
   ks.convert(w.ring + P::KEY_PARAMS, w);
   __syncwarp();
   ks.scores(w.ring, w.ring + P::KEY_PARAMS, w, s);
-  u32 values = w.ring, keys = ST > 1 ? w.ring + P::STAGE : w.ring;
   for (int it = 0; it < n; it++) {
+    const u32 values = stage[0], keys = stage[ST > 1 ? 1 : 0];
     if (SOFTCAP) {
 #pragma unroll
       for (int i = 0; i < NS * 4; i++) s[0][i] = soften(s[0][i], plan.cap);
     }
-    if (MASK || PLACES || CAUSAL || (R == 4 && !Tile<TS>::PAIRS) || now.left < TS || (V::BY_SLOT && scattered(plan.layout.runs[now.run].v)))
-      hide<TS, V::BY_SLOT>(plan, plan.layout.runs[now.run], now.done, now.left, w, s);
-    if (SCORES) keep<TS, V::BY_SLOT>(plan, plan.layout.runs[now.run], now.done, now.left, w, s);
-    now.skip(TS, w);
-    if (now.tile >= now.next) now.find(plan.layout, kind, TS);
+    if (MASK || PLACES || CAUSAL || (R == 4 && !Tile<TS>::PAIRS) || now[0].left < TS || (V::BY_SLOT && scattered(plan.layout.runs[now[0].run].v)))
+      hide<TS, V::BY_SLOT>(plan, plan.layout.runs[now[0].run], now[0].done, now[0].left, w, s);
+    if (SCORES) keep<TS, V::BY_SLOT>(plan, plan.layout.runs[now[0].run], now[0].done, now[0].left, w, s);
     float top[2] = {s[0][0], s[0][1]};
 #pragma unroll
     for (int i = 2; i < NS * 4; i++) top[i & 1] = fmaxf(top[i & 1], s[0][i]);
@@ -131,8 +140,9 @@ template <class P> __device__ __forceinline__ void attend_kind(const Plan& plan,
       vs.rescale(f);
     }
     if (ST > 1) {
-      fetch(it + ST - 1);
+      fetch(it + ST - 1, stage[ST - 1]);
       wait<(ST > 1 ? ST - 2 : 0)>();
+      __syncwarp();
     } else {
       if (it + 1 < n) next.fetch_keys(keys, w);
       commit();
@@ -147,17 +157,23 @@ template <class P> __device__ __forceinline__ void attend_kind(const Plan& plan,
     }
     if (ST > 1) {  // the next scores (of nothing, in the end) together with this tile's values: neither waits for the other
       ks.convert(keys + P::KEY_PARAMS, w);
+      vs.convert(values + P::VALUE_PARAMS, w);
       __syncwarp();
       ks.scores(keys, keys + P::KEY_PARAMS, w, s);
       vs.add(values + P::VALUES, values + P::VALUE_PARAMS, w, p);
-      values = keys;
-      keys = keys + P::STAGE == w.ring + ST * P::STAGE ? w.ring : keys + P::STAGE;
+#pragma unroll
+      for (int i = 0; i + 1 < ST; i++) stage[i] = stage[i + 1];
+      stage[ST - 1] = values;
     } else {
+      vs.convert(values + P::VALUE_PARAMS, w);
+      __syncwarp();
       vs.add(values + P::VALUES, values + P::VALUE_PARAMS, w, p);
       __syncwarp();
-      if (it + 1 < n) next.fetch_values(plan, kind, values, w);
+      remember();
+      if (it + 1 < n) next.fetch_values(plan, kind, it + 1, values, w);
       commit();
       wait<1>();
+      __syncwarp();
       ks.convert(keys + P::KEY_PARAMS, w);
       __syncwarp();
       ks.scores(keys, keys + P::KEY_PARAMS, w, s);

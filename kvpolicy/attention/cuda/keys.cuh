@@ -168,14 +168,15 @@ template <int BITS, int GROUP, int T, int TS> struct ChannelKeys {
   using B = typename C::B;
   static constexpr int PARAMS = 2 * DK * Number<T>::SIZE, NB = Tile<TS>::NB, NS = Tile<TS>::NS, SETS = TS > GROUP ? TS / GROUP : 1;
   static constexpr int BYTES = C::bytes(TS), PARAM_BYTES = SETS * PARAMS, SET = C::STEPS * 64, SCRATCH = SETS * SET;
-  static constexpr int PIECE = 16 / Number<T>::SIZE, PIECES = SETS * PARAMS / 16, TURNS = (PIECES + 31) / 32;
+  static constexpr int FOURS = DK / 4, TURNS = (SETS * FOURS + 31) / 32;  // a thread takes four channels of a group at a time
+  static constexpr bool NEAR = DK <= 128;  // whether a thread has registers for the queries that scales are multiplied with
   using Source = Reader<DK, BITS, PARAMS, TS, true, GROUP>;
-  // Where a channel's numbers go in the order of reading, and what a scale is multiplied by.
+  // Where a channel's numbers go in the order of reading.
   template <class P> static __device__ __forceinline__ u32 place(int ch) { return (ch / P::WIDTH * P::CHUNKS + ch % P::WIDTH / 16) * 64 + ch % P::WIDTH % 16 * 4; }
-  template <class P> static __device__ __forceinline__ float factor(int ch) { return (float)(1 << P::LOW) * __uint_as_float((127 - P::BITS * (ch / P::WIDTH)) << 23); }
+  static __device__ __forceinline__ constexpr float factor(int i) { return .5f * (i < A::STEPS ? A::factor(i / A::CHUNKS) : B::factor((i - A::STEPS) / B::CHUNKS)); }
   struct State {
-    u32 q[C::STEPS][2], to[TURNS];
-    float scale, plain, by[TURNS];
+    u32 q[C::STEPS][2], near[NEAR ? C::STEPS : 1][2], to[TURNS];  // near: halves of queries, as codes of their planes weigh
+    float scale, plain;
     __device__ __forceinline__ void ask(const Plan& plan, const Kind& kind, const Warp& w) {
       const u8* row = query_row(plan, kind, w, (w.lane >> 2) % R);
       ask_query<A>(q, row, w.lane & 3);
@@ -183,53 +184,53 @@ template <int BITS, int GROUP, int T, int TS> struct ChannelKeys {
     }
     __device__ __forceinline__ void start(const Plan& plan, const Kind& kind, const Warp& w) {
       plain = plan.scale;
-      scale = plan.scale * UNIT;
+      scale = plan.scale * 2.f * UNIT;
       const u8* row = query_row(plan, kind, w, (w.lane >> 2) % R);
       const bool mapped = kind.query;
       load_query<A>(q, row, mapped, w.lane & 3, false, [](int, int, float) {});
       if (C::TWO) load_query<B>(q + A::STEPS, row, mapped, w.lane & 3, false, [](int, int, float) {});
+      if (NEAR) {
+#pragma unroll
+        for (int i = 0; i < C::STEPS * 2; i++) near[0][i] = weighed(i);
+      }
 #pragma unroll
       for (int k = 0; k < TURNS; k++) {
-        const int i = w.lane + 32 * k, first = i % (PIECES / SETS) * PIECE;
-        to[k] = w.scratch + i / (PIECES / SETS) * SET + place<A>(first % DK) + (first < DK ? 4 : 0);
-        by[k] = first < DK ? factor<A>(first) : 1.f;
-        asm volatile("" : "+r"(to[k]), "+f"(by[k]));
+        const int i = w.lane + 32 * k;
+        to[k] = w.scratch + i / FOURS * SET + place<A>(i % FOURS * 4);
+        asm volatile("" : "+r"(to[k]));
       }
       if (A::WIDTH % 16 || B::WIDTH % 16) {
         for (int i = w.lane; i < SCRATCH / 8; i += 32) store_pair(w.scratch + 8 * i, 0, 0);
         __syncwarp();
       }
     }
-    // Put 16 bytes of scales or offsets, the k-th of this thread, where they are read.
-    __device__ __forceinline__ void put(int k, const u32 raw[4], const Warp& w) {
+    __device__ __forceinline__ u32 weighed(int i) const {
+      const float f = factor(i / 2);
+      return times(q[0][i], halves(f, f));
+    }
+    // Put scales and offsets, the k-th four of this thread, where they are read.
+    __device__ __forceinline__ void put(int k, const u32 scales[], const u32 offsets[], const Warp& w) {
       const int i = w.lane + 32 * k;
+      u32 x[4];
 #pragma unroll
-      for (int j = 0; j < PIECE; j += 4) {
-        float x[4];
-#pragma unroll
-        for (int e = 0; e < 4; e++) x[e] = Number<T>::of(raw, j + e);
-        const int first = i % (PIECES / SETS) * PIECE + j;
-        u32 at = to[k] + 4 * j;
-        float f = by[k];
-        if (A::WIDTH % PIECE && j) {  // four more channels may be of another plane
-          at = w.scratch + i / (PIECES / SETS) * SET + place<A>(first % DK) + (first < DK ? 4 : 0);
-          f = first < DK ? factor<A>(first) : 1.f;
-        }
-        store_apart(at, halves(x[0] * f, x[2] * f), halves(x[1] * f, x[3] * f));
-        if (C::TWO && first < DK) {
-          const float g = factor<B>(first);
-          store_apart(w.scratch + i / (PIECES / SETS) * SET + A::STEPS * 64 + place<B>(first) + 4, halves(x[0] * g, x[2] * g), halves(x[1] * g, x[3] * g));
-        }
+      for (int h = 0; h < 2; h++) {
+        x[2 * h] = halves(Number<T>::of(offsets, h), Number<T>::of(offsets, h + 2));
+        x[2 * h + 1] = halves(Number<T>::of(scales, h), Number<T>::of(scales, h + 2));
       }
+      store_four(to[k], x);
+      if (C::TWO) store_four(w.scratch + i / FOURS * SET + A::STEPS * 64 + place<B>(i % FOURS * 4), x);
     }
     __device__ __forceinline__ void convert(u32 params, const Warp& w) {
+      constexpr int SIZE = Number<T>::SIZE;
 #pragma unroll
       for (int k = 0; k < TURNS; k++) {
         const int i = w.lane + 32 * k;
-        if (PIECES % 32 && i >= PIECES) break;
-        u32 raw[4];
-        load_words<4>(raw, params + i * 16);
-        put(k, raw, w);
+        if (SETS * FOURS % 32 && i >= SETS * FOURS) break;
+        const u32 from = params + i / FOURS * PARAMS + i % FOURS * 4 * SIZE;
+        u32 scales[SIZE], offsets[SIZE];
+        load_words<SIZE>(scales, from);
+        load_words<SIZE>(offsets, from + DK * SIZE);
+        put(k, scales, offsets, w);
       }
     }
     __device__ __forceinline__ void load(u32 data, const Warp& w, u32 x[NB][A::CHUNKS][2], u32 y[NB][B::CHUNKS][2]) {
@@ -252,7 +253,7 @@ template <int BITS, int GROUP, int T, int TS> struct ChannelKeys {
         for (int i = 0; i < C::STEPS; i++) {
           u32 par[4];
           load_words<4>(par, from + t * SET + i * 64);
-          const u32 a = times(q[i][0], par[1]), e = times(q[i][1], par[3]);
+          const u32 a = times(NEAR ? near[i][0] : weighed(2 * i), par[1]), e = times(NEAR ? near[i][1] : weighed(2 * i + 1), par[3]);
           if (i < A::STEPS) mma(o[t], par[0], par[1], par[2], par[3], q[i][0], q[i][1]);
 #pragma unroll
           for (int b = t * NB / SETS; b < (t + 1) * NB / SETS; b++) {
@@ -302,14 +303,17 @@ template <int BITS, int T, int TS> struct GroupKeys {
     }
     __device__ __forceinline__ void convert(u32, const Warp&) {}
     __device__ __forceinline__ void hold(u32 group, const Warp& w) {
+      constexpr int SIZE = Number<T>::SIZE;
       __syncwarp();
 #pragma unroll
       for (int k = 0; k < By::TURNS; k++) {
         const int i = w.lane + 32 * k;
-        if (By::PIECES % 32 && i >= By::PIECES) break;
-        const uint4 v = __ldg((const uint4*)(groups + (i64)group * By::PARAMS) + i);
-        const u32 raw[4] = {v.x, v.y, v.z, v.w};
-        by.put(k, raw, w);
+        if (By::FOURS % 32 && i >= By::FOURS) break;
+        const u8* from = groups + (i64)group * By::PARAMS + i * 4 * SIZE;
+        u32 scales[SIZE], offsets[SIZE];
+        look_up<SIZE>(scales, from);
+        look_up<SIZE>(offsets, from + DK * SIZE);
+        by.put(k, scales, offsets, w);
       }
       __syncwarp();
       held = group;

@@ -106,7 +106,19 @@ template <int N> __device__ __forceinline__ void load_words(u32* x, u32 at) {
   }
 }
 __device__ __forceinline__ void store_pair(u32 at, u32 a, u32 b) { asm volatile("st.shared.v2.u32 [%0], {%1,%2};" ::"r"(at), "r"(a), "r"(b) : "memory"); }
-__device__ __forceinline__ void store_apart(u32 at, u32 a, u32 b) { asm volatile("st.shared.u32 [%0], %1; st.shared.u32 [%0+8], %2;" ::"r"(at), "r"(a), "r"(b) : "memory"); }
+__device__ __forceinline__ void store_four(u32 at, const u32 x[4]) { asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(at), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]) : "memory"); }
+// Words at an address that is known only once the last launch has ended.
+template <int N> __device__ __forceinline__ void look_up(u32* x, const u8* from) {
+  if (N == 4) {
+    const uint4 v = __ldg((const uint4*)from);
+    x[0] = v.x, x[1 % N] = v.y, x[2 % N] = v.z, x[3 % N] = v.w;
+  } else if (N == 2) {
+    const uint2 v = __ldg((const uint2*)from);
+    x[0] = v.x, x[1 % N] = v.y;
+  } else {
+    x[0] = __ldg((const u32*)from);
+  }
+}
 __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int N> __device__ __forceinline__ void wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
 // N bytes to shared memory; zeros where there is no token.

@@ -6,8 +6,8 @@ template <class K_, class V_, int TS> struct Pair {
   using K = K_;
   using V = V_;
   static constexpr int TOKENS = TS, VALUES = K::BYTES, KEY_PARAMS = VALUES + V::BYTES, VALUE_PARAMS = KEY_PARAMS + K::PARAM_BYTES;
-  static constexpr int STAGE = VALUE_PARAMS + V::PARAM_BYTES, FIT = TS == 16 ? 1 : ROOM / STAGE;
-  static constexpr int STAGES_ = FIT >= STAGES && TS > 16 ? STAGES : FIT < 3 ? 1 : FIT, SCRATCH = STAGES_ * STAGE, BYTES = SCRATCH + K::SCRATCH;
+  static constexpr int STAGE = VALUE_PARAMS + V::PARAM_BYTES, FIT = TS == 16 ? 1 : (ROOM - V::SCRATCH) / STAGE;
+  static constexpr int STAGES_ = FIT >= STAGES && TS > 16 ? STAGES : FIT < 3 ? 1 : FIT, SCRATCH = STAGES_ * STAGE, MORE = SCRATCH + K::SCRATCH, BYTES = MORE + V::SCRATCH;
 };
 
 __device__ constexpr int most(int a, int b) { return a > b ? a : b; }

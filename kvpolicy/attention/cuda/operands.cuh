@@ -135,6 +135,7 @@ template <int DIM, int BITS, int PARAMS_, int TS, bool BY_CHANNEL, int GROUP> st
   static constexpr bool PLAIN = !PARAMS_, BY_TOKEN = PARAMS_ && !BY_CHANNEL;
   Rows<Codes<DIM, BITS>::ROW, TS, CodePlaces<DIM, BITS, TS>> codes;
   Rows<PARAMS, BY_CHANNEL ? SETS : TS, Plain<PARAMS>> params;
+  static constexpr bool WHOLE = BY_CHANNEL && TS % GROUP == 0;  // tiles are of as many groups each
   int step, group;
   __device__ __forceinline__ void start(int lane) {
     codes.start(lane);
@@ -144,7 +145,8 @@ template <int DIM, int BITS, int PARAMS_, int TS, bool BY_CHANNEL, int GROUP> st
     step = BITS == 16 ? s.token : Codes<DIM, BITS>::ROW;
     group = s.group;
     codes.open(place(plan, s.data, s.data_offset, w) + (i64)done * token(), w.lane, token());
-    if (!PLAIN) params.open(place(plan, s.params, s.params_offset, w) + (BY_CHANNEL ? 0 : (i64)done * PARAMS), w.lane, PARAMS);
+    const i64 before = WHOLE ? (group + done) / GROUP : BY_CHANNEL ? 0 : done;
+    if (!PLAIN) params.open(place(plan, s.params, s.params_offset, w) + before * PARAMS, w.lane, PARAMS);
   }
   __device__ __forceinline__ i64 token() const { return BITS == 16 ? (i64)step : (i64)Codes<DIM, BITS>::ROW; }
   // Scales of one or two bytes a token, four bytes at a time where they lie so.
@@ -163,13 +165,14 @@ template <int DIM, int BITS, int PARAMS_, int TS, bool BY_CHANNEL, int GROUP> st
     else if (BY_TOKEN) params.copy_all(to_params, count, lane, PARAMS);
     if (BY_CHANNEL) {
       Rows<PARAMS, SETS, Plain<PARAMS>> here = params;
-      here.from += (i64)((group + done) / GROUP) * PARAMS;
-      here.copy_all(to_params, (count + GROUP - 1) / GROUP, lane, PARAMS);
+      if (!WHOLE) here.from += (i64)((group + done) / GROUP) * PARAMS;
+      here.copy_all(to_params, SETS == 1 ? 1 : (count + GROUP - 1) / GROUP, lane, PARAMS);
     }
   }
   __device__ __forceinline__ void skip(int tiles, int, int) {
     codes.from += tiles * TS * token();
     if (BY_TOKEN) params.from += tiles * TS * PARAMS;
+    if (WHOLE) params.from += tiles * SETS * PARAMS;
   }
 };
 

@@ -61,7 +61,7 @@ struct Warp {
   int busy[WARPS];            // what the warps of the block have had to do, as `weight` counts
   int from[WARPS], all;       // the round of tiles in which each begins with a kind, and from which on all take part
   int stride;                 // then from a warp's tile to its next one
-  u32 ring, scratch;          // scratch: of the kind at hand, after its tiles
+  u32 ring, scratch, more;    // of the kind at hand, after its tiles: what its keys put there, and its values (more)
   float* slot;
   bool filled;
 };

@@ -48,9 +48,16 @@ template <int BITS, int GROUP, int T, int TS> struct TokenValues {
   // are those of a plane of the second, whose codes weigh 4 or 2 times as much. Half and twice the weights are in range.
   static constexpr bool ONE = C::TWO && DV > 128 && A::WIDTH % 32 == 0;
   static constexpr int SUMS = ONE ? A::STEPS : C::STEPS;
+  // Scales and offsets of a token that are a row of eight 16-bit numbers are turned as they are read: tokens two by two, as
+  // the weights of a product lie. Scales are multiplied in there. All of them are an operand A as they lie, whose rows 0 to 7
+  // are numbers of tokens 0 to 7 and 16 to 23, and the others those of the other tokens: one product with the weights of the
+  // ones, and one of the others, sum up offsets; the other half of each is not read.
+  static constexpr bool TURNED = GROUPS == 4 && T < 2 && TS % 32 == 0;
+  static constexpr int SETS = TURNED ? TS / 32 : 1, SCRATCH = TURNED ? SETS * 512 : 0;
   using Source = Reader<DV, BITS, PARAMS, TS, false, 1>;
   struct State {
-    float acc[SUMS][4], o[2][GROUPS];
+    float acc[SUMS][4], o[2][GROUPS];  // of each column and group; turned: of each product
+    u32 turned[SETS][4];
     __device__ __forceinline__ void start() {
 #pragma unroll
       for (int i = 0; i < SUMS * 4; i++) acc[0][i] = 0.f;
@@ -62,13 +69,29 @@ template <int BITS, int GROUP, int T, int TS> struct TokenValues {
       for (int i = 0; i < SUMS * 4; i++) acc[0][i] *= f[i & 1];
 #pragma unroll
       for (int g = 0; g < GROUPS; g++) {
-        o[0][g] *= f[0];
-        o[1][g] *= f[1];
+        o[0][g] *= f[TURNED ? g & 1 : 0];
+        o[1][g] *= f[TURNED ? g & 1 : 1];
       }
     }
-    __device__ __forceinline__ void add(u32 data, u32 params, const Warp& w, float p[NS][4]) {
-      const int c = w.lane & 3, r = w.lane >> 2;
-      u32 e[NS][GROUPS][2];
+    // Turn the scales and offsets of a tile, and put them where all threads read scales.
+    __device__ __forceinline__ void convert(u32 params, const Warp& w) {
+      if (TURNED) {
+#pragma unroll
+        for (int t = 0; t < SETS; t++) {
+          u32 x[2][2];
+          load_two<true>(x, params + t * 512 + w.lane * 16);
+#pragma unroll
+          for (int i = 0; i < 4; i++) turned[t][i] = T == 1 ? halves(lo(x[0][i]), hi(x[0][i])) : x[0][i];
+          store_four(w.more + t * 512 + w.lane * 16, turned[t]);
+        }
+      }
+    }
+    // The weights of a block as an operand: of 4 query heads the columns of the other block are zero.
+    static __device__ __forceinline__ u32 of_block(const u32 e[NS][TURNED ? 1 : GROUPS][2], int i, int b, int r) {
+      return R == 8 ? e[b % NS][0][i] : (r >> 2) == (b & 1) ? e[b / 2][0][i] : 0u;
+    }
+    // Weights times the scales of each group, as operands.
+    __device__ __forceinline__ void scaled(u32 params, const Warp& w, const float p[NS][4], u32 e[NS][TURNED ? 1 : GROUPS][2]) {
 #pragma unroll
       for (int n = 0; n < NS; n++) {
         const int tok = Tile<TS>::token(n, w.lane);
@@ -85,13 +108,31 @@ template <int BITS, int GROUP, int T, int TS> struct TokenValues {
             e[n][g][h] = transposed(halves(p[n][2 * h] * s, p[n][2 * h + 1] * s));
           }
       }
+    }
+    __device__ __forceinline__ void add(u32 data, u32 params, const Warp& w, float p[NS][4]) {
+      const int c = w.lane & 3, r = w.lane >> 2;
+      u32 e[NS][TURNED ? 1 : GROUPS][2], par[SETS][GROUPS][4];
+      if (TURNED) {
+#pragma unroll
+        for (int i = 0; i < NS * 2; i++) e[i >> 1][0][i & 1] = transposed(halves(p[i >> 1][2 * (i & 1)], p[i >> 1][2 * (i & 1) + 1]));
+#pragma unroll
+        for (int i = 0; i < SETS * GROUPS; i++) load_words<4>(par[0][i], w.more + i / GROUPS * 512 + i % GROUPS * 64 + c * 16);
+#pragma unroll
+        for (int i = 0; i < SETS * 2; i++)
+          mma(o[i & 1], turned[i >> 1][0], turned[i >> 1][1], turned[i >> 1][2], turned[i >> 1][3], of_block(e, i & 1, i & ~1, r), of_block(e, i & 1, i | 1, r));
+      } else {
+        scaled(params, w, p, e);
+      }
 #pragma unroll
       for (int b = 0; b < NB; b++) {
         u32 x[A::CHUNKS][2], y[B::CHUNKS][2], z[GROUPS][2];
         load_part<A, true>(x, data, w.lane, b);
         if (C::TWO) load_part<B, true>(y, data + A::place(TS), w.lane, b);
 #pragma unroll
-        for (int i = 0; i < GROUPS * 2; i++) z[0][i] = R == 8 ? e[b % NS][0][i] : (r >> 2) == (b & 1) ? e[b / 2][0][i] : 0u;
+        for (int i = 0; i < GROUPS * 2; i++) {
+          z[0][i] = of_block(e, TURNED ? i & 1 : i, b, r);
+          if (TURNED) z[0][i] = times(z[0][i], par[b / 2][i >> 1][2 * (b & 1) + (i & 1)]);
+        }
 #pragma unroll
         for (int q = 0; q < A::PLANES; q++)
 #pragma unroll
@@ -128,10 +169,16 @@ template <int BITS, int GROUP, int T, int TS> struct TokenValues {
           }
     }
     __device__ __forceinline__ void finish(Warp& w, float m[2], float l[2]) {
+      if (TURNED) {
+        const float sums[2] = {o[0][0] + o[1][2], o[0][1] + o[1][3]};
 #pragma unroll
-      for (int i = 0; i < 2 * GROUPS; i++)
+        for (int i = 0; i < 2 * GROUPS; i++) o[0][i] = __shfl_sync(~0u, sums[i / GROUPS], 16 + 4 * (i % GROUPS) + (w.lane & 3));
+      } else {
 #pragma unroll
-        for (int x = 4; x < 32; x <<= 1) o[0][i] += __shfl_xor_sync(~0u, o[0][i], x);
+        for (int i = 0; i < 2 * GROUPS; i++)
+#pragma unroll
+          for (int x = 4; x < 32; x <<= 1) o[0][i] += __shfl_xor_sync(~0u, o[0][i], x);
+      }
       Writer out;
       out.open(w, m, l);
       write<A>(out, w.lane >> 2, 0);
@@ -146,7 +193,7 @@ template <int BITS, int GROUP, int T, int TS> struct TokenValues {
 
 template <int TS> struct ExactValues {
   using P = Part<DV, 16, 0, 0>;
-  static constexpr int NB = Tile<TS>::NB, NS = Tile<TS>::NS, BYTES = P::place(TS), PARAM_BYTES = 0;
+  static constexpr int NB = Tile<TS>::NB, NS = Tile<TS>::NS, BYTES = P::place(TS), PARAM_BYTES = 0, SCRATCH = 0;
   static constexpr bool BY_SLOT = false;
   using Source = Reader<DV, 16, 0, TS, false, 1>;
   struct State {
@@ -159,6 +206,7 @@ template <int TS> struct ExactValues {
 #pragma unroll
       for (int i = 0; i < DV / 4; i++) acc[0][i] *= f[i & 1];
     }
+    __device__ __forceinline__ void convert(u32, const Warp&) {}
     __device__ __forceinline__ void add(u32 data, u32, const Warp& w, float p[NS][4]) {
       const int r = w.lane >> 2;
       const u32 at = data + P::place(w.lane & 15) + (w.lane >> 4) * 16;
