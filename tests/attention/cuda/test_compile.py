@@ -53,9 +53,9 @@ def test_sums_on_warpgroups_compile_without_spills(dim: int, bfloat: bool) -> No
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_120"])
-@pytest.mark.parametrize("name", ["copy", "shift"])
-def test_copies_compile_without_spills(name: str, arch: str) -> None:
-    found = resources(compiled(Copy(name), arch))
+@pytest.mark.parametrize("kernel", [Copy("copy"), Copy("shift"), Copy("shift", 4)], ids=str)
+def test_copies_compile_without_spills(kernel: Copy, arch: str) -> None:
+    found = resources(compiled(kernel, arch))
     assert found.stack == found.shared == 0
 
 
