@@ -6,7 +6,6 @@ Where all that they do is to divide channels one launch does that, with PyTorch'
 from __future__ import annotations
 
 import functools
-import math
 import struct
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -54,15 +53,6 @@ class Join(NamedTuple):
         }
 
 
-class Form(NamedTuple):
-    """How divisors lie."""
-
-    dtype: torch.dtype
-    shape: Shape
-    steps: Shape
-    device: int
-
-
 class Ready(NamedTuple):
     """A launch before its addresses."""
 
@@ -80,13 +70,7 @@ class Ready(NamedTuple):
 def mapped(chain: Any, query: Tensor, kv_heads: int, out: Tensor | None = None) -> Tensor:
     """Queries for keys behind transforms, in float16: `[batch, heads, queries, head_dim]`; `out` is room for them."""
     divisors = [divisors_of(chain)]
-    ready = None
-    if divisors[0] is not None and _on_card(query):
-        batch, heads, queries, dim = query.shape
-        ready = _ready(
-            (batch, heads, queries, dim), (0, *query.stride()), query.dtype, torch.float16, _forms(divisors), kv_heads,
-            True, query.get_device(),
-        )  # fmt: skip
+    ready = None if divisors[0] is None else _launch_of(query, divisors, kv_heads, torch.float16, True)
     if ready is not None:
         out = query.new_empty(query.shape, dtype=torch.float16) if out is None else out
         ready.run(query, divisors, out)
@@ -106,11 +90,9 @@ def joined(x: Tensor, chains: Sequence[Any], kv_heads: int, dtype: torch.dtype, 
         dtype: the type.
         out: room for the result.
     """
-    ready, divisors = None, [None if chain is None else divisors_of(chain) for chain in chains]
-    if _on_card(x) and all((d is None) == (chain is None) for d, chain in zip(divisors, chains, strict=True)):
-        shape = x.shape[-4:]
-        steps = (math.prod(shape), *x.stride()[-4:])
-        ready = _ready(shape, steps, x.dtype, dtype, _forms(divisors), kv_heads, False, x.get_device())
+    divisors = [None if chain is None else divisors_of(chain) for chain in chains]
+    more = [d is None and chain is not None for d, chain in zip(divisors, chains, strict=True)]
+    ready = None if True in more else _launch_of(x, divisors, kv_heads, dtype, False)
     if ready is not None:
         out = x.new_empty(x.shape[-4:], dtype=dtype) if out is None else out
         ready.run(x, divisors, out)
@@ -133,8 +115,14 @@ def _on_card(x: Tensor) -> bool:
     return x.is_cuda
 
 
-def _forms(divisors: Sequence[Tensor | None]) -> tuple[Form | None, ...]:
-    return tuple([None if d is None else Form(d.dtype, d.shape, d.stride(), d.get_device()) for d in divisors])
+def _launch_of(
+    x: Tensor, divisors: Sequence[Tensor | None], kv_heads: int, dtype: torch.dtype, heads_first: bool
+) -> Ready | None:
+    """What multiplies numbers by divisors; None where that is left to PyTorch."""
+    if not _on_card(x):
+        return None
+    forms = tuple([None if d is None else (d.dtype, d.shape, d.is_contiguous()) for d in divisors])
+    return _ready(x.shape, x.stride(), x.dtype, dtype, forms, kv_heads, heads_first, x.get_device())
 
 
 @functools.lru_cache(maxsize=256)
@@ -143,43 +131,40 @@ def _ready(
     steps: Shape,
     given: torch.dtype,
     result: torch.dtype,
-    forms: tuple[Form | None, ...],
+    forms: tuple[tuple[torch.dtype, Shape, bool] | None, ...],
     kv_heads: int,
     heads_first: bool,
     device: int,
 ) -> Ready | None:
-    """The launch for numbers of a shape, which is that of the results as well; None where it can't be.
+    """The launch for numbers of a shape; None where it can't be.
 
     Args:
-        shape: `[batch, queries, heads, head_dim]`, or heads before queries.
-        steps: from space to space, and along each dimension.
+        shape: `[batch, queries, heads, head_dim]`, or heads before queries; with several spaces, their number first.
+        steps: along each dimension.
         given: the type of the numbers.
         result: that of the results.
-        forms: how the divisors of each space lie, None where nothing divides.
+        forms: of the divisors of each space type, shape, and whether they are contiguous; None where nothing divides.
         kv_heads: KV heads.
         heads_first: whether heads come before queries.
         device: the number of the device.
     """
-    kept = {form.dtype for form in forms if form is not None}
-    count = math.prod(shape) // UNIT
-    if len(kept) != 1 or not {given, result, *kept} <= TYPES.keys() or len(forms) > MAPS or count >= MOST - THREADS:
+    kept = {form[0] for form in forms if form is not None}
+    if len(kept) != 1 or not {given, result, *kept} <= TYPES.keys() or len(forms) > MAPS:
         return None
-    batch, *_, dim = shape
-    own = {(n, m, 1, dim) for n in (1, batch) for m in (1, kv_heads)}
-    for form in forms:
-        if form is not None and (tuple(form.shape) not in own or _odd(form.steps) or form.device != device):
-            return None
-    if dim % UNIT or _odd(steps):
+    batch, first, second, dim = shape[-4:]
+    count = batch * first * second * dim // UNIT
+    if dim % UNIT or steps[-1] != 1 or any(step % UNIT for step in steps[:-1]) or count >= MOST - THREADS:
         return None
-    at = [[0 if form is None or form.shape[i] == 1 else form.steps[i] for form in forms] for i in (0, 1)]
-    head = HEAD.pack(
-        *steps[:4], *(step for side in at for step in (*side, *(0,) * (MAPS - len(side)))), *shape[1:3], dim // UNIT,
-        shape[1 if heads_first else 2] // kv_heads, len(forms), count,
-    )  # fmt: skip
+    lines = [(0, 0)] * MAPS
+    for i, form in enumerate(forms):
+        if form is not None:
+            rows, heads, *rest = form[1]
+            if not form[2] or rest != [1, dim] or rows not in (1, batch) or heads not in (1, kv_heads):
+                return None
+            lines[i] = (heads * dim if rows > 1 else 0, dim if heads > 1 else 0)
+    rows_and_heads = [own[i] for i in (0, 1) for own in lines]
+    groups = (first if heads_first else second) // kv_heads
+    space = steps[0] if len(forms) > 1 else 0
+    head = HEAD.pack(space, *steps[-4:-1], *rows_and_heads, first, second, dim // UNIT, groups, len(forms), count)
     kernel = kernel_of(Join(TYPES[given], TYPES[kept.pop()], TYPES[result], heads_first), device)
     return Ready(kernel, (-(-count // THREADS), 1, 1), head, device)
-
-
-def _odd(steps: Shape) -> bool:
-    """Whether channels are no neighbours, or other steps no multiples of what a thread takes."""
-    return steps[-1] != 1 or any(step % UNIT for step in steps[:-1])
