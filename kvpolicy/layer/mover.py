@@ -66,8 +66,9 @@ def _move_in(
 ) -> None:
     """What moves in a store of each layer."""
     exact = [store for store in stores if type(store) is ExactStore] if len(stores) > 1 else []
-    coded = coded_alike(stores) if len(stores) > 1 and not exact and all(len(x) < 2 for x in parts) else []
-    if coded and moves[0].flat is None and (later is None or coded[0].row_heads is not None):
+    by_head = type(stores[0]) is AffineStore and stores[0].row_heads is not None and moves[0].flat is None
+    coded = coded_alike(stores) if by_head and len(stores) > 1 and all(len(x) < 2 for x in parts) else []
+    if coded:
         _move_coded(coded, moves, parts)
         return
     if len(exact) < len(stores) or any(len(x) > 1 for x in parts):
