@@ -13,9 +13,10 @@ from kvpolicy.placement.moves import NEW, AllMoves, Arrival, Moves
 from kvpolicy.storage.affine import AffineStore
 from kvpolicy.storage.base import Store
 from kvpolicy.storage.exact import ExactStore
-from kvpolicy.storage.gather import gather_tokens
+from kvpolicy.storage.gather import gather_all, gather_tokens
 from kvpolicy.storage.later import Later, append_all, remove_all
 from kvpolicy.storage.pages import Leaving
+from kvpolicy.storage.together import append_coded, coded_alike, gather_from, layers_at_once, remove_coded
 
 Stores = dict[str, list[Store | None]]
 
@@ -54,6 +55,9 @@ def _coming(
         return [[] for _ in held]
     if len(arrivals) == 1 and arrivals[0].sources == (NEW,) and arrivals[0].span == (0, new[0].shape[2]):
         return [[x] for x in new]
+    found = _by_head_at_once(s, planned, held, new) if len(held) > 1 else None
+    if found is not None:
+        return [[x] for x in found]
     return [_collected(own[s].arrivals, at, x, own) for own, at, x in zip(planned, held, new, strict=True)]
 
 
@@ -62,6 +66,11 @@ def _move_in(
 ) -> None:
     """What moves in a store of each layer."""
     exact = [store for store in stores if type(store) is ExactStore] if len(stores) > 1 else []
+    by_head = type(stores[0]) is AffineStore and stores[0].row_heads is not None and moves[0].flat is None
+    coded = coded_alike(stores) if by_head and len(stores) > 1 and all(len(x) < 2 for x in parts) else []
+    if coded:
+        _move_coded(coded, moves, parts)
+        return
     if len(exact) < len(stores) or any(len(x) > 1 for x in parts):
         for store, m, x in zip(stores, moves, parts, strict=True):
             if store is not None:
@@ -75,6 +84,22 @@ def _move_in(
     elif moves[0].leaving is not None or moves[0].flat is not None:
         for store, m in zip(exact, moves, strict=True):
             _change(store, m, [], later)
+
+
+def _move_coded(stores: Sequence[AffineStore], moves: Sequence[Moves], parts: Sequence[list[Tensor]]) -> None:
+    """What moves in stores of codes that are kept alike."""
+    if parts[0]:
+        coming = parts[0][0].shape[2]
+        empty = [_partial(store, m.empty[0], coming) for store, m in zip(stores, moves, strict=True)]
+        full = all(arrival.full for m in moves for arrival in m.arrivals)
+        append_coded(stores, [x[0] for x in parts], empty, full)
+    leaving = [m.leaving for m in moves if isinstance(m.leaving, Leaving)]
+    if len(leaving) == len(stores):
+        empty = [_partial(store, m.empty[1], 0) for store, m in zip(stores, moves, strict=True)]
+        remove_coded(stores, leaving, empty)
+    else:
+        for store, m in zip(stores, moves, strict=True):
+            _change(store, m, [], None)
 
 
 def _change(store: Store, m: Moves, parts: list[Tensor], later: Later | None) -> None:
@@ -148,6 +173,43 @@ def _stays(store: ExactStore, leaving: Any) -> bool:
     """Whether nothing is written to the memory of an exact store: at most its first tokens leave it."""
     first = leaving is None or (isinstance(leaving, np.ndarray) and leaving[0] == 0 and leaving[-1] == len(leaving) - 1)
     return first and not store.parts["exact"].whole
+
+
+def _by_head_at_once(
+    s: int, planned: Sequence[list[Moves]], held: Sequence[list[Store | None]], new: Sequence[Tensor]
+) -> list[Tensor] | None:
+    """`_by_head` of the only arrival in a store of each layer; None where that is to be asked."""
+    arrivals = [own[s].arrivals[0] for own in planned if len(own[s].arrivals) == 1]
+    every = [x.indices for x in arrivals if isinstance(x.indices, Tensor)]
+    if len(every) < len(held):
+        return None
+    tokens, found = every[0].shape[-1], list[Tensor]()
+    most = layers_at_once(new[0][:, :, :1].expand(-1, -1, tokens, -1))
+    for at in range(0, len(held) if most > 1 else 0, most):
+        some = slice(at, at + most)
+        x = _of_sources(arrivals[0], torch.stack(every[some]), held[some], new[some])
+        if x is None:
+            return None
+        found += x.unbind(0)
+    return found or None
+
+
+def _of_sources(
+    arrival: Arrival, index: Tensor, held: Sequence[list[Store | None]], new: Sequence[Tensor]
+) -> Tensor | None:
+    """The tokens at `index`, `[layers, batch or 1, kv_heads or 1, tokens]`, of the sources of an arrival."""
+    out: Tensor | None = None
+    for source, (first, end) in zip(arrival.sources, arrival.bounds, strict=True):
+        if first == end:
+            continue
+        whole = arrival.full and len(arrival.sources) == 1
+        local = index if whole else (index - first).clamp_(0, end - first - 1)
+        stores = [own[source] for own in held]
+        x = gather_all(new, local) if source == NEW else gather_from(stores, local, new[0].dtype)
+        if x is None:
+            return None
+        out = x if out is None else torch.where((index >= first).unsqueeze(4), x, out)
+    return out if out is None or arrival.full else out.masked_fill_((index < 0).unsqueeze(4), 0.0)
 
 
 def _by_head(arrival: Arrival, index: Tensor, stores: list[Store | None], new: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from kvpolicy.interfaces.site import Site
 from kvpolicy.storage.base import LARGE, Ints
 from kvpolicy.storage.coded import NOTHING, POSITIONS, Aside, CodedStore
 from kvpolicy.storage.fused import fuse
-from kvpolicy.storage.gather import gather_tokens
+from kvpolicy.storage.gather import filled, gather_tokens
 from kvpolicy.storage.group_size import group_size_of
 from kvpolicy.storage.groups import Groups
 from kvpolicy.storage.later import Later
@@ -95,6 +95,8 @@ class AffineStore(CodedStore):
         if not x.shape[2]:
             return
         self._note(x, positions, full)
+        if later is not None and self.row_heads is not None and not later.soon:
+            later = None  # by row and head groups have numbers, which go by those kept already
         if not self.by_channel:
             self._append_codes(x, self.group_size, later)
             return
@@ -118,8 +120,8 @@ class AffineStore(CodedStore):
             return x
         if self.by_position:
             places = self.parts[POSITIONS].all()[:, :, self.parts["codes"].length :]
-            places.copy_(_filled(places, empty))
-        return _filled(x, empty)
+            places.copy_(filled(places, empty))
+        return filled(x, empty)
 
     def _append_groups(self, x: Tensor, size: int, later: Later | None = None) -> None:
         before, count = self.parts["params"].length, x.shape[2] // size
@@ -189,15 +191,14 @@ class AffineStore(CodedStore):
                 self.keep(*self.encode(x, size))
                 return
             step = max(AT_ONCE // (x.shape[0] * x.shape[1] * x.shape[3]) // size, 1) * size
-            # By row and head groups have numbers, which go by those kept already.
-            if later is not None and self.row_heads is None and x.shape[2] <= step and self.levels is None:
+            if later is not None and x.shape[2] <= step and self.levels is None:
                 later.add(self, x, size)
                 return
             for part in x.split(step, dim=2):
                 if not fuse(self, part, size):
                     self.keep(*self.encode(part, size))
             return
-        if self.beside is None and fuse(self, x, size, later if self.row_heads is None else None):
+        if self.beside is None and fuse(self, x, size, later):
             return
         arrivals = x.shape[2] // size if self.by_channel else 1
         if self.chain is not None:
@@ -388,12 +389,3 @@ class AffineStore(CodedStore):
         if self.by_position and self.parts[POSITIONS].length != coded + waiting:
             raise CacheError(f"it must hold the positions of {coded + waiting} tokens")
         super().restore(rest)
-
-
-def _filled(x: Tensor, empty: Tensor) -> Tensor:
-    """`x` with the nearest token before, or else after, in place of empty ones: these widen no group's range."""
-    places = torch.arange(x.shape[2], device=x.device)
-    before = torch.where(empty, -1, places).cummax(2).values
-    after = torch.where(empty, x.shape[2], places).flip(2).cummin(2).values.flip(2)
-    nearest = torch.where(before >= 0, before, after)
-    return gather_tokens(x, nearest.clamp(max=x.shape[2] - 1))

@@ -21,7 +21,18 @@ from kvpolicy.storage.packing import packed_width
 from kvpolicy.storage.pages import Pages
 from kvpolicy.storage.scales import E4M3, Scales
 
-__all__ = ["Coded", "Fused", "copied", "copiers", "encoding_of", "fuse", "fusing", "run_fused", "shifted"]
+__all__ = [
+    "Coded",
+    "Fused",
+    "copied",
+    "copiers",
+    "divisors_of",
+    "encoding_of",
+    "fuse",
+    "fusing",
+    "run_fused",
+    "shifted",
+]
 
 
 class Coded(Protocol):
@@ -87,10 +98,7 @@ def encoding_of(store: Coded, dtype: torch.dtype) -> Encoding | None:
     quantizer, dim = store.quantizer, store.head_dim
     rounding = call(quantizer, "rounding") if _speaks_for(type(quantizer), "rounding") else None
     transforms = () if store.chain is None else store.chain.transforms
-    rotates, divides = (
-        len(transforms) == 1 and bool(getattr(transforms[0], name)) and _speaks_for(type(transforms[0]), name)
-        for name in ("butterflies", "divides")
-    )
+    rotates, divides = (len(transforms) == 1 and _is(type(transforms[0]), name) for name in ("butterflies", "divides"))
     if (
         rounding is None
         or not isinstance(quantizer.bits, int)
@@ -114,13 +122,22 @@ def encoding_of(store: Coded, dtype: torch.dtype) -> Encoding | None:
 def _divisors(store: Coded, dtype: torch.dtype) -> Tensor | None:
     """What a store's transform divides channels by, once it is known for all rows."""
     chain = store.chain
-    if chain is None or chain.late.rows is not None or len(chain.state) != 1:
+    found = None if chain is None or chain.late.rows is not None else divisors_of(chain)
+    return found if found is not None and found.dtype == dtype and found.shape[2:] == (1, store.head_dim) else None
+
+
+def divisors_of(chain: Chain) -> Tensor | None:
+    """What transforms divide channels by, if that is all that they do."""
+    if len(chain.transforms) != 1 or not chain.state or chain.by_position:
         return None
-    name, kept = chain.transforms[0].divides, chain.state[0]
-    if name is None or set(kept) != {name}:
-        return None
-    found = kept[name]
-    return found if found.dtype == dtype and found.shape[2:] == (1, store.head_dim) else None
+    cls, kept = type(chain.transforms[0]), chain.state[0]
+    return kept.get(cls.divides or "") if len(kept) == 1 and _is(cls, "divides") else None
+
+
+@lru_cache
+def _is(cls: type[Transform], name: str) -> bool:
+    """Whether a class of transforms says by `name` what it is, and that holds of it."""
+    return bool(getattr(cls, name)) and _speaks_for(cls, name)
 
 
 def _speaks_for(cls: type[AffineQuantizer | Transform], name: str) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -52,6 +54,37 @@ def _flat(index: Tensor, like: Tensor) -> Tensor:
     batch, heads, tokens = like.shape[:3]
     first = torch.arange(batch * heads, device=index.device).view(batch, heads, 1) * tokens
     return (first + index).flatten()
+
+
+def gather_all(tensors: Sequence[Tensor], index: Tensor) -> Tensor:
+    """`gather_tokens` of several tensors that differ in tokens at most.
+
+    Args:
+        tensors: `[batch, kv_heads, tokens, width]` each.
+        index: `[tensors, batch or 1, kv_heads or 1, tokens]`.
+
+    Returns:
+        `[tensors, batch, kv_heads, tokens, width]`.
+    """
+    x = tensors[0]
+    if not _one_by_one(x, index[0]) or not all(map(_viewable, tensors)):
+        return torch.stack([gather_tokens(x, own) for x, own in zip(tensors, index.unbind(0), strict=True)])
+    words = [widest_view(x) for x in tensors]
+    heads = max(x.shape[1], index.shape[2])
+    places = index.long().unsqueeze(4).expand(-1, len(x), heads, -1, words[0].shape[3])
+    out = words[0].new_empty(places.shape)
+    for own, at, to in zip(words, places.unbind(0), out.unbind(0), strict=True):
+        torch.gather(own if own.shape[1] == heads else own.expand(-1, heads, -1, -1), 2, at, out=to)
+    return out.view(x.dtype)
+
+
+def filled(x: Tensor, empty: Tensor) -> Tensor:
+    """`x` with the nearest token before, or else after, in place of empty ones: these widen no group's range."""
+    places = torch.arange(x.shape[2], device=x.device)
+    before = torch.where(empty, -1, places).cummax(2).values
+    after = torch.where(empty, x.shape[2], places).flip(2).cummin(2).values.flip(2)
+    nearest = torch.where(before >= 0, before, after)
+    return gather_tokens(x, nearest.clamp(max=x.shape[2] - 1))
 
 
 def survivors(index: Tensor, kept: int) -> Tensor:

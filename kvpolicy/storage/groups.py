@@ -45,6 +45,11 @@ class Groups:
     def _number(self, groups: Ints, sizes: Sequence[int] | Ints, device: torch.device) -> None:
         assert self.numbers is not None
         assert self.row_heads is not None
+        if len(groups) == 1:
+            like = torch.empty((*self.row_heads, 0, 1), dtype=torch.int32, device=device)
+            for place in self.numbers.room(like, int(sizes[0])):
+                place.fill_(int(groups[0]))
+            return
         numbers = torch.from_numpy(np.repeat(groups.astype(np.int32), sizes)).to(device, non_blocking=True)
         if len(numbers):
             self.numbers.append(numbers.view(1, 1, -1, 1).expand(*self.row_heads, -1, -1))
@@ -81,6 +86,11 @@ class Groups:
         """
         assert self.numbers is not None
         self.numbers.remove(leaving)
+        self.forget(kept)
+
+    def forget(self, kept: list[Pages]) -> None:
+        """Drop what is kept of groups that are gone, where it is time to look for them."""
+        assert self.numbers is not None
         self._most = _forget_unused(self.numbers, kept, self._most)
 
     def slice(self, first: int, last: int) -> Tensor:

@@ -25,7 +25,9 @@ class Coding(Coded, Protocol):
 class Later:
     """Tokens that have arrived in stores of codes and are coded by `run`, those of like stores together."""
 
-    def __init__(self) -> None:
+    def __init__(self, soon: bool = False) -> None:
+        self.soon = soon
+        """Whether it is run before anything else happens to the stores, each of which gets one arrival."""
         self._asked: list[tuple[Coding, Tensor, int]] = []
         self._stores: set[int] = set()
 

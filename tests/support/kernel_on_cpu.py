@@ -32,6 +32,9 @@ typedef long long i64; typedef unsigned long long u64;
 #define __align__(n)
 struct uint2 { u32 x, y; };
 struct uint4 { u32 x, y, z, w; };
+struct float4 { float x, y, z, w; };
+static inline uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
+static inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 struct Place { u32 x, y, z; };
 static Place threadIdx, blockIdx;
 alignas(16) unsigned char shared[1 << 16];
@@ -44,11 +47,15 @@ static inline float __fdiv_rn(float a, float b) { return a / b; }
 static inline float __fsqrt_rn(float a) { return sqrtf(a); }
 static inline float lo(u32 w) { return __uint_as_float(w << 16); }
 static inline float half(u32 w) { _Float16 h; u16 s = (u16)w; memcpy(&h, &s, 2); return (float)h; }
-static inline u32 halves(float a, float) { _Float16 h = (_Float16)a; u16 s; memcpy(&s, &h, 2); return s; }
-static inline u32 bfloats(float a, float) {
+static inline u32 as_half(float a) { _Float16 h = (_Float16)a; u16 s; memcpy(&s, &h, 2); return s; }
+static inline u32 as_bfloat(float a) {
   u32 u = __float_as_uint(a);
   return a != a ? 0x7fc0u : (u + 0x7fffu + (u >> 16 & 1u)) >> 16;
 }
+static inline u32 halves(float a, float b) { return as_half(a) | as_half(b) << 16; }
+static inline u32 bfloats(float a, float b) { return as_bfloat(a) | as_bfloat(b) << 16; }
+#define model_pair(a, b) (BFLOAT ? bfloats(a, b) : halves(a, b))
+static void wait_for_last() {}
 static ucontext_t fibers[128], home;
 static char stacks[128][1 << 16];
 static u32 slots[2][128];

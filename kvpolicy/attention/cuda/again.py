@@ -44,7 +44,11 @@ class Again:
         self.before = len(plan.numbers)
         self.arguments = Arguments(plan.numbers + bytes(plan.addresses.size) + plan.layout)
         self.outs: list[Tensor] = []
-        """Outputs that are still to be written, of layers to come; likewise scores, and sums."""
+        """Outputs that are still to be raw, of layers to come; likewise scores, and sums."""
+        self.found: list[Tensor] = []
+        """What is found in each space of values, if there are several, and read before the next layer writes it."""
+        self.maps: list[Tensor] = []
+        """Likewise queries behind transforms."""
         self.scores: list[Tensor] = []
         self.sums: list[Tensor] = []
 
@@ -64,9 +68,11 @@ class Again:
             return None
         stream = torch._C._cuda_getCurrentRawStream(device)
         if stream != self.stream:
-            self._share(stream)
-        out = _one_of(self.outs, query, plan.out, plan.dtype)
-        maps = [mapped(chain, query, self.lines[1]) for chain in _chains(stores["keys"], plan.maps)]
+            self._share(stream, query)
+        out = _one_of(self.outs, query, plan.out[-4:], query.dtype if self.found else plan.dtype)
+        raw = self.found[0] if self.found else out
+        chains = _chains(stores["keys"], plan.maps)
+        maps = [mapped(chain, query, self.lines[1], to) for chain, to in zip(chains, self.maps, strict=True)]
         sinks = None if sinks is None else sinks.float().contiguous()
         scores = sums = None
         if observer is not None:
@@ -75,21 +81,23 @@ class Again:
         tensors = (scores, sums, sinks)
         asked = *[x.data_ptr() for x in maps], *NONE[len(maps) :]
         plan.addresses.pack_into(
-            self.arguments.buffer, self.before, at, *asked, 0, 0, out.data_ptr(), self.kept[0].data_ptr(), self.room[0],
+            self.arguments.buffer, self.before, at, *asked, 0, 0, raw.data_ptr(), self.kept[0].data_ptr(), self.room[0],
             *[0 if x is None else x.data_ptr() for x in tensors], self.room[1], *addresses, *self.indices, keys, values,
         )  # fmt: skip
         launch(plan.kernel, self.arguments, self.grid, device)
         if scores is not None and sums is not None and not observer.watch_later(scores, sums):
             watch(observer, scores, sums, query.shape[2], new[0].shape[2], query.shape[2] > 1)
-        if plan.spaces != (-1,):
-            out = joined(out, _chains(stores["values"], plan.spaces), self.lines[1])
+        if self.found:
+            out = joined(raw, _chains(stores["values"], plan.spaces), self.lines[1], query.dtype, out)
         return out if out.dtype == query.dtype else out.to(query.dtype)
 
-    def _share(self, stream: int) -> None:
+    def _share(self, stream: int, query: Tensor) -> None:
         """Take what the blocks of launches on a stream share."""
         plan, device = self.plan, self.device
         self.stream, self.room = stream, (0, 0)
         self.outs, self.scores, self.sums = [], [], []  # memory that was made for a stream goes back to it
+        self.found = [query.new_empty(plan.out, dtype=plan.dtype)] if plan.spaces != (-1,) else []
+        self.maps = [query.new_empty(query.shape, dtype=torch.float16) for _ in plan.maps]
         if plan.partial:
             shared = partials(plan.partial, device), counters(plan.lines * plan.turns, device)
             self.kept[1:], self.room = shared, (shared[0].data_ptr(), shared[1].data_ptr())
@@ -104,7 +112,7 @@ def _chains(stores: Sequence[Any], views: Sequence[int]) -> list[Any]:
 
 
 def _one_of(made: list[Tensor], like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A tensor to be written to; if none is left of those that were made, some are made for layers to come."""
+    """A tensor to be raw to; if none is left of those that were made, some are made for layers to come."""
     if not made:
         count = max(1, min(AHEAD, LARGEST // max(math.prod(shape) * dtype.itemsize, 1)))
         made += like.new_empty((count, *shape), dtype=dtype).unbind(0)

@@ -215,7 +215,7 @@ def _attend(
         watch(options.observer, scores, sums, queries, new, mask is not None or part.gaps or queries > 1)
     if plan.spaces != (-1,):
         chains = [None if view < 0 else _chain(part.values[view].store, graph) for view in plan.spaces]
-        out = joined(out, chains, part.kv_heads)
+        out = joined(out, chains, part.kv_heads, query.dtype if options.alone else torch.float32)
     return out.transpose(1, 2), lse
 
 

@@ -16,8 +16,8 @@ __all__ = ["Copy", "copy", "shift"]
 
 PIECES = 128
 """Tensors that a launch copies at most."""
-UNIT = 16
-"""Bytes that a thread copies."""
+UNIT, SMALL = 16, 4
+"""Bytes that a thread copies, and those of tokens of few bytes."""
 GIVEN, SHIFT = struct.Struct("<6q4i"), struct.Struct("<7q4i")
 MOST = 1 << 31
 
@@ -26,13 +26,15 @@ class Copy(NamedTuple):
     """A kernel that copies tokens."""
 
     name: str
+    unit: int = UNIT
+    """Bytes that a thread copies."""
 
     @property
     def build(self) -> Build:
         return Build(self.name, blocks=16)
 
     def defined(self, arch: str) -> dict[str, object]:
-        return {"PIECES": PIECES}
+        return {"PIECES": PIECES, "UNIT": self.unit}
 
 
 def copy(tokens: Sequence[Tensor], addresses: Sequence[int], steps: tuple[int, int, int]) -> bool:
@@ -65,21 +67,22 @@ def shift(pages: Sequence[Tensor], sources: Sequence[Tensor], places: Sequence[T
     width, tokens = page.element_size() * page.shape[3], places[0].shape[2]
     if any(dtype != torch.int64 or own[2] != 1 for _, own, dtype in like[1:]):
         return False
-    if page.stride(3) != 1 or any(n % UNIT for n in (*steps[:3], width)) or sources[0].shape != places[0].shape:
+    unit = SMALL if any(n % UNIT for n in (*steps[:3], width)) else UNIT
+    if page.stride(3) != 1 or any(n % unit for n in (*steps[:3], width)) or sources[0].shape != places[0].shape:
         return False
     addresses: list[int] = []
     for own in zip(pages, sources, places, strict=True):
         if [(x.shape, x.stride(), x.dtype) for x in own] != like or any(x.get_device() != device for x in own):
             return False
         addresses += [x.data_ptr() for x in own]
-        if addresses[-3] % UNIT:
+        if addresses[-3] % unit:
             return False
-    count = page.shape[0] * page.shape[1] * tokens * (width // UNIT)
+    count = page.shape[0] * page.shape[1] * tokens * (width // unit)
     if count >= MOST:
         return False
     index = [step if size > 1 else 0 for x in (sources[0], places[0]) for step, size in _ahead(x)]
-    head = SHIFT.pack(*steps[:3], *index, page.shape[1], tokens, width // UNIT, count)
-    _launch(Copy("shift"), head, addresses, 3, count, device)
+    head = SHIFT.pack(*steps[:3], *index, page.shape[1], tokens, width // unit, count)
+    _launch(Copy("shift", unit), head, addresses, 3, count, device)
     return True
 
 

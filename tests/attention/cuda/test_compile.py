@@ -12,6 +12,7 @@ from kvpolicy.attention.cuda import compile as compiling
 from kvpolicy.attention.cuda.compile import Build, Variant, compiled, missing, resources
 from kvpolicy.attention.cuda.copy import Copy
 from kvpolicy.attention.cuda.observe import Sums
+from kvpolicy.attention.cuda.spaces import Join
 
 absent = missing()
 pytestmark = pytest.mark.skipif(absent is not None, reason=f"the kernels can't be compiled: {absent}")
@@ -52,10 +53,19 @@ def test_sums_on_warpgroups_compile_without_spills(dim: int, bfloat: bool) -> No
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_120"])
-@pytest.mark.parametrize("name", ["copy", "shift"])
-def test_copies_compile_without_spills(name: str, arch: str) -> None:
-    found = resources(compiled(Copy(name), arch))
+@pytest.mark.parametrize("kernel", [Copy("copy"), Copy("shift"), Copy("shift", 4)], ids=str)
+def test_copies_compile_without_spills(kernel: Copy, arch: str) -> None:
+    found = resources(compiled(kernel, arch))
     assert found.stack == found.shared == 0
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_120"])
+@pytest.mark.parametrize("bfloat", [0, 1])
+def test_joins_of_spaces_compile_without_spills(bfloat: int, arch: str) -> None:
+    for kernel in (Join(2, bfloat, bfloat), Join(2, bfloat, 2), Join(2, 2, bfloat), Join(bfloat, bfloat, 0, True)):
+        found = resources(compiled(kernel, arch))
+        assert found.stack == found.shared == 0
+        assert found.registers <= 64
 
 
 SMALL = Sums(64, True, weighs=False)

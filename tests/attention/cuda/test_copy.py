@@ -93,15 +93,17 @@ def test_pages_of_several_layers(device: str, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("device", DEVICES, indirect=True)
 @pytest.mark.parametrize("shape", [(2, 3), (1, 3), (2, 1)])
 @pytest.mark.parametrize("leave", [1, 6])
+@pytest.mark.parametrize(("width", "dtype"), [(40, torch.bfloat16), (2, torch.bfloat16), (1, torch.int32)], ids=str)
 def test_tokens_that_leave_are_replaced_by_the_last(
-    leave: int, shape: tuple[int, int], device: str, monkeypatch: pytest.MonkeyPatch
+    width: int, dtype: torch.dtype, leave: int, shape: tuple[int, int], device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done: list[bool] = []
     if device == "cpu":
         monkeypatch.setattr(later, "copiers", lambda device: (None,))
     monkeypatch.setattr(later, "shifted", lambda *given: done.append(shift(*given)) or done[-1])
     together, alone = [Pages(whole=True) for _ in range(3)], [Pages(whole=True) for _ in range(3)]
-    for own, other, x in zip(together, alone, drawn(3, 20, torch.bfloat16, device), strict=True):
+    for own, other, x in zip(together, alone, drawn(3, 20, torch.float32, device), strict=True):
+        x = (1000 * x[..., :width]).to(dtype)
         own.append(x)
         other.append(x)
     index = [torch.stack([torch.randperm(20)[:leave].sort().values for _ in range(6)]).view(2, 3, -1) for _ in range(3)]

@@ -192,10 +192,15 @@ def test_some_warps_of_a_block_serve_kinds_with_few_tokens(
     Served(name).check((5000, 1, 60, 30, 1))
 
 
-@pytest.mark.parametrize("name", ["logquant", "kivi", "partial-logquant"])
-def test_launches_that_overlap_read_what_the_last_one_wrote(name: str) -> None:
+DIVIDED = own(token(2, transforms=[{"kind": "scale"}]), token(2, transforms=[{"kind": "scale"}]))
+
+
+@pytest.mark.parametrize(
+    "recipe", ["logquant", "kivi", "partial-logquant", DIVIDED], ids=["logquant", "kivi", "partial-logquant", "divided"]
+)
+def test_launches_that_overlap_read_what_the_last_one_wrote(recipe: Any) -> None:
     """The output of each is the query of the next one: a graph of them gives what single launches give, to the bit."""
-    case = Served(name)
+    case = Served(recipe)
     case.check((3000, 1))
     new = (case.draw(1, case.kv_heads, 128), case.draw(1, case.kv_heads, 128))
     query = 8 * case.draw(1, case.kv_heads * case.groups, 128)
