@@ -84,7 +84,7 @@ def test_launches_of_all_layers_read_what_there_is(name: str, monkeypatch: pytes
                 wanted, _ = REFERENCE.attend(query, whole(tiers, new), None, options)
                 out = launch.tensors[2]
                 if spaces > 1:
-                    out = joined(out, [None, *(twin for _, _, twin in launch.chains)], 2)
+                    out = joined(out, [None, *(twin for _, _, twin in launch.chains)], 2, query.dtype)
                 error = (out.transpose(1, 2).float() - wanted.float()).norm() / wanted.float().norm()
                 assert error < 8e-3
             assert len(asked) == 1
