@@ -183,8 +183,9 @@ def _by_head_at_once(
     every = [x.indices for x in arrivals if isinstance(x.indices, Tensor)]
     if len(every) < len(held):
         return None
-    tokens, found = every[0].shape[-1], list[Tensor]()
-    most = layers_at_once(new[0][:, :, :1].expand(-1, -1, tokens, -1))
+    found: list[Tensor] = []
+    rows, heads, _, dim = new[0].shape
+    most = layers_at_once(rows * heads * every[0].shape[-1] * dim * new[0].element_size())
     for at in range(0, len(held) if most > 1 else 0, most):
         some = slice(at, at + most)
         x = _of_sources(arrivals[0], torch.stack(every[some]), held[some], new[some])

@@ -119,15 +119,15 @@ def append_coded(
 
 def _filled(tokens: Sequence[Tensor], empty: Sequence[Tensor]) -> list[Tensor]:
     rows, found = tokens[0].shape[0], []
-    for first in range(0, len(tokens), most := layers_at_once(tokens[0])):
+    for first in range(0, len(tokens), most := layers_at_once(tokens[0].nbytes)):
         holes = [own.expand(rows, -1, -1) for own in empty[first : first + most]]
         found += filled(torch.cat(list(tokens[first : first + most])), torch.cat(holes)).split(rows)
     return found
 
 
-def layers_at_once(tokens: Tensor) -> int:
-    """Of how many layers so many tokens are brought side by side at a time."""
-    return max(1, AT_ONCE // max(1, tokens.nbytes))
+def layers_at_once(each: int) -> int:
+    """Of how many layers tokens of so many bytes are brought side by side at a time."""
+    return max(1, AT_ONCE // max(1, each))
 
 
 def remove_coded(stores: Sequence[AffineStore], leaving: Sequence[Leaving], empty: Sequence[Tensor | None]) -> None:

@@ -91,8 +91,6 @@ MANY = [
     variant(128, (token(2, 64, 2), token(2, 64, 2), False, True), rows=8, mask=3, places=8),
     variant(128, (token(1, 32), centred(2, 128), False, True), (channel(4, 64), token(4, 64), False, True), wide=True),
     variant(80, (token(2, 40), token(1, 40), False, True), rows=8, wide=True),
-    *(variant(128, (channel(2, 32), token(2, 32), False, True), (channel(2, 32), EXACT), rows=rows) for rows in (4, 8)),
-    variant(128, (channel(1, 64, 2), token(2, 32), False, True), rows=8, mask=1, places=4, causal=True, scores=True),
     variant((64, 128), (centred(1, 64, SMALL), token(2, 32, SMALL), False, True), bfloat=False, scores=True),
 ]
 """What is compiled for one architecture more."""

@@ -106,8 +106,8 @@ def _misfit(nbits: int, group: int, dim: int) -> str | None:
 def kind_of(keys: Format, values: Format, by_slot: bool = False, many: bool = False) -> tuple[str, int]:
     """A kind as a type of the headers, and the tokens of its tiles; values may lie where an index says.
 
-    Of `many` tokens tiles are larger where registers allow it, and shared memory several of them: what a tile costs
-    besides is paid for more tokens.
+    Of `many` tokens per token tiles are larger where registers allow it, and shared memory several of them: what a tile
+    costs besides is paid for more tokens.
     """
     halves = keys.by_channel and not keys.numbered and keys.group % 32 and keys.group != 16
     # more numbers than registers
@@ -115,7 +115,7 @@ def kind_of(keys: Format, values: Format, by_slot: bool = False, many: bool = Fa
     large = large or (keys.by_channel and keys.dim > 128 and (by_slot or keys.numbered))
     large = large or (keys.numbered and keys.bits == 3 and keys.dim % 128 > 0)
     tile = 16 if 16 in (keys.bits, values.bits) or halves or large else 32
-    if many and tile == 32 and not by_slot and _small(keys) and _small(values):
+    if many and tile == 32 and not keys.by_channel and not by_slot and _small(keys) and _small(values):
         tile = 64
     names = []
     for form, side in ((keys, "Keys"), (values, "Values")):
@@ -132,12 +132,8 @@ def kind_of(keys: Format, values: Format, by_slot: bool = False, many: bool = Fa
 
 
 def _small(form: Format) -> bool:
-    """Whether larger tiles of a side find room, and whole groups of tokens lie in them."""
-    if form.bits > 2 or form.dim > 128 or form.numbered:
-        return False
-    if form.by_channel:
-        return form.group in (32, 64) and form.row + form.params // form.group <= LARGE
-    return form.row + form.params <= LARGE
+    """Whether larger tiles of a side find room."""
+    return form.bits <= 2 and form.dim <= 128 and form.row + form.params <= LARGE
 
 
 def kinds_of(pairs: Any) -> tuple[str, ...]:

@@ -305,7 +305,7 @@ def _join(keys: list[Piece], values: list[Piece], many: bool) -> Iterator[Run]:
         while lo < hi:
             n = hi - lo
             if k.form.by_channel and not k.form.numbered:  # tiles lie in groups
-                tile = min(kind_of(k.form, v.form, v.by_slot, many)[1], k.form.group)
+                tile = min(kind_of(k.form, v.form)[1], k.form.group)
                 ahead = (k.group + lo - k.at) % k.form.group % tile
                 n = min(n, tile - ahead) if ahead else n
             yield _run(some_of(k, lo - k.at, n, lo), some_of(v, lo - v.at, n, lo), many)

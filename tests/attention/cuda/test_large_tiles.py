@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from served import Served, additive, channel, own, some, token
+from served import Served, additive, own, some, token
 
 from kvpolicy.attention.cuda import backend, layout, plan
 from kvpolicy.attention.cuda.compile import MEMORY, missing
@@ -62,9 +62,6 @@ def test_bits_and_head_dims(bits: int, dim: int, groups: int) -> None:
         (token(2, "head", range="rms"), token(1, 64, range="rms")),
         (token(2, 32, scale_dtype="float8_e4m3"), token(2, 64, scale_dtype="float8_e4m3")),
         (token(2, "head", range="rms", scale_dtype="float8_e4m3"), token(2, 32, scale_dtype="float8_e4m3")),
-        (channel(2), token(2, 32)),
-        (channel(1, 64, scale_dtype="float32"), token(2, 32)),
-        (channel(2, 64), token(1, 64)),
     ],
 )
 def test_formats(keys: Any, values: Any) -> None:
