@@ -129,8 +129,7 @@ def plan(
     """What moves in each layer as new tokens come, or, where none do, as the prompt ends."""
     planner = joint.planner
     told = [observer for observer in seen if observer is not None]
-    observer = Observer.stacked(told) if told else None
-    turn = planner.begin_all(new, padding, observer) if new else planner.end_prompt()
+    turn = planner.begin_all(new, padding, told) if new else planner.end_prompt()
     select([planner], [turn])
     return joint.moves(turn)
 

@@ -121,6 +121,16 @@ def highest(rank: Tensor, budgets: Ints, stable: bool = False) -> Tensor:
     return chosen.scatter_(2, best, _below(most, torch.from_numpy(budgets).to(rank.device, non_blocking=True), best))
 
 
+def lowest(rank: Tensor, candidates: Tensor) -> Tensor:
+    """The one of some candidates that ranks lowest in each row and head, `[rows, heads, 1]`; of equal ones the last.
+
+    Each row and head has a candidate.
+    """
+    least = torch.where(candidates, rank, torch.inf).amin(2, keepdim=True)
+    last = (rank == least).logical_and(candidates).flip(2).view(torch.uint8).max(2, keepdim=True).indices
+    return candidates.shape[2] - 1 - last
+
+
 def _below(most: int, budgets: Tensor, like: Tensor) -> Tensor:
     return (torch.arange(most, device=like.device) < budgets.unsqueeze(-1)).expand_as(like)
 
