@@ -13,10 +13,11 @@ from torch import Tensor
 from kvpolicy.interfaces.policy import RankPolicy
 from kvpolicy.interfaces.site import Site
 from kvpolicy.placement.candidates import Candidates
-from kvpolicy.placement.counts import Counts
+from kvpolicy.placement.counts import Counts, Selection
 from kvpolicy.placement.moves import EMPTY
 from kvpolicy.placement.planner import Placement
 from kvpolicy.placement.selection import (
+    UNORDERED,
     best_of_pairs,
     by_count_read,
     highest,
@@ -142,7 +143,7 @@ class Ranking:
         if self._apart(policy):
             order = self._order(turn, tier)
             rank = rank.new_zeros(compete.shape).scatter_(2, order, rank.expand_as(order))
-        if policy.among != "pairs" and not policy._reads_counts and ((chosen.held - chosen.stay) == 1).all():
+        if self._one_descends(policy, chosen, target.device):
             target.scatter_(2, lowest(rank, compete), tier + 1)
         else:
             stays = self._stays(policy, turn, tier, rank, compete)
@@ -151,6 +152,11 @@ class Ranking:
             assert work.scores is not None
             work.scores[..., judged].masked_fill_(candidates & (target == tier), tier)
         return (target == tier).sum(2) if policy._reads_counts else None
+
+    def _one_descends(self, policy: RankPolicy, chosen: Selection, device: torch.device) -> bool:
+        """Whether one token of each row and head descends, and it is the last of those that rank lowest."""
+        alike = policy.among != "pairs" and not policy._reads_counts
+        return alike and device.type not in UNORDERED and bool((chosen.held - chosen.stay == 1).all())
 
     def _stays(self, policy: RankPolicy, turn: Turn, tier: int, rank: Tensor, compete: Tensor) -> Tensor:
         """True at the tokens that stay, and at some that do not compete."""

@@ -19,6 +19,8 @@ from kvpolicy.interfaces.site import Site
 Ints = NDArray[np.int64]
 LOWEST = -(2.0**100)
 """The rank of a nan, and of minus infinity."""
+UNORDERED = {"cpu"}
+"""Devices whose `topk` takes any of equal ones; others take the first."""
 
 
 def due(policy: RankPolicy, start: int, stop: int, ended: bool) -> bool:
@@ -114,7 +116,7 @@ def highest(rank: Tensor, budgets: Ints, stable: bool = False) -> Tensor:
     if stable:
         best = rank.argsort(dim=2, descending=True, stable=True)[..., :most]
     else:  # to put them in order costs many calls of a device; on a CPU it says which of equal ones are taken
-        best = rank.topk(most, dim=2, sorted=not alike or rank.device.type == "cpu").indices
+        best = rank.topk(most, dim=2, sorted=not alike or rank.device.type in UNORDERED).indices
     chosen = torch.zeros_like(rank, dtype=torch.bool)
     if alike:
         return chosen.scatter_(2, best, True)
@@ -124,7 +126,7 @@ def highest(rank: Tensor, budgets: Ints, stable: bool = False) -> Tensor:
 def lowest(rank: Tensor, candidates: Tensor) -> Tensor:
     """The one of some candidates that ranks lowest in each row and head, `[rows, heads, 1]`; of equal ones the last.
 
-    Each row and head has a candidate.
+    Each row and head has a candidate. It is the one that `highest` leaves over, where it takes the first of equal ones.
     """
     least = torch.where(candidates, rank, torch.inf).amin(2, keepdim=True)
     last = (rank == least).logical_and(candidates).flip(2).view(torch.uint8).max(2, keepdim=True).indices
