@@ -25,8 +25,8 @@ from kvpolicy.placement.planner import Placement
 from kvpolicy.placement.ranking import Turn
 from kvpolicy.storage.pages import Leaving
 
-AT_ONCE = 1 << 22
-"""Tokens of all rows and heads that are planned as one, about: each takes some hundred bytes while it is."""
+AT_ONCE = 1 << 24
+"""Tokens of all rows and heads that are planned as one, about: each takes ten to twenty-five bytes while it is."""
 
 
 @dataclass(eq=False)

@@ -252,7 +252,7 @@ class PerHeadPlacement(HeldPerHead):
         target = work.target[..., first:end]
         table.lift()
         table.tiers.copy_(target)
-        table.positions.masked_fill_(~_inside(target, self.placement.tiers_of_store(side, s)), EMPTY)
+        table.positions.masked_fill_(target >= self.placement.tiers_of_store(side, s).stop, EMPTY)  # none rises
         if (judged := self.placement.scores.judged) is not None and table.scores is not None:
             assert work.scores is not None
             table.scores[..., judged].copy_(work.scores[..., first:end, judged])

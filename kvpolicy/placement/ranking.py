@@ -32,7 +32,7 @@ from kvpolicy.placement.step import Step
 Ints = NDArray[np.int64]
 NOWHERE = -1
 """The tier of a token that did not compete yet."""
-AT_ONCE = 1 << 22
+AT_ONCE = 1 << 23
 """Tokens of all rows and heads whose attention a policy is shown at once, about."""
 
 

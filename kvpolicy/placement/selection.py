@@ -15,6 +15,7 @@ from kvpolicy.interfaces.component import TRY, Component, call
 from kvpolicy.interfaces.policy import RankPolicy
 from kvpolicy.interfaces.scorer import BESIDE, Given, Scorer
 from kvpolicy.interfaces.site import Site
+from kvpolicy.placement.token_table import last_of
 
 Ints = NDArray[np.int64]
 LOWEST = -(2.0**100)
@@ -129,8 +130,7 @@ def lowest(rank: Tensor, candidates: Tensor) -> Tensor:
     Each row and head has a candidate. It is the one that `highest` leaves over, where it takes the first of equal ones.
     """
     least = torch.where(candidates, rank, torch.inf).amin(2, keepdim=True)
-    last = (rank == least).logical_and(candidates).flip(2).view(torch.uint8).max(2, keepdim=True).indices
-    return candidates.shape[2] - 1 - last
+    return last_of((rank == least).logical_and(candidates))
 
 
 def _below(most: int, budgets: Tensor, like: Tensor) -> Tensor:

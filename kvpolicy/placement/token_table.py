@@ -131,8 +131,8 @@ class TokenTable:
     def surplus(self, n: int) -> Leaving:
         """`n` empty places of each row and head, the last ones; without `gaps` there are no others."""
         empty = self.positions == EMPTY
-        if self.gaps and n == 1:
-            index = empty.shape[2] - 1 - indices_of(empty.flip(2), 1)
+        if n == 1:
+            index = last_of(empty) if self.gaps else first_of(empty)
         elif self.gaps:
             from_end = empty.flip(2).cumsum(2, dtype=torch.int32).flip(2)
             index = indices_of(empty.logical_and_(from_end <= n), n)
@@ -171,12 +171,22 @@ def indices_of(mask: Tensor, most: int) -> Tensor:
     `most` is what the host knows to be enough, so that no device is asked for a number. If it is 1, the first counts.
     """
     if most == 1 and mask.shape[2]:
-        some, first = mask.view(torch.uint8).max(2, keepdim=True)
-        return first.masked_fill_(some == 0, EMPTY)
+        first = first_of(mask)
+        return first.masked_fill_(~mask.gather(2, first), EMPTY)
     index = mask.new_full((*mask.shape[:2], most + 1), EMPTY, dtype=torch.int64)
     at = mask.cumsum(2, dtype=torch.int32).sub_(1).masked_fill_(~mask, most).long()
     places = torch.arange(mask.shape[2], device=mask.device).expand_as(at)
     return index.scatter_(2, at, places)[:, :, :most]
+
+
+def first_of(mask: Tensor) -> Tensor:
+    """The first place of each row and head where `mask` is True, `[batch, heads, 1]`, if there is any."""
+    return mask.view(torch.uint8).max(2, keepdim=True).indices
+
+
+def last_of(mask: Tensor) -> Tensor:
+    """The last such place."""
+    return mask.shape[2] - 1 - first_of(mask.flip(2))
 
 
 def in_order(tables: list[TokenTable], most: int) -> tuple[Tensor, Tensor]:
