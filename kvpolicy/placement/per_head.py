@@ -287,13 +287,13 @@ class PerHeadPlacement(HeldPerHead):
         most = int(np.minimum(entering, self._held_after(side, s, turn)).max())
         if not most:
             return None
-        n = work.bounds[-1] - work.bounds[-2]
+        n, step = work.bounds[-1] - work.bounds[-2], turn.step
         sources = tuple(x for x in work.live if x < s)
-        if most == n and (turn.step.quiet or (not sources and self._all_enter(side, s, turn, n))):  # in order
+        if most == n and (step.quiet or (not sources and self._all_enter(side, s, turn, n))):  # in order
             positions = work.places[-1]
             full = bool((turn.counts.new == n).all())
             places = np.arange(n, dtype=np.int64)
-            arrival = Arrival((NEW,), places, (), lambda: turn.step.in_text(positions), (0, n), full=full)
+            arrival = Arrival((NEW,), places, (), lambda: step.in_text(positions), (0, n), full=full)
             return Coming(arrival, positions, work.target[..., -n:], None if work.noted is None else work.noted[-1])
         inside = _inside(work.target, covers)
         if s in work.live:
@@ -307,7 +307,7 @@ class PerHeadPlacement(HeldPerHead):
         assert table is not None
         positions, scores = work.taken(index, len(sources), "scores" in table.parts)
         bounds = (*spans[: len(sources)], spans[-1])
-        arrival = Arrival((*sources, NEW), index, bounds, lambda: turn.step.in_text(positions))
+        arrival = Arrival((*sources, NEW), index, bounds, lambda: step.in_text(positions))
         tiers = work.target.gather(2, index.clamp(min=0)).masked_fill_(index < 0, self.placement.nowhere)
         return Coming(arrival, positions, tiers, scores)
 
