@@ -25,8 +25,8 @@ from kvpolicy.placement.planner import Placement
 from kvpolicy.placement.ranking import Turn
 from kvpolicy.storage.pages import Leaving
 
-AT_ONCE = 1 << 22
-"""Tokens of all rows and heads that are planned as one, about: each takes some hundred bytes while it is."""
+AT_ONCE = 1 << 24
+"""Tokens of all rows and heads that are planned as one, about: each takes ten to twenty-five bytes while it is."""
 
 
 @dataclass(eq=False)
@@ -129,8 +129,7 @@ def plan(
     """What moves in each layer as new tokens come, or, where none do, as the prompt ends."""
     planner = joint.planner
     told = [observer for observer in seen if observer is not None]
-    observer = Observer.stacked(told) if told else None
-    turn = planner.begin_all(new, padding, observer) if new else planner.end_prompt()
+    turn = planner.begin_all(new, padding, told) if new else planner.end_prompt()
     select([planner], [turn])
     return joint.moves(turn)
 

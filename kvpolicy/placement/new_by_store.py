@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvpolicy.placement.candidates import Candidates
 from kvpolicy.placement.moves import NEW, Arrival
 from kvpolicy.placement.step import Step
-from kvpolicy.placement.token_table import Candidates, TokenTable, indices_of
+from kvpolicy.placement.token_table import TokenTable, indices_of
 from kvpolicy.storage.gather import gather_tokens
 
 __all__ = ["NewByStore"]
@@ -41,7 +42,7 @@ class NewByStore(NamedTuple):
         first, stop = _bounds(tuple((own.start, own.stop) for own in covers), target.dtype, target.device)
         here = (target.unsqueeze(2) >= first) & (target.unsqueeze(2) < stop)
         order = indices_of(here.flatten(2), n).remainder_(n)
-        positions = work.positions.gather(2, order).to(torch.int32)
+        positions = work.places[-1].gather(2, order).to(torch.int32)
         return cls(order, np.cumsum([0, *counts]).tolist(), positions, target.gather(2, order))
 
     def enter(self, s: int, table: TokenTable, work: Candidates, step: Step) -> list[Arrival]:
@@ -52,8 +53,8 @@ class NewByStore(NamedTuple):
         order, positions = self.order[..., first:last], self.positions[..., first:last]
         scores = None
         if "scores" in table.parts:
-            assert work.scores is not None
-            scores = gather_tokens(work.scores, order)
+            assert work.noted is not None
+            scores = gather_tokens(work.noted[-1], order)
         table.append(positions, self.tiers[..., first:last], scores)
         n = self.ends[-1]
         whole = last - first == n  # in order, then

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,17 +18,30 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvpolicy.placement.attention_scores import Observer
+from kvpolicy.placement.candidates import Candidates
 from kvpolicy.placement.held_per_head import HeldPerHead
 from kvpolicy.placement.moves import EMPTY, NEW, NOTHING, AllMoves, Arrival, Moves
 from kvpolicy.placement.new_by_store import NewByStore
 from kvpolicy.placement.padding import Padding
 from kvpolicy.placement.ranking import Turn
 from kvpolicy.placement.step import Step
-from kvpolicy.placement.token_table import Candidates, TokenTable, indices_of
-from kvpolicy.storage.gather import gather_tokens
+from kvpolicy.placement.token_table import TokenTable, indices_of
 from kvpolicy.storage.make import may_be_flat
 
 Ints = NDArray[np.int64]
+
+
+FEW = 4
+"""Slots that are looked for one by one: where more move by position, all at once."""
+
+
+class Coming(NamedTuple):
+    """Tokens that enter a store, and what its table is to hold of them."""
+
+    arrival: Arrival
+    positions: Tensor
+    tiers: Tensor
+    scores: Tensor | None
 
 
 class PerHeadPlacement(HeldPerHead):
@@ -61,18 +75,18 @@ class PerHeadPlacement(HeldPerHead):
 
     def begin(self, new: Mapping[str, Tensor], padding: Padding | None, seen: Observer | None) -> Turn:
         self.part()
-        return self.begin_all([new], padding, seen)
+        return self.begin_all([new], padding, [] if seen is None else [seen])
 
-    def begin_all(self, new: Sequence[Mapping[str, Tensor]], padding: Padding | None, seen: Observer | None) -> Turn:
-        """As `begin`, the tokens of each layer."""
+    def begin_all(self, new: Sequence[Mapping[str, Tensor]], padding: Padding | None, seen: Sequence[Observer]) -> Turn:
+        """As `begin`, the tokens of each layer, and what its queries attended to."""
         n = new[0]["keys"].shape[2]
         return self._turn(self.step.advance(n, padding), n, new, seen)
 
     def end_prompt(self) -> Turn:
         self.part()
-        return self._turn(self.step.end_prompt(), 0, [], None)
+        return self._turn(self.step.end_prompt(), 0, [], [])
 
-    def _turn(self, step: Step, n: int, new: Sequence[Mapping[str, Tensor]], seen: Observer | None) -> Turn:
+    def _turn(self, step: Step, n: int, new: Sequence[Mapping[str, Tensor]], seen: Sequence[Observer]) -> Turn:
         counts = step.counts(self.counts, self.judged).of_layers(len(self.ranking.sites))
         slots = self._spread(step.new_slots(n, self.device))
         fresh = self._add_scores(seen, n)
@@ -86,11 +100,12 @@ class PerHeadPlacement(HeldPerHead):
             x = x.repeat(self.shape[0] // x.shape[0], 1, 1)
         return x.expand(*self.shape, -1)
 
-    def _add_scores(self, seen: Observer | None, n: int) -> Tensor | None:
+    def _add_scores(self, told: Sequence[Observer], n: int) -> Tensor | None:
         """Add what an update's queries attended to the scores of stored tokens; returns those of the new ones."""
         if not self.placement.scores.width:
             return None
         fresh = torch.zeros((*self.shape, n, self.placement.scores.width), device=self.device)
+        seen = Observer.stacked(told) if told else None
         if seen is not None and seen.told:
             at = 0
             for table in self.live():
@@ -109,30 +124,41 @@ class PerHeadPlacement(HeldPerHead):
         live = [s for s in live if self.movable(side, s)]
         tables = [t for s in live if (t := self.tables[side][s]) is not None]
         bounds = np.cumsum([0, *(t.length for t in tables), slots.shape[2]]).tolist()
-        new = torch.zeros_like(slots, dtype=self.placement.tier_dtype)
+        padded = step.padding is not None and step.padding.before(step.seen)
         if step.quiet:
-            padded = step.padding is not None and step.padding.before(step.seen)
+            new = torch.zeros_like(slots, dtype=self.placement.tier_dtype)
             target = new.masked_fill(slots < 0, self.placement.nowhere) if padded else new
-            return Candidates(live, bounds, slots, target, fresh)
-        positions = torch.cat([*(t.positions for t in tables), slots], dim=2)
-        target = self._targets(positions, torch.cat([*(t.tiers for t in tables), new], dim=2), step)
+            return Candidates(live, bounds, [slots], target, None if fresh is None else [fresh])
+        places = [*(t.positions for t in tables), slots]
+        new = self._spread(step.tiers_of_slots(slots.shape[2], self.device))
+        target = torch.cat([*(t.tiers for t in tables), new], dim=2)
+        parts = target.split([x.shape[2] for x in places], dim=2)
+        for s, at, own in zip(live, places, parts, strict=False):
+            if self.placement.tiers_of_store(side, s).start < self.placement.ranked:
+                self._move_by_position(at, own, step)
         if verdict is not None:
-            place = positions.clamp(min=0)
-            target = torch.where(target >= self.placement.ranked, verdict.gather(2, place), target)
-        target.masked_fill_(positions < 0, self.placement.nowhere)
-        scores = None
-        if fresh is not None and side == "keys":
-            scores = torch.cat([*(t.scores for t in tables if t.scores is not None), fresh], dim=2)
-        return Candidates(live, bounds, positions, target, scores)
+            place = torch.cat(places, dim=2).clamp(min=0).long()
+            target.copy_(torch.where(target >= self.placement.ranked, verdict.gather(2, place), target))
+        for gaps, at, own in zip([*(t.gaps for t in tables), padded], places, parts, strict=True):
+            if gaps:
+                own.masked_fill_(at < 0, self.placement.nowhere)
+        if fresh is None or side == "values":
+            return Candidates(live, bounds, places, target)
+        noted = [*(t.scores for t in tables if t.scores is not None), fresh]
+        return Candidates(live, bounds, places, target, noted)
 
-    def _targets(self, positions: Tensor, tiers: Tensor, step: Step) -> Tensor:
-        """The tier of each token as far as position says."""
+    def _move_by_position(self, positions: Tensor, tiers: Tensor, step: Step) -> None:
+        """Let tokens of a store go to the tiers where position says that they come to in this step."""
         slots, into = (self._spread(x) for x in step.moved(positions.device))
-        if not slots.shape[2]:
-            return tiers
-        at = torch.searchsorted(slots.contiguous(), positions).clamp_(max=slots.shape[2] - 1)
-        moves = (slots.gather(2, at) == positions) & (tiers < self.placement.ranked)
-        return torch.where(moves, into.gather(2, at), tiers)
+        ranked = self.placement.ranked
+        if slots.shape[2] <= FEW:
+            for i in range(slots.shape[2]):
+                here = (positions == slots[..., i : i + 1]).logical_and_(tiers < ranked)
+                torch.where(here, into[..., i : i + 1], tiers, out=tiers)
+            return
+        at = torch.searchsorted(slots.contiguous(), positions.contiguous()).clamp_(max=slots.shape[2] - 1)
+        moves = (slots.gather(2, at) == positions) & (tiers < ranked)
+        torch.where(moves, into.gather(2, at), tiers, out=tiers)
 
     def rank(self, turn: Turn, tier: int) -> Tensor | None:
         return self.ranking.rank(turn, tier) if tier in turn.counts.selections else None
@@ -144,12 +170,13 @@ class PerHeadPlacement(HeldPerHead):
             turn.counts = turn.step.counts(self.counts, self.judged, turn.known)
 
     def moves(self, turn: Turn) -> AllMoves:
-        step, found = turn.step, {"keys": self._moves("keys", turn, turn.keys)}
+        step = turn.step
+        ranks = not self.aligned and self.placement.ranked < self.last and not step.quiet
+        verdict = self._verdict(turn.keys, step.seen) if ranks else None
+        found = {"keys": self._moves("keys", turn, turn.keys)}
         if self.aligned:
             found["values"] = found["keys"]
         else:
-            ranks = self.placement.ranked < self.last and not step.quiet
-            verdict = self._verdict(turn.keys, step.seen) if ranks else None
             values = self._candidates("values", step, turn.slots, verdict, None)
             found["values"] = self._moves("values", turn, values)
         self.step, self.counts, self.judged = step, turn.counts.after, turn.counts.judged
@@ -162,35 +189,47 @@ class PerHeadPlacement(HeldPerHead):
 
     def _moves(self, side: str, turn: Turn, work: Candidates) -> list[Moves]:
         """What the stores of `side` do; their tables do it at once."""
-        plans: list[Moves] = []
         fresh = self._by_store(side, turn, work)
-        for s, table in enumerate(self.tables[side]):
-            if table is None or (s not in work.live and turn.step.quiet and s > 0):
-                plans.append(NOTHING)
-                continue
-            covers = self.placement.tiers_of_store(side, s)
-            entering = turn.counts.new - (turn.counts.after - turn.counts.before)[: covers.start].sum(0)
-            held = turn.counts.after[covers.start : covers.stop].sum(0)
-            most = int(np.minimum(entering, held).max())
-            if fresh is not None:
-                arrivals = fresh.enter(s, table, work, turn.step)
-            else:
-                inside = self._stay(table, s, covers, work)
-                arrivals = [self._arrive(side, s, turn, work, inside, most)] if most else []
-            length = int(held.max())
-            came = self._empty(side, s, table) if fresh is None or table.gaps else None
-            leaving = None
-            if turn.known and self._flattens(side, s, table, held, turn.step.ended):
-                plans.append(Moves(arrivals, None, (came, None), table.flatten(held)))
-                continue
-            table.gaps = bool((held < (length if table.flat is None else table.length)).any())
-            if table.length > length and table.flat is None:
-                leaving = table.surplus(table.length - length)
-                plans.append(Moves(arrivals, leaving, (came, came)))
-                table.remove(leaving)
-            else:
-                plans.append(Moves(arrivals, None, (came, None)))
-        return plans
+        tables = self.tables[side]
+        still = [t is None or (s not in work.live and turn.step.quiet and s > 0) for s, t in enumerate(tables)]
+        # All that moves is read before any table changes.
+        coming = [
+            self._coming(side, s, turn, work) if fresh is None and not still[s] else None for s in range(len(tables))
+        ]
+        return [
+            NOTHING if t is None or still[s] else self._moved(side, s, turn, work, fresh, coming[s])
+            for s, t in enumerate(tables)
+        ]
+
+    def _moved(
+        self, side: str, s: int, turn: Turn, work: Candidates, fresh: NewByStore | None, coming: Coming | None
+    ) -> Moves:
+        """What a store does; its table does it at once."""
+        table = self.tables[side][s]
+        assert table is not None
+        if fresh is not None:
+            arrivals = fresh.enter(s, table, work, turn.step)
+        else:
+            self._leave(side, s, table, work)
+            arrivals = [] if coming is None else [coming.arrival]
+            if coming is not None:
+                table.append(coming.positions, coming.tiers, coming.scores)
+        held = self._held_after(side, s, turn)
+        length = int(held.max())
+        came = self._empty(side, s, table) if fresh is None or table.gaps else None
+        if turn.known and self._flattens(side, s, table, held, turn.step.ended):
+            return Moves(arrivals, None, (came, None), table.flatten(held))
+        table.gaps = bool((held < (length if table.flat is None else table.length)).any())
+        if table.length == length or table.flat is not None:
+            return Moves(arrivals, None, (came, None))
+        leaving = table.surplus(table.length - length)
+        table.remove(leaving)
+        return Moves(arrivals, leaving, (came, came))
+
+    def _held_after(self, side: str, s: int, turn: Turn) -> Ints:
+        covers = self.placement.tiers_of_store(side, s)
+        held: Ints = turn.counts.after[covers.start : covers.stop].sum(0)
+        return held
 
     def _by_store(self, side: str, turn: Turn, work: Candidates) -> NewByStore | None:
         """The new tokens by store, if they alone move, and as many to each store in all rows and heads."""
@@ -205,20 +244,18 @@ class PerHeadPlacement(HeldPerHead):
         known = [int(own.flat[0]) for own in counts]
         return NewByStore.of(work, covers, [*known, n - sum(known)])
 
-    def _stay(self, table: TokenTable, s: int, covers: range, work: Candidates) -> Tensor:
-        """Where tokens are that enter a store; those that leave it are forgotten."""
-        inside = (work.target >= covers.start) & (work.target < covers.stop)
+    def _leave(self, side: str, s: int, table: TokenTable, work: Candidates) -> None:
+        """Note the tiers of a store's tokens; those that leave it are forgotten."""
         if s not in work.live:
-            return inside
+            return
         first, end = work.bounds[work.live.index(s)], work.bounds[work.live.index(s) + 1]
+        target = work.target[..., first:end]
         table.lift()
-        table.tiers.copy_(work.target[..., first:end])
-        table.positions.masked_fill_(~inside[..., first:end], EMPTY)
+        table.tiers.copy_(target)
+        table.positions.masked_fill_(target >= self.placement.tiers_of_store(side, s).stop, EMPTY)  # none rises
         if (judged := self.placement.scores.judged) is not None and table.scores is not None:
             assert work.scores is not None
             table.scores[..., judged].copy_(work.scores[..., first:end, judged])
-        inside[..., first:end] = False
-        return inside
 
     def may_be_flat(self, side: str, s: int) -> bool:
         """Whether rows and heads can take no more room than each needs in the stores of a table."""
@@ -243,34 +280,36 @@ class PerHeadPlacement(HeldPerHead):
     def _empty(self, side: str, s: int, table: TokenTable) -> Tensor | None:
         return table.positions < 0 if self._grouped(side, s) and table.length else None
 
-    def _arrive(self, side: str, s: int, turn: Turn, work: Candidates, inside: Tensor, most: int) -> Arrival:
-        """Let the tokens where `inside` is True into a table, `most` at most."""
-        table = self.tables[side][s]
-        assert table is not None
-        n = work.bounds[-1] - work.bounds[-2]
+    def _coming(self, side: str, s: int, turn: Turn, work: Candidates) -> Coming | None:
+        """The tokens that enter a store, if there are any."""
+        covers = self.placement.tiers_of_store(side, s)
+        entering = turn.counts.new - (turn.counts.after - turn.counts.before)[: covers.start].sum(0)
+        most = int(np.minimum(entering, self._held_after(side, s, turn)).max())
+        if not most:
+            return None
+        n, step = work.bounds[-1] - work.bounds[-2], turn.step
         sources = tuple(x for x in work.live if x < s)
-        if most == n and (turn.step.quiet or (not sources and self._all_enter(side, s, turn, n))):  # in order
-            positions, tiers = work.positions[..., -n:], work.target[..., -n:]
-            scores = None if work.scores is None else work.scores[:, :, -n:]
+        if most == n and (step.quiet or (not sources and self._all_enter(side, s, turn, n))):  # in order
+            positions = work.places[-1]
             full = bool((turn.counts.new == n).all())
             places = np.arange(n, dtype=np.int64)
-            arrival = Arrival((NEW,), places, (), lambda: turn.step.in_text(positions), (0, n), full=full)
-        else:
-            index = indices_of(inside, most)
-            if len(work.live) and self._grouped(side, s):
-                index = _by_position(index, work.positions)
-            spans = list(pairwise(work.bounds))
-            place, empty = index.clamp(min=0), index < 0
-            positions = work.positions.gather(2, place).masked_fill_(empty, EMPTY)
-            bounds = (*spans[: len(sources)], spans[-1])
-            arrival = Arrival((*sources, NEW), index, bounds, lambda: turn.step.in_text(positions))
-            tiers = work.target.gather(2, place).masked_fill_(empty, self.placement.nowhere)
-            scores = None
-            if "scores" in table.parts:
-                assert work.scores is not None
-                scores = gather_tokens(work.scores, place).masked_fill_(empty.unsqueeze(3), 0.0)
-        table.append(positions, tiers, scores)
-        return arrival
+            arrival = Arrival((NEW,), places, (), lambda: step.in_text(positions), (0, n), full=full)
+            return Coming(arrival, positions, work.target[..., -n:], None if work.noted is None else work.noted[-1])
+        inside = _inside(work.target, covers)
+        if s in work.live:
+            at = work.live.index(s)
+            inside[..., work.bounds[at] : work.bounds[at + 1]] = False
+        index = indices_of(inside, most)
+        if len(work.live) and self._grouped(side, s):
+            index = _by_position(index, work.positions)
+        spans = list(pairwise(work.bounds))
+        table = self.tables[side][s]
+        assert table is not None
+        positions, scores = work.taken(index, len(sources), "scores" in table.parts)
+        bounds = (*spans[: len(sources)], spans[-1])
+        arrival = Arrival((*sources, NEW), index, bounds, lambda: step.in_text(positions))
+        tiers = work.target.gather(2, index.clamp(min=0)).masked_fill_(index < 0, self.placement.nowhere)
+        return Coming(arrival, positions, tiers, scores)
 
     def _all_enter(self, side: str, s: int, turn: Turn, n: int) -> bool:
         """Whether position alone says that all new tokens, of all rows, enter a store."""
@@ -316,13 +355,20 @@ class PerHeadPlacement(HeldPerHead):
                     plans.append(NOTHING)
                     continue
                 came = self._empty(side, s, own)
+                own.gaps = bool((self._held(side, s) < held).any())
                 leaving = own.surplus(own.length - held)
                 own.remove(leaving)
-                own.gaps = bool((self._held(side, s) < held).any())
                 plans.append(Moves([], leaving, (came, came)))
         if self.aligned:
             found["values"] = found["keys"]
         return found
+
+
+def _inside(target: Tensor, covers: range) -> Tensor:
+    """Which tokens are to be in one of some tiers."""
+    if len(covers) == 1:
+        return target == covers.start
+    return (target >= covers.start) & (target < covers.stop)
 
 
 def _by_position(index: Tensor, positions: Tensor) -> Tensor:

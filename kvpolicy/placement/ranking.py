@@ -12,16 +12,28 @@ from torch import Tensor
 
 from kvpolicy.interfaces.policy import RankPolicy
 from kvpolicy.interfaces.site import Site
-from kvpolicy.placement.counts import Counts
+from kvpolicy.placement.candidates import Candidates
+from kvpolicy.placement.counts import Counts, Selection
 from kvpolicy.placement.moves import EMPTY
 from kvpolicy.placement.planner import Placement
-from kvpolicy.placement.selection import best_of_pairs, by_count_read, highest, ranked, scored, scored_again, shared
+from kvpolicy.placement.selection import (
+    UNORDERED,
+    best_of_pairs,
+    by_count_read,
+    highest,
+    lowest,
+    ranked,
+    scored,
+    scored_again,
+    shared,
+)
 from kvpolicy.placement.step import Step
-from kvpolicy.placement.token_table import Candidates
 
 Ints = NDArray[np.int64]
 NOWHERE = -1
 """The tier of a token that did not compete yet."""
+AT_ONCE = 1 << 23
+"""Tokens of all rows and heads whose attention a policy is shown at once, about."""
 
 
 @dataclass
@@ -85,26 +97,36 @@ class Ranking:
 
     def _rank(self, policy: RankPolicy, turn: Turn, tier: int) -> Tensor:
         columns, work = self.placement.scores, turn.keys
-        scorer, ages = columns.scorer[tier], turn.step.ages(work.positions)
-        if scorer is not None and scorer in columns.features:
-            assert work.scores is not None
-            noted = work.scores[..., columns.feature(scorer)]
-            if not scorer._again:
-                return noted
-        else:
-            noted = None
-        shown = {"positions": turn.step.in_text(work.positions), "ages": ages}
-        if work.scores is not None and (at := columns.attention.get(tier)) is not None:
-            shown |= {"attention": work.scores[..., at], "queries": work.scores[..., at + 1]}
+        scorer = columns.scorer[tier]
+        noted = work.column(columns.feature(scorer)) if scorer is not None and scorer in columns.features else None
+        if noted is not None and scorer is not None and not scorer._again:
+            return noted
         if scorer is None:
-            return ranked(policy, shown["attention"], shown["queries"], ages)
+            return self._by_attention(policy, turn, columns.attention[tier])
+        positions = work.positions
+        shown = {"positions": turn.step.in_text(positions), "ages": turn.step.ages(positions)}
+        if work.noted is not None and (at := columns.attention.get(tier)) is not None:
+            shown |= {"attention": work.column(at), "queries": work.column(at + 1)}
         if noted is not None:
             return scored_again(scorer, noted, shown, self.sites[0])
         here = work.target == tier
-        order = work.positions.masked_fill(~here, EMPTY).argsort(dim=2, stable=True)
+        order = positions.masked_fill(~here, EMPTY).argsort(dim=2, stable=True)
         real = here.gather(2, order)
         found = scored(scorer, {name: x.gather(2, order) * real for name, x in shown.items()}, self.sites[0])
         return torch.empty_like(found).scatter_(2, order, found)
+
+    def _by_attention(self, policy: RankPolicy, turn: Turn, at: int) -> Tensor:
+        """What a policy makes of the attention in some columns: of many tokens some layers at a time, for memory."""
+        work, layers = turn.keys, len(self.sites)
+        rows = work.target.shape[0]
+        step = rows // layers * max(1, layers * AT_ONCE // max(1, work.target.numel()))
+        found = []
+        for first in range(0, rows, step):
+            some = slice(first, first + step)
+            ages = turn.step.ages(work.positions_of(some))
+            found.append(ranked(policy, work.column(at, some), work.column(at + 1, some), ages))
+            del ages
+        return torch.cat(found) if len(found) > 1 else found[0]
 
     def select(self, turn: Turn, tier: int, rank: Tensor) -> Tensor | None:
         """Let tokens descend; returns how many stayed, `[rows, heads]`, where the host can't know."""
@@ -121,20 +143,32 @@ class Ranking:
         if self._apart(policy):
             order = self._order(turn, tier)
             rank = rank.new_zeros(compete.shape).scatter_(2, order, rank.expand_as(order))
-        rank = rank.expand_as(compete).masked_fill(~compete, -torch.inf)
-        if policy._reads_counts:
-            stays = by_count_read(policy, rank, chosen.budgets)
-        elif policy.among == "pairs":
-            stays = best_of_pairs(rank, compete, work.positions, chosen.rounds)
-            stays &= highest(rank, np.where(chosen.budgets > 0, rank.shape[2], 0))
+        if self._one_descends(policy, chosen, target.device):
+            target.scatter_(2, lowest(rank, compete), tier + 1)
         else:
-            scorer = self.placement.scores.scorer[tier]
-            stays = highest(rank, chosen.budgets, stable=scorer is not None and scorer.pools)
-        target.masked_fill_(compete & ~stays, tier + 1)
+            stays = self._stays(policy, turn, tier, rank, compete)
+            target.masked_fill_(compete & ~stays, tier + 1)
         if policy.among == "arrival":
             assert work.scores is not None
             work.scores[..., judged].masked_fill_(candidates & (target == tier), tier)
         return (target == tier).sum(2) if policy._reads_counts else None
+
+    def _one_descends(self, policy: RankPolicy, chosen: Selection, device: torch.device) -> bool:
+        """Whether one token of each row and head descends, and it is the last of those that rank lowest."""
+        alike = policy.among != "pairs" and not policy._reads_counts
+        return alike and device.type not in UNORDERED and bool((chosen.held - chosen.stay == 1).all())
+
+    def _stays(self, policy: RankPolicy, turn: Turn, tier: int, rank: Tensor, compete: Tensor) -> Tensor:
+        """True at the tokens that stay, and at some that do not compete."""
+        chosen = turn.counts.selections[tier]
+        rank = torch.where(compete, rank, -torch.inf)
+        if policy._reads_counts:
+            return by_count_read(policy, rank, chosen.budgets)
+        if policy.among == "pairs":
+            stays = best_of_pairs(rank, compete, turn.keys.positions, chosen.rounds)
+            return stays.logical_and_(highest(rank, np.where(chosen.budgets > 0, rank.shape[2], 0)))
+        scorer = self.placement.scores.scorer[tier]
+        return highest(rank, chosen.budgets, stable=scorer is not None and scorer.pools)
 
     def read(self, stayed: Tensor, turn: Turn, tier: int) -> Ints:
         """How many tokens stayed in a tier, asked of the device."""

@@ -15,10 +15,13 @@ from kvpolicy.interfaces.component import TRY, Component, call
 from kvpolicy.interfaces.policy import RankPolicy
 from kvpolicy.interfaces.scorer import BESIDE, Given, Scorer
 from kvpolicy.interfaces.site import Site
+from kvpolicy.placement.token_table import last_of
 
 Ints = NDArray[np.int64]
 LOWEST = -(2.0**100)
 """The rank of a nan, and of minus infinity."""
+UNORDERED = {"cpu"}
+"""Devices whose `topk` takes any of equal ones; others take the first."""
 
 
 def due(policy: RankPolicy, start: int, stop: int, ended: bool) -> bool:
@@ -114,11 +117,20 @@ def highest(rank: Tensor, budgets: Ints, stable: bool = False) -> Tensor:
     if stable:
         best = rank.argsort(dim=2, descending=True, stable=True)[..., :most]
     else:  # to put them in order costs many calls of a device; on a CPU it says which of equal ones are taken
-        best = rank.topk(most, dim=2, sorted=not alike or rank.device.type == "cpu").indices
+        best = rank.topk(most, dim=2, sorted=not alike or rank.device.type in UNORDERED).indices
     chosen = torch.zeros_like(rank, dtype=torch.bool)
     if alike:
         return chosen.scatter_(2, best, True)
     return chosen.scatter_(2, best, _below(most, torch.from_numpy(budgets).to(rank.device, non_blocking=True), best))
+
+
+def lowest(rank: Tensor, candidates: Tensor) -> Tensor:
+    """The one of some candidates that ranks lowest in each row and head, `[rows, heads, 1]`; of equal ones the last.
+
+    Each row and head has a candidate. It is the one that `highest` leaves over, where it takes the first of equal ones.
+    """
+    least = torch.where(candidates, rank, torch.inf).amin(2, keepdim=True)
+    return last_of((rank == least).logical_and(candidates))
 
 
 def _below(most: int, budgets: Tensor, like: Tensor) -> Tensor:

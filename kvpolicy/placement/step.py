@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from kvpolicy.interfaces.backend import Slots, Stretches
 from kvpolicy.interfaces.policy import RankPolicy
+from kvpolicy.placement.by_row import Moved, moved_by_row, old_moves, tiers_of_slots
 from kvpolicy.placement.counts import Change, Counts
 from kvpolicy.placement.moves import EMPTY, AllMoves, ColumnMap, stretches_of
 from kvpolicy.placement.padding import Padding
@@ -274,59 +275,45 @@ class Step:
         return torch.from_numpy(slots).unsqueeze(1)
 
     def moved(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Slots that came to another tier by position in this step, ascending, and the tier: `[rows, 1, moved]`.
+        """Slots held before that came to another tier by position, ascending, and the tier: `[rows or 1, 1, moved]`.
 
-        New tokens are among them. Rows where fewer moved are filled up with slots that there are none of.
+        Rows where fewer moved are filled up with slots that there are none of.
         """
-
-        def moved() -> tuple[Tensor, Tensor]:
-            slots, tiers = self._moved()
-            return slots.to(device, non_blocking=True), tiers.to(device, non_blocking=True)
-
-        return self._once(("moved", device), moved)
-
-    def _moved(self) -> tuple[Tensor, Tensor]:
         import torch
 
-        found = [self._moved_in(*pair) for pair in zip(self.before, self.rows, strict=True)]
-        most = max(len(positions) for positions, _ in found)
-        slots = np.full((len(found), 1, most), np.iinfo(np.int64).max, dtype=np.int64)
-        tiers = np.zeros((len(found), 1, most), dtype=np.int16)
-        for r, (positions, into) in enumerate(found):
-            at = (
-                self.padding.slots_of(r, positions, self.seen)
-                if self.by_row and self.padding is not None
-                else positions
-            )
-            slots[r, 0, : len(at)], tiers[r, 0, : len(at)] = at, into
-        return torch.from_numpy(slots), torch.from_numpy(tiers).to(self.placement.tier_dtype)
+        def found() -> tuple[Tensor, Tensor]:
+            slots, tiers = (torch.from_numpy(x) for x in old_moves(self._moved))
+            dtypes = torch.int32, self.placement.tier_dtype
+            return slots.to(dtypes[0]).to(device, non_blocking=True), tiers.to(dtypes[1]).to(device, non_blocking=True)
+
+        return self._once(("moved", device), found)
+
+    def tiers_of_slots(self, n: int, device: torch.device) -> Tensor:
+        """The tier that each of the `n` newest slots came to by position, 0 of padding: `[rows or 1, 1, n]`."""
+        import torch
+
+        def found() -> Tensor:
+            tiers = torch.from_numpy(tiers_of_slots(self._moved, n, self.seen))
+            return tiers.to(self.placement.tier_dtype).to(device, non_blocking=True)
+
+        return self._once(("tiers of slots", n, device), found)
 
     @property
     def tiers_of_new(self) -> tuple[int, int]:
         """The first and the last tier that new tokens came to by position; `ranked` if they are ranked."""
 
         def found() -> tuple[int, int]:
-            pairs = zip(self.before, self.rows, strict=True)
-            tiers = [
-                into[positions >= before.seen]
-                for before, after in pairs
-                for positions, into in [self._moved_in(before, after)]
-            ]
-            every = np.concatenate(tiers)
+            every = np.concatenate([own.into[own.old :] for own in self._moved])
             return (int(every.min()), int(every.max())) if len(every) else (0, 0)
 
         return self._once("tiers of new", found)
 
-    def _moved_in(self, before: State, after: State) -> tuple[Ints, Ints]:
+    @property
+    def _moved(self) -> list[Moved]:
+        """Of each row what came to another tier by position."""
+        padding = self.padding if self.by_row else None
         ranked = self.placement.ranked
-        gone = [
-            np.setdiff1d(a, b, assume_unique=True) for a, b in zip(before.tiers[:ranked], after.tiers, strict=False)
-        ]
-        positions = np.sort(np.concatenate([*gone, np.arange(before.seen, after.seen, dtype=np.int64)]))
-        into = np.full(len(positions), ranked, dtype=np.int64)
-        for tier, held in enumerate(after.tiers[:ranked]):
-            into[np.isin(positions, held, assume_unique=True)] = tier
-        return positions, into
+        return self._once("moved", lambda: moved_by_row(ranked, self.before, self.rows, padding, self.seen))
 
     def counted(self, tokens: int, padding: Padding | None, keep: int) -> Counted:
         """Which of the queries of `tokens` more tokens count for policies that rank by attention; see `Counted.of`."""

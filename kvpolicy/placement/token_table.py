@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,19 +11,6 @@ from torch import Tensor
 from kvpolicy.placement.moves import EMPTY, Flat, Ints
 from kvpolicy.storage.front import Front
 from kvpolicy.storage.pages import Leaving, Pages
-
-
-class Candidates(NamedTuple):
-    """The tokens that may move in an update, side by side: those of some stores, then the new ones."""
-
-    live: list[int]
-    """The stores among them."""
-    bounds: list[int]
-    """Where each store begins, where the new tokens begin, and the end."""
-    positions: Tensor
-    target: Tensor
-    """The tier that each is to be in."""
-    scores: Tensor | None
 
 
 class TokenTable:
@@ -143,10 +129,16 @@ class TokenTable:
             self.parts["scores"].append(scores)
 
     def surplus(self, n: int) -> Leaving:
-        """`n` empty places of each row and head, the last ones."""
+        """`n` empty places of each row and head, the last ones; without `gaps` there are no others."""
         empty = self.positions == EMPTY
-        from_end = empty.flip(2).cumsum(2).flip(2)
-        return Leaving.of(indices_of(empty & (from_end <= n), n), self.length)
+        if n == 1:
+            index = last_of(empty) if self.gaps else first_of(empty)
+        elif self.gaps:
+            from_end = empty.flip(2).cumsum(2, dtype=torch.int32).flip(2)
+            index = indices_of(empty.logical_and_(from_end <= n), n)
+        else:
+            index = indices_of(empty, n)
+        return Leaving.of(index, self.length)
 
     def remove(self, leaving: Leaving) -> None:
         for part in self.parts.values():
@@ -176,12 +168,25 @@ class TokenTable:
 def indices_of(mask: Tensor, most: int) -> Tensor:
     """Where `mask`, `[batch, heads, places]`, is True: `[batch, heads, most]`, filled up with `EMPTY`.
 
-    `most` is what the host knows to be enough, so that no device is asked for a number.
+    `most` is what the host knows to be enough, so that no device is asked for a number. If it is 1, the first counts.
     """
+    if most == 1 and mask.shape[2]:
+        first = first_of(mask)
+        return first.masked_fill_(~mask.gather(2, first), EMPTY)
     index = mask.new_full((*mask.shape[:2], most + 1), EMPTY, dtype=torch.int64)
-    at = torch.where(mask, mask.cumsum(2) - 1, most)
+    at = mask.cumsum(2, dtype=torch.int32).sub_(1).masked_fill_(~mask, most).long()
     places = torch.arange(mask.shape[2], device=mask.device).expand_as(at)
     return index.scatter_(2, at, places)[:, :, :most]
+
+
+def first_of(mask: Tensor) -> Tensor:
+    """The first place of each row and head where `mask` is True, `[batch, heads, 1]`, if there is any."""
+    return mask.view(torch.uint8).max(2, keepdim=True).indices
+
+
+def last_of(mask: Tensor) -> Tensor:
+    """The last such place."""
+    return mask.shape[2] - 1 - first_of(mask.flip(2))
 
 
 def in_order(tables: list[TokenTable], most: int) -> tuple[Tensor, Tensor]:

@@ -101,7 +101,7 @@ class PlannedRanking(Ranking):
             fresh[..., self.placement.scores.judged] = NOWHERE
 
     def _rank(self, policy: RankPolicy, turn: Turn, tier: int) -> Tensor:
-        return torch.zeros(turn.keys.positions.shape)
+        return torch.zeros(turn.keys.target.shape)
 
     def select(self, turn: Turn, tier: int, rank: Tensor) -> Tensor | None:
         chosen, policy = turn.counts.selections[tier], self.placement.policies[tier]

@@ -90,6 +90,8 @@ def filled(x: Tensor, empty: Tensor) -> Tensor:
 def survivors(index: Tensor, kept: int) -> Tensor:
     """Which of the tokens from `kept` on are not in `index` and move to its first places; others fill up the rest."""
     n = index.shape[2]
+    if n == 1:
+        return torch.full_like(index, kept, dtype=torch.int64)
     leaves = torch.zeros((*index.shape[:2], n + 1), dtype=torch.int8, device=index.device)
     leaves.scatter_(2, torch.where(index >= kept, index - kept, n).long(), 1)
     return leaves[:, :, :n].argsort(dim=2, stable=True) + kept

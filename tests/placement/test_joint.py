@@ -16,7 +16,8 @@ from words import CACHE
 
 import kvpolicy
 from kvpolicy import CompressedCache
-from kvpolicy.placement import joint
+from kvpolicy.placement import joint, ranking
+from kvpolicy.placement.selection import highest, lowest, shared
 
 OPS = ["token", "token", "token", "tokens", "crop", "rows", "copy", "read"]
 RECIPES: list[Any] = [
@@ -144,3 +145,43 @@ def test_of_many_tokens_some_layers_at_a_time_plan_as_one(
     assert min(len(members) for members in together) == 2
     for x, y in zip(found, expected, strict=True):
         assert torch.equal(x, y)
+
+
+TIES: list[Any] = [
+    {"extends": "h2o", "params": {"window": 7, "heavy": 9}},
+    {
+        "tiers": [
+            {"policy": {"kind": "recent", "window": 6}, "store": "full"},
+            {
+                "policy": {"kind": "rank", "scorer": {"kind": "key_norm"}, "budget": 9},
+                "store": {"kind": "int", "nbits": 4},
+            },
+            {"policy": {"kind": "attention", "budget": 12, "among": "arrival"}, "store": {"kind": "int", "nbits": 2}},
+            {"store": "evict"},
+        ]
+    },
+]
+
+
+@pytest.mark.parametrize("recipe", range(len(TIES)))
+@pytest.mark.parametrize("batch", [1, 3])
+def test_of_equal_ranks_the_same_tokens_stay(recipe: int, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that descends is found without putting the others in order, as devices do whose topk takes the first."""
+    model = build("llama", torch.float32, num_hidden_layers=3)
+    ops = [*[("token", 1)] * 9, ("tokens", 3), *[("token", 1)] * 5, ("crop", 2), ("rows", 2), *[("token", 1)] * 12]
+    monkeypatch.setattr(ranking, "shared", lambda policy, rank: shared(policy, rank).mul(8).round().div(8))  # many ties
+    monkeypatch.setattr(ranking, "highest", lambda rank, budgets, stable: highest(rank, budgets, stable=True))
+    with kvpolicy.attach(model):
+        expected, _ = ran(model, TIES[recipe], ops, batch, batch > 1)
+        chosen: list[Tensor] = []
+        monkeypatch.setattr(ranking, "UNORDERED", set())
+        monkeypatch.setattr(ranking, "lowest", lambda *shown: chosen.append(lowest(*shown)) or chosen[-1])
+        monkeypatch.setattr(ranking, "AT_ONCE", batch * 40)  # the attention of some layers at a time
+        found, together = ran(model, TIES[recipe], ops, batch, batch > 1)
+        monkeypatch.setattr(joint, "key_of", lambda planner, observer: None)
+        alone, never = ran(model, TIES[recipe], ops, batch, batch > 1)
+    assert len(chosen) > 20
+    assert together > never == 0
+    for x, y, z in zip(expected, found, alone, strict=True):
+        assert torch.equal(x, y)
+        assert torch.equal(x, z)

@@ -1,0 +1,71 @@
+"""What comes to another tier by position in a step, row by row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvpolicy.placement.padding import Padding
+from kvpolicy.placement.planner import State
+
+Ints = NDArray[np.int64]
+
+
+class Moved(NamedTuple):
+    """The tokens of a row that come to another tier, ascending: those held before, then the new ones."""
+
+    slots: Ints
+    into: Ints
+    """The tier of each, `ranked` where position says no more."""
+    old: int
+    """How many were held before."""
+
+    @classmethod
+    def of(cls, ranked: int, before: State, after: State) -> Moved:
+        """As two placements by position of a row say that follow each other; slots are positions."""
+        gone = [
+            np.setdiff1d(a, b, assume_unique=True) for a, b in zip(before.tiers[:ranked], after.tiers, strict=False)
+        ]
+        old = np.sort(np.concatenate(gone)) if gone else np.empty(0, dtype=np.int64)
+        positions = np.concatenate([old, np.arange(before.seen, after.seen, dtype=np.int64)])
+        into = np.full(len(positions), ranked, dtype=np.int64)
+        for tier, held in enumerate(after.tiers[:ranked]):
+            into[np.isin(positions, held, assume_unique=True)] = tier
+        return cls(positions, into, len(old))
+
+
+def moved_by_row(
+    ranked: int, before: Sequence[State], after: Sequence[State], padding: Padding | None, seen: int
+) -> list[Moved]:
+    """Of each row; `padding` where slots are not positions, `seen` slots in all."""
+    made: dict[tuple[int, int], Moved] = {}
+    pairs = [*zip(before, after, strict=True)]
+    for pair in pairs:
+        key = id(pair[0]), id(pair[1])
+        if key not in made:
+            made[key] = Moved.of(ranked, *pair)
+    found = [made[id(a), id(b)] for a, b in pairs]
+    if padding is None:
+        return found
+    return [own._replace(slots=padding.slots_of(row, own.slots, seen)) for row, own in enumerate(found)]
+
+
+def old_moves(rows: Sequence[Moved]) -> tuple[Ints, Ints]:
+    """Slots held before, and their tiers: `[rows, 1, moved]`; where fewer moved, slots that there are none of."""
+    most = max(own.old for own in rows)
+    slots = np.full((len(rows), 1, most), np.iinfo(np.int32).max, dtype=np.int64)
+    tiers = np.zeros_like(slots)
+    for r, own in enumerate(rows):
+        slots[r, 0, : own.old], tiers[r, 0, : own.old] = own.slots[: own.old], own.into[: own.old]
+    return slots, tiers
+
+
+def tiers_of_slots(rows: Sequence[Moved], n: int, seen: int) -> Ints:
+    """The tier of each of the `n` newest of `seen` slots, 0 of padding: `[rows, 1, n]`."""
+    tiers = np.zeros((len(rows), 1, n), dtype=np.int64)
+    for r, own in enumerate(rows):
+        tiers[r, 0, own.slots[own.old :] - (seen - n)] = own.into[own.old :]
+    return tiers
