@@ -113,22 +113,30 @@ class Sizes:
         return cache
 
     def in_turns(self, row: Row, cache: Any, steps: int) -> None:
-        """Time steps of a cache in turns with those of a DynamicCache, if there is room for that."""
+        """Time steps of a cache in turns with those of a DynamicCache, as long as there is room for that."""
         exact = self.beside()
-        turns = [min(TURN, steps - first) for first in range(0, steps, TURN)]
-        ours, peaks, theirs = 0.0, [], 0.0
-        for number, count in enumerate(turns):
-            warm = 0 if number else 6
-            with kvpolicy.attach(self.model, graphs=False):
-                seconds, peak = peaked(partial(step_time, self.model, cache, self.token, count, warm))
+        ours, peaks, theirs = 0.0, [], list[float]()
+        for first in range(0, steps, TURN):
+            count, warm = min(TURN, steps - first), 0 if first else 6
+            try:
+                theirs += [] if exact is None else [step_time(self.model, exact, self.token, THEIRS, warm)]
+                seconds, peak = self.turn(cache, count, warm)
+            except torch.cuda.OutOfMemoryError:
+                if exact is None:
+                    raise
+                exact, theirs = None, []
+                release()
+                seconds, peak = self.turn(cache, count, warm)
             ours += seconds * count
             peaks.append(peak)
-            if exact is not None:
-                theirs += step_time(self.model, exact, self.token, THEIRS, warm)
         row.seconds, row.more = ours / steps, {"peak MB": max(peaks)}
-        if exact is not None:
-            row.base = (self.batch, theirs / len(turns))
+        if theirs:
+            row.base = (self.batch, sum(theirs) / len(theirs))
             row.more["DynamicCache ms"] = row.base[1] * 1e3
+
+    def turn(self, cache: Any, count: int, warm: int) -> tuple[float, float]:
+        with kvpolicy.attach(self.model, graphs=False):
+            return peaked(partial(step_time, self.model, cache, self.token, count, warm))
 
     def beside(self) -> Any:
         """A DynamicCache of random numbers, as long as the prompt; None where it doesn't fit."""

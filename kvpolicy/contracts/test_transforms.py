@@ -102,6 +102,21 @@ def test_butterflies_are_sums_and_differences(transform: Transform) -> None:
 
 
 @EVERY
+def test_divisors_divide_and_multiply(transform: Transform) -> None:
+    """They are used in its place."""
+    x, state = _fitted(transform, 64)
+    name = type(transform).divides
+    if name is None or set(state) != {name}:
+        return
+    divisors = state[name].to(x.dtype)
+    assert torch.equal(transform.forward(x, state, None), x / divisors), "forward must divide by the divisors"
+    assert torch.equal(transform.inverse(x, state, None), x * divisors), "inverse must multiply by the divisors"
+    back = transform.adjoint(x, state)
+    assert back is not None, "adjoint must multiply by the divisors, found None"
+    assert torch.equal(back, x * divisors), "adjoint must multiply by the divisors"
+
+
+@EVERY
 @DIMS
 def test_the_inverse_gives_back_what_went_through(transform: Transform, head_dim: int) -> None:
     x, state = _fitted(transform, head_dim)

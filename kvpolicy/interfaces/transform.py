@@ -59,7 +59,8 @@ class Transform(Component):
 
     divides: ClassVar[str | None] = None
     """The name of the divisors `[batch or 1, kv_heads or 1, 1, head_dim]`, if these are all that `fit` keeps, of the
-    tokens alone, and `forward` divides by them. Backends may do it in its place. Subclasses as for `butterflies`."""
+    tokens alone, and `forward` divides by them; `inverse` and `adjoint` multiply by them. All three may be done in its
+    place. Subclasses as for `butterflies`."""
 
     _role: ClassVar[str] = "transform"
 

@@ -26,7 +26,9 @@ from kvpolicy.placement.ranking import Turn
 from kvpolicy.storage.pages import Leaving
 
 AT_ONCE = 1 << 24
-"""Tokens of all rows and heads that are planned as one, about: each takes ten to twenty-five bytes while it is."""
+"""Tokens of all rows and heads that are planned as one, about: each takes ten to thirty bytes while it is."""
+PAIRS = 4
+"""As so many of them a token counts that competes with its neighbour: pairs are made by sorting."""
 
 
 @dataclass(eq=False)
@@ -105,7 +107,8 @@ def layers_at_once(planner: PerHeadPlacement, coming: int, layers: int) -> int:
     """How many of so many layers plan as one, like shares of them, so that this takes little memory."""
     rows, heads = planner.shape
     tokens = 1 << max(planner.width + coming - 1, 1).bit_length()  # it stays so for many steps
-    parts = min(layers, -(-layers * rows * heads * tokens // AT_ONCE))
+    pairs = any(isinstance(p, RankPolicy) and p.among == "pairs" for p in planner.placement.policies)
+    parts = min(layers, -(-layers * rows * heads * tokens * (PAIRS if pairs else 1) // AT_ONCE))
     return -(-layers // max(parts, 1))
 
 

@@ -92,8 +92,9 @@ class Ranking:
     def _order(self, turn: Turn, tier: int) -> Tensor:
         """The places of a tier's tokens in token order, `[batch, kv_heads or 1, tokens]`; then others, in some rows."""
         work, most = turn.keys, int(turn.counts.selections[tier].held.max())
-        last = torch.iinfo(work.positions.dtype).max
-        return work.positions.masked_fill(work.target != tier, last).argsort(dim=2, stable=True)[..., :most]
+        positions = work.positions
+        last = torch.iinfo(positions.dtype).max
+        return positions.masked_fill(work.target != tier, last).argsort(dim=2, stable=True)[..., :most]
 
     def _rank(self, policy: RankPolicy, turn: Turn, tier: int) -> Tensor:
         columns, work = self.placement.scores, turn.keys

@@ -27,9 +27,9 @@ def coded_alike(stores: Sequence[Any]) -> list[AffineStore]:
     found = [store for store in stores if type(store) is AffineStore]
     if len(found) < len(stores):
         return []
-    first = found[0]
-    plain = first.beside is None and not first.by_position and first.scales.levels is None
-    return found if plain and all(_kind(store) == _kind(first) for store in found) else []
+    # Levels may be given for some places in a model alone.
+    plain = all(s.beside is None and not s.by_position and s.scales.levels is None for s in found)
+    return found if plain and all(_kind(store) == _kind(found[0]) for store in found) else []
 
 
 def _kind(store: AffineStore) -> tuple[Any, ...]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from kvpolicy_int import Int
 from models import build, ids
 from torch import Tensor
 from words import CACHE
@@ -116,3 +117,17 @@ def test_layers_hold_what_each_would_alone(
             assert one.keys() == other.keys()
             for part, x in one.items():
                 torch.testing.assert_close(x, other[part], rtol=0, atol=0, equal_nan=True)
+
+
+def test_layers_whose_levels_differ_keep_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first has none, and would decode the others' codes otherwise."""
+    squares = torch.linspace(0, 4, 16).square()
+    monkeypatch.setattr(Int, "levels", lambda own, site: squares if own.nbits == 4 and site.layer else None)
+    model = build("llama", torch.bfloat16, num_hidden_layers=3)
+    found = held(model, "tokens", False)
+    monkeypatch.setattr(mover, "coded_alike", lambda stores: [])
+    monkeypatch.setattr(mover, "gather_from", lambda *given: None)
+    expected = held(model, "tokens", False)
+    assert torch.equal(found[1], expected[1])
+    for one, other in zip(found[0], expected[0], strict=True):
+        assert all(torch.equal(x, other[part]) for part, x in one.items())

@@ -44,7 +44,7 @@ class Again:
         self.before = len(plan.numbers)
         self.arguments = Arguments(plan.numbers + bytes(plan.addresses.size) + plan.layout)
         self.outs: list[Tensor] = []
-        """Outputs that are still to be raw, of layers to come; likewise scores, and sums."""
+        """Outputs that are still to be written, of layers to come; likewise scores, and sums."""
         self.found: list[Tensor] = []
         """What is found in each space of values, if there are several, and read before the next layer writes it."""
         self.maps: list[Tensor] = []
@@ -112,7 +112,7 @@ def _chains(stores: Sequence[Any], views: Sequence[int]) -> list[Any]:
 
 
 def _one_of(made: list[Tensor], like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A tensor to be raw to; if none is left of those that were made, some are made for layers to come."""
+    """A tensor to be written to; if none is left of those that were made, some are made for layers to come."""
     if not made:
         count = max(1, min(AHEAD, LARGEST // max(math.prod(shape) * dtype.itemsize, 1)))
         made += like.new_empty((count, *shape), dtype=dtype).unbind(0)
