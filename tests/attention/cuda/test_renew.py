@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from kernel_reader import fake_kernel, fake_launch
 from models import ids, llama
-from served import own, token
+from served import channel, own, token
 from words import CACHE
 
 from kvpolicy import attach, make_cache
@@ -22,7 +23,12 @@ from kvpolicy.hf import graphs
 from kvpolicy.interfaces.backend import AttentionOptions
 
 SCALED = own(token(2), token(2, transforms=[{"kind": "scale"}]))
+NEWEST = {"policy": {"kind": "recent", "window": 20, "flush": 24}, "store": "full"}
+UNLIKE = {**own(token(2), token(2)), "layers": {"1": [NEWEST, {"keys": token(4), "values": token(2)}]}}
 RECIPES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "unlike layers": (UNLIKE, {}),
+    "per channel": (own(channel(2), token(2)), {}),
+    "h2o": ("h2o", {"window": 20, "heavy": 30}),
     "logquant": ("logquant", {"window": 12}),
     "kivi": ("kivi", {"residual": 32}),
     "streaming-llm": ("streaming-llm", {"window": 40}),
@@ -69,9 +75,16 @@ def test_launches_of_all_layers_read_what_there_is(name: str, monkeypatch: pytes
     model, spaces = llama(64, 4, 2, torch.bfloat16), 2 if name == "scaled" else 1
     cache = make_cache(recipe, model, **params)
     launches: list[Launch] = []
+    kinds = 2 if name == "unlike layers" else 1
     with attach(model):
         model(ids(150, 2), **{CACHE: cache})
         for seed in range(70):
+            if seed % 13 == 5:
+                cache.crop(-2)
+            if seed % 17 == 7:
+                cache = copy.deepcopy(cache)
+            if seed % 19 == 3:
+                cache.reorder_cache(torch.tensor([1, 0]))
             model(ids(1, 2, seed=seed), **{CACHE: cache})
             graphs._commit(cache, model.device)
             layers = graphs._tiers(cache)
@@ -87,7 +100,7 @@ def test_launches_of_all_layers_read_what_there_is(name: str, monkeypatch: pytes
                     out = joined(out, [None, *(twin for _, _, twin in launch.chains)], 2, query.dtype)
                 error = (out.transpose(1, 2).float() - wanted.float()).norm() / wanted.float().norm()
                 assert error < 8e-3
-            assert len(asked) == 1
+            assert len(asked) == kinds
 
 
 def test_a_launch_that_needs_more_than_there_is_says_why() -> None:
