@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kvpolicy.errors import CacheError
+from kvpolicy.layer.view import View
 
 _compiling: Callable[[], Any] | None = None
 """Gives what compiles the frames of this thread, None where nothing does."""
@@ -77,7 +78,8 @@ class _Barred(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, why: str, out: Tensor, *_: Tensor) -> Tensor:
         ctx.why = why
-        return out
+        # What is given, autograd would hand out a view of, and of a `View` that is the decoded tensor.
+        return out.again() if isinstance(out, View) else out
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:

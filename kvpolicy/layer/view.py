@@ -73,6 +73,10 @@ class View(Tensor):
         args, kwargs = tree_map_only(View, View.dense, (args, kwargs or {}))
         return func(*args, **kwargs)
 
+    def again(self) -> View:
+        """Another tensor that stands for the same."""
+        return View(self.tiers, self.side, self.arriving, self.shape[2] - self.arriving.shape[2])
+
     def dense(self) -> Tensor:
         """The decoded tensor `[batch, kv_heads, tokens, head_dim]`, in token order."""
         return self.tiers.densified()[self.side]

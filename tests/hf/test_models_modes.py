@@ -100,16 +100,33 @@ def test_gradients_of_a_second_update_of_an_attached_model_are_refused(family: s
         model(ids(1), **{CACHE: cache})  # outside no_grad, and nobody asks for gradients
 
 
-def test_gradients_of_queries_alone_are_refused() -> None:
+@pytest.mark.parametrize("side", ["q_proj", "k_proj", "v_proj"])
+def test_gradients_of_one_side_alone_are_refused(side: str) -> None:
     model = build("llama", torch.float32, num_hidden_layers=1)
     model.requires_grad_(False)
-    model.model.layers[0].self_attn.q_proj.weight.requires_grad_()
+    getattr(model.model.layers[0].self_attn, side).weight.requires_grad_()
     cache = make_cache(QUANTIZE, model)
     with attach(model):
         model(ids(30), **{CACHE: cache})
         logits = model(ids(2), **{CACHE: cache}).logits
         with pytest.raises(CacheError, match="gradients can't pass"):
             logits.sum().backward()
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("name", ["logquant", "kivi", "h2o", "snapkv", "key-norm", "zipcache"])
+def test_stores_are_read_where_they_lie_outside_no_grad(
+    name: str, padded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As models are called that nobody trains: nothing is decoded for them, and policies see attention."""
+    monkeypatch.setattr(LayerCache, "densified", None)
+    model, mask = tiny("llama"), torch.ones((2, 60), dtype=torch.int64)
+    mask[0, : 13 if padded else 0] = 0
+    found = []
+    for wanted in (False, True):
+        with attach(model), torch.set_grad_enabled(wanted):
+            found.append(turns(model, make_cache(name, model), ids(60, 2), (40, 1, 1, 3, *[1] * 15), mask))
+    assert torch.equal(found[0], found[1].detach())
 
 
 def test_gradients_that_ended_in_the_cache_are_refused() -> None:
