@@ -90,13 +90,22 @@ def mask_scores(scores: Tensor, mask: Tensor | None, queries: Queries, columns: 
         scores.masked_fill_(part <= torch.finfo(part.dtype).min / 2, -torch.inf)
 
 
-def visible_columns(mask: Tensor | None, places: Tensor, new: int) -> Tensor:
-    """A mask for keys whose positions are `places`, `[batch, 1, columns]`, -1 where there is none."""
+def visible_columns(mask: Tensor | None, places: Tensor, new: int, heads: int) -> Tensor:
+    """A mask for keys whose positions are `places`, `[batch, kv_heads or 1, columns]`, -1 where there is none.
+
+    Args:
+        mask: `[batch or 1, 1 or heads, queries, tokens seen]`.
+        places: the positions.
+        new: how many of the tokens are new.
+        heads: query heads.
+    """
+    if places.shape[1] > 1:
+        places = places.repeat_interleave(heads // places.shape[1], 1)
     empty = (places < 0).unsqueeze(2)
     if mask is None:
         later = torch.arange(new, device=places.device) > torch.arange(new, device=places.device)[:, None]
         shown = torch.nn.functional.pad(~later, (places.shape[2] - new, 0), value=True)
         return shown & ~empty
-    wide = mask.expand(len(places), -1, -1, -1)
+    wide = mask.expand(len(places), max(mask.shape[1], places.shape[1]), -1, -1)
     found = wide.gather(3, places.clamp(min=0).unsqueeze(2).expand(*wide.shape[:3], -1))
     return found.masked_fill(empty, False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min)

@@ -312,7 +312,7 @@ def _pass_on(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of a model that runs with a compressed cache, over keys and values that are tensors."""
-    attention_mask = _of_dense(module, current, key, attention_mask)
+    attention_mask = _of_dense(module, current, query, key, attention_mask)
     found: tuple[Tensor, Tensor | None] = original(module, query, key, value, attention_mask, *args, **kwargs)
     _show(current, module, query, key, value, attention_mask, kwargs, found[0])
     return found
@@ -379,7 +379,7 @@ def _show(current: Pass | None, *seen: Any) -> None:
         watch(*seen)
 
 
-def _of_dense(module: Any, current: Pass, key: Tensor, mask: Tensor | None) -> Tensor | None:
+def _of_dense(module: Any, current: Pass, query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor | None:
     """The columns of a mask over all tokens seen that belong to a decoded layer from which tokens were dropped."""
     cache, layer = current.cache, module.layer_idx
     if cache is not None and layer >= len(cache.layers):  # it shares the keys of the last layer of its type
@@ -391,7 +391,7 @@ def _of_dense(module: Any, current: Pass, key: Tensor, mask: Tensor | None) -> T
     places = tiers.visible().to(key.device)
     if places.ndim == 1:
         return mask if mask is None or mask.shape[-1] == len(places) else mask.index_select(-1, places)
-    return visible_columns(mask, places, tiers.seen - tiers.committed)
+    return visible_columns(mask, places, tiers.seen - tiers.committed, query.shape[1])
 
 
 def _tiers_of(cache: PassAware, layer: int) -> LayerCache | None:

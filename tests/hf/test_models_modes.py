@@ -275,19 +275,23 @@ def test_quantizing_recipes(name: str, implementation: str, padding: str) -> Non
         assert (near - want).abs().max() < 0.1 * want.abs().max()
 
 
+SHORTEST = {"policy": {"kind": "rank", "scorer": {"kind": "key_norm"}, "budget": 12, "share": "head"}, "store": "full"}
+
+
+@pytest.mark.parametrize("tiers", [DROP, recipe(RECENT, SHORTEST, EVICT)], ids=["position", "head"])
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_eviction_in_diffllama(implementation: str) -> None:
+def test_eviction_in_diffllama(implementation: str, tiers: Any) -> None:
     """Attached, a padded row is served as it is alone; unattached the same tokens stay."""
     model, tokens = family_of("diffllama"), ids(70, 2)
     model.set_attn_implementation(implementation)
     with torch.no_grad():
-        plain = turns(model, make_cache(DROP, model), tokens[:1], (40, 10, *[1] * 20))
+        plain = turns(model, make_cache(tiers, model), tokens[:1], (40, 10, *[1] * 20))
         with attach(model):
-            got = turns(model, make_cache(DROP, model), tokens[:1], (40, 10, *[1] * 20))
+            got = turns(model, make_cache(tiers, model), tokens[:1], (40, 10, *[1] * 20))
             torch.testing.assert_close(got, plain, atol=2e-5, rtol=1e-4)
             mask = padded("left", 70)
-            both = turns(model, make_cache(DROP, model), tokens, (40, 10, *[1] * 20), mask)
-            alone = turns(model, make_cache(DROP, model), tokens[:1, 9:], (31, 10, *[1] * 20))
+            both = turns(model, make_cache(tiers, model), tokens, (40, 10, *[1] * 20), mask)
+            alone = turns(model, make_cache(tiers, model), tokens[:1, 9:], (31, 10, *[1] * 20))
     torch.testing.assert_close(both[:1, 9:], alone, atol=2e-5, rtol=1e-4)
 
 
