@@ -107,7 +107,12 @@ def _mapped(store: AffineStore | NamedStore, rows: Tensor) -> Tensor:
 def _block(store: Store, like: Tensor) -> int:
     """Tokens to read at a time; `like` has the batch, the heads and the channels of the store."""
     most = BLOCK if like.device.type == "cpu" else ELSEWHERE
-    width = plane_width(store.head_dim, store.quantizer.bits) if isinstance(store, AffineStore) else like.shape[3]
+    width = like.shape[3]
+    if isinstance(store, AffineStore):
+        groups = 1 if store.by_channel else store.numbers
+        if not store.parts["codes"].length or _pieces(store, groups)[1] is not None:  # else all planes at once
+            width = plane_width(store.head_dim, store.quantizer.bits)
+        most //= 2 if store.by_channel else 1  # queries by group and their products take as much again
     return max(64, most // (width * like.shape[0] * like.shape[1]))
 
 
