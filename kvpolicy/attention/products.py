@@ -263,7 +263,9 @@ def _joined(x: Tensor, factors: Tensor | None) -> Tensor:
     return joined if factors is None else joined.mul_(factors)
 
 
-def _multiplied(left: Tensor, parts: Iterator[tuple[int, int, Tensor]], pieces: int, across: bool) -> Tensor:
+def _multiplied(
+    left: Tensor, parts: Iterator[tuple[int, int, Tensor]], pieces: int, across: bool, sums: int | None = None
+) -> Tensor:
     """The matrix products of `left`, in as many parts as divide `pieces`, with each piece.
 
     Args:
@@ -271,18 +273,25 @@ def _multiplied(left: Tensor, parts: Iterator[tuple[int, int, Tensor]], pieces: 
         parts: pieces, some at a time, as `_cut` yields them: `[some, ..., n, columns]`.
         pieces: their number.
         across: whether rows and columns of the pieces change places first.
+        sums: into as many the products of neighbouring pieces are added up; by default they are not.
 
     Returns:
-        `[pieces, ..., rows, columns]`.
+        `[sums or pieces, ..., rows, columns]`.
     """
-    each, found = pieces // len(left), None
+    sums = sums or pieces
+    each, share, found = pieces // len(left), pieces // sums, None
     for first, last, x in parts:
         right = x.transpose(-2, -1) if across else x
         if last - first == pieces:
-            return (left.repeat_interleave(each, 0) if each > 1 else left) @ right
+            product = (left.repeat_interleave(each, 0) if each > 1 else left) @ right
+            return product.unflatten(0, (sums, share)).sum(1) if share > 1 else product
         if found is None:
-            found = left.new_empty((pieces, *left.shape[1:-1], right.shape[-1]))
-        torch.matmul(left[first // each : (last - 1) // each + 1], right, out=found[first:last])
+            found = left.new_empty((sums, *left.shape[1:-1], right.shape[-1]))
+        own = left[first // each : (last - 1) // each + 1]
+        if first % share:  # one at a time
+            found[first // share].add_((own @ right)[0])
+        else:
+            torch.matmul(own, right, out=found[first // share : (last - 1) // share + 1])
     assert found is not None
     return found
 
@@ -295,9 +304,7 @@ def _token_product(store: AffineStore, rows: Tensor) -> Product:
     totals = rows.unflatten(3, (count, -1)).sum(4, keepdim=True).permute(3, 0, 1, 2, 4)
 
     def product(codes: Tensor, params: Tensor, out: Tensor) -> None:
-        found = _multiplied(query, _cut(store, codes, count, room), pieces, True)
-        if count < pieces:
-            found = found.unflatten(0, (count, -1)).sum(1)
+        found = _multiplied(query, _cut(store, codes, count, room), pieces, True, count)
         scale, offset = store.scales.by_group(params, count)
         found.mul_(scale)
         if offset is not None:
@@ -318,8 +325,8 @@ def _channel_product(store: AffineStore, rows: Tensor) -> Product:
         by_group = out.unflatten(3, codes.shape[2:4]).transpose(2, 3)
         if rows.shape[2] < codes.shape[3]:  # fewer rows than tokens of a group: they take its scales, each group apart
             query = _in_pieces(raised * scale, pieces)
-            found = _multiplied(query, _cut(store, codes, 1, room), pieces, True)
-            torch.sum(found, 0, out=by_group)
+            found = _multiplied(query, _cut(store, codes, 1, room), pieces, True, 1)
+            by_group.copy_(found[0])
         else:
             scales, query = _in_pieces(scale, pieces), _in_pieces(rows, pieces, factors)
             out.zero_()
