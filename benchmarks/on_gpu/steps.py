@@ -135,6 +135,7 @@ class Sizes:
             row.more["DynamicCache ms"] = row.base[1] * 1e3
 
     def turn(self, cache: Any, count: int, warm: int) -> tuple[float, float]:
+        """Seconds of a step of a recipe's cache, and the most megabytes."""
         with kvpolicy.attach(self.model, graphs=False):
             return peaked(partial(step_time, self.model, cache, self.token, count, warm))
 

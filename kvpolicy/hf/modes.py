@@ -79,7 +79,7 @@ class _Barred(torch.autograd.Function):
     def forward(ctx: Any, why: str, out: Tensor, *_: Tensor) -> Tensor:
         ctx.why = why
         # What is given, autograd would hand out a view of, and of a `View` that is the decoded tensor.
-        return out.again() if isinstance(out, View) else out
+        return out.anew() if isinstance(out, View) else out
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from kvpolicy.storage.exact import ExactStore
 from kvpolicy.storage.gather import gather_all, gather_tokens
 from kvpolicy.storage.later import Later, append_all, remove_all
 from kvpolicy.storage.pages import Leaving
-from kvpolicy.storage.together import append_coded, coded_alike, gather_from, layers_at_once, remove_coded
+from kvpolicy.storage.together import append_coded, coded_alike, gather_from, layers_beside, remove_coded
 
 Stores = dict[str, list[Store | None]]
 
@@ -185,44 +185,46 @@ def _by_head_at_once(
         return None
     found: list[Tensor] = []
     rows, heads, _, dim = new[0].shape
-    most = layers_at_once(rows * heads * every[0].shape[-1] * dim * new[0].element_size())
+    most = layers_beside(rows * heads * every[0].shape[-1] * dim * new[0].element_size())
     for at in range(0, len(held) if most > 1 else 0, most):
         some = slice(at, at + most)
-        x = _of_sources(arrivals[0], torch.stack(every[some]), held[some], new[some])
+
+        def gathered(source: int, places: Tensor, some: slice = some) -> Tensor | None:
+            if source == NEW:
+                return gather_all(new[some], places)
+            return gather_from([own[source] for own in held[some]], places, new[0].dtype)
+
+        x = _of_sources(arrivals[0], torch.stack(every[some]), gathered)
         if x is None:
             return None
         found += x.unbind(0)
     return found or None
 
 
-def _of_sources(
-    arrival: Arrival, index: Tensor, held: Sequence[list[Store | None]], new: Sequence[Tensor]
-) -> Tensor | None:
-    """The tokens at `index`, `[layers, batch or 1, kv_heads or 1, tokens]`, of the sources of an arrival."""
-    out: Tensor | None = None
-    for source, (first, end) in zip(arrival.sources, arrival.bounds, strict=True):
-        if first == end:
-            continue
-        whole = arrival.full and len(arrival.sources) == 1
-        local = index if whole else (index - first).clamp_(0, end - first - 1)
-        stores = [own[source] for own in held]
-        x = gather_all(new, local) if source == NEW else gather_from(stores, local, new[0].dtype)
-        if x is None:
-            return None
-        out = x if out is None else torch.where((index >= first).unsqueeze(4), x, out)
-    return out if out is None or arrival.full else out.masked_fill_((index < 0).unsqueeze(4), 0.0)
-
-
 def _by_head(arrival: Arrival, index: Tensor, stores: list[Store | None], new: Tensor) -> Tensor:
     """Each row and head from its own sources; zeros in empty places."""
+
+    def gathered(source: int, places: Tensor) -> Tensor:
+        store = None if source == NEW else stores[source]
+        return gather_tokens(new, places) if store is None else store.gather(places, new.dtype)
+
+    found = _of_sources(arrival, index, gathered)
+    assert found is not None
+    return found
+
+
+def _of_sources(arrival: Arrival, index: Tensor, gathered: Callable[[int, Tensor], Tensor | None]) -> Tensor | None:
+    """The tokens at `index`, `[..., batch or 1, kv_heads or 1, tokens]`, of the sources of an arrival.
+
+    `gathered` gives those at some places of a source; None where it can't, for all of them.
+    """
     out: Tensor | None = None
     for source, (first, end) in zip(arrival.sources, arrival.bounds, strict=True):
         if first == end:
             continue
         whole = arrival.full and len(arrival.sources) == 1
-        local = index if whole else (index - first).clamp_(0, end - first - 1)
-        store = None if source == NEW else stores[source]
-        x = gather_tokens(new, local) if store is None else store.gather(local, new.dtype)
-        out = x if out is None else torch.where((index >= first).unsqueeze(3), x, out)
-    assert out is not None
-    return out if arrival.full else out.masked_fill((index < 0).unsqueeze(3), 0.0)
+        x = gathered(source, index if whole else (index - first).clamp_(0, end - first - 1))
+        if x is None:
+            return None
+        out = x if out is None else torch.where((index >= first).unsqueeze(-1), x, out)
+    return out if out is None or arrival.full else out.masked_fill((index < 0).unsqueeze(-1), 0.0)

@@ -73,7 +73,7 @@ class View(Tensor):
         args, kwargs = tree_map_only(View, View.dense, (args, kwargs or {}))
         return func(*args, **kwargs)
 
-    def again(self) -> View:
+    def anew(self) -> View:
         """Another tensor that stands for the same."""
         return View(self.tiers, self.side, self.arriving, self.shape[2] - self.arriving.shape[2])
 

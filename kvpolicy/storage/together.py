@@ -16,7 +16,7 @@ from kvpolicy.storage.gather import filled, gather_all
 from kvpolicy.storage.later import Later, remove_all
 from kvpolicy.storage.pages import Leaving, Pages
 
-__all__ = ["append_coded", "coded_alike", "gather_from", "layers_at_once", "remove_coded"]
+__all__ = ["append_coded", "coded_alike", "gather_from", "layers_beside", "remove_coded"]
 
 AT_ONCE = 1 << 26
 """Bytes of tokens of several layers that are brought side by side at most."""
@@ -119,13 +119,13 @@ def append_coded(
 
 def _filled(tokens: Sequence[Tensor], empty: Sequence[Tensor]) -> list[Tensor]:
     rows, found = tokens[0].shape[0], []
-    for first in range(0, len(tokens), most := layers_at_once(tokens[0].nbytes)):
+    for first in range(0, len(tokens), most := layers_beside(tokens[0].nbytes)):
         holes = [own.expand(rows, -1, -1) for own in empty[first : first + most]]
         found += filled(torch.cat(list(tokens[first : first + most])), torch.cat(holes)).split(rows)
     return found
 
 
-def layers_at_once(each: int) -> int:
+def layers_beside(each: int) -> int:
     """Of how many layers tokens of so many bytes are brought side by side at a time."""
     return max(1, AT_ONCE // max(1, each))
 

@@ -104,9 +104,9 @@ def test_layers_hold_what_each_would_alone(
     by_position = name == "hf-quantized" and not padded
     assert set(+called) == (set() if by_position else DONE.get(name, ALL))
     found.append(held(model, name, padded))
-    monkeypatch.setattr(mover, "layers_at_once", lambda tokens: 2)
+    monkeypatch.setattr(mover, "layers_beside", lambda tokens: 2)
     found.append(held(model, name, padded))
-    monkeypatch.setattr(mover, "layers_at_once", lambda tokens: 1)
+    monkeypatch.setattr(mover, "layers_beside", lambda tokens: 1)
     monkeypatch.setattr(mover, "coded_alike", lambda stores: [])
     called.clear()
     expected = held(model, name, padded)
