@@ -199,7 +199,8 @@ def _attend(
         sinks = options.sinks.float().contiguous()
     if options.observer is not None:
         lines = (batch, part.kv_heads, heads // part.kv_heads * queries)
-        scores = query.new_empty((*lines, columns_of(part, options)), dtype=torch.float32)
+        shape = (*lines, columns_of(part, options))  # what policies keep of them is summed up before the next layer
+        scores = query.new_empty(shape, dtype=torch.float32) if graph is None else graph.room(*shape)
         if part.slots is not None:  # nothing is written where no token is
             scores.fill_(-torch.inf)
         sums = query.new_empty((*lines, 1), dtype=torch.float32)

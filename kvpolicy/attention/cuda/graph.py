@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 __all__ = ["Launch", "Recording", "change", "current", "recording"]
 
@@ -46,11 +47,19 @@ class Recording:
         with torch.inference_mode(False):
             self.partials = torch.empty(ROOM, dtype=torch.float32, device=device)
             self.counters = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
+        self.shared: dict[tuple[int, ...], Tensor] = {}
+        """What a launch writes and the next kernels read before another one writes, by its shape."""
         self.launches: list[Launch] = []
         self.chains: dict[int, Any] = {}
         """Twins of the transforms of stores, made before, by the identity of the transforms."""
         self.unfit: str | None = None
         """Why the graph can't be replayed."""
+
+    def room(self, *shape: int) -> Tensor:
+        """Numbers in float32 that the launches of all layers write in turn."""
+        if shape not in self.shared:
+            self.shared[shape] = torch.empty(shape, dtype=torch.float32, device=self.device)
+        return self.shared[shape]
 
     def add(self, device: int, **about: Any) -> None:
         """Note the launch that the current stream has just captured; `about` are fields of `Launch`."""
