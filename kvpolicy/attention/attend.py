@@ -13,7 +13,7 @@ from kvpolicy.attention.backend import asked, assigned, computed, merged, observ
 from kvpolicy.attention.mask import Queries, as_mask
 from kvpolicy.attention.reading import read
 from kvpolicy.attention.reference import REFERENCE, SCORES, only_new, weights
-from kvpolicy.attention.steady import stands
+from kvpolicy.attention.steady import asked_of, computed_first, known_of
 from kvpolicy.interfaces.backend import AttentionOptions, Backend, Part, StoreView
 from kvpolicy.layer.layer import LayerCache
 from kvpolicy.placement.attention_scores import Observer
@@ -55,11 +55,15 @@ def attend(
     """
     observer = observer if observer is not None and observer.queries else None  # some of these queries count
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
-    asked = scale, softcap, sinks is None, observer and observer.room
-    standing = stands(tiers, query, new, *asked) if mask is None else None
-    out = standing.again(tiers, query, new, sinks, observer) if standing else None
-    if out is not None:
-        return out
+    asked = None
+    if mask is None:
+        asked = asked_of(tiers, query, new, scale, softcap, sinks is None, observer and observer.room)
+        known = known_of(tiers, asked)
+        if known is not None and tiers.stood is not None:
+            tiers.backends = known.backends
+            out: Tensor | None = known.again(query, new, tiers.stood.addresses, tiers.stores, sinks, observer)
+            if out is not None:
+                return out
     shown = as_mask(mask, tiers.committed + new[0].shape[2], new[0].shape[1])
     pages = read(tiers, query, shown, scale, softcap) if tiers.page_table is not None else None
     options = AttentionOptions(scale, softcap, sinks, observer, alone=pages is None)
@@ -69,7 +73,7 @@ def attend(
     alone = len(pieces) == 1 and pages is None
     if alone and pieces[0][0] is REFERENCE:
         return _as_asked(REFERENCE.output(query, pieces[0][1], shown, options), query)
-    out = standing.first(tiers, *pieces[0], query, options) if alone and standing else None
+    out = computed_first(tiers, asked, *pieces[0], query, options) if alone and asked else None
     if out is not None:
         return out
     found = _computed(query, pieces, shown, options if alone else AttentionOptions(scale, softcap, sinks))

@@ -21,57 +21,7 @@ from kvpolicy.storage.affine import AffineStore
 from kvpolicy.storage.clock import Clock
 from kvpolicy.storage.read import parts_read, words_of
 
-__all__ = ["Stands", "stands"]
-
-
-class Stands(NamedTuple):
-    """How a layer stands, and what it is asked."""
-
-    stood: Stood
-    step: Step
-    asked: tuple[Any, ...]
-
-    def again(
-        self, tiers: LayerCache, query: Tensor, new: tuple[Tensor, Tensor], sinks: Tensor | None, observer: Any
-    ) -> Tensor | None:
-        """What attention gives, if a layer before it stood alike."""
-        found = self.known(tiers)
-        if found is None:
-            return None
-        known, addresses = found
-        tiers.backends = known.backends
-        out: Tensor | None = known.again(query, new, addresses, tiers.stores, sinks, observer)
-        return out
-
-    def known(self, tiers: LayerCache) -> tuple[Known, list[int]] | None:
-        """What was kept for a layer that stood like this one and was asked the same, and this one's addresses."""
-        known: Known | None = tiers.reading.known.get(self.stood.standing.kind)
-        if known is None or known.step is not self.step or known.asked != self.asked:
-            return None
-        stood = self.stood
-        if known.standing is not stood.standing:  # what is known of the two may be of different ages
-            tiers.stood = _looked_up(tiers)
-            if tiers.stood is None or tiers.stood.standing is not known.standing:
-                return None
-            stood = tiers.stood
-        return known, stood.addresses
-
-    def first(
-        self, tiers: LayerCache, backend: Backend, part: Part, query: Tensor, options: AttentionOptions
-    ) -> Tensor | None:
-        """What attention gives, if what computes it can serve the layers to come; it is kept for them."""
-        found = computed_again(backend, query, part, options, self.stood.addresses, tiers.stores)
-        if found is None:
-            return None
-        self.note(tiers, found[0])
-        return found[1]
-
-    def note(self, tiers: LayerCache, again: Callable[..., Any]) -> None:
-        """Keep what serves those that stand like this layer."""
-        standing = self.stood.standing
-        if standing.marks is None:
-            standing.marks = _marks(tiers)[0]
-        tiers.reading.known[standing.kind] = Known(standing, self.step, self.asked, tiers.backends, again)
+__all__ = ["Known", "asked_of", "computed_first", "known_of", "note"]
 
 
 class Known(NamedTuple):
@@ -85,21 +35,61 @@ class Known(NamedTuple):
     """See `Backend.again`; of a graph that is replayed, its `Renewal`."""
 
 
-def stands(tiers: LayerCache, query: Tensor, new: tuple[Tensor, Tensor], *asked: Any) -> Stands | None:
-    """How a layer stands, and what it is asked besides; None where more than that counts."""
-    if tiers.page_table is not None or not tiers.planner.plain:
+def asked_of(tiers: LayerCache, query: Tensor, new: tuple[Tensor, Tensor], *more: Any) -> tuple[Any, ...]:
+    """What a layer is asked: the kinds of its query and new tokens, and more."""
+    keys, values = new
+    return (
+        query.dtype, query.shape, query.stride(), query.get_device(), tiers.like["keys"].get_device(),
+        keys.dtype, keys.shape, keys.stride(), values.dtype, values.shape, values.stride(), *more,
+    )  # fmt: skip
+
+
+def known_of(tiers: LayerCache, asked: tuple[Any, ...]) -> Known | None:
+    """What was kept for a layer that stands like this one and was asked the same; `tiers.stood` has the addresses."""
+    if tiers.kind is None:
+        stood_of(tiers)
+    known: Known | None = tiers.reading.known.get(tiers.kind)
+    if known is None or known.step is not tiers.planner.step or known.asked != asked:
         return None
+    stood = stood_of(tiers)
+    if stood is not None and stood.standing is not known.standing:  # what is known of the two may be of different ages
+        stood = tiers.stood = _looked_up(tiers)
+    return None if stood is None or stood.standing is not known.standing else known
+
+
+def stood_of(tiers: LayerCache) -> Stood | None:
+    """How a layer stands; None where more than its stores counts."""
     stood = tiers.stood
     if stood is None or stood.standing.moved != Clock.moved or stood.grown != Clock.grown:
         stood = tiers.stood = _looked_up(tiers)
-        if stood is None:
-            return None
-    keys, values = new
-    shapes = (
-        query.dtype, query.shape, query.stride(), query.get_device(), tiers.like["keys"].get_device(),
-        keys.dtype, keys.shape, keys.stride(), values.dtype, values.shape, values.stride(),
-    )  # fmt: skip
-    return Stands(stood, tiers.planner.step, (*shapes, *asked))
+    return stood if tiers.page_table is None and tiers.planner.plain else None
+
+
+def computed_first(
+    tiers: LayerCache,
+    asked: tuple[Any, ...],
+    backend: Backend,
+    part: Part,
+    query: Tensor,
+    options: AttentionOptions,
+) -> Tensor | None:
+    """What attention gives, if what computes it can serve the layers to come; it is kept for them."""
+    stood = stood_of(tiers)
+    found = None if stood is None else computed_again(backend, query, part, options, stood.addresses, tiers.stores)
+    if found is None:
+        return None
+    note(tiers, asked, found[0])
+    return found[1]
+
+
+def note(tiers: LayerCache, asked: tuple[Any, ...], again: Callable[..., Any]) -> None:
+    """Keep what serves those that stand like this layer and are asked the same."""
+    stood = stood_of(tiers)
+    if stood is not None:
+        standing = stood.standing
+        if standing.marks is None:
+            standing.marks = _marks(tiers)[0]
+        tiers.reading.known[standing.kind] = Known(standing, tiers.planner.step, asked, tiers.backends, again)
 
 
 def _looked_up(tiers: LayerCache) -> Stood | None:

@@ -343,7 +343,7 @@ def _read(
             "that drops none, or detach the model"
         )
     observer = _observer(module, tiers, query) if tiers.observes else None
-    committed, lse = tiers.committed, None
+    committed, lse = tiers.planner.step.seen, None
     options = kwargs.get("scaling"), kwargs.get("softcap"), kwargs.get("s_aux")
     if not committed:
         out, lse = own_attention(original, module, query, new, attention_mask, args, kwargs, observer is not None)
@@ -357,7 +357,7 @@ def _read(
     if tiers.asked_for:
         tiers.heed(query)
     if tiers.scratch is not None:  # no other layer reads these keys and values
-        passes.let_in(tiers, attached_pass(module) if query.shape[2] > 1 else None, query)
+        passes.let_in(tiers, module, query)
     if committed and wants_gradients(query, key, value):
         out = barred(ATTACHED, out, query, key, value)
     return out, None

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map_only
 from transformers.utils import ModelOutput
 
 from kvpolicy.attention.attend import whole
-from kvpolicy.attention.steady import stands
+from kvpolicy.attention.steady import asked_of, known_of, note
 from kvpolicy.hf.cache import CompressedCache
 from kvpolicy.hf.calls import Call, names_of
 from kvpolicy.hf.model_state import ModelState
@@ -238,18 +238,17 @@ def _renewed(graph: int, launch: Launch, layer: LayerCache) -> str | None:
 
     query, new, options = launch.call
     observer = options.observer
-    asked = options.scaling, options.softcap, options.sinks is None, observer and observer.room, Captured
-    standing = stands(layer, query, new, *asked)
-    known = standing.known(layer) if standing else None
-    if known is not None:
-        found, addresses = known[0].again, known[1]
+    about = options.scaling, options.softcap, options.sinks is None, observer and observer.room, Captured
+    asked = asked_of(layer, query, new, *about)
+    known = known_of(layer, asked)
+    if known is not None and layer.stood is not None:
+        found, addresses = known.again, layer.stood.addresses
     else:
         planned = renewal(launch, whole(layer, new))
         if isinstance(planned, str):
             return planned
         found, addresses = planned
-        if standing:
-            standing.note(layer, found)
+        note(layer, asked, found)
     reason: str | None = found(graph, launch, addresses, layer.stores)
     return reason
 

@@ -89,12 +89,14 @@ class Pass:
             cache.finish(failed)
 
 
-def let_in(tiers: LayerCache, current: Pass | None, query: Tensor) -> None:
+def let_in(tiers: LayerCache, module: Any, query: Tensor) -> None:
     """Let a layer's new tokens in; many on a GPU with those of other layers, once the next one has given it work.
 
     So it never waits for the host, which plans for several layers at once.
     """
-    if current is None or current.cache is None or query.device.type not in LATE or query.shape[2] <= MAX_PENDING:
+    waits = query.shape[2] > MAX_PENDING and query.device.type in LATE
+    current = attached_pass(module) if waits else None
+    if current is None or current.cache is None:
         tiers.hold()
         return
     if len(current.late) == AT_ONCE:

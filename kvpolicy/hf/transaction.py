@@ -152,7 +152,7 @@ class Guard:
             with precise(device):
                 self.commit(tokens)
         self._pass = Transaction(before, padding, own, _caller())
-        self.reading.known.clear()
+        self.reading.forget()
         self.reading.padding, self.reading.attached = coming, attached
 
     def _check_columns(self, mask: Tensor, tokens: int) -> None:
@@ -179,7 +179,7 @@ class Guard:
         if self.selects_together and self.pending > MAX_APART:
             self.commit()
         self.reading.attached = False
-        self.reading.known.clear()
+        self.reading.forget()
         self._pass = None  # last: until here an interruption takes the pass back
 
     def announce(self, tokens: int, mask: Any, attached: bool) -> None:
@@ -270,7 +270,7 @@ class Guard:
                 layer.__dict__.clear()
                 layer.__dict__.update(p.own[i])
         self.reading.attached, self.reading.padding = False, p.padding
-        self.reading.known.clear()
+        self.reading.forget()
         if not all(done):
             raise CacheError(
                 "a forward pass with this cache was interrupted after tokens had left their places for good; reset() "

@@ -17,7 +17,7 @@ from kvpolicy.interfaces.quantizer import Quantizer
 from kvpolicy.interfaces.site import Site
 from kvpolicy.layer.paging import PageTable
 from kvpolicy.layer.standing import Kind, Stood
-from kvpolicy.layer.view import Scratch
+from kvpolicy.layer.view import Scratch, Views
 from kvpolicy.placement.attention_scores import Observer
 from kvpolicy.placement.by_position import ByPosition
 from kvpolicy.placement.contract import Planner
@@ -61,8 +61,14 @@ class Reading:
     """Whether nobody else writes to the tensors that updates bring."""
     known: dict[Any, Any] = field(default_factory=dict)
     """What attention found out in the pass, for each kind of layers."""
+    views: Views = field(default_factory=Views)
     room: int = 0
     """Columns that attention weights are to have at least, for policies that are told of them."""
+
+    def forget(self) -> None:
+        """What is of one pass alone."""
+        self.known.clear()
+        self.views.forget()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "known": {}}  # it is of the pass, and may hold what can't be copied

@@ -79,7 +79,10 @@ class LayerCache(Committing):
         return dense
 
     def stage(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Add tokens, once `hold` is called; returns views of all, for attention to read until then."""
+        """Add tokens, once `hold` is called; returns views of all, for attention to read until then.
+
+        They show the next layer once it is staged, unless several layers read the same keys and values.
+        """
         if not self.stores:
             self.start(keys, values)
         rows, _, tokens, _ = keys.shape
@@ -87,7 +90,8 @@ class LayerCache(Committing):
             self._check_rows(keys)
         if self.placement.scores.told is not None:
             self.check_told(keys)
-        self.commit(tokens)
+        if self.broken or self.staged or self.decoded or self.pending or self.asks_for_end:
+            self.commit(tokens)
         first = self.planner.step.seen == 0
         if first and tokens and not self.placement.attends and not self.wants_queries:
             self.add(keys, values)
@@ -99,8 +103,8 @@ class LayerCache(Committing):
             self.staged = {"keys": keys, "values": values}
         if not first:  # gradients reach the tokens of a first update
             shown = keys, values
-        held = self.planner.width
-        return View(self, "keys", shown[0], held), View(self, "values", shown[1], held)
+        views = View.of_both if self.scratch is None else self.reading.views.of
+        return views(self, *shown, self.planner.width)
 
     def densified(self) -> dict[str, Tensor]:
         """What the views of `stage` stand for, for models that compute on it."""

@@ -73,6 +73,11 @@ class View(Tensor):
         args, kwargs = tree_map_only(View, View.dense, (args, kwargs or {}))
         return func(*args, **kwargs)
 
+    @classmethod
+    def of_both(cls, tiers: Staged, keys: Tensor, values: Tensor, held: int) -> tuple[View, View]:
+        """Views of the keys and of the values of a layer, with those just coming in."""
+        return cls(tiers, "keys", keys, held), cls(tiers, "values", values, held)
+
     def anew(self) -> View:
         """Another tensor that stands for the same."""
         return View(self.tiers, self.side, self.arriving, self.shape[2] - self.arriving.shape[2])
@@ -80,3 +85,30 @@ class View(Tensor):
     def dense(self) -> Tensor:
         """The decoded tensor `[batch, kv_heads, tokens, head_dim]`, in token order."""
         return self.tiers.densified()[self.side]
+
+
+class Views:
+    """The views of all layers in a pass, one after the other: to make tensors takes as long as the rest of a layer."""
+
+    def __init__(self) -> None:
+        self.shown: tuple[Any, ...] | None = None
+        self.pair: tuple[View, View] | None = None
+
+    def of(self, tiers: Staged, keys: Tensor, values: Tensor, held: int) -> tuple[View, View]:
+        """As `View.of_both`; they show the next layer once this is called for it."""
+        shown = held, keys.shape, values.shape, keys.dtype, values.dtype, keys.device
+        if self.pair is None or shown != self.shown:
+            self.shown, self.pair = shown, View.of_both(tiers, keys, values, held)
+        else:
+            for view, new in zip(self.pair, (keys, values), strict=True):
+                view.tiers, view.arriving = tiers, new
+        return self.pair
+
+    def forget(self) -> None:
+        self.shown = self.pair = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Views:
+        return Views()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Views, ()

@@ -19,7 +19,7 @@ import kvpolicy
 from kvpolicy import AttentionOptions, AttentionSpec, Backend, Part, make_cache
 from kvpolicy.attention import backend as backends
 from kvpolicy.attention.reference import REFERENCE
-from kvpolicy.attention.steady import _looked_up, stands
+from kvpolicy.attention.steady import _looked_up, asked_of, known_of, note, stood_of
 from kvpolicy.errors import PluginError
 from kvpolicy.layer.commit import commit_all
 from kvpolicy.layer.held import Reading
@@ -66,15 +66,16 @@ class Layers:
     def check(self, layer: LayerCache) -> None:
         """What is known of a layer holds, and what serves another that stands alike would serve it."""
         x = torch.zeros(self.rows, 2, 1, 32)
-        found = stands(layer, x, (x, x)) if layer.committed else None
+        found = stood_of(layer) if layer.committed else None
         if found is None:
             return
         fresh = _looked_up(layer)
         assert fresh is not None
-        assert found.stood.addresses == fresh.addresses
-        assert self.marks.setdefault(found.stood.standing, fresh.standing.marks) == fresh.standing.marks
-        if found.again(layer, x, (x, x), None, None) is None:
-            found.note(layer, lambda *given: x)
+        assert found.addresses == fresh.addresses
+        assert self.marks.setdefault(found.standing, fresh.standing.marks) == fresh.standing.marks
+        asked = asked_of(layer, x, (x, x))
+        if known_of(layer, asked) is None:
+            note(layer, asked, lambda *given: x)
         else:
             self.served += 1
 

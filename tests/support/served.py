@@ -14,7 +14,7 @@ from kvpolicy.attention.backend import spec_of
 from kvpolicy.attention.cuda.backend import Cuda
 from kvpolicy.attention.mask import as_mask
 from kvpolicy.attention.reference import REFERENCE
-from kvpolicy.attention.steady import stands
+from kvpolicy.attention.steady import stood_of
 from kvpolicy.interfaces.backend import AttentionOptions, Part
 from kvpolicy.layer.held import Reading
 from kvpolicy.layer.layer import LayerCache
@@ -155,13 +155,13 @@ class Served:
     def repeat(self, backend: Cuda, query: Tensor, part: Part, asked: AttentionOptions, found: Tensor) -> None:
         """What serves the other layers that stand alike gives the same to the bit."""
         assert part.new is not None
-        standing, again = stands(self.tiers, query, part.new), backend.again(query, part, asked)
-        if standing is None or again is None:
+        stood, again = stood_of(self.tiers), backend.again(query, part, asked)
+        if stood is None or again is None:
             return
         self.repeated += 1
         for _ in range(2):
             observer = copy.deepcopy(asked.observer)
-            out = again(query, part.new, standing.stood.addresses, self.tiers.stores, asked.sinks, observer)
+            out = again(query, part.new, stood.addresses, self.tiers.stores, asked.sinks, observer)
             assert out is not None
             assert torch.equal(out.transpose(1, 2), found.to(query.dtype))
 

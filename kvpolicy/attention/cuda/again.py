@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import struct
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,13 +13,14 @@ from torch import Tensor
 
 from kvpolicy.attention.cuda.kernel import Arguments, launch
 from kvpolicy.attention.cuda.layout import MAPS
-from kvpolicy.attention.cuda.plan import Plan
+from kvpolicy.attention.cuda.plan import POINTERS, Plan
 from kvpolicy.attention.cuda.scratch import counters, partials
 from kvpolicy.attention.cuda.spaces import joined, mapped
 
 __all__ = ["Again", "watch"]
 
-NONE = (0,) * (MAPS - 1)
+QUERY, MAPPED, OUT, LSE, PARTIALS, SCORES, SUMS, SINKS, ZEROS = 0, 1, *range(MAPS + 2, POINTERS)
+"""Which addresses of a launch are which; those of pages, indices and new tokens follow."""
 AHEAD, LARGEST = 16, 1 << 20
 """Tensors that are made at a time at most, and their bytes."""
 
@@ -33,16 +35,22 @@ class Again:
         """`slots` are the indices of a part that has some, `columns` those of attention weights, 0 for none."""
         batch, heads, queries, _ = query.shape
         self.plan, self.slots, self.columns = plan, slots, columns
-        self.lines = (batch, plan.lines // batch, heads * batch // plan.lines * queries)
         self.indices = [index.data_ptr() for index in slots]
+        self.lines = (batch, plan.lines // batch, heads * batch // plan.lines * queries)
         self.grid = plan.parts, plan.lines, plan.turns
         self.device = query.get_device()
         self.stream: Any = None
-        self.room: tuple[int, int] = (0, 0)
         self.kept: list[Tensor] = [query.new_empty((batch, heads, queries), dtype=torch.float32)]
         """Sums that nobody asks for, and what blocks share."""
-        self.before = len(plan.numbers)
         self.arguments = Arguments(plan.numbers + bytes(plan.addresses.size) + plan.layout)
+        first = len(plan.numbers)
+        self.words = memoryview(self.arguments.buffer).cast("B")[first : first + plan.addresses.size].cast("Q")
+        """The addresses among the arguments. Those that all layers share are written once."""
+        self.words[LSE] = self.kept[0].data_ptr()
+        self.behind: struct.Struct | None = None
+        """The addresses of pages, indices and new tokens, once it is known how many there are."""
+        self.begin = first + 8 * POINTERS
+        self.dtype = plan.dtype if plan.spaces == (-1,) else query.dtype
         self.outs: list[Tensor] = []
         """Outputs that are still to be written, of layers to come; likewise scores, and sums."""
         self.found: list[Tensor] = []
@@ -61,46 +69,53 @@ class Again:
         sinks: Tensor | None,
         observer: Any,
     ) -> Tensor | None:
-        plan, device = self.plan, self.device
-        keys, values = new[0].data_ptr(), new[1].data_ptr()
-        at = query.data_ptr()
+        keys, values, at = new[0].data_ptr(), new[1].data_ptr(), query.data_ptr()
         if (at | keys | values) % 16:
             return None
-        stream = torch._C._cuda_getCurrentRawStream(device)
+        plan, words = self.plan, self.words
+        stream = torch._C._cuda_getCurrentRawStream(self.device)
         if stream != self.stream:
             self._share(stream, query)
-        out = _one_of(self.outs, query, plan.out[-4:], query.dtype if self.found else plan.dtype)
-        raw = self.found[0] if self.found else out
-        chains = _chains(stores["keys"], plan.maps)
-        maps = [mapped(chain, query, self.lines[1], to) for chain, to in zip(chains, self.maps, strict=True)]
-        sinks = None if sinks is None else sinks.float().contiguous()
-        scores = sums = None
+        out = self.outs.pop() if self.outs else _one_of(self.outs, query, plan.out[-4:], self.dtype)
+        words[QUERY] = at
+        if self.maps:
+            chains = _chains(stores["keys"], plan.maps)
+            maps = [mapped(chain, query, self.lines[1], to) for chain, to in zip(chains, self.maps, strict=True)]
+            for i, x in enumerate(maps):
+                words[MAPPED + i] = x.data_ptr()
+        if not self.found:
+            words[OUT] = out.data_ptr()
+        if sinks is not None:
+            sinks = sinks.float().contiguous()
+            words[SINKS] = sinks.data_ptr()
         if observer is not None:
             scores = _one_of(self.scores, query, (*self.lines, self.columns), torch.float32)
             sums = _one_of(self.sums, query, (*self.lines, 1), torch.float32)
-        tensors = (scores, sums, sinks)
-        asked = *[x.data_ptr() for x in maps], *NONE[len(maps) :]
-        plan.addresses.pack_into(
-            self.arguments.buffer, self.before, at, *asked, 0, 0, raw.data_ptr(), self.kept[0].data_ptr(), self.room[0],
-            *[0 if x is None else x.data_ptr() for x in tensors], self.room[1], *addresses, *self.indices, keys, values,
-        )  # fmt: skip
-        launch(plan.kernel, self.arguments, self.grid, device)
-        if scores is not None and sums is not None and not observer.watch_later(scores, sums):
+            words[SCORES], words[SUMS] = scores.data_ptr(), sums.data_ptr()
+        behind = self.behind
+        if behind is None:
+            behind = self.behind = struct.Struct(f"<{len(addresses) + len(self.indices) + 2}Q")
+        behind.pack_into(self.arguments.buffer, self.begin, *addresses, *self.indices, keys, values)
+        launch(plan.kernel, self.arguments, self.grid, self.device)
+        if observer is not None and not observer.watch_later(scores, sums):
             watch(observer, scores, sums, query.shape[2], new[0].shape[2], query.shape[2] > 1)
         if self.found:
-            out = joined(raw, _chains(stores["values"], plan.spaces), self.lines[1], query.dtype, out)
+            out = joined(self.found[0], _chains(stores["values"], plan.spaces), self.lines[1], query.dtype, out)
         return out if out.dtype == query.dtype else out.to(query.dtype)
 
     def _share(self, stream: int, query: Tensor) -> None:
         """Take what the blocks of launches on a stream share."""
         plan, device = self.plan, self.device
-        self.stream, self.room = stream, (0, 0)
+        self.stream = stream
         self.outs, self.scores, self.sums = [], [], []  # memory that was made for a stream goes back to it
         self.found = [query.new_empty(plan.out, dtype=plan.dtype)] if plan.spaces != (-1,) else []
         self.maps = [query.new_empty(query.shape, dtype=torch.float16) for _ in plan.maps]
         if plan.partial:
             shared = partials(plan.partial, device), counters(plan.lines * plan.turns, device)
-            self.kept[1:], self.room = shared, (shared[0].data_ptr(), shared[1].data_ptr())
+            self.kept[1:] = shared
+            self.words[PARTIALS], self.words[ZEROS] = (x.data_ptr() for x in shared)
+        if self.found:
+            self.words[OUT] = self.found[0].data_ptr()
 
 
 def _chains(stores: Sequence[Any], views: Sequence[int]) -> list[Any]:

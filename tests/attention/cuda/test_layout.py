@@ -15,7 +15,7 @@ from kvpolicy.attention.attend import whole
 from kvpolicy.attention.cuda import again, backend, layout, plan
 from kvpolicy.attention.cuda.formats import Format, is_large, kind_of
 from kvpolicy.attention.cuda.layout import scan
-from kvpolicy.attention.steady import stands
+from kvpolicy.attention.steady import stood_of
 from kvpolicy.interfaces.backend import AttentionOptions, AttentionSpec, Part, StoreView
 from kvpolicy.recipe.load import load_recipe
 from kvpolicy.storage.make import make_store
@@ -261,11 +261,11 @@ def test_what_serves_another_layer_takes_what_its_transforms_keep(recipe: Any) -
         part, options = whole(case.tiers, new), AttentionOptions(0.125, alone=True)
         assert serves.declines(query, part, None, options) is None
         right = serves.attend(query, part, None, options)[0].transpose(1, 2).to(query.dtype)
-        standing = stands(case.tiers, query, new)
-        assert standing is not None
+        stood = stood_of(case.tiers)
+        assert stood is not None
         run = serves.again(query, part, options)
         assert run is not None
-        found.append((run, (query, new, standing.stood.addresses, case.tiers.stores, None, None), right))
+        found.append((run, (query, new, stood.addresses, case.tiers.stores, None, None), right))
     for run, _, _ in found:
         for _, given, right in found:
             out = run(*given)
