@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvpolicy.attention.cuda.kernel import Arguments, launch
+from kvpolicy.attention.cuda.kernel import Arguments, prepared
 from kvpolicy.attention.cuda.layout import MAPS
 from kvpolicy.attention.cuda.plan import POINTERS, Plan
 from kvpolicy.attention.cuda.scratch import counters, partials
@@ -37,9 +37,7 @@ class Again:
         self.plan, self.slots, self.columns = plan, slots, columns
         self.indices = [index.data_ptr() for index in slots]
         self.lines = (batch, plan.lines // batch, heads * batch // plan.lines * queries)
-        self.grid = plan.parts, plan.lines, plan.turns
         self.device = query.get_device()
-        self.stream: Any = None
         self.kept: list[Tensor] = [query.new_empty((batch, heads, queries), dtype=torch.float32)]
         """Sums that nobody asks for, and what blocks share."""
         self.arguments = Arguments(plan.numbers + bytes(plan.addresses.size) + plan.layout)
@@ -59,6 +57,7 @@ class Again:
         """Likewise queries behind transforms."""
         self.scores: list[Tensor] = []
         self.sums: list[Tensor] = []
+        self._share(torch._C._cuda_getCurrentRawStream(self.device), query)
 
     def __call__(
         self,
@@ -96,7 +95,7 @@ class Again:
         if behind is None:
             behind = self.behind = struct.Struct(f"<{len(addresses) + len(self.indices) + 2}Q")
         behind.pack_into(self.arguments.buffer, self.begin, *addresses, *self.indices, keys, values)
-        launch(plan.kernel, self.arguments, self.grid, self.device)
+        self.launch()
         if observer is not None and not observer.watch_later(scores, sums):
             watch(observer, scores, sums, query.shape[2], new[0].shape[2], query.shape[2] > 1)
         if self.found:
@@ -107,6 +106,8 @@ class Again:
         """Take what the blocks of launches on a stream share."""
         plan, device = self.plan, self.device
         self.stream = stream
+        grid = plan.parts, plan.lines, plan.turns
+        self.launch = prepared(plan.kernel, self.arguments, grid, device, stream)
         self.outs, self.scores, self.sums = [], [], []  # memory that was made for a stream goes back to it
         self.found = [query.new_empty(plan.out, dtype=plan.dtype)] if plan.spaces != (-1,) else []
         self.maps = [query.new_empty(query.shape, dtype=torch.float16) for _ in plan.maps]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
 from kvpolicy.attention.cuda.compile import MEMORY, THREADS, Source, compiled, resources
 
-__all__ = ["THREADS", "Arguments", "Kernel", "kernel_of", "large_tiles", "launch"]
+__all__ = ["THREADS", "Arguments", "Kernel", "kernel_of", "large_tiles", "launch", "prepared"]
 
 ROOM, BYTES = 224, 16
 """For larger tiles a multiprocessor must have so many KB of shared memory, and get so many bytes of memory in a clock.
@@ -49,9 +50,7 @@ def large_tiles(device: int) -> bool:
 @functools.cache
 def kernel_of(source: Source, device: int) -> Kernel:
     """A kernel on a device, compiled and loaded at first use."""
-    from cuda.bindings import driver
-
-    build = source.build
+    driver, build = _driver(), source.build
     major, minor = torch.cuda.get_device_capability(device)
     cubin = compiled(source, f"sm_{major}{minor}")
     shared = resources(cubin).shared
@@ -77,8 +76,7 @@ def kernel_of(source: Source, device: int) -> Kernel:
 
 def _attribute(name: str) -> int:
     """An attribute of the current device."""
-    from cuda.bindings import driver
-
+    driver = _driver()
     which = getattr(driver.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
     return int(_checked(driver.cuDeviceGetAttribute(which, _checked(driver.cuCtxGetDevice()))))
 
@@ -95,37 +93,43 @@ class Arguments:
 
 def launch(kernel: Kernel, arguments: bytes | Arguments, grid: tuple[int, int, int], device: int) -> None:
     """Launch a kernel on the current stream of a device. Its arguments are copied before this returns."""
-    if torch._C._cuda_getDevice() != device:
-        with torch.cuda.device(device):
-            return launch(kernel, arguments, grid, device)
     given = Arguments(arguments) if isinstance(arguments, bytes) else arguments
-    stream = torch._C._cuda_getCurrentRawStream(device)
-    run = _early if kernel.early else _launcher()
-    result = run(kernel.function, *grid, kernel.threads, 1, 1, kernel.shared, stream, given.address, 0)
-    if result[0] != 0:
-        _checked(result)
-    return None
+    prepared(kernel, given, grid, device, torch._C._cuda_getCurrentRawStream(device))()
+
+
+def prepared(
+    kernel: Kernel, arguments: Arguments, grid: tuple[int, int, int], device: int, stream: int
+) -> Callable[[], None]:
+    """What launches a kernel on a stream of a device, each time with the arguments as they are then."""
+    about = (*grid, kernel.threads, 1, 1, kernel.shared, stream)
+    if kernel.early:
+        run = functools.partial(_driver().cuLaunchKernelEx, _configuration(*about), kernel.function)
+    else:
+        run = functools.partial(_driver().cuLaunchKernel, kernel.function, *about)
+    run = functools.partial(run, arguments.address, 0)
+
+    def launched() -> None:
+        if torch._C._cuda_getDevice() != device:
+            with torch.cuda.device(device):
+                return launched()
+        result = run()
+        if result[0] != 0:
+            _checked(result)
+        return None
+
+    return launched
 
 
 @functools.cache
-def _launcher() -> Any:
+def _driver() -> Any:
     from cuda.bindings import driver
 
-    return driver.cuLaunchKernel
-
-
-def _early(function: Any, *given: int) -> Any:
-    """Launch a kernel that waits itself for the launch ahead of it."""
-    from cuda.bindings import driver
-
-    *about, arguments, extra = given
-    return driver.cuLaunchKernelEx(_configuration(*about), function, arguments, extra)
+    return driver
 
 
 @functools.lru_cache(maxsize=256)
 def _configuration(*about: int) -> Any:
-    from cuda.bindings import driver
-
+    driver = _driver()
     attribute, found = driver.CUlaunchAttribute(), driver.CUlaunchConfig()
     attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
     attribute.value.programmaticStreamSerializationAllowed = 1
@@ -136,8 +140,7 @@ def _configuration(*about: int) -> Any:
 
 
 def _checked(result: tuple[Any, ...]) -> Any:
-    from cuda.bindings import driver
-
+    driver = _driver()
     if result[0] != driver.CUresult.CUDA_SUCCESS:
         _, text = driver.cuGetErrorString(result[0])
         raise RuntimeError(f"CUDA: {text.decode() if text else result[0]}")

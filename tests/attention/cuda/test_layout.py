@@ -25,8 +25,11 @@ from kvpolicy.storage.make import make_store
 def _on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(plan, "kernel_of", fake_kernel)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0, raising=False)
+    monkeypatch.setattr(backend, "launch", lambda kernel, given, *to: fake_launch(kernel, _bytes(given), *to))
+    monkeypatch.setattr(
+        again, "prepared", lambda kernel, given, *to: lambda: fake_launch(kernel, _bytes(given), *to[:2])
+    )
     for module in (backend, again):
-        monkeypatch.setattr(module, "launch", lambda kernel, given, *to: fake_launch(kernel, _bytes(given), *to))
         for name in ("counters", "partials"):
             monkeypatch.setattr(module, name, lambda count, device: torch.zeros(count))
     monkeypatch.setattr(backend, "_plans", {})
