@@ -25,7 +25,7 @@ from kvpolicy.hf.calls import WORDS, Call, PassAware, names_of, parts_of, path_b
 from kvpolicy.hf.flash import own_attention
 from kvpolicy.hf.graphs import install, remove
 from kvpolicy.hf.layer import TieredLayer
-from kvpolicy.hf.modes import ATTACHED, barred, nothing_hidden, precise, uncompiled, wants_gradients
+from kvpolicy.hf.modes import ATTACHED, barred, nothing_hidden, precisely, uncompiled, wants_gradients
 from kvpolicy.hf.modes import watching as watching
 from kvpolicy.hf.override import EAGER, eager_of, interface_of, override
 from kvpolicy.hf.passes import Pass, attached_pass
@@ -343,22 +343,21 @@ def _read(
             "that drops none, or detach the model"
         )
     observer = _observer(module, tiers, query) if tiers.observes else None
-    committed, lse = tiers.planner.step.seen, None
+    committed = tiers.planner.step.seen
     options = kwargs.get("scaling"), kwargs.get("softcap"), kwargs.get("s_aux")
-    if not committed:
+    if committed:
+        out = precisely(query.device, attend, tiers, query, new, attention_mask, *options, observer)
+    else:
         out, lse = own_attention(original, module, query, new, attention_mask, args, kwargs, observer is not None)
-    with precise(query.device):
-        if committed:
-            out = attend(tiers, query, new, attention_mask, *options, observer=observer)
-        elif observer is not None:
-            observe(query, new[0], observer, attention_mask, *options, lse)
+        if observer is not None:
+            precisely(query.device, observe, query, new[0], observer, attention_mask, *options, lse)
     if watching.get() is not None:
         _show(attached_pass(module), module, query, key, value, attention_mask, kwargs, out)
     if tiers.asked_for:
         tiers.heed(query)
     if tiers.scratch is not None:  # no other layer reads these keys and values
         passes.let_in(tiers, module, query)
-    if committed and wants_gradients(query, key, value):
+    if committed and torch.is_grad_enabled() and wants_gradients(query, key, value):
         out = barred(ATTACHED, out, query, key, value)
     return out, None
 

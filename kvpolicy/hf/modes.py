@@ -22,6 +22,7 @@ with suppress(ImportError):  # releases of PyTorch may have other names for it
 
     _compiling = get_eval_frame_callback
 F = TypeVar("F", bound=Callable[..., Any])
+R = TypeVar("R")
 _AS_IT_IS: AbstractContextManager[Any] = nullcontext()
 
 nothing_hidden: ContextVar[Tensor | None] = ContextVar("kvpolicy_nothing_hidden", default=None)
@@ -57,6 +58,14 @@ def precise(device: torch.device) -> AbstractContextManager[Any]:
     if torch._C._is_any_autocast_enabled():
         return _unchanged(device.type)
     return torch.no_grad() if torch.is_grad_enabled() else _AS_IT_IS
+
+
+def precisely(device: torch.device, function: Callable[..., R], *args: Any, **kwargs: Any) -> R:
+    """Call a function under `precise`, which is not entered where it would change nothing."""
+    if torch.is_grad_enabled() or torch._C._is_any_autocast_enabled():
+        with precise(device):
+            return function(*args, **kwargs)
+    return function(*args, **kwargs)
 
 
 @contextmanager

@@ -100,8 +100,9 @@ class Views:
         if self.pair is None or shown != self.shown:
             self.shown, self.pair = shown, View.of_both(tiers, keys, values, held)
         else:
-            for view, new in zip(self.pair, (keys, values), strict=True):
-                view.tiers, view.arriving = tiers, new
+            first, second = self.pair
+            first.tiers = second.tiers = tiers
+            first.arriving, second.arriving = keys, values
         return self.pair
 
     def forget(self) -> None:
