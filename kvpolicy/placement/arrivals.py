@@ -15,10 +15,11 @@ __all__ = ["arrivals_of"]
 Ints = NDArray[np.int64]
 
 
-def arrivals_of(entering: Ints, runs: Ints, above: Sequence[PositionList], start: int) -> Iterator[Arrival]:
-    """Split what enters a store, in order, where its source or its entry of `runs` changes."""
+def arrivals_of(entering: Ints, runs: Ints | None, above: Sequence[PositionList], start: int) -> Iterator[Arrival]:
+    """Split what enters a store, in order, where its source, or its entry of `runs` if there are such, changes."""
     if not len(entering):
         return
+    runs = np.zeros(len(entering), dtype=np.int64) if runs is None else runs
     alone = _neighbours(entering, runs, above, start)
     if alone is not None:
         yield alone
