@@ -201,30 +201,6 @@ class Pages:
             out.pages, out.length = [page], like.shape[2]
         return out
 
-    def spot(self, n: int, width: int, size: int) -> tuple[int, int] | None:
-        """Let `n` tokens of so many bytes in, where they fit into the last page as it is.
-
-        Args:
-            n: how many.
-            width: bytes of a token.
-            size: tokens that the page must have room for, 0 for any.
-
-        Returns:
-            The tokens of that page, and the address of the first of the new ones; None if they don't fit, and none was
-            let in.
-        """
-        if self._lies is None or self.front is not None or not self.pages:
-            return None
-        sizes, addresses = self._lies
-        at = self.start + self.length
-        if len(sizes) > 1:
-            at -= sum(sizes[:-1])
-        if at < 0 or at + n > sizes[-1] or (size and size != sizes[-1]):
-            return None
-        Clock.note()
-        self.length += n
-        return sizes[-1], addresses[-1] + at * width
-
     def rows(self, first: int, last: int) -> Pages:
         """Some rows of a `whole` tensor, where they lie; to be read."""
         out = object.__new__(Pages)
@@ -398,3 +374,26 @@ def planning() -> bool:
 def at_once(like: Tensor) -> int:
     """Tokens of the largest page on a device."""
     return FULL if (_planned.get() or like.device.type) == "cpu" else FULL * FEWER
+
+
+def spots(pages: Sequence[Pages], n: int, width: int) -> tuple[int, list[int]]:
+    """Let `n` tokens of so many bytes into each of the first pages where they fit into the last page as it is.
+
+    Returns:
+        The tokens of such a page, in all of them the same, and the address of the first of the new ones in each; as
+        many addresses as got theirs.
+    """
+    size, addresses = 0, []
+    for own in pages:
+        if own._lies is None or own.front is not None or not own.pages:
+            break
+        sizes, lie = own._lies
+        at = own.start + own.length - (sum(sizes[:-1]) if len(sizes) > 1 else 0)
+        if at < 0 or at + n > sizes[-1] or sizes[-1] != (size or sizes[-1]):
+            break
+        size = sizes[-1]
+        own.length += n
+        addresses.append(lie[-1] + at * width)
+    if addresses:
+        Clock.note()
+    return size, addresses
