@@ -125,7 +125,11 @@ class Pages:
         Clock.note()
         found: list[Tensor] = []
         held, left = self.length - self._before, tokens
-        free = (self.capacity if self._lies is None else sum(self._lies[0])) - self.start - held
+        sizes = [page.shape[2] for page in self.pages] if self._lies is None else self._lies[0]
+        free = sum(sizes) - self.start - held
+        if 0 < tokens <= free:
+            self.length += tokens
+            return [self.pages[-1].narrow(2, sizes[-1] - free, tokens)]
         if free < tokens and (self.whole or (held + tokens <= LARGEST and self.pages)):
             self._regrow(like, held + tokens)
             free = self.capacity - held
@@ -379,21 +383,18 @@ def at_once(like: Tensor) -> int:
 def spots(pages: Sequence[Pages], n: int, width: int) -> tuple[int, list[int]]:
     """Let `n` tokens of so many bytes into each of the first pages where they fit into the last page as it is.
 
-    Returns:
-        The tokens of such a page, in all of them the same, and the address of the first of the new ones in each; as
-        many addresses as got theirs.
+    Returns the tokens of such a page, the same in all, and in each that got its own the address of the first of them.
     """
     size, addresses = 0, []
     for own in pages:
         if own._lies is None or own.front is not None or not own.pages:
             break
         sizes, lie = own._lies
-        at = own.start + own.length - (sum(sizes[:-1]) if len(sizes) > 1 else 0)
-        if at < 0 or at + n > sizes[-1] or sizes[-1] != (size or sizes[-1]):
+        last, at = sizes[-1], own.start + own.length - (sum(sizes[:-1]) if len(sizes) > 1 else 0)
+        if at < 0 or at + n > last or last != (size or last):
             break
-        size = sizes[-1]
+        size = last
         own.length += n
         addresses.append(lie[-1] + at * width)
-    if addresses:
-        Clock.note()
+    Clock.note()
     return size, addresses
