@@ -100,14 +100,16 @@ def _leaving(policy: Policy, held: Ints, flow: Flow, start: int, stop: int, prom
     return Flow(gone[order], events[order])
 
 
-def held_after(held: Ints, entering: Ints, leaving: Ints) -> Ints:
-    """The positions that a tier holds once some have entered and some have left, ascending."""
-    if len(entering):
-        follow = not len(held) or held[-1] < entering[0]
-        held = np.concatenate([held, entering])
-        if not follow or len(entering) > 1:
-            held.sort()
-    return held[~among(held, leaving)] if len(leaving) else held
+def held_after(tiers: Sequence[Ints], flows: Sequence[Flow]) -> tuple[Ints, ...]:
+    """The positions that each tier holds once tokens have flowed, ascending."""
+    found: list[Ints] = []
+    for tier, (held, own, below) in enumerate(zip(tiers, flows, flows[1:], strict=False)):
+        if len(own.positions):
+            held = np.concatenate([held, own.positions])
+            if tier:  # to the first those come that are new
+                held.sort()
+        found.append(held[~among(held, below.positions)] if len(below.positions) else held)
+    return tuple(found)
 
 
 def among(positions: Ints, others: Ints) -> NDArray[np.bool_]:

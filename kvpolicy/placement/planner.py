@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
@@ -225,8 +226,7 @@ class Placement:
         if ahead is None or stop > ahead.stop or prompt != ahead.prompt:
             ahead = look_ahead(self.policies[:count], state.tiers, start, n, prompt)
         flows = ahead.between(start, stop)
-        moves = zip(state.tiers[:count], flows, flows[1:], strict=False)
-        return tuple([held_after(held, own.positions, below.positions) for held, own, below in moves]), flows, ahead
+        return held_after(state.tiers[:count], flows), flows, ahead
 
     def _ended(self, state: State, count: int | None = None) -> tuple[tuple[Ints, ...], list[Flow]]:
         """What descends as the prompt ends: a tier is asked if it must know, or if tokens come from above."""
@@ -333,8 +333,7 @@ class Placement:
         """
         if not self.aligned:
             return layout("keys"), layout("values")
-        ends = np.cumsum([order.length for order in state.stores["keys"]]).tolist()
-        offsets: list[int | Tensor] = [0, *ends[:-1]]
+        offsets: list[int | Tensor] = [*accumulate([order.length for order in state.stores["keys"][:-1]], initial=0)]
         return offsets, offsets
 
     def in_columns(self, state: State) -> Tensor:

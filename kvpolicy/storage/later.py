@@ -51,6 +51,8 @@ class Later:
         """Copy what was noted, or code it, and let the stores keep it, in the order in which it came."""
         exact, self._exact = self._exact, []
         _append_each(exact)
+        if not self._asked:
+            return
         asked, self._asked = self._asked, []
         self._stores.clear()
         like: dict[Any, list[int]] = {}
