@@ -259,11 +259,7 @@ class Placement:
                 continue
             old = below[below < start] if len(below) else NONE
             leaving = positions.places(old) if len(old) else NONE
-            kept = positions
-            if len(leaving):
-                mask = np.ones(positions.length, dtype=np.bool_)
-                mask[leaving] = False
-                kept = positions.keep(mask)
+            kept = positions.without(leaving)
             passing = NONE
             if len(below) and len(entering):
                 passes = among(entering, below)

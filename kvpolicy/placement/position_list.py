@@ -49,6 +49,18 @@ class PositionList:
         at = items - int(self.buffer[0])
         return at if 0 <= at[0] < self.length else at[:0]
 
+    def without(self, places: Ints) -> PositionList:
+        """All but those at some places, ascending."""
+        n = len(places)
+        if not n:
+            return self
+        if places[-1] == n - 1:  # the first ones
+            kept = self.array[n:].copy()
+            return PositionList(kept, len(kept), None, self.contiguous or None)
+        mask = np.ones(self.length, dtype=np.bool_)
+        mask[places] = False
+        return self.keep(mask)
+
     def keep(self, mask: NDArray[np.bool_]) -> PositionList:
         """The positions where `mask` is True, in a buffer of their own."""
         kept = self.array[mask]

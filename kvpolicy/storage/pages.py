@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kvpolicy.storage.clock import Clock
 from kvpolicy.storage.front import Front, widest_view
-from kvpolicy.storage.gather import gather_tokens, gathered, put, survivors
+from kvpolicy.storage.gather import gather_tokens, gathered, others, put, survivors
 
 Ints = NDArray[np.int64]
 
@@ -314,20 +314,20 @@ class Pages:
         if last + 1 - n <= self.length - 1 - last and not self.whole:  # which begins with its page
             self._close_from_front(index, last)
             return
-        kept = self.take(np.setdiff1d(np.arange(first, self.length), index, assume_unique=True))
+        kept = self.take(first + others(index - first, self.length - first))
         self._truncate(first)
         self.append(kept)
 
     def _close_from_front(self, index: Ints, last: int) -> None:
         """Remove the tokens at `index` by moving those before the last of them back."""
-        before = np.setdiff1d(np.arange(last + 1), index, assume_unique=True)
-        kept = [self.take(before)] if len(before) else []
+        x = self.take(others(index, last + 1))
         self.start += len(index)
         self._truncate(self.length - len(index))
-        for x in kept:
-            for offset, block in self.blocks():
-                n = min(block.shape[2], max(x.shape[2] - offset, 0))
-                block[:, :, :n] = x[:, :, offset : offset + n]
+        for offset, block in self.blocks():
+            n = min(block.shape[2], x.shape[2] - offset)
+            if n <= 0:
+                break
+            block[:, :, :n] = x[:, :, offset : offset + n]
 
     def _truncate(self, length: int) -> None:
         self.length, before = length, len(self.pages)
