@@ -39,8 +39,8 @@ class PositionList:
             grown = self
         grown.buffer[self.length : stop] = items
         grown.fill[0] = stop
-        follows = not self.length or items[0] == self.buffer[self.length - 1] + 1
-        return PositionList(grown.buffer, stop, grown.fill, bool(self.contiguous and follows and _contiguous(items)))
+        follows = self.contiguous and (not self.length or int(items[0]) == int(self.buffer[self.length - 1]) + 1)
+        return PositionList(grown.buffer, stop, grown.fill, follows and _contiguous(items))
 
     def places(self, items: Ints) -> Ints:
         """Where those of some positions that are here stand, ascending."""
