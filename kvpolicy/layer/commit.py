@@ -83,8 +83,8 @@ def commit_all(groups: Iterable[Group], coming: int = 0) -> None:
         for layer in group if group[0].placement.shared else group[:1]:
             layer.held_after_commit(coming)  # arithmetic first, which steps keep: interrupted, it leaves layers whole
     _move(waiting)
-    asking = [[layer for layer in group if layer.asks_for_end] for group in groups]
-    ending = [[layer for layer in group if layer.ends_prompt(coming)] for group in asking if group]
+    every = ([layer for layer in group if layer.asks_for_end and layer.ends_prompt(coming)] for group in groups)
+    ending = [group for group in every if group]
     for layer in (layer for group in ending for layer in group):
         if not layer.placement.prompted:
             layer.planner.note_prompt()
@@ -127,6 +127,8 @@ def _key(layer: Committing) -> Any:
 
 def _move(groups: Sequence[Group], ends: bool = False) -> None:
     """What `advance` does for layers that are put together already; what is to be coded is coded in one go."""
+    if not groups:
+        return
     before = [(layer, layer.broken) for group in groups for layer in group]
     for layer, _ in before:
         layer.broken = True
@@ -134,7 +136,8 @@ def _move(groups: Sequence[Group], ends: bool = False) -> None:
     for group in groups:
         moving.move([] if group[0].placement.shared else group)
         for layers, moves in _planned(group, ends):
-            move([layer.stores for layer in layers], [_new(layer, ends) for layer in layers], moves, later)
+            new = [layer.like if ends else layer.pending for layer in layers]
+            move([layer.stores for layer in layers], new, moves, later)
             for layer, own in zip(layers, moves, strict=True):
                 layer.moved(own)
                 layer.pending = {}
@@ -142,10 +145,6 @@ def _move(groups: Sequence[Group], ends: bool = False) -> None:
     moving.end()
     for layer, broken in before:
         layer.broken = broken
-
-
-def _new(layer: Committing, ends: bool) -> dict[str, Tensor]:
-    return layer.like if ends else layer.pending
 
 
 def _planned(group: Group, ends: bool) -> Iterator[tuple[Group, list[AllMoves]]]:
@@ -164,4 +163,4 @@ def _planned(group: Group, ends: bool) -> Iterator[tuple[Group, list[AllMoves]]]
     if first.placement.ranks:
         select([layer.planner for layer in group], turns)
     for layer, turn in zip(group, turns, strict=True):
-        yield [layer], [layer.moves(turn, _new(layer, ends))]
+        yield [layer], [layer.moves(turn, layer.like if ends else layer.pending)]

@@ -206,8 +206,8 @@ class Held:
     @property
     def tells_apart(self) -> bool:
         """Whether rows, or heads that policies look at, have places of their own."""
-        padded = self.padding is not None and self.padding.before(self.padding.length)
-        return padded or self.placement.tabled
+        padding = self.padding
+        return self.placement.tabled or (padding is not None and padding.before(padding.length))
 
     def site_of(self, side: str) -> Site:
         """Where the stores of a side stand."""

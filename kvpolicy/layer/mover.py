@@ -77,7 +77,9 @@ def _move_in(
                 _change(store, m, x, later)
         return
     if parts[0]:
-        append_all([store.parts["exact"] for store in exact], [x[0] for x in parts])
+        stays = later is not None and moves[0].leaving is None and moves[0].flat is None
+        append = later.append if later is not None and stays else append_all
+        append([store.parts["exact"] for store in exact], [x[0] for x in parts])
     leaving = [m.leaving for m in moves if isinstance(m.leaving, Leaving)]
     if len(leaving) == len(exact) and moves[0].flat is None:
         remove_all([store.parts["exact"] for store in exact], leaving)

@@ -15,14 +15,15 @@ __all__ = ["arrivals_of"]
 Ints = NDArray[np.int64]
 
 
-def arrivals_of(entering: Ints, runs: Ints, above: Sequence[PositionList], start: int) -> Iterator[Arrival]:
-    """Split what enters a store, in order, where its source or its entry of `runs` changes."""
+def arrivals_of(entering: Ints, runs: Ints | None, above: Sequence[PositionList], start: int) -> Iterator[Arrival]:
+    """Split what enters a store, in order, where its source, or its entry of `runs` if there are such, changes."""
     if not len(entering):
         return
     alone = _neighbours(entering, runs, above, start)
     if alone is not None:
         yield alone
         return
+    runs = np.zeros(len(entering), dtype=np.int64) if runs is None else runs
     source = np.full(len(entering), NEW, dtype=np.int64)
     index = entering - start
     old = entering < start
@@ -44,10 +45,13 @@ def arrivals_of(entering: Ints, runs: Ints, above: Sequence[PositionList], start
         yield Arrival((int(part[0]),), indices, positions=positions, span=span, run=int(run[0]))
 
 
-def _neighbours(entering: Ints, runs: Ints, above: Sequence[PositionList], start: int) -> Arrival | None:
+def _neighbours(entering: Ints, runs: Ints | None, above: Sequence[PositionList], start: int) -> Arrival | None:
     """What enters a store, if that is one stretch of the text that comes from one stretch of it, as in most steps."""
     n, first = len(entering), int(entering[0])
-    if int(entering[-1]) - first != n - 1 or (n > 1 and ((np.diff(entering) != 1).any() or (runs != runs[0]).any())):
+    if int(entering[-1]) - first != n - 1 or (n > 1 and (np.diff(entering) != 1).any()):
+        return None
+    run = 0 if runs is None else int(runs[0])
+    if runs is not None and (runs != run).any():
         return None
     source, begin = NEW, start
     if first < start:
@@ -60,4 +64,4 @@ def _neighbours(entering: Ints, runs: Ints, above: Sequence[PositionList], start
         if source == NEW:
             return None
     at = first - begin
-    return Arrival((source,), entering - begin, positions=entering, span=(at, at + n), run=int(runs[0]))
+    return Arrival((source,), entering - begin, positions=entering, span=(at, at + n), run=run)

@@ -7,19 +7,21 @@ lets go, and when, depends only on what arrived in it, and when.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvpolicy.interfaces.merger import Merger
-from kvpolicy.interfaces.policy import NEVER, Policy, RankPolicy
+from kvpolicy.interfaces.policy import Policy, RankPolicy
 from kvpolicy.interfaces.prompt_scorer import PromptScorer
 from kvpolicy.interfaces.reader import Reader
 from kvpolicy.interfaces.scorer import Scorer
 from kvpolicy.interfaces.scores import Scores
 from kvpolicy.placement.arrivals import arrivals_of
+from kvpolicy.placement.flows import NONE, Ahead, Flow, among, held_after, look_ahead
 from kvpolicy.placement.moves import NOTHING, AllMoves, Moves
 from kvpolicy.placement.position_list import PositionList
 
@@ -92,19 +94,13 @@ class State:
         seen: tokens committed, dropped ones included.
         tiers: positions that each tier but the last holds, ascending.
         stores: for each side and store the positions held, in the order of the store.
+        ahead: what is known of the tokens to come.
     """
 
     seen: int
     tiers: tuple[Ints, ...]
     stores: dict[str, tuple[PositionList, ...]]
-
-
-class _Flow(NamedTuple):
-    positions: Ints
-    events: Ints
-
-
-NONE: Ints = np.empty(0, dtype=np.int64)
+    ahead: Ahead | None = field(default=None, compare=False, repr=False)
 
 
 class Placement:
@@ -187,13 +183,16 @@ class Placement:
 
     def advance(self, state: State, n: int, prompt: int | None = None) -> tuple[State, AllMoves]:
         """Commit `n` more tokens; `prompt` is the number of tokens of the prompt, None while it goes on."""
-        return self._planned(state, state.seen + n, *self._flows(state, n, prompt))
+        tiers, flows, ahead = self._flows(state, n, prompt)
+        return self._planned(state, state.seen + n, tiers, flows, ahead)
 
     def end_prompt(self, state: State) -> tuple[State, AllMoves]:
         """No token comes, but the prompt ends with those that were seen."""
         return self._planned(state, state.seen, *self._ended(state))
 
-    def _planned(self, state: State, stop: int, tiers: tuple[Ints, ...], flows: list[_Flow]) -> tuple[State, AllMoves]:
+    def _planned(
+        self, state: State, stop: int, tiers: tuple[Ints, ...], flows: list[Flow], ahead: Ahead | None = None
+    ) -> tuple[State, AllMoves]:
         start = state.seen
         stores: dict[str, tuple[PositionList, ...]] = {}
         plan: AllMoves = {}
@@ -202,12 +201,12 @@ class Placement:
                 stores[side], plan[side] = stores["keys"], plan["keys"]
                 break
             stores[side], plan[side] = self._plan_side(side, [flows[i] for i in first], state, start)
-        return State(stop, tiers, stores), plan
+        return State(stop, tiers, stores, ahead), plan
 
     def advance_row(self, state: State, n: int, prompt: int | None) -> State:
         """The tiers that are placed by position, one row of a batch alone after `n` more tokens; without stores."""
-        tiers, _ = self._flows(state, n, prompt, self.ranked)
-        return State(state.seen + n, tiers, {})
+        tiers, _, ahead = self._flows(state, n, prompt, self.ranked)
+        return State(state.seen + n, tiers, {}, ahead)
 
     def end_prompt_row(self, state: State) -> State:
         """`end_prompt`, of such tiers."""
@@ -221,23 +220,19 @@ class Placement:
 
     def _flows(
         self, state: State, n: int, prompt: int | None, count: int | None = None
-    ) -> tuple[tuple[Ints, ...], list[_Flow]]:
-        start, stop = state.seen, state.seen + n
-        new = np.arange(start, stop, dtype=np.int64)
-        flow = _Flow(new, new + 1)
-        flows = [flow]
-        tiers: list[Ints] = []
-        for policy, held in zip(self.policies[:count], state.tiers, strict=False):
-            stay, flow = self._descend(policy, held, flow, start, stop, prompt)
-            tiers.append(stay)
-            flows.append(flow)
-        return tuple(tiers), flows
+    ) -> tuple[tuple[Ints, ...], list[Flow], Ahead]:
+        """What each tier holds after `n` more tokens, what enters each with them, and what is known of more to come."""
+        start, stop, ahead = state.seen, state.seen + n, state.ahead
+        if ahead is None or stop > ahead.stop or prompt != ahead.prompt:
+            ahead = look_ahead(self.policies[:count], state.tiers, start, n, prompt)
+        flows = ahead.between(start, stop)
+        return held_after(state.tiers[:count], flows), flows, ahead
 
-    def _ended(self, state: State, count: int | None = None) -> tuple[tuple[Ints, ...], list[_Flow]]:
+    def _ended(self, state: State, count: int | None = None) -> tuple[tuple[Ints, ...], list[Flow]]:
         """What descends as the prompt ends: a tier is asked if it must know, or if tokens come from above."""
         seen, moving = state.seen, NONE
         tiers: list[Ints] = []
-        flows = [_Flow(NONE, NONE)]
+        flows = [Flow(NONE, NONE)]
         for policy, own in zip(self.policies[:count], state.tiers, strict=False):
             assert policy is not None
             held = np.sort(np.concatenate([own, moving]))
@@ -245,30 +240,11 @@ class Placement:
                 stays = policy._kept(held, seen, seen)
                 held, moving = held[stays], held[~stays]
             tiers.append(held)
-            flows.append(_Flow(moving, np.full(len(moving), seen, dtype=np.int64)))
+            flows.append(Flow(moving, np.full(len(moving), seen, dtype=np.int64)))
         return tuple(tiers), flows
 
-    def _descend(
-        self, policy: Policy | None, held: Ints, flow: _Flow, start: int, stop: int, prompt: int | None
-    ) -> tuple[Ints, _Flow]:
-        assert policy is not None
-        if not len(flow.positions) and (not len(held) or policy.acts == "arrival"):
-            return held, flow
-        positions = np.concatenate([held, flow.positions])
-        arrivals = np.concatenate([np.full(len(held), start, dtype=np.int64), flow.events])
-        if len(positions) > 1 and (positions[1:] < positions[:-1]).any():
-            order = np.argsort(positions, kind="stable")
-            positions, arrivals = positions[order], arrivals[order]
-        left = policy._left(positions, arrivals, start, stop, prompt)
-        leaves = left != NEVER
-        if not leaves.any():
-            return positions, _Flow(NONE, NONE)
-        gone, events = positions[leaves], left[leaves]
-        order = np.lexsort((gone, events))
-        return positions[~leaves], _Flow(gone[order], events[order])
-
     def _plan_side(
-        self, side: str, flows: list[_Flow], state: State, start: int
+        self, side: str, flows: list[Flow], state: State, start: int
     ) -> tuple[tuple[PositionList, ...], list[Moves]]:
         held = state.stores[side]
         stores: list[PositionList] = []
@@ -276,33 +252,30 @@ class Placement:
         for s, (positions, flow) in enumerate(zip(held, flows, strict=True)):
             below = flows[s + 1].positions if s + 1 < len(flows) else NONE
             spec = self.store_spec(side, s)
-            if spec == "evict":
+            entering = flow.positions
+            if spec == "evict" or not (len(entering) or len(below)):
                 stores.append(positions)
                 plans.append(NOTHING)
                 continue
-            old = below[below < start]
+            old = below[below < start] if len(below) else NONE
             leaving = positions.places(old) if len(old) else NONE
-            kept = positions
-            if len(leaving):
-                mask = np.ones(positions.length, dtype=np.bool_)
-                mask[leaving] = False
-                kept = positions.keep(mask)
-            entering = flow.positions
+            kept = positions.without(leaving)
             passing = NONE
             if len(below) and len(entering):
-                passes = _among(entering, below)
+                passes = among(entering, below)
                 grouped = getattr(spec, "per", "token") == "channel"
                 if passes.any() and grouped and self.store_spec(side, s + 1) == "evict":
                     passing = np.flatnonzero(passes)
-                    stores.append(kept.append(entering[~passes]))
+                    kept = kept.append(entering[~passes])
                 else:
                     entering = entering[~passes]
-                    stores.append(kept.append(entering))
+                    kept = kept.append(entering)
             else:
-                stores.append(kept.append(entering))
-            runs = np.zeros(len(entering), dtype=np.int64)
+                kept = kept.append(entering)
+            stores.append(kept)
+            runs = None
             if getattr(spec, "group_size", None) == "arrival":
-                runs = flow.events[_among(flow.positions, entering)]
+                runs = flow.events[among(flow.positions, entering)]
             if len(passing):
                 leaving = np.concatenate([leaving, positions.length + passing])
             arrivals = list(arrivals_of(entering, runs, held[:s], start))
@@ -356,8 +329,7 @@ class Placement:
         """
         if not self.aligned:
             return layout("keys"), layout("values")
-        ends = np.cumsum([order.length for order in state.stores["keys"]]).tolist()
-        offsets: list[int | Tensor] = [0, *ends[:-1]]
+        offsets: list[int | Tensor] = [*accumulate([order.length for order in state.stores["keys"][:-1]], initial=0)]
         return offsets, offsets
 
     def in_columns(self, state: State) -> Tensor:
@@ -373,9 +345,3 @@ class Placement:
         for i, held in enumerate(state.tiers):
             tier[np.isin(positions, held)] = i
         return tier
-
-
-def _among(positions: Ints, others: Ints) -> NDArray[np.bool_]:
-    """Which positions are among others."""
-    found: NDArray[np.bool_] = positions == others[0] if len(others) == 1 else np.isin(positions, others)
-    return found

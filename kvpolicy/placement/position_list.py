@@ -39,8 +39,8 @@ class PositionList:
             grown = self
         grown.buffer[self.length : stop] = items
         grown.fill[0] = stop
-        follows = not self.length or items[0] == self.buffer[self.length - 1] + 1
-        return PositionList(grown.buffer, stop, grown.fill, bool(self.contiguous and follows and _contiguous(items)))
+        follows = self.contiguous and (not self.length or int(items[0]) == int(self.buffer[self.length - 1]) + 1)
+        return PositionList(grown.buffer, stop, grown.fill, follows and _contiguous(items))
 
     def places(self, items: Ints) -> Ints:
         """Where those of some positions that are here stand, ascending."""
@@ -48,6 +48,18 @@ class PositionList:
             return np.flatnonzero(np.isin(self.array, items))
         at = items - int(self.buffer[0])
         return at if 0 <= at[0] < self.length else at[:0]
+
+    def without(self, places: Ints) -> PositionList:
+        """All but those at some places, ascending."""
+        n = len(places)
+        if not n:
+            return self
+        if places[-1] == n - 1:  # the first ones
+            kept = self.array[n:].copy()
+            return PositionList(kept, len(kept), None, self.contiguous or None)
+        mask = np.ones(self.length, dtype=np.bool_)
+        mask[places] = False
+        return self.keep(mask)
 
     def keep(self, mask: NDArray[np.bool_]) -> PositionList:
         """The positions where `mask` is True, in a buffer of their own."""

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from kvpolicy.placement.planner import NONE, Ints, Placement, State, TierLike
+from kvpolicy.placement.flows import NONE
+from kvpolicy.placement.planner import Ints, Placement, State, TierLike
 
 
 def simulate(tiers: Sequence[TierLike], tokens: int, prompt: int | None = None) -> list[Ints]:

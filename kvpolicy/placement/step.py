@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import ReferenceType, ref
 
@@ -119,18 +119,18 @@ class Step:
 
     def _end_prompt(self) -> Step:
         if not self.placement.prompted:  # nothing moves: the number is all that is asked for
-            return replace(self._bare(), prompt=self.seen)
+            return self._then(prompt=self.seen)
         if not self.by_head:
             state, plan = self.placement.end_prompt(self.state)
-            return replace(self._bare(), rows=(state,), plan=plan, prompt=self.seen)
+            return self._then(rows=(state,), plan=plan, prompt=self.seen)
         after = _each(self.placement.end_prompt_row, self.rows)
-        return replace(self._bare(), rows=after, before=self.rows, prompt=self.seen, ended=True)
+        return self._then(rows=after, before=self.rows, prompt=self.seen, ended=True)
 
     def _advance(self, n: int, padding: Padding | None) -> Step:
         start, stop = self.seen, self.seen + n
         if not self.by_head:
             state, plan = self.placement.advance(self.state, n, self.prompt)
-            return replace(self._bare(), rows=(state,), seen=stop, padding=padding, plan=plan)
+            return self._then(rows=(state,), seen=stop, padding=padding, plan=plan)
         rows, by_row = self.rows, self.by_row
         if padding is not None and padding.before(stop) and not by_row:
             rows, by_row = rows * padding.batch, True
@@ -142,8 +142,7 @@ class Step:
         prompts = self.prompts() if self.by_row == by_row else self.prompts() * len(rows)
         advance = self.placement.advance_row
         after = _each(lambda row, some, prompt: advance(row, some, prompt) if some else row, rows, counts, prompts)
-        return replace(
-            self._bare(),
+        return self._then(
             rows=after,
             before=rows,
             seen=stop,
@@ -175,7 +174,7 @@ class Step:
         if self.by_head:
             return self
         row = State(self.state.seen, self.state.tiers[: self.placement.ranked], {})
-        return self._follow(("scattered",), self.padding, lambda: replace(self._bare(), rows=(row,), by_head=True))
+        return self._follow(("scattered",), self.padding, lambda: self._then(rows=(row,), by_head=True))
 
     def crop(self, length: int) -> Step:
         """Forget the slots from `length` on, where some may have been promised to the last tier only."""
@@ -187,10 +186,10 @@ class Step:
         prompt = None if self.prompt is None or length < self.prompt else self.prompt  # within it: it goes on
         if not self.by_head:
             state, plan = self.placement.crop(self.state, length)
-            return replace(self._bare(), rows=(state,), seen=seen, padding=padding, plan=plan, prompt=prompt)
+            return self._then(rows=(state,), seen=seen, padding=padding, plan=plan, prompt=prompt)
         real = self.padding.count(0, length) if self.by_row and self.padding is not None else [length]
         rows = _each(self.placement.crop_row, self.rows, real)
-        return replace(self._bare(), rows=rows, seen=seen, padding=padding, prompt=prompt)
+        return self._then(rows=rows, seen=seen, padding=padding, prompt=prompt)
 
     def select(self, rows: Ints) -> Step:
         """Keep the batch rows `rows`, in that order, repeats included."""
@@ -199,11 +198,14 @@ class Step:
         padding = self.padding.select(rows)
         chosen = tuple(self.rows[r] for r in rows) if self.by_row else self.rows
         key = ("select", rows.tobytes())
-        return self._follow(key, padding, lambda: replace(self._bare(), rows=chosen, padding=padding))
+        return self._follow(key, padding, lambda: self._then(rows=chosen, padding=padding))
 
-    def _bare(self) -> Step:
-        """This step without what belongs to how it came about, for `replace`."""
-        return replace(self, plan=None, before=(), ended=False, quiet=False, _next=None, _before=None, _derived={})
+    def _then(self, **changed: Any) -> Step:
+        """A step that differs from this one, without what belongs to how this one came about."""
+        made = object.__new__(Step)
+        own = {"plan": None, "before": (), "ended": False, "quiet": False}
+        made.__dict__ = {**self.__dict__, **own, "_next": None, "_before": None, "_derived": {}, **changed}
+        return made
 
     def _once(self, key: Any, make: Callable[[], T]) -> T:
         if key not in self._derived:

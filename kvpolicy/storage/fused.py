@@ -168,9 +168,12 @@ def run_fused(asked: Sequence[tuple[Any, Tensor, Fused]]) -> None:
     """Have tokens of stores coded, those that are coded alike in one go. Stores keep them in the order given."""
     pieces: dict[Fused, list[tuple[Tensor, ...]]] = {}
     apart: list[tuple[list[Tensor], Tensor]] = []
+    before, kept = None, []
     for store, x, fused in asked:
+        if (fused, x.shape) != before:  # they are the same of stores that are coded alike
+            before, kept = (fused, x.shape), _kept(store, x)
         places = []
-        for part, width, tokens, dtype in _kept(store, x):
+        for part, width, tokens, dtype in kept:
             pages = store.parts[part]
             like = (
                 pages.pages[0] if pages.pages else torch.empty((*x.shape[:2], 0, width), dtype=dtype, device=x.device)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kvpolicy.storage.front import widest_view
@@ -18,6 +20,11 @@ def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
     if not _one_by_one(x, index) or not _viewable(x):  # rows of a CPU are those of what lies in one piece
         x = x.contiguous()
     return gathered(widest_view(x), index).view(x.dtype)
+
+
+def others(index: NDArray[np.int64], n: int) -> NDArray[np.int64]:
+    """The numbers below `n` that are not in an index of such."""
+    return np.flatnonzero(np.bincount(index, minlength=n) == 0)
 
 
 def _viewable(x: Tensor) -> bool:

@@ -9,10 +9,14 @@ import torch
 from torch import Tensor
 
 from kvpolicy.storage.fused import Coded, Fused, copied, copiers, fusing, run_fused, shifted
-from kvpolicy.storage.pages import Leaving, Pages
+from kvpolicy.storage.pages import Leaving, Pages, spots
 
 TOGETHER = 1 << 25
 """Bytes of tokens that are coded in one go at most: they are copied side by side first."""
+
+
+Arriving = tuple[Sequence[Pages], Sequence[Tensor]]
+"""Pages, and the tokens that each of them gets."""
 
 
 class Coding(Coded, Protocol):
@@ -23,13 +27,18 @@ class Coding(Coded, Protocol):
 
 
 class Later:
-    """Tokens that have arrived in stores of codes and are coded by `run`, those of like stores together."""
+    """Tokens that have arrived in stores and are coded, or copied, by `run`, those of like stores together."""
 
     def __init__(self, soon: bool = False) -> None:
         self.soon = soon
         """Whether it is run before anything else happens to the stores, each of which gets one arrival."""
         self._asked: list[tuple[Coding, Tensor, int]] = []
         self._stores: set[int] = set()
+        self._exact: list[Arriving] = []
+
+    def append(self, pages: Sequence[Pages], tokens: Sequence[Tensor]) -> None:
+        """Note tokens that pages get, and of which none leaves before `run`; see `append_all`."""
+        self._exact.append((pages, tokens))
 
     def add(self, store: Coding, x: Tensor, size: int) -> None:
         """Note tokens `[batch, kv_heads, tokens, head_dim]` of a store; per channel, `size` at a time are a group."""
@@ -39,7 +48,11 @@ class Later:
         self._asked.append((store, x, size))
 
     def run(self) -> None:
-        """Code what was noted, and let the stores keep it, in the order in which it came."""
+        """Copy what was noted, or code it, and let the stores keep it, in the order in which it came."""
+        exact, self._exact = self._exact, []
+        _append_each(exact)
+        if not self._asked:
+            return
         asked, self._asked = self._asked, []
         self._stores.clear()
         like: dict[Any, list[int]] = {}
@@ -79,31 +92,29 @@ def _coded(asked: list[tuple[Coding, Tensor, int]]) -> Iterable[tuple[Tensor, Te
 
 def append_all(pages: Sequence[Pages], tokens: Sequence[Tensor]) -> None:
     """Let tokens into pages, `[batch, kv_heads, tokens, width]` of each tensor into its own."""
-    done = _written(pages, tokens) if copiers(tokens[0].device.type) else 0
-    for own, x in zip(pages[done:], tokens[done:], strict=True):
-        own.append(x)
+    _append_each([(pages, tokens)])
 
 
-def _written(pages: Sequence[Pages], tokens: Sequence[Tensor]) -> int:
-    """How many of the first pages were written in one go: those that lie alike."""
-    x = tokens[0]
-    if not pages[0].pages or pages[0].pages[-1].dtype != x.dtype:
-        return 0
-    n, width = x.shape[2], x.shape[3] * x.element_size()
-    size, addresses = 0, []
-    for own in pages:
-        found = own.spot(n, width, size)
-        if found is None:
-            break
-        size = found[0]
-        addresses.append(found[1])
-    steps = x.shape[1] * size * width, size * width, width
-    done = len(addresses)
-    if not done or copied(tokens[:done], addresses, steps):
-        return done
-    for own, new in zip(pages[:done], tokens, strict=False):
-        own.slice(own.length - n, own.length).copy_(new)
-    return done
+def _append_each(asked: Iterable[Arriving]) -> None:
+    """`append_all` of each; those that fit where they lie are written in one go, if they are alike."""
+    like: dict[Any, tuple[list[Pages], list[Tensor], list[int]]] = {}
+    for pages, tokens in asked:
+        x, done = tokens[0], 0
+        if copiers(x.device.type) and pages[0].pages and pages[0].pages[-1].dtype == x.dtype:
+            n, width = x.shape[2], x.shape[3] * x.element_size()
+            size, addresses = spots(pages, n, width)
+            done = len(addresses)
+            steps = x.shape[1] * size * width, size * width, width
+            lie = tuple([step for step, count in zip(x.stride(), x.shape, strict=True) if count > 1])
+            own = like.setdefault((steps, x.shape, lie, x.dtype, x.get_device()), ([], [], []))
+            for kept, some in zip(own, (pages[:done], tokens[:done], addresses), strict=True):
+                kept.extend(some)  # type: ignore[attr-defined]
+        for one, new in zip(pages[done:], tokens[done:], strict=True):
+            one.append(new)
+    for (steps, *_), (held, arrived, to) in like.items():
+        if to and not copied(arrived, to, steps):
+            for one, new in zip(held, arrived, strict=True):
+                one.slice(one.length - new.shape[2], one.length).copy_(new)
 
 
 def remove_all(pages: Sequence[Pages], leaving: Sequence[Leaving]) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kvpolicy.storage.clock import Clock
 from kvpolicy.storage.front import Front, widest_view
-from kvpolicy.storage.gather import gather_tokens, gathered, put, survivors
+from kvpolicy.storage.gather import gather_tokens, gathered, others, put, survivors
 
 Ints = NDArray[np.int64]
 
@@ -125,7 +125,11 @@ class Pages:
         Clock.note()
         found: list[Tensor] = []
         held, left = self.length - self._before, tokens
-        free = (self.capacity if self._lies is None else sum(self._lies[0])) - self.start - held
+        sizes = [page.shape[2] for page in self.pages] if self._lies is None else self._lies[0]
+        free = sum(sizes) - self.start - held
+        if 0 < tokens <= free:
+            self.length += tokens
+            return [self.pages[-1].narrow(2, sizes[-1] - free, tokens)]
         if free < tokens and (self.whole or (held + tokens <= LARGEST and self.pages)):
             self._regrow(like, held + tokens)
             free = self.capacity - held
@@ -200,30 +204,6 @@ class Pages:
             torch.cat([part.all() for part in parts], out=page[:, :, : like.shape[2]])
             out.pages, out.length = [page], like.shape[2]
         return out
-
-    def spot(self, n: int, width: int, size: int) -> tuple[int, int] | None:
-        """Let `n` tokens of so many bytes in, where they fit into the last page as it is.
-
-        Args:
-            n: how many.
-            width: bytes of a token.
-            size: tokens that the page must have room for, 0 for any.
-
-        Returns:
-            The tokens of that page, and the address of the first of the new ones; None if they don't fit, and none was
-            let in.
-        """
-        if self._lies is None or self.front is not None or not self.pages:
-            return None
-        sizes, addresses = self._lies
-        at = self.start + self.length
-        if len(sizes) > 1:
-            at -= sum(sizes[:-1])
-        if at < 0 or at + n > sizes[-1] or (size and size != sizes[-1]):
-            return None
-        Clock.note()
-        self.length += n
-        return sizes[-1], addresses[-1] + at * width
 
     def rows(self, first: int, last: int) -> Pages:
         """Some rows of a `whole` tensor, where they lie; to be read."""
@@ -334,20 +314,20 @@ class Pages:
         if last + 1 - n <= self.length - 1 - last and not self.whole:  # which begins with its page
             self._close_from_front(index, last)
             return
-        kept = self.take(np.setdiff1d(np.arange(first, self.length), index, assume_unique=True))
+        kept = self.take(first + others(index - first, self.length - first))
         self._truncate(first)
         self.append(kept)
 
     def _close_from_front(self, index: Ints, last: int) -> None:
         """Remove the tokens at `index` by moving those before the last of them back."""
-        before = np.setdiff1d(np.arange(last + 1), index, assume_unique=True)
-        kept = [self.take(before)] if len(before) else []
+        x = self.take(others(index, last + 1))
         self.start += len(index)
         self._truncate(self.length - len(index))
-        for x in kept:
-            for offset, block in self.blocks():
-                n = min(block.shape[2], max(x.shape[2] - offset, 0))
-                block[:, :, :n] = x[:, :, offset : offset + n]
+        for offset, block in self.blocks():
+            n = min(block.shape[2], x.shape[2] - offset)
+            if n <= 0:
+                break
+            block[:, :, :n] = x[:, :, offset : offset + n]
 
     def _truncate(self, length: int) -> None:
         self.length, before = length, len(self.pages)
@@ -398,3 +378,23 @@ def planning() -> bool:
 def at_once(like: Tensor) -> int:
     """Tokens of the largest page on a device."""
     return FULL if (_planned.get() or like.device.type) == "cpu" else FULL * FEWER
+
+
+def spots(pages: Sequence[Pages], n: int, width: int) -> tuple[int, list[int]]:
+    """Let `n` tokens of so many bytes into each of the first pages where they fit into the last page as it is.
+
+    Returns the tokens of such a page, the same in all, and in each that got its own the address of the first of them.
+    """
+    size, addresses = 0, []
+    for own in pages:
+        if own._lies is None or own.front is not None or not own.pages:
+            break
+        sizes, lie = own._lies
+        last, at = sizes[-1], own.start + own.length - (sum(sizes[:-1]) if len(sizes) > 1 else 0)
+        if at < 0 or at + n > last or last != (size or last):
+            break
+        size = last
+        own.length += n
+        addresses.append(lie[-1] + at * width)
+    Clock.note()
+    return size, addresses

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from recipes import NAMED, named, recipes
 
 from kvpolicy import Recipe, load_recipe
+from kvpolicy.errors import PluginError
 from kvpolicy.interfaces.policy import NEVER, Policy
+from kvpolicy.placement.flows import AHEAD
 from kvpolicy.placement.planner import Placement, State
 from kvpolicy.placement.position_list import PositionList
 from kvpolicy.placement.simulate import history, simulate
@@ -214,6 +216,43 @@ def test_a_policy_is_asked_only_where_it_can_act() -> None:
     placed = simulate(tiers, 131_072)
     assert sum(map(len, placed)) == 131_072
     assert 200 <= Counting.calls <= 131_072 // 512
+
+
+class Failing(Policy):
+    """Keeps all until it has seen 50 tokens."""
+
+    kind: Literal["failing"] = "failing"
+
+    def keep(self, positions: Any, seen: int) -> Any:
+        if seen == 50:
+            raise ValueError("enough")
+        return np.ones(len(positions), dtype=bool)
+
+
+@pytest.mark.parametrize("first", [1, 20, 47, 49])
+def test_a_policy_that_fails_at_a_token_fails_as_that_comes(first: int) -> None:
+    recipe = load_recipe("logquant")
+    placement = Placement([recipe.tiers[0].model_copy(update={"policy": Failing()}), recipe.tiers[2]])
+    state, _ = placement.advance(placement.start(), first)
+    for _ in range(first, 49):
+        state, _ = placement.advance(state, 1)
+    assert state.tiers[0].tolist() == list(range(49))
+    for n in (1, 2, 60):
+        with pytest.raises(PluginError, match="enough"):
+            placement.advance(state, n)
+
+
+@pytest.mark.parametrize("name", ["logquant", "kivi", "streaming-llm", "best-3bit"])
+def test_policies_are_asked_of_several_tokens_to_come_at_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    left = Policy._left
+    monkeypatch.setattr(Policy, "_left", lambda self, *given: asked.append(given[2]) or left(self, *given))
+    placement = Placement(load_recipe(name).tiers)
+    state, _ = placement.advance(placement.start(), 4096)
+    asked.clear()
+    for _ in range(AHEAD):
+        state, _ = placement.advance(state, 1)
+    assert set(asked) == {4096}
 
 
 @pytest.mark.parametrize(

@@ -41,15 +41,19 @@ def copy(tokens: Sequence[Tensor], addresses: Sequence[int], steps: tuple[int, i
     """See `Backend.copies`; False: tokens lie in ways that differ."""
     x = tokens[0]
     size, device, dtype, shape, own = x.element_size(), x.get_device(), x.dtype, x.shape, x.stride()
-    given = [size * step for step in own[:3]]
+    given = _steps(x)
     width = size * shape[3]
     if own[3] != 1 or any(n % UNIT for n in (*given, *steps, width)):
         return False
     places: list[int] = []
     for x, to in zip(tokens, addresses, strict=True):
-        at = x.data_ptr()
-        if (at | to) % UNIT or x.stride() != own or x.shape != shape or x.dtype != dtype or x.get_device() != device:
+        at, lies = x.data_ptr(), x.stride()
+        if (at | to) % UNIT or x.shape != shape or x.dtype != dtype or x.get_device() != device:
             return False
+        if lies != own:
+            if lies[3] != 1 or _steps(x) != given:
+                return False
+            own = lies
         places += at, to
     count = x.numel() * size // UNIT
     if count >= MOST:
@@ -57,6 +61,12 @@ def copy(tokens: Sequence[Tensor], addresses: Sequence[int], steps: tuple[int, i
     head = GIVEN.pack(*given, *steps, shape[1], shape[2], width // UNIT, count)
     _launch(Copy("copy"), head, places, 2, count, device)
     return True
+
+
+def _steps(x: Tensor) -> list[int]:
+    """Bytes from row to row, head to head and token to token, 0 where there is one."""
+    size = x.element_size()
+    return [size * step if count > 1 else 0 for step, count in zip(x.stride()[:3], x.shape[:3], strict=True)]
 
 
 def shift(pages: Sequence[Tensor], sources: Sequence[Tensor], places: Sequence[Tensor]) -> bool:

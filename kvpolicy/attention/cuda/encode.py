@@ -23,7 +23,8 @@ SHARED = 1 << 15
 """Bytes of shared memory for the codes of a group of tokens at most."""
 KEPT = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float8_e4m3fn: 3}
 GIVEN = struct.Struct("<9q4i")
-ADDRESSES = struct.Struct("<5Q")
+EACH, ABSENT = 5, (0, 0)
+"""Addresses of a piece, the last of which it may lack."""
 Piece = tuple[Tensor, ...]
 
 
@@ -98,33 +99,38 @@ def variant_of(encoding: Encoding) -> Encode | None:
 
 def encode(variant: Encode, pieces: Sequence[Piece]) -> None:
     """Code tokens; see `Backend.encode`. Pieces of one shape share a launch."""
-    alike: dict[tuple[object, ...], list[Piece]] = {}
+    alike: dict[tuple[object, ...], tuple[Piece, list[int]]] = {}
+    made: list[Tensor] = []
     for x, codes, params, *beside in pieces:
-        if x.stride(3) != 1 or x.data_ptr() % 16 or any(step % 8 for step in x.stride()[:3]):
+        at, lies = x.data_ptr(), x.stride()
+        if lies[3] != 1 or at % 16 or any(step % 8 for step in lies[:3]):
             x = x.clone(memory_format=torch.contiguous_format)
+            at, lies = x.data_ptr(), x.stride()
+            made.append(x)
         if variant.ranged:
             beside = [bound.unsqueeze(2) for bound in torch.aminmax(x, dim=2)]
-        steps = [_steps(t) for t in beside]
-        key = (x.device, x.shape, x.stride(), codes.stride(), params.stride(), *steps)
-        alike.setdefault(key, []).append((x, codes, params, *beside))
-    for own in alike.values():
-        for first in range(0, len(own), PIECES):
-            _launch(variant, own[first : first + PIECES])
+            made += beside
+        key = (x.device, x.shape, lies, codes.stride(), params.stride(), *[_steps(t) for t in beside])
+        _, addresses = alike.setdefault(key, ((x, codes, params, *beside), []))
+        addresses += at, codes.data_ptr(), params.data_ptr(), *[t.data_ptr() for t in beside], *ABSENT[len(beside) :]
+    for first, addresses in alike.values():
+        for done in range(0, len(addresses), EACH * PIECES):
+            _launch(variant, first, addresses[done : done + EACH * PIECES])
 
 
-def _launch(variant: Encode, pieces: Sequence[Piece]) -> None:
-    x, codes, params, *beside = pieces[0]
+def _launch(variant: Encode, piece: Piece, addresses: list[int]) -> None:
+    """Code pieces that lie as `piece` does."""
+    x, codes, params, *beside = piece
     batch, heads, tokens = x.shape[:3]
     blocks, wide = -(-tokens // variant.tokens), params.element_size()
     given = GIVEN.pack(
         *x.stride()[:3], *codes.stride()[:2], *(step * wide for step in params.stride()[:2]),
         *(_steps(beside[0]) if beside else (0, 0)), heads, tokens, blocks, 0,
     )  # fmt: skip
-    absent = (0,) * (5 - len(pieces[0]))
-    given += b"".join(ADDRESSES.pack(*(t.data_ptr() for t in piece), *absent) for piece in pieces)
-    device = x.get_device()
-    size = GIVEN.size + PIECES * ADDRESSES.size
-    launch(kernel_of(variant, device), given.ljust(size, b"\0"), (batch * heads * blocks, len(pieces), 1), device)
+    given += struct.pack(f"<{len(addresses)}Q", *addresses)
+    device, size = x.get_device(), GIVEN.size + 8 * EACH * PIECES
+    grid = batch * heads * blocks, len(addresses) // EACH, 1
+    launch(kernel_of(variant, device), given.ljust(size, b"\0"), grid, device)
 
 
 def _steps(beside: Tensor) -> tuple[int, int]:

@@ -285,7 +285,7 @@ def _by_channel(codes: Pages, params: Pages, form: Format, space: int, first: in
 def _placed(found: list[Piece], view: StoreView) -> Iterator[Piece]:
     """Pieces of a store where its tokens stand among the columns."""
     if isinstance(view.columns, int):
-        yield from (piece._replace(at=piece.at + view.columns) for piece in found)
+        yield from (piece._replace(at=piece.at + view.columns) for piece in found) if view.columns else found
         return
     stretches = view.stretches() if view.stretches else None
     if stretches is None:

@@ -47,6 +47,8 @@ class Piece(NamedTuple):
 
 def some_of(piece: Piece, skip: int, tokens: int, at: int) -> Piece:
     """Some of a piece's tokens."""
+    if tokens == piece.tokens and at == piece.at:
+        return piece
     if piece.by_slot:
         return piece._replace(at=at, tokens=tokens, offset=piece.offset + 4 * skip)
     form, offset, group = piece.form, piece.params_offset, piece.group

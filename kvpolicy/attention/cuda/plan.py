@@ -34,8 +34,8 @@ FEW_TILE, FEW_START = 5, 18
 """Likewise for some warps of a block that serve a kind with few tiles, while the others keep the memory busy."""
 NEW = Kind(kind_of(EXACT, EXACT)[0], 0, 0)
 """The kind of new tokens."""
-_known: dict[tuple[object, ...], set[Kind]] = {}
-"""The kinds that parts of some formats had: a kernel serves them all, so that few are compiled."""
+_known: dict[tuple[object, ...], list[Kind]] = {}
+"""The kinds that parts of some formats had, in order: a kernel serves them all, so that few are compiled."""
 
 
 class Plan(NamedTuple):
@@ -175,11 +175,15 @@ def _kinds(laid: Laid, query: Tensor, part: Part) -> tuple[list[Kind], list[int]
         tuple(sorted({affine_form(s) for s, *_ in views if isinstance(s, AffineStore) and s.parts["codes"].length}))
         for views in (part.keys, part.values)
     )
-    known = _known.setdefault((query.dtype, query.shape[3], part.value_dim, forms, laid.many), {NEW})
-    known |= own
-    spaces = sorted({kind.space for kind in own})
-    order = {kind: (kind.space, is_large(kind.name), -weight_of(kind.name), kind) for kind in known}
-    return sorted(known, key=order.__getitem__), spaces
+    like = query.dtype, query.shape[3], part.value_dim, forms, laid.many
+    known = _known.get(like, [NEW])
+    if not own.issubset(known):
+        known = _known[like] = sorted(own.union(known), key=_order)
+    return known, sorted({kind.space for kind in own})
+
+
+def _order(kind: Kind) -> tuple[object, ...]:
+    return kind.space, is_large(kind.name), -weight_of(kind.name), kind
 
 
 class Lined(NamedTuple):

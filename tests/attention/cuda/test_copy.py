@@ -69,6 +69,38 @@ def test_tokens_that_lie_in_ways_that_differ_are_left_to_pytorch(device: str) ->
 
 
 @pytest.mark.parametrize("device", DEVICES, indirect=True)
+def test_a_stride_of_one_element_tells_nothing_apart(device: str) -> None:
+    pages = [torch.zeros((2, 3, 20, 40), dtype=torch.bfloat16, device=device) for _ in range(2)]
+    (one,) = drawn(1, 1, torch.bfloat16, device)
+    given = [one, torch.ones(2, 3, 1, 40, dtype=torch.bfloat16, device=device)]
+    assert given[0].stride() != given[1].stride()
+    assert copy(given, *places(pages, 4))
+    assert all(torch.equal(page[:, :, 4:5], x) for page, x in zip(pages, given, strict=True))
+
+
+@pytest.mark.parametrize("device", DEVICES, indirect=True)
+def test_what_lies_alike_is_written_at_once(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[int] = []
+    if device == "cpu":
+        monkeypatch.setattr(later, "copiers", lambda device: (None,))
+    monkeypatch.setattr(later, "copied", lambda *given: done.append(len(given[0])) or copy(*given))
+    sides, alone = ([[Pages() for _ in range(3)] for _ in range(3)] for _ in range(2))
+    for tokens in (50, 1, 2):
+        waiting = later.Later()
+        for number, (own, other) in enumerate(zip(sides, alone, strict=True)):
+            given = drawn(3, tokens + number // 2, torch.bfloat16, device)
+            waiting.append(own, given)
+            for pages, x in zip(other, given, strict=True):
+                pages.append(x)
+        assert tokens != 50 or not any(pages.length for own in sides for pages in own)
+        waiting.run()
+        assert all(len(pages.marks[1]) == 1 for own in sides for pages in own)
+    assert done == [6, 3] * 2
+    for one, other in ((a, b) for own in zip(sides, alone, strict=True) for a, b in zip(*own, strict=True)):
+        assert torch.equal(one.slice(0, one.length), other.slice(0, other.length))
+
+
+@pytest.mark.parametrize("device", DEVICES, indirect=True)
 def test_pages_of_several_layers(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[bool] = []
     if device == "cpu":

@@ -154,11 +154,11 @@ def test_a_store_that_comes_twice_keeps_all_that_came(on_cpu: Any) -> None:
 
 
 def test_what_lies_on_several_devices_is_no_single_launch(monkeypatch: pytest.MonkeyPatch) -> None:
-    launched: list[set[str]] = []
-    monkeypatch.setattr(module, "_launch", lambda _, pieces: launched.append({x.device.type for x, *_ in pieces}))
+    launched: list[tuple[str, int]] = []
+    monkeypatch.setattr(module, "_launch", lambda _, piece, given: launched.append((piece[0].device.type, len(given))))
     piece = tokens((1, 1, 64, 64), torch.bfloat16), torch.zeros(1, 1, 64, 16), torch.zeros(1, 1, 64, 2)
     encode(variant({"nbits": 2, "group_size": 64}, 64), [piece, tuple(x.to("meta") for x in piece)])
-    assert launched == [{"cpu"}, {"meta"}]
+    assert launched == [("cpu", module.EACH), ("meta", module.EACH)]
 
 
 def variant(options: dict[str, Any], dim: int) -> Encode:
