@@ -216,7 +216,11 @@ class Step:
     @property
     def width(self) -> int:
         """Tokens held, where all rows and heads hold the same."""
-        return self._once("width", lambda: sum([order.length for order in self.state.stores["keys"]]))
+        found: int | None = self._derived.get("width")  # each layer asks at each step
+        return self._once("width", self._held) if found is None else found
+
+    def _held(self) -> int:
+        return sum([order.length for order in self.state.stores["keys"]])
 
     def layout(self, side: str) -> tuple[list[int | Tensor], int]:
         """`Placement.layout`, kept."""
