@@ -63,10 +63,15 @@ class Joint:
     def moves(self, turn: Turn) -> list[AllMoves]:
         """What moves in each layer."""
         found = split(self.planner.moves(turn), len(self.members))
-        self._views = self._where = None
-        for member in self.members:
-            member.step, member.counts, member.judged = self.planner.step, self.planner.counts, self.planner.judged
+        self.moved()
         return found
+
+    def moved(self) -> None:
+        """Its planner has counted an update as done."""
+        self._views = self._where = None
+        step, counts, judged = self.planner.step, self.planner.counts, self.planner.judged
+        for member in self.members:
+            member.step, member.counts, member.judged = step, counts, judged
 
 
 def key_of(planner: PerHeadPlacement, observer: Observer | None) -> Hashable | None:
