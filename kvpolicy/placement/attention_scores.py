@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -58,13 +59,16 @@ def _probes(kind: Scores, n: int, seen: int) -> Bools:
     return _drawn(kind, n, (seen, n))
 
 
+@lru_cache(maxsize=64)
 def _drawn(kind: Scores, n: int, salt: tuple[int, ...]) -> Bools:
+    """Those drawn of `n` queries; not to be written to."""
     found = np.zeros(n, dtype=np.bool_)
     newest = kind.newest_of(n)
     found[n - newest :] = True
     others = n - newest
     generator = np.random.default_rng([kind.seed, *salt])
     found[generator.choice(others, min(others, int(kind.random * n)), replace=False)] = True
+    found.flags.writeable = False
     return found
 
 

@@ -193,9 +193,9 @@ class Pages:
         out = cls(whole=True)
         if parts[0].length:
             like = parts[0].all()
-            rows = [part.all().shape[0] for part in parts]
             with torch.inference_mode(False):
-                shape = sum(rows), like.shape[1], like.shape[2] + max(like.shape[2] // 8, 8), like.shape[3]
+                rows = sum([part.all().shape[0] for part in parts])
+                shape = rows, like.shape[1], like.shape[2] + max(like.shape[2] // 8, 8), like.shape[3]
                 page = torch.empty(shape, dtype=like.dtype, device=like.device)
             torch.cat([part.all() for part in parts], out=page[:, :, : like.shape[2]])
             out.pages, out.length = [page], like.shape[2]
@@ -216,9 +216,7 @@ class Pages:
         if self._lies is None or self.front is not None or not self.pages:
             return None
         sizes, addresses = self._lies
-        at = self.start + self.length
-        if len(sizes) > 1:
-            at -= sum(sizes[:-1])
+        at = self.start + self.length - sum(sizes[:-1])
         if at < 0 or at + n > sizes[-1] or (size and size != sizes[-1]):
             return None
         Clock.note()
@@ -305,8 +303,8 @@ class Pages:
         window = self.slice(lowest, highest + 1)
         if highest - lowest + 1 == len(index):
             return window.clone()
-        chosen = torch.from_numpy(index - lowest).to(window.device, non_blocking=True)
-        return widest_view(window).index_select(2, chosen).view(window.dtype)
+        at = torch.from_numpy(index - lowest).to(window.device, non_blocking=True)
+        return widest_view(window).index_select(2, at).view(window.dtype)
 
     def scatter_between(self, index: Tensor, n: int) -> Tensor:
         """A tensor of `n` tokens whose token `index[i]` is token i of this; the others are undefined."""
@@ -319,8 +317,7 @@ class Pages:
 
     def drop(self, index: Ints) -> None:
         """Remove the tokens at `index` (ascending, distinct)."""
-        n = len(index)
-        if n == 0:
+        if not (n := len(index)):
             return
         self.lift()
         first, last = int(index[0]), int(index[-1])
@@ -352,8 +349,10 @@ class Pages:
     def _truncate(self, length: int) -> None:
         self.length, before = length, len(self.pages)
         Clock.note()
-        if length == 0:
+        if not length:
             self.pages, self.start = [], 0
+        elif before == 1 and self.start < self.pages[0].shape[2]:
+            return
         while self.pages and self.start >= self.pages[0].shape[2]:
             self.start -= self.pages.pop(0).shape[2]
         while len(self.pages) > 1 and self.capacity - self.pages[-1].shape[2] >= self.start + length:
