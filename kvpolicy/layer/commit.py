@@ -14,6 +14,7 @@ from kvpolicy.layer.standing import Moving
 from kvpolicy.placement import joint
 from kvpolicy.placement.by_position import ByPosition
 from kvpolicy.placement.contract import select
+from kvpolicy.placement.entering import enter, enters
 from kvpolicy.placement.moves import AllMoves
 from kvpolicy.placement.per_head import PerHeadPlacement
 from kvpolicy.storage.later import Later
@@ -111,7 +112,9 @@ def _at_once(group: list[Committing]) -> Iterator[list[Committing]]:
     first = group[0]
     most = len(group)
     if most > 1 and first.tells_apart and not first.placement.shared:
-        most = joint.layers_at_once(first.by_head(), first.waiting, len(group))
+        planner = first.by_head()
+        if not enters(planner, first.waiting, first.padding, first.observer):  # which takes no memory
+            most = joint.layers_at_once(planner, first.waiting, len(group))
     for i in range(0, len(group), most):
         yield group[i : i + most]
 
@@ -150,6 +153,11 @@ def _move(groups: Sequence[Group], ends: bool = False) -> None:
 def _planned(group: Group, ends: bool) -> Iterator[tuple[Group, list[AllMoves]]]:
     """Which of some layers move alike, and what moves in each."""
     first = group[0]
+    if first.tells_apart and not first.placement.shared and not ends:
+        moves = enter([layer.by_head() for layer in group], first.waiting, first.padding, first.observer)
+        if moves is not None:
+            yield group, moves
+            return
     if len(group) > 1 and not first.placement.shared:
         if isinstance(first.planner, ByPosition):
             turn = first.planner.end_prompt() if ends else first.begin(first.pending)

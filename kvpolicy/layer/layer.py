@@ -154,7 +154,8 @@ class LayerCache(Committing):
 
         `query` is theirs, `[batch, heads, tokens, head_dim]`; it is kept for scorers that must see it.
         """
-        asks = self.placement.scores.reads_query(prompting=self.step.prompt is None)
+        scores = self.placement.scores
+        asks = scores.features and scores.reads_query(prompting=self.step.prompt is None)
         if query is not None and self.staged and asks:
             self.staged["query"] = query.detach()
         if not self.placement.kinds:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -58,13 +59,16 @@ def _probes(kind: Scores, n: int, seen: int) -> Bools:
     return _drawn(kind, n, (seen, n))
 
 
+@lru_cache(maxsize=64)
 def _drawn(kind: Scores, n: int, salt: tuple[int, ...]) -> Bools:
+    """Those drawn of `n` queries; not to be written to."""
     found = np.zeros(n, dtype=np.bool_)
     newest = kind.newest_of(n)
     found[n - newest :] = True
     others = n - newest
     generator = np.random.default_rng([kind.seed, *salt])
     found[generator.choice(others, min(others, int(kind.random * n)), replace=False)] = True
+    found.flags.writeable = False
     return found
 
 
@@ -225,13 +229,13 @@ class Observer:
 
     def watch_later(self, scores: Tensor, sums: Tensor) -> bool:
         """Keep what the only query's attention weights follow from, if it counts: those of several layers are then made
-        in one go. False: it is to be told of the weights.
+        in one go. False: it is to be told of the weights, as it is while a graph is captured, where calls cost little.
 
         Args:
             scores: in units of log2, `[batch, kv_heads, groups, columns]`.
             sums: log2 of the sums of their powers, `[batch, kv_heads, groups, 1]`.
         """
-        if not self.counted.all or self.index is not None or scores.numel() > LATER:
+        if not self.counted.all or self.index is not None or self.room or scores.numel() > LATER:
             return False
         self.raw = scores, sums
         return True
@@ -260,6 +264,21 @@ class Observer:
         for k, (kind, count) in enumerate(zip(counted.kinds, wanted, strict=True)):
             if counted.all or count.any():
                 self._note(k, at, _reduced(columns, kind), sees, count, heads, of)
+
+    def by_heads(self, kv_heads: int) -> list[bool] | None:
+        """Of each kind whether it asks for the mean of the query heads of a KV head, or their sum, of the only query.
+
+        None where something else is asked for; else `watch_heads` may be told instead of `watch`.
+        """
+        counted = self.counted
+        plain = counted.all and self.index is None and (self.heads > 1 or kv_heads == 1)
+        if not plain or any(kind.heads == "max" for kind in counted.kinds):
+            return None
+        return [kind.heads == "mean" for kind in counted.kinds]
+
+    def watch_heads(self, weights: Sequence[Tensor]) -> None:
+        """Take in what the only query attended to, which saw all: `[batch, kv_heads, 1, columns]` of each kind."""
+        self.found = [(x, None) for x in weights]
 
     def _watch_whole(self, weights: Tensor) -> None:
         """Take in what the only query attended to, which saw all columns."""

@@ -26,15 +26,24 @@ class Moved(NamedTuple):
     @classmethod
     def of(cls, ranked: int, before: State, after: State) -> Moved:
         """As two placements by position of a row say that follow each other; slots are positions."""
-        gone = [
-            np.setdiff1d(a, b, assume_unique=True) for a, b in zip(before.tiers[:ranked], after.tiers, strict=False)
-        ]
-        old = np.sort(np.concatenate(gone)) if gone else np.empty(0, dtype=np.int64)
+        gone = [_gone(a, b) for a, b in zip(before.tiers[:ranked], after.tiers, strict=False)]
+        old = gone[0] if len(gone) == 1 else np.sort(np.concatenate(gone)) if gone else np.empty(0, dtype=np.int64)
         positions = np.concatenate([old, np.arange(before.seen, after.seen, dtype=np.int64)])
         into = np.full(len(positions), ranked, dtype=np.int64)
         for tier, held in enumerate(after.tiers[:ranked]):
-            into[np.isin(positions, held, assume_unique=True)] = tier
+            if len(held):
+                at = np.minimum(held.searchsorted(positions), len(held) - 1)
+                into[held[at] == positions] = tier
         return cls(positions, into, len(old))
+
+
+def _gone(before: Ints, after: Ints) -> Ints:
+    """The positions of a tier that it no longer holds; both ascend."""
+    first = int(before.searchsorted(after[0])) if len(after) else len(before)
+    left = before[first:]
+    if len(left) <= len(after) and np.array_equal(left, after[: len(left)]):  # the oldest went
+        return before[:first]
+    return np.setdiff1d(before, after, assume_unique=True)
 
 
 def moved_by_row(

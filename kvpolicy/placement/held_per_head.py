@@ -48,6 +48,7 @@ class HeldPerHead(Planner[Turn]):
         self.ranking = Ranking(placement, [site])
         self._width: tuple[Ints, int] | None = None
         """Counts, and the width that they make."""
+        self._held_columns: tuple[Step, Ints, tuple[int, int]] | None = None
         self.joint: Together | None = None
         """The planners of several layers as one, if this is one of them."""
         self.aligned = placement.first_tier["keys"] == placement.first_tier["values"]
@@ -195,9 +196,9 @@ class HeldPerHead(Planner[Turn]):
         seen = self.step.seen
         if not seen:  # a first update attends its own tokens alone
             return
-        observer.live = sum([t.length for t in self.live()])
+        observer.live, held = self._columns()
         if self.aligned:
-            observer.held = sum([t.length for t in self._alike.own["keys"] if t is not None])
+            observer.held = held
         else:
             observer.held = self.columns(self.device).width
             live = [t for s, t in enumerate(self.tables["keys"]) if t is not None and self.movable("keys", s)]
@@ -205,6 +206,15 @@ class HeldPerHead(Planner[Turn]):
             new = torch.arange(observer.held, observer.held + observer.tokens, device=places.device)
             places = torch.where(places < 0, seen, places)
             observer.index = torch.cat([places, new.expand(*self.shape, -1)], dim=2)
+
+    def _columns(self) -> tuple[int, int]:
+        """Columns of the tokens that may yet descend, and of all, where keys and values are in the same order."""
+        alike = self._alike  # of planners that plan as one they are found once
+        known = alike._held_columns
+        if known is None or known[0] is not self.step or known[1] is not self.counts:
+            held = sum([t.length for t in alike.own["keys"] if t is not None])
+            known = alike._held_columns = self.step, self.counts, (sum([t.length for t in self.live()]), held)
+        return known[2]
 
     def restore(self, step: Step) -> None:
         """Go by `step`, as whose tokens the tables were filled."""

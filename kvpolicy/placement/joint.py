@@ -6,7 +6,7 @@ layer alone parts them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -63,10 +63,15 @@ class Joint:
     def moves(self, turn: Turn) -> list[AllMoves]:
         """What moves in each layer."""
         found = split(self.planner.moves(turn), len(self.members))
-        self._views = self._where = None
-        for member in self.members:
-            member.step, member.counts, member.judged = self.planner.step, self.planner.counts, self.planner.judged
+        self.moved()
         return found
+
+    def moved(self) -> None:
+        """Its planner has counted an update as done."""
+        self._views = self._where = None
+        step, counts, judged = self.planner.step, self.planner.counts, self.planner.judged
+        for member in self.members:
+            member.step, member.counts, member.judged = step, counts, judged
 
 
 def key_of(planner: PerHeadPlacement, observer: Observer | None) -> Hashable | None:
@@ -143,35 +148,50 @@ def _rows(tables: Tables, first: int, last: int) -> Tables:
 
 def split(moves: AllMoves, layers: int) -> list[AllMoves]:
     """What moves in each of so many layers."""
-    known: dict[int, list[Any]] = {}
+    every = _Split(layers)
+    found: dict[str, Any] = {}
+    for side, planned in moves.items():
+        same = next((other for other in found if moves[other] is planned), None)
+        found[side] = found[same] if same else [list(own) for own in zip(*map(every.moves, planned), strict=True)]
+    return [{side: own[i] for side, own in found.items()} for i in range(layers)]
 
-    def parts(x: Any, make: Callable[[], list[Any]]) -> list[Any]:
-        if id(x) not in known:
-            known[id(x)] = make()
-        return known[id(x)]
 
-    def of(x: Any) -> list[Any]:
-        """A part for each layer."""
-        if isinstance(x, Tensor):
-            return parts(x, lambda: list(x.unflatten(0, (layers, -1)).unbind(0)))
-        if isinstance(x, Leaving):
-            return parts(x, lambda: [Leaving(*own) for own in zip(*map(of, x), strict=True)])
-        if isinstance(x, Arrival):
-            return [x._replace(indices=index, positions=at) for index, at in zip(of(x.indices), placed(x), strict=True)]
-        if isinstance(x, list):
-            return [list(own) for own in zip(*map(of, x), strict=True)] if x else [[] for _ in range(layers)]
-        if isinstance(x, Moves):
-            empty = [of(side) for side in x.empty]
-            every = zip(of(x.arrivals), of(x.leaving), zip(*empty, strict=True), strict=True)
-            return parts(x, lambda: [Moves(*own) for own in every])
-        return [x] * layers
+class _Split:
+    """Parts for each layer of what is known for the rows of all."""
 
-    def placed(x: Arrival) -> list[Any]:
-        at = x.positions
+    def __init__(self, layers: int) -> None:
+        self.layers = layers
+        self.known: dict[int, tuple[Tensor, Sequence[Any]]] = {}
+
+    def rows(self, x: Any) -> Sequence[Any]:
+        """Of a tensor the rows of each layer; what is none is the same for all."""
+        if not isinstance(x, Tensor):
+            return [x] * self.layers
+        if id(x) not in self.known:
+            self.known[id(x)] = x, x.view(self.layers, -1, *x.shape[1:]).unbind(0)
+        return self.known[id(x)][1]
+
+    def moves(self, x: Moves) -> list[Moves]:
+        if not (x.arrivals or x.leaving is not None or x.empty != (None, None)):
+            return [x] * self.layers
+        arrivals = [list(own) for own in zip(*map(self.arrived, x.arrivals), strict=True)] or [
+            [] for _ in range(self.layers)
+        ]
+        if isinstance(x.leaving, Leaving):
+            leaving: Sequence[Any] = [*map(Leaving, *map(self.rows, x.leaving))]
+        else:
+            leaving = [x.leaving] * self.layers
+        empty = zip(*map(self.rows, x.empty), strict=True)
+        return [Moves(*own) for own in zip(arrivals, leaving, empty, strict=True)]
+
+    def arrived(self, x: Arrival) -> list[Arrival]:
+        places = zip(self.rows(x.indices), self.placed(x), strict=True)
+        return [Arrival(x.sources, index, x.bounds, at, x.span, x.run, x.full) for index, at in places]
+
+    def placed(self, x: Arrival) -> Sequence[Any]:
+        """The positions of what arrives."""
+        at, layers = x.positions, self.layers
         if at is None or isinstance(at, np.ndarray):
             return [at] * layers
-        every = cache(lambda: list(at().unflatten(0, (layers, -1)).unbind(0)))
+        every = cache(lambda: at().unflatten(0, (layers, -1)).unbind(0))
         return [lambda i=i: every()[i] for i in range(layers)]
-
-    sides = {side: of(planned) for side, planned in moves.items()}
-    return [{side: own[i] for side, own in sides.items()} for i in range(layers)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,6 +12,27 @@ from torch import Tensor
 from kvpolicy.placement.moves import EMPTY, Flat, Ints
 from kvpolicy.storage.front import Front
 from kvpolicy.storage.pages import Leaving, Pages
+
+
+class Run(NamedTuple):
+    """Tokens that are neighbours in the text, all in the first tier."""
+
+    first: int
+    """The slot of the first one."""
+    tokens: int
+    blank: tuple[float, ...]
+    """Their scores."""
+
+    def tensors(self, table: TokenTable) -> tuple[Tensor, Tensor, Tensor]:
+        """What `TokenTable.append` takes."""
+        slots = torch.arange(self.first, self.first + self.tokens, dtype=torch.int32, device=table.device)
+        tiers = torch.zeros_like(slots, dtype=table.tier_dtype)
+        scores = torch.zeros((1, 1, self.tokens, len(self.blank)), device=table.device)
+        for column, known in enumerate(self.blank):
+            if known:
+                scores[..., column] = known
+        shape = *table.shape, self.tokens
+        return slots.expand(shape), tiers.expand(shape), scores.expand(*shape, -1)
 
 
 class TokenTable:
@@ -22,7 +44,9 @@ class TokenTable:
 
     def __init__(self, shape: tuple[int, int], device: torch.device, scored: bool, tier_dtype: torch.dtype) -> None:
         self.shape, self.device, self.tier_dtype = shape, device, tier_dtype
-        self.parts = {name: Pages(whole=True) for name in ("positions", "tiers", *(["scores"] if scored else []))}
+        self._parts = {name: Pages(whole=True) for name in ("positions", "tiers", *(["scores"] if scored else []))}
+        self._run: Run | None = None
+        """Its last tokens, which are still to be written."""
         self.gaps = False
         """Whether some place may be empty."""
         self.flat: Ints | None = None
@@ -32,9 +56,17 @@ class TokenTable:
         """Places that these are of, of each row and head."""
 
     @property
+    def parts(self) -> dict[str, Pages]:
+        """What is kept, by name."""
+        if self._run is not None:
+            run, self._run = self._run, None
+            self.append(*run.tensors(self))
+        return self._parts
+
+    @property
     def front(self) -> Front | None:
         """The first tokens, where rows and heads of the table take no more room than each needs."""
-        return self.parts["positions"].front
+        return self._parts["positions"].front
 
     @property
     def room(self) -> int:
@@ -49,20 +81,21 @@ class TokenTable:
         first = tables[0]
         shape = sum(table.shape[0] for table in tables), first.shape[1]
         out = cls(shape, first.device, False, first.tier_dtype)
-        out.parts = {name: Pages.stacked([t.parts[name] for t in tables]) for name in first.parts}
+        out._parts = {name: Pages.stacked([t.parts[name] for t in tables]) for name in first.parts}
         out.gaps = first.gaps
         return out
 
     def rows(self, first: int, last: int) -> TokenTable:
         """Some rows, where they lie."""
         out = TokenTable((last - first, self.shape[1]), self.device, False, self.tier_dtype)
-        out.parts = {name: part.rows(first, last) for name, part in self.parts.items()}
+        out._parts = {name: part.rows(first, last) for name, part in self.parts.items()}
         out.gaps = self.gaps
         return out
 
     @property
     def length(self) -> int:
-        return self.parts["positions"].length
+        written = self._parts["positions"].length
+        return written if self._run is None else written + self._run.tokens
 
     def _view(self, name: str, dtype: torch.dtype) -> Tensor:
         part = self.parts[name]
@@ -122,11 +155,23 @@ class TokenTable:
         return own if scores is None else {**own, "scores": scores}
 
     def append(self, positions: Tensor, tiers: Tensor, scores: Tensor | None) -> None:
-        self.parts["positions"].append(positions.to(torch.int32).unsqueeze(3))
-        self.parts["tiers"].append(tiers.to(self.tier_dtype).unsqueeze(3))
-        if "scores" in self.parts:
+        parts = self.parts
+        parts["positions"].append(positions.to(torch.int32).unsqueeze(3))
+        parts["tiers"].append(tiers.to(self.tier_dtype).unsqueeze(3))
+        if "scores" in parts:
             assert scores is not None
-            self.parts["scores"].append(scores)
+            parts["scores"].append(scores)
+
+    def append_run(self, run: Run) -> None:
+        """`append` tokens, the same in all rows and heads; they are written once somebody asks for what is kept."""
+        known = self._run
+        if known is not None and (known.first + known.tokens, known.blank) == (run.first, run.blank):
+            self._run = Run(known.first, known.tokens + run.tokens, run.blank)
+            return
+        if known is not None:
+            self._run = None
+            self.append(*known.tensors(self))
+        self._run = run
 
     def surplus(self, n: int) -> Leaving:
         """`n` empty places of each row and head, the last ones; without `gaps` there are no others."""

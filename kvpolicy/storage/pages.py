@@ -197,9 +197,9 @@ class Pages:
         out = cls(whole=True)
         if parts[0].length:
             like = parts[0].all()
-            rows = [part.all().shape[0] for part in parts]
             with torch.inference_mode(False):
-                shape = sum(rows), like.shape[1], like.shape[2] + max(like.shape[2] // 8, 8), like.shape[3]
+                rows = sum([part.all().shape[0] for part in parts])
+                shape = rows, like.shape[1], like.shape[2] + max(like.shape[2] // 8, 8), like.shape[3]
                 page = torch.empty(shape, dtype=like.dtype, device=like.device)
             torch.cat([part.all() for part in parts], out=page[:, :, : like.shape[2]])
             out.pages, out.length = [page], like.shape[2]
@@ -285,8 +285,8 @@ class Pages:
         window = self.slice(lowest, highest + 1)
         if highest - lowest + 1 == len(index):
             return window.clone()
-        chosen = torch.from_numpy(index - lowest).to(window.device, non_blocking=True)
-        return widest_view(window).index_select(2, chosen).view(window.dtype)
+        at = torch.from_numpy(index - lowest).to(window.device, non_blocking=True)
+        return widest_view(window).index_select(2, at).view(window.dtype)
 
     def scatter_between(self, index: Tensor, n: int) -> Tensor:
         """A tensor of `n` tokens whose token `index[i]` is token i of this; the others are undefined."""
@@ -299,8 +299,7 @@ class Pages:
 
     def drop(self, index: Ints) -> None:
         """Remove the tokens at `index` (ascending, distinct)."""
-        n = len(index)
-        if n == 0:
+        if not (n := len(index)):
             return
         self.lift()
         first, last = int(index[0]), int(index[-1])
@@ -332,8 +331,10 @@ class Pages:
     def _truncate(self, length: int) -> None:
         self.length, before = length, len(self.pages)
         Clock.note()
-        if length == 0:
+        if not length:
             self.pages, self.start = [], 0
+        elif before == 1 and self.start < self.pages[0].shape[2]:
+            return
         while self.pages and self.start >= self.pages[0].shape[2]:
             self.start -= self.pages.pop(0).shape[2]
         while len(self.pages) > 1 and self.capacity - self.pages[-1].shape[2] >= self.start + length:
@@ -357,8 +358,7 @@ class Pages:
 
     def used(self) -> int:
         """Bytes of the tokens held."""
-        own = self.front.flat.nbytes if self.front is not None else 0
-        return own + sum(block.nbytes for _, block in self._in_pages())
+        return (0 if self.front is None else self.front.flat.nbytes) + sum(x.nbytes for _, x in self._in_pages())
 
     def bounds(self) -> int:
         """Bytes of what says where each row and head begins in a `Front`."""

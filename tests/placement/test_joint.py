@@ -17,6 +17,7 @@ from words import CACHE
 
 import kvpolicy
 from kvpolicy import CompressedCache
+from kvpolicy.layer import commit
 from kvpolicy.placement import joint, ranking
 from kvpolicy.placement.selection import highest, lowest, shared
 
@@ -199,3 +200,56 @@ def test_of_equal_ranks_the_same_tokens_stay(recipe: int, batch: int, monkeypatc
     for x, y, z in zip(expected, found, alone, strict=True):
         assert torch.equal(x, y)
         assert torch.equal(x, z)
+
+
+SEVERAL: list[Any] = [
+    *RECIPES,
+    {
+        "tiers": [
+            {"policy": {"kind": "attention", "budget": 14, "every": 5, "queries": "probe"}, "store": "full"},
+            {"keys": {"kind": "int", "nbits": 2}, "values": {"kind": "int", "nbits": 4}},
+        ]
+    },
+    {
+        "tiers": [
+            {"policy": {"kind": "recent", "window": 0, "flush": 6}, "store": "full"},
+            {"policy": {"kind": "attention", "budget": 9, "among": "arrival", "queries": "probe"}, "store": "full"},
+            {"store": {"kind": "int", "nbits": 2}},
+        ]
+    },
+]
+
+
+@settings(max_examples=examples(25), deadline=None)
+@given(
+    recipe=st.sampled_from(range(len(SEVERAL))),
+    ops=st.lists(st.tuples(st.sampled_from(OPS), st.integers(1, 5)), min_size=6, max_size=24),
+    batch=st.sampled_from([1, 3]),
+    padded=st.booleans(),
+)
+def test_tokens_that_only_come_are_where_planning_puts_them(recipe: int, ops: Any, batch: int, padded: bool) -> None:
+    model = tiny("llama")
+    with kvpolicy.attach(model):
+        found, _ = ran(model, SEVERAL[recipe], ops, batch, padded)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(commit, "enters", lambda *_: False)
+            patch.setattr(commit, "enter", lambda *_: None)
+            expected, _ = ran(model, SEVERAL[recipe], ops, batch, padded)
+    for x, y in zip(found, expected, strict=True):
+        assert torch.equal(x, y)
+
+
+def test_most_steps_of_zipcache_plan_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    entered: list[bool] = []
+    before = commit.enter
+
+    def enter(*given: Any) -> Any:
+        moves = before(*given)
+        entered.append(moves is not None)
+        return moves
+
+    monkeypatch.setattr(commit, "enter", enter)
+    model = tiny("llama")
+    with kvpolicy.attach(model):
+        ran(model, {"extends": "zipcache", "params": {"period": 20}}, [("token", 1)] * 40, 2, False)
+    assert sum(entered) > 25

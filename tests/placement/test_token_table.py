@@ -12,7 +12,7 @@ from torch import Tensor
 from kvpolicy.placement.candidates import Candidates
 from kvpolicy.placement.moves import EMPTY
 from kvpolicy.placement.selection import highest, lowest
-from kvpolicy.placement.token_table import TokenTable, first_of, indices_of, last_of
+from kvpolicy.placement.token_table import Run, TokenTable, first_of, indices_of, last_of
 
 SHAPE = 2, 3
 
@@ -96,3 +96,20 @@ def test_tokens_are_taken_from_stores_and_new_ones(new: int) -> None:
     assert work.scores is not None
     work.scores[..., 0] = 7.0
     assert (work.column(0) == 7.0).all()
+
+
+def test_a_table_writes_runs_once_it_is_read() -> None:
+    shape = 2, 3
+    late, soon = (TokenTable(shape, torch.device("cpu"), True, torch.int8) for _ in range(2))
+    for table in (late, soon):
+        table.parts["scores"].append(torch.ones(*shape, 1, 2))
+        table.parts["positions"].append(torch.zeros((*shape, 1, 1), dtype=torch.int32))
+        table.parts["tiers"].append(torch.ones((*shape, 1, 1), dtype=torch.int8))
+    for run in (Run(1, 1, (0.0, -1.0)), Run(2, 3, (0.0, -1.0)), Run(7, 2, (0.0, -1.0)), Run(9, 1, (0.0, 0.0))):
+        late.append_run(run)
+        soon.append(*run.tensors(soon))
+        assert late.length == soon.length
+    assert late.positions[1, 2].tolist() == [0, 1, 2, 3, 4, 7, 8, 9]
+    for name, x in soon.tensors().items():
+        assert torch.equal(late.tensors()[name], x)
+    assert late.bytes() == soon.bytes()

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvpolicy.attention.cuda.heads import added
 from kvpolicy.attention.cuda.kernel import Arguments, prepared
 from kvpolicy.attention.cuda.layout import MAPS
 from kvpolicy.attention.cuda.plan import POINTERS, Plan
 from kvpolicy.attention.cuda.scratch import counters, partials
 from kvpolicy.attention.cuda.spaces import joined, mapped
+from kvpolicy.placement.attention_scores import Observer
 
 __all__ = ["Again", "watch"]
 
@@ -141,6 +143,12 @@ def watch(observer: Any, scores: Tensor, sums: Tensor, queries: int, new: int, h
     `hidden` says whether some tokens may be hidden from a query.
     """
     kv_heads = scores.shape[1]
+    if queries == 1 and not hidden and isinstance(observer, Observer):
+        means = observer.by_heads(kv_heads)
+        weights = None if means is None else added(scores, sums, means)
+        if weights is not None:
+            observer.watch_heads(weights)
+            return
     shaped = scores.view(*scores.shape[:2], -1, queries, scores.shape[3])
     visible = shaped > -torch.inf if hidden else None
     scores.sub_(sums).exp2_()

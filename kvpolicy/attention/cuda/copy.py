@@ -81,12 +81,14 @@ def shift(pages: Sequence[Tensor], sources: Sequence[Tensor], places: Sequence[T
     if page.stride(3) != 1 or any(n % unit for n in (*steps[:3], width)) or sources[0].shape != places[0].shape:
         return False
     addresses: list[int] = []
-    for own in zip(pages, sources, places, strict=True):
-        if [(x.shape, x.stride(), x.dtype) for x in own] != like or any(x.get_device() != device for x in own):
+    for (shape, step, dtype), every in zip(like, (pages, sources, places), strict=True):
+        if any(x.shape != shape or x.stride() != step or x.dtype != dtype or x.get_device() != device for x in every):
             return False
-        addresses += [x.data_ptr() for x in own]
-        if addresses[-3] % unit:
+    for own, source, place in zip(pages, sources, places, strict=True):
+        at = own.data_ptr()
+        if at % unit:
             return False
+        addresses += at, source.data_ptr(), place.data_ptr()
     count = page.shape[0] * page.shape[1] * tokens * (width // unit)
     if count >= MOST:
         return False

@@ -11,6 +11,7 @@ from variants import FEW, MANY
 from kvpolicy.attention.cuda import compile as compiling
 from kvpolicy.attention.cuda.compile import Build, Variant, compiled, missing, resources
 from kvpolicy.attention.cuda.copy import Copy
+from kvpolicy.attention.cuda.heads import Heads
 from kvpolicy.attention.cuda.observe import Sums
 from kvpolicy.attention.cuda.spaces import Join
 
@@ -66,6 +67,13 @@ def test_joins_of_spaces_compile_without_spills(bfloat: int, arch: str) -> None:
         found = resources(compiled(kernel, arch))
         assert found.stack == found.shared == 0
         assert found.registers <= 64
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_120"])
+def test_weights_of_heads_compile_without_spills(arch: str) -> None:
+    found = resources(compiled(Heads(), arch))
+    assert found.stack == found.shared == 0
+    assert found.registers <= 64
 
 
 SMALL = Sums(64, True, weighs=False)
