@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvpolicy.placement.moves import NEW, AllMoves, Arrival, Moves
+from kvpolicy.placement.moves import NEW, AllMoves, Arrival, Ints, Moves
 from kvpolicy.storage.affine import AffineStore
 from kvpolicy.storage.base import Store
 from kvpolicy.storage.exact import ExactStore
@@ -58,7 +58,10 @@ def _coming(
     found = _by_head_at_once(s, planned, held, new) if len(held) > 1 else None
     if found is not None:
         return [[x] for x in found]
-    return [_collected(own[s].arrivals, at, x, own) for own, at, x in zip(planned, held, new, strict=True)]
+    if all(own is planned[0] for own in planned):
+        return _collected(arrivals, held, new, planned[0])
+    each = zip(planned, held, new, strict=True)
+    return [_collected(own[s].arrivals, [at], [x], own)[0] for own, at, x in each]
 
 
 def _move_in(
@@ -140,41 +143,55 @@ def _positions(arrivals: list[Arrival]) -> list[Tensor]:
     return [torch.cat(parts, dim=-1) for parts in runs.values()]
 
 
-def _collected(arrivals: list[Arrival], stores: list[Store | None], new: Tensor, planned: list[Moves]) -> list[Tensor]:
-    """The tokens that arrive in a store, decoded, in order: a tensor for each run."""
+def _collected(
+    arrivals: list[Arrival], held: Sequence[list[Store | None]], new: Sequence[Tensor], planned: list[Moves]
+) -> list[list[Tensor]]:
+    """The tokens that arrive in a store of each of some layers that move alike, decoded, in order: of each run."""
     if len(arrivals) == 1:
-        return [_decoded(arrivals[0], stores, new, planned)]
-    runs: dict[int, list[Tensor]] = {}
+        return [[x] for x in _decoded(arrivals[0], held, new, planned)]
+    found: list[dict[int, list[Tensor]]] = [{} for _ in held]
     for arrival in arrivals:
-        runs.setdefault(arrival.run, []).append(_decoded(arrival, stores, new, planned))
-    return [torch.cat(parts, dim=2) if len(parts) > 1 else parts[0] for parts in runs.values()]
+        for runs, x in zip(found, _decoded(arrival, held, new, planned), strict=True):
+            runs.setdefault(arrival.run, []).append(x)
+    return [[torch.cat(parts, dim=2) if len(parts) > 1 else parts[0] for parts in runs.values()] for runs in found]
 
 
-def _decoded(arrival: Arrival, stores: list[Store | None], new: Tensor, planned: list[Moves]) -> Tensor:
+def _decoded(
+    arrival: Arrival, held: Sequence[list[Store | None]], new: Sequence[Tensor], planned: list[Moves]
+) -> list[Tensor]:
+    """What an arrival brings to each layer."""
     index = arrival.indices
     if isinstance(index, Tensor):
-        return _by_head(arrival, index, stores, new)
+        return [_by_head(arrival, index, own, x) for own, x in zip(held, new, strict=True)]
     (source,) = arrival.sources
-    store = None if source == NEW else stores[source]
+    stores = [] if source == NEW else [store for own in held if (store := own[source]) is not None]
     if arrival.span is not None:
         first, last = arrival.span
-        if store is not None:
-            if isinstance(store, ExactStore) and _stays(store, planned[source].leaving):
-                return store.parts["exact"].slice(first, last)
-            return store.take(index, new.dtype)
-        return new if last - first == new.shape[2] else new[:, :, first:last]
-    if store is not None:
-        ascending = np.sort(index)
-        x, lookup = store.take(ascending, new.dtype), np.searchsorted(ascending, index)
-    else:
-        x, lookup = new, index
-    return x.index_select(2, torch.from_numpy(lookup).to(x.device, non_blocking=True))
+        if not stores:
+            return [x if last - first == x.shape[2] else x[:, :, first:last] for x in new]
+        stays = _stays(planned[source].leaving)
+        return [
+            store.parts["exact"].slice(first, last)
+            if stays and isinstance(store, ExactStore) and not store.parts["exact"].whole
+            else store.take(index, x.dtype)
+            for store, x in zip(stores, new, strict=True)
+        ]
+    if not stores:
+        return [_chosen(x, index) for x in new]
+    ascending = np.sort(index)
+    lookup = np.searchsorted(ascending, index)
+    return [_chosen(store.take(ascending, x.dtype), lookup) for store, x in zip(stores, new, strict=True)]
 
 
-def _stays(store: ExactStore, leaving: Any) -> bool:
-    """Whether nothing is written to the memory of an exact store: at most its first tokens leave it."""
-    first = leaving is None or (isinstance(leaving, np.ndarray) and leaving[0] == 0 and leaving[-1] == len(leaving) - 1)
-    return first and not store.parts["exact"].whole
+def _chosen(x: Tensor, index: Ints) -> Tensor:
+    return x.index_select(2, torch.from_numpy(index).to(x.device, non_blocking=True))
+
+
+def _stays(leaving: Any) -> bool:
+    """Whether nothing is written to the memory of a store that lets its tokens go so: at most its first ones leave."""
+    return leaving is None or (
+        isinstance(leaving, np.ndarray) and leaving[0] == 0 and bool(leaving[-1] == len(leaving) - 1)
+    )
 
 
 def _by_head_at_once(
