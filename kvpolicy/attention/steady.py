@@ -51,10 +51,12 @@ def known_of(tiers: LayerCache, asked: tuple[Any, ...]) -> Known | None:
     known: Known | None = tiers.reading.known.get(tiers.kind)
     if known is None or known.step is not tiers.planner.step or known.asked != asked:
         return None
-    stood = stood_of(tiers)
-    if stood is not None and stood.standing is not known.standing:  # what is known of the two may be of different ages
-        stood = tiers.stood = _looked_up(tiers)
-    return None if stood is None or stood.standing is not known.standing else known
+    stood, standing = tiers.stood, known.standing
+    if stood is None or stood.standing is not standing or stood.grown != Clock.grown or standing.moved != Clock.moved:
+        stood = tiers.stood = _looked_up(tiers)  # what is known of the two may be of different ages
+        if stood is None or stood.standing is not standing:
+            return None
+    return known if tiers.page_table is None and tiers.planner.plain else None
 
 
 def stood_of(tiers: LayerCache) -> Stood | None:

@@ -30,7 +30,7 @@ from kvpolicy.hf.modes import watching as watching
 from kvpolicy.hf.override import EAGER, eager_of, interface_of, override
 from kvpolicy.hf.passes import Pass, attached_pass
 from kvpolicy.hf.passes import is_attached as is_attached
-from kvpolicy.layer.layer import LayerCache
+from kvpolicy.layer.layer import MAX_PENDING, LayerCache
 from kvpolicy.layer.view import View
 from kvpolicy.placement.attention_scores import Observer
 from kvpolicy.recipe.load import Recipe, load_recipe
@@ -356,7 +356,7 @@ def _read(
     if tiers.asked_for:
         tiers.heed(query)
     if tiers.scratch is not None:  # no other layer reads these keys and values
-        passes.let_in(tiers, module, query)
+        passes.let_in(tiers, module, query) if query.shape[2] > MAX_PENDING else tiers.hold()
     if committed and torch.is_grad_enabled() and wants_gradients(query, key, value):
         out = barred(ATTACHED, out, query, key, value)
     return out, None

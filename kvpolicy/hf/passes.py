@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from kvpolicy.errors import CacheError
 from kvpolicy.hf.calls import Call, PassAware, names_of, parts_of, path_between
 from kvpolicy.hf.modes import precise
-from kvpolicy.layer.layer import MAX_PENDING, LayerCache
+from kvpolicy.layer.layer import LayerCache
 from kvpolicy.layer.prompt import AT_ONCE, LATE, hold_all
 
 lock = threading.RLock()
@@ -90,12 +90,11 @@ class Pass:
 
 
 def let_in(tiers: LayerCache, module: Any, query: Tensor) -> None:
-    """Let a layer's new tokens in; many on a GPU with those of other layers, once the next one has given it work.
+    """Let a layer's many new tokens in; on a GPU with those of other layers, once the next one has given it work.
 
     So it never waits for the host, which plans for several layers at once.
     """
-    waits = query.shape[2] > MAX_PENDING and query.device.type in LATE
-    current = attached_pass(module) if waits else None
+    current = attached_pass(module) if query.device.type in LATE else None
     if current is None or current.cache is None:
         tiers.hold()
         return
