@@ -6,12 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from kvpolicy.placement.moves import EMPTY
 from kvpolicy.storage.gather import gather_tokens
+
+if TYPE_CHECKING:
+    from kvpolicy.placement.step import Step
 
 
 @dataclass(eq=False)
@@ -51,6 +55,17 @@ class Candidates:
     def positions_of(self, rows: slice) -> Tensor:
         """Of some rows, int64."""
         return _side_by_side([x[rows] for x in self.places]).long()
+
+    def ages_of(self, rows: slice, step: Step) -> Tensor:
+        """`step.ages` of some rows, int64; where rows are alike nothing but these is made."""
+        some = [x[rows] for x in self.places if x.shape[2]]
+        if step.by_row or not some:
+            return step.ages(self.positions_of(rows))
+        seen = torch.tensor(step.seen)
+        found = some[0].new_empty((*some[0].shape[:2], sum([x.shape[2] for x in some])), dtype=torch.int64)
+        for x, own in zip(some, found.split([x.shape[2] for x in some], dim=2), strict=True):
+            torch.sub(seen, x, out=own)
+        return found
 
     def taken(self, index: Tensor, sources: int, scored: bool) -> tuple[Tensor, Tensor | None]:
         """Positions and scores of tokens of the first stores or new ones; `EMPTY` and zeros where `index` is that.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,6 +56,10 @@ def _tiled(x: Any, layers: int) -> Any:
     return x if len(x) == 1 else np.concatenate([x] * layers)
 
 
+_latest: WeakKeyDictionary[Placement, tuple[Any, Counts]] = WeakKeyDictionary()
+"""What the latest step of layers with a placement led to, and what that followed from."""
+
+
 class Change(NamedTuple):
     """A step, as far as numbers of tokens follow from it."""
 
@@ -69,6 +74,28 @@ class Change(NamedTuple):
 
     def counts(self, before: Ints, judged: Ints, known: Mapping[int, Ints]) -> Counts:
         """How many tokens each tier holds after this step; see `Step.counts`."""
+        if known or len(self.rows) > 1:
+            return self._counts(before, judged, known)
+        # Where a step lets as many tokens come and go as the one before, numbers are the same.
+        key = self._asked(), before.shape, before.tobytes(), judged.shape, judged.tobytes()
+        kept = _latest.get(self.placement)
+        if kept is None or kept[0] != key:
+            kept = _latest[self.placement] = key, self._counts(before, judged, known)
+        return kept[1]
+
+    def _asked(self) -> tuple[Any, ...]:
+        """All of a step with one row that numbers follow from, besides those before."""
+        (before,), (row,), (prompt,) = self.before, self.rows, self.prompts
+        end = row.seen if prompt is None else prompt
+        budgets: list[Any] = []
+        for tier in range(self.placement.ranked, len(self.placement.policies) - 1):
+            policy = self.placement.policies[tier]
+            assert isinstance(policy, RankPolicy)
+            now = due(policy, before.seen, row.seen, self.ended)
+            budgets.append(now and (end if policy.among == "arrival" else policy._budget(row.seen, end)))
+        return row.seen - before.seen, *map(len, row.tiers), *budgets
+
+    def _counts(self, before: Ints, judged: Ints, known: Mapping[int, Ints]) -> Counts:
         placement, ranked, rows = self.placement, self.placement.ranked, len(self.rows)
         shapes = (before.shape[1:], judged.shape[1:], *(stayed.shape for stayed in known.values()))
         shape = (len(before), *np.broadcast_shapes((rows, 1), *shapes))

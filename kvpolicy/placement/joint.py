@@ -27,6 +27,8 @@ from kvpolicy.storage.pages import Leaving
 
 AT_ONCE = 1 << 24
 """Tokens of all rows and heads that are planned as one, about: each takes ten to thirty bytes while it is."""
+MORE = 2
+"""As many times as many on other devices than a CPU, where each plan costs a launch of every kernel."""
 PAIRS = 4
 """As so many of them a token counts that competes with its neighbour: pairs are made by sorting."""
 
@@ -113,7 +115,8 @@ def layers_at_once(planner: PerHeadPlacement, coming: int, layers: int) -> int:
     rows, heads = planner.shape
     tokens = 1 << max(planner.width + coming - 1, 1).bit_length()  # it stays so for many steps
     pairs = any(isinstance(p, RankPolicy) and p.among == "pairs" for p in planner.placement.policies)
-    parts = min(layers, -(-layers * rows * heads * tokens * (PAIRS if pairs else 1) // AT_ONCE))
+    most = AT_ONCE if planner.device.type == "cpu" else AT_ONCE * MORE
+    parts = min(layers, -(-layers * rows * heads * tokens * (PAIRS if pairs else 1) // most))
     return -(-layers // max(parts, 1))
 
 

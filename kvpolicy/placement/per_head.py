@@ -149,8 +149,12 @@ class PerHeadPlacement(HeldPerHead):
 
     def _move_by_position(self, positions: Tensor, tiers: Tensor, step: Step) -> None:
         """Let tokens of a store go to the tiers where position says that they come to in this step."""
+        ranked, alike = self.placement.ranked, step.moved_alike
+        if alike is not None and len(alike) <= FEW:
+            for slot, tier in alike:
+                tiers.masked_fill_((positions == slot).logical_and_(tiers < ranked), tier)
+            return
         slots, into = (self._spread(x) for x in step.moved(positions.device))
-        ranked = self.placement.ranked
         if slots.shape[2] <= FEW:
             for i in range(slots.shape[2]):
                 here = (positions == slots[..., i : i + 1]).logical_and_(tiers < ranked)

@@ -32,7 +32,7 @@ from kvpolicy.placement.step import Step
 Ints = NDArray[np.int64]
 NOWHERE = -1
 """The tier of a token that did not compete yet."""
-AT_ONCE = 1 << 23
+AT_ONCE = 1 << 24
 """Tokens of all rows and heads whose attention a policy is shown at once, about."""
 
 
@@ -124,7 +124,7 @@ class Ranking:
         found = []
         for first in range(0, rows, step):
             some = slice(first, first + step)
-            ages = turn.step.ages(work.positions_of(some))
+            ages = work.ages_of(some, turn.step)
             found.append(ranked(policy, work.column(at, some), work.column(at + 1, some), ages))
             del ages
         return torch.cat(found) if len(found) > 1 else found[0]

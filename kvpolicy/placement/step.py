@@ -270,15 +270,24 @@ class Step:
 
     def new_slots(self, n: int, device: torch.device) -> Tensor:
         """The slots of the `n` newest tokens, `EMPTY` where they are padding: `[rows or 1, 1, n]`."""
-        return self._once(("slots", n, device), lambda: self._new_slots(n).to(device, non_blocking=True))
+        return self._once(("slots", n, device), lambda: self._new_slots(n, device))
 
-    def _new_slots(self, n: int) -> Tensor:
+    def _new_slots(self, n: int, device: torch.device) -> Tensor:
         import torch
 
+        if self.padding is None or not self.padding.before(self.seen):  # nothing is copied to a device
+            return torch.arange(self.seen - n, self.seen, device=device).view(1, 1, n)
         slots = np.arange(self.seen - n, self.seen, dtype=np.int64)[None]
-        if self.padding is not None and self.padding.before(self.seen):
-            slots = np.where(self.padding.real[:, self.seen - n : self.seen], slots, EMPTY)
-        return torch.from_numpy(slots).unsqueeze(1)
+        slots = np.where(self.padding.real[:, self.seen - n : self.seen], slots, EMPTY)
+        return torch.from_numpy(slots).unsqueeze(1).to(device, non_blocking=True)
+
+    @property
+    def moved_alike(self) -> list[tuple[int, int]] | None:
+        """What `moved` says of the only row, if there is one."""
+        if self.by_row:
+            return None
+        (own,) = self._moved
+        return [*zip(own.slots[: own.old].tolist(), own.into[: own.old].tolist(), strict=True)]
 
     def moved(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Slots held before that came to another tier by position, ascending, and the tier: `[rows or 1, 1, moved]`.
@@ -299,6 +308,9 @@ class Step:
         import torch
 
         def found() -> Tensor:
+            first, last = self.tiers_of_new if n and not self.by_row else (0, 1)
+            if first == last:
+                return torch.full((1, 1, n), first, dtype=self.placement.tier_dtype, device=device)
             tiers = torch.from_numpy(tiers_of_slots(self._moved, n, self.seen))
             return tiers.to(self.placement.tier_dtype).to(device, non_blocking=True)
 
