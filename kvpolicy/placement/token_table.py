@@ -190,14 +190,15 @@ class TokenTable:
             part.remove(leaving)
 
     def select(self, rows: Tensor) -> None:
+        parts = self.parts  # what is still to be written is of the rows, and on the device, that were before
         self.shape = (len(rows), self.shape[1])
         self.flat = self.flat[rows.cpu().numpy()] if self.flat is not None else None
-        for part in self.parts.values():
+        for part in parts.values():
             part.select(rows)
 
     def to(self, device: torch.device) -> None:
-        self.device = device
-        for part in self.parts.values():
+        parts, self.device = self.parts, device
+        for part in parts.values():
             part.to(device)
 
     def bytes(self) -> dict[str, int]:
