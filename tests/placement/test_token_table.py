@@ -13,6 +13,7 @@ from kvpolicy.placement.candidates import Candidates
 from kvpolicy.placement.moves import EMPTY
 from kvpolicy.placement.selection import highest, lowest
 from kvpolicy.placement.token_table import Run, TokenTable, first_of, indices_of, last_of
+from kvpolicy.storage.pages import Pages
 
 SHAPE = 2, 3
 
@@ -130,3 +131,24 @@ def test_runs_are_of_the_rows_that_were_there_as_they_came(rows: list[int]) -> N
     late.append_run(Run(15, 1, ()))
     late.to(torch.device("meta"))
     assert late.positions.shape == (len(rows), SHAPE[1], 6)
+
+
+def test_runs_that_could_not_be_written_are_written_when_memory_is_there_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    late, soon = (TokenTable(SHAPE, torch.device("cpu"), True, torch.int8) for _ in range(2))
+    run = Run(0, 3, (0.0, -1.0))
+    late.append_run(run)
+    soon.append(*run.tensors(soon))
+    before, calls = Pages.append, iter(range(3))
+
+    def append(pages: Pages, x: Tensor) -> None:
+        before(pages, x)
+        if next(calls, 0) == 1:
+            raise MemoryError
+
+    monkeypatch.setattr(Pages, "append", append)
+    with pytest.raises(MemoryError):
+        late.tensors()
+    assert late.length == 3
+    for name, x in soon.tensors().items():
+        assert torch.equal(late.tensors()[name], x)
+    assert late.length == 3
