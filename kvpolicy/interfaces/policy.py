@@ -30,9 +30,9 @@ Ints = NDArray[np.int64]
 class Policy(Component):
     """Decides which tokens of a tier stay; the others descend to the next tier.
 
-    A policy is a pure function of what it is shown, which may be tokens that are yet to come, and never
-    do. Tokens only ever descend: a token that it let go never comes back. Write `keep`; that is enough. `departures` is the same, said for many steps at once,
-    and is overridden only for speed.
+    A policy is a pure function of what it is shown, also of tokens that are yet to come and perhaps never do.
+    Tokens only ever descend: a token that it let go never comes back. Write `keep`; that is enough. `departures`
+    is the same, said for many steps at once, and is overridden only for speed.
 
     Example:
         A policy that keeps every n-th token of the context::
