@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,15 +55,12 @@ def attend(
     """
     observer = observer if observer is not None and observer.queries else None  # some of these queries count
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
-    asked = None
+    asked = out = None
     if mask is None:
         asked = asked_of(tiers, query, new, scale, softcap, sinks is None, observer and observer.room)
-        known = known_of(tiers, asked)
-        if known is not None and tiers.stood is not None:
-            tiers.backends = known.backends
-            out: Tensor | None = known.again(query, new, tiers.stood.addresses, tiers.stores, sinks, observer)
-            if out is not None:
-                return out
+        out = _again(tiers, asked, query, new, sinks, observer)
+    if out is not None:
+        return out
     shown = as_mask(mask, tiers.committed + new[0].shape[2], new[0].shape[1])
     pages = read(tiers, query, shown, scale, softcap) if tiers.page_table is not None else None
     options = AttentionOptions(scale, softcap, sinks, observer, alone=pages is None)
@@ -78,6 +75,23 @@ def attend(
         return out
     found = _computed(query, pieces, shown, options if alone else AttentionOptions(scale, softcap, sinks))
     return _as_asked(merged(found if pages is None else [pages, *found])[0], query)
+
+
+def _again(
+    tiers: LayerCache,
+    asked: tuple[Any, ...],
+    query: Tensor,
+    new: tuple[Tensor, Tensor],
+    sinks: Tensor | None,
+    observer: Observer | None,
+) -> Tensor | None:
+    """What attention gives, if a layer before it stood alike and was asked the same."""
+    known = known_of(tiers, asked)
+    if known is None or tiers.stood is None:
+        return None
+    tiers.backends = known.backends
+    out: Tensor | None = known.again(query, new, tiers.stood.addresses, tiers.stores, sinks, observer)
+    return out
 
 
 def _computed(

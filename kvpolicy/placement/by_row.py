@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -78,3 +78,13 @@ def tiers_of_slots(rows: Sequence[Moved], n: int, seen: int) -> Ints:
     for r, own in enumerate(rows):
         tiers[r, 0, own.slots[own.old :] - (seen - n)] = own.into[own.old :]
     return tiers
+
+
+def each_of(make: Callable[..., State], rows: Sequence[State], *more: Sequence[Any]) -> tuple[State, ...]:
+    """A state for each of `rows`; rows that were one value, and are told the same, stay one."""
+    made: dict[tuple[Any, ...], State] = {}
+    keys = [(id(row), *told) for row, *told in zip(rows, *more, strict=True)]
+    for row, key in zip(rows, keys, strict=True):
+        if key not in made:
+            made[key] = make(row, *key[1:])
+    return tuple(made[key] for key in keys)

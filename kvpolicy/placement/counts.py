@@ -87,12 +87,14 @@ class Change(NamedTuple):
         """All of a step with one row that numbers follow from, besides those before."""
         (before,), (row,), (prompt,) = self.before, self.rows, self.prompts
         end = row.seen if prompt is None else prompt
-        budgets: list[Any] = []
+        budgets: list[int | None] = []
         for tier in range(self.placement.ranked, len(self.placement.policies) - 1):
             policy = self.placement.policies[tier]
             assert isinstance(policy, RankPolicy)
-            now = due(policy, before.seen, row.seen, self.ended)
-            budgets.append(now and (end if policy.among == "arrival" else policy._budget(row.seen, end)))
+            budget: int | None = None  # of a policy that does not act now; others may have one of 0
+            if due(policy, before.seen, row.seen, self.ended):
+                budget = end if policy.among == "arrival" else policy._budget(row.seen, end)
+            budgets.append(budget)
         return row.seen - before.seen, *map(len, row.tiers), *budgets
 
     def _counts(self, before: Ints, judged: Ints, known: Mapping[int, Ints]) -> Counts:

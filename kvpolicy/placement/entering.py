@@ -85,7 +85,7 @@ def _apart(planners: Sequence[PerHeadPlacement], n: int) -> list[PerHeadPlacemen
         planners[0].part()
         return list(planners)
     known = {id(planner.joint): planner.joint for planner in planners if isinstance(planner.joint, Joint)}
-    if sum([len(joint.members) for joint in known.values()]) == len(planners):
+    if {id(member) for joint in known.values() for member in joint.members} == {id(planner) for planner in planners}:
         return [joint.planner for joint in known.values()]
     most = layers_at_once(planners[0], n, len(planners))
     if most == 1:

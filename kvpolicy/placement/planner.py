@@ -220,13 +220,13 @@ class Placement:
 
     def _flows(
         self, state: State, n: int, prompt: int | None, count: int | None = None
-    ) -> tuple[tuple[Ints, ...], list[Flow], Ahead]:
+    ) -> tuple[tuple[Ints, ...], list[Flow], Ahead | None]:
         """What each tier holds after `n` more tokens, what enters each with them, and what is known of more to come."""
         start, stop, ahead = state.seen, state.seen + n, state.ahead
         if ahead is None or stop > ahead.stop or prompt != ahead.prompt:
             ahead = look_ahead(self.policies[:count], state.tiers, start, n, prompt)
         flows = ahead.between(start, stop)
-        return held_after(state.tiers[:count], flows), flows, ahead
+        return held_after(state.tiers[:count], flows), flows, ahead if stop < ahead.stop else None
 
     def _ended(self, state: State, count: int | None = None) -> tuple[tuple[Ints, ...], list[Flow]]:
         """What descends as the prompt ends: a tier is asked if it must know, or if tokens come from above."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import ReferenceType, ref
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from kvpolicy.interfaces.backend import Slots, Stretches
 from kvpolicy.interfaces.policy import RankPolicy
-from kvpolicy.placement.by_row import Moved, moved_by_row, old_moves, tiers_of_slots
+from kvpolicy.placement.by_row import Moved, each_of, moved_by_row, old_moves, tiers_of_slots
 from kvpolicy.placement.counts import Change, Counts
 from kvpolicy.placement.moves import EMPTY, AllMoves, ColumnMap, stretches_of
 from kvpolicy.placement.padding import Padding
@@ -123,7 +123,7 @@ class Step:
         if not self.by_head:
             state, plan = self.placement.end_prompt(self.state)
             return self._then(rows=(state,), plan=plan, prompt=self.seen)
-        after = _each(self.placement.end_prompt_row, self.rows)
+        after = each_of(self.placement.end_prompt_row, self.rows)
         return self._then(rows=after, before=self.rows, prompt=self.seen, ended=True)
 
     def _advance(self, n: int, padding: Padding | None) -> Step:
@@ -141,7 +141,7 @@ class Step:
             counts = [n]
         prompts = self.prompts() if self.by_row == by_row else self.prompts() * len(rows)
         advance = self.placement.advance_row
-        after = _each(lambda row, some, prompt: advance(row, some, prompt) if some else row, rows, counts, prompts)
+        after = each_of(lambda row, some, prompt: advance(row, some, prompt) if some else row, rows, counts, prompts)
         return self._then(
             rows=after,
             before=rows,
@@ -188,7 +188,7 @@ class Step:
             state, plan = self.placement.crop(self.state, length)
             return self._then(rows=(state,), seen=seen, padding=padding, plan=plan, prompt=prompt)
         real = self.padding.count(0, length) if self.by_row and self.padding is not None else [length]
-        rows = _each(self.placement.crop_row, self.rows, real)
+        rows = each_of(self.placement.crop_row, self.rows, real)
         return self._then(rows=rows, seen=seen, padding=padding, prompt=prompt)
 
     def select(self, rows: Ints) -> Step:
@@ -393,13 +393,3 @@ def _alike(a: Padding | None, b: Padding | None, stop: int) -> bool:
     if a is None:
         return b is None or not b.before(stop)
     return a.alike(b, stop)
-
-
-def _each(make: Callable[..., State], rows: Sequence[State], *more: Sequence[Any]) -> tuple[State, ...]:
-    """A state for each of `rows`; rows that were one value, and are told the same, stay one."""
-    made: dict[tuple[Any, ...], State] = {}
-    keys = [(id(row), *told) for row, *told in zip(rows, *more, strict=True)]
-    for row, key in zip(rows, keys, strict=True):
-        if key not in made:
-            made[key] = make(row, *key[1:])
-    return tuple(made[key] for key in keys)

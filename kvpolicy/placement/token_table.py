@@ -47,6 +47,8 @@ class TokenTable:
         self._parts = {name: Pages(whole=True) for name in ("positions", "tiers", *(["scores"] if scored else []))}
         self._run: Run | None = None
         """Its last tokens, which are still to be written."""
+        self._written = 0
+        """Tokens before these."""
         self.gaps = False
         """Whether some place may be empty."""
         self.flat: Ints | None = None
@@ -59,8 +61,11 @@ class TokenTable:
     def parts(self) -> dict[str, Pages]:
         """What is kept, by name."""
         if self._run is not None:
-            run, self._run = self._run, None
-            self.append(*run.tensors(self))
+            for part, x in zip(self._parts.values(), self._columns(*self._run.tensors(self)), strict=True):
+                if part.length > self._written:  # memory was short before, or it was interrupted
+                    part.shorten(self._written)
+                part.append(x)
+            self._run = None
         return self._parts
 
     @property
@@ -94,8 +99,7 @@ class TokenTable:
 
     @property
     def length(self) -> int:
-        written = self._parts["positions"].length
-        return written if self._run is None else written + self._run.tokens
+        return self._parts["positions"].length if self._run is None else self._written + self._run.tokens
 
     def _view(self, name: str, dtype: torch.dtype) -> Tensor:
         part = self.parts[name]
@@ -155,12 +159,16 @@ class TokenTable:
         return own if scores is None else {**own, "scores": scores}
 
     def append(self, positions: Tensor, tiers: Tensor, scores: Tensor | None) -> None:
-        parts = self.parts
-        parts["positions"].append(positions.to(torch.int32).unsqueeze(3))
-        parts["tiers"].append(tiers.to(self.tier_dtype).unsqueeze(3))
-        if "scores" in parts:
+        for part, x in zip(self.parts.values(), self._columns(positions, tiers, scores), strict=True):
+            part.append(x)
+
+    def _columns(self, positions: Tensor, tiers: Tensor, scores: Tensor | None) -> list[Tensor]:
+        """What each of `parts` keeps of tokens."""
+        found = [positions.to(torch.int32).unsqueeze(3), tiers.to(self.tier_dtype).unsqueeze(3)]
+        if "scores" in self._parts:
             assert scores is not None
-            parts["scores"].append(scores)
+            found.append(scores)
+        return found
 
     def append_run(self, run: Run) -> None:
         """`append` tokens, the same in all rows and heads; they are written once somebody asks for what is kept."""
@@ -168,10 +176,7 @@ class TokenTable:
         if known is not None and (known.first + known.tokens, known.blank) == (run.first, run.blank):
             self._run = Run(known.first, known.tokens + run.tokens, run.blank)
             return
-        if known is not None:
-            self._run = None
-            self.append(*known.tensors(self))
-        self._run = run
+        self._written, self._run = self.parts["positions"].length, run
 
     def surplus(self, n: int) -> Leaving:
         """`n` empty places of each row and head, the last ones; without `gaps` there are no others."""
@@ -190,14 +195,15 @@ class TokenTable:
             part.remove(leaving)
 
     def select(self, rows: Tensor) -> None:
+        parts = self.parts  # what is still to be written is of the rows, and on the device, that were before
         self.shape = (len(rows), self.shape[1])
         self.flat = self.flat[rows.cpu().numpy()] if self.flat is not None else None
-        for part in self.parts.values():
+        for part in parts.values():
             part.select(rows)
 
     def to(self, device: torch.device) -> None:
-        self.device = device
-        for part in self.parts.values():
+        parts, self.device = self.parts, device
+        for part in parts.values():
             part.to(device)
 
     def bytes(self) -> dict[str, int]:

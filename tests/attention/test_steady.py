@@ -65,18 +65,22 @@ class Layers:
 
     def check(self, layer: LayerCache) -> None:
         """What is known of a layer holds, and what serves another that stands alike would serve it."""
+        if not layer.committed:
+            return
         x = torch.zeros(self.rows, 2, 1, 32)
-        found = stood_of(layer) if layer.committed else None
+        asked = asked_of(layer, x, (x, x))
+        known = known_of(layer, asked)  # before anybody else looks whether what is known of the layer still holds
+        found = layer.stood if known is not None else stood_of(layer)
         if found is None:
             return
         fresh = _looked_up(layer)
         assert fresh is not None
         assert found.addresses == fresh.addresses
         assert self.marks.setdefault(found.standing, fresh.standing.marks) == fresh.standing.marks
-        asked = asked_of(layer, x, (x, x))
-        if known_of(layer, asked) is None:
+        if known is None:
             note(layer, asked, lambda *given: x)
         else:
+            assert found.standing is known.standing
             self.served += 1
 
     def crop(self, n: int) -> None:

@@ -253,3 +253,18 @@ def test_most_steps_of_zipcache_plan_nothing(monkeypatch: pytest.MonkeyPatch) ->
     with kvpolicy.attach(model):
         ran(model, {"extends": "zipcache", "params": {"period": 20}}, [("token", 1)] * 40, 2, False)
     assert sum(entered) > 25
+
+
+def test_tokens_come_to_the_layers_that_get_them_whoever_planned_with_them() -> None:
+    model = build("llama", torch.float32, head_dim=32, num_hidden_layers=3)
+    cache = kvpolicy.make_cache("snapkv", model)
+    with kvpolicy.attach(model):
+        for seed, tokens in enumerate((40, 1, 1)):
+            model(ids(tokens, seed=seed), **{CACHE: cache})
+    cache.guard.commit()
+    one, other, last = planners(cache)
+    one.part()
+    joint.joined([one, other])
+    assert commit.enter([one, last], 1, None, None) is not None
+    assert [planner.length("keys", 0) for planner in (one, other, last)] == [43, 42, 43]
+    assert [planner.step.seen for planner in (one, other, last)] == [43, 42, 43]

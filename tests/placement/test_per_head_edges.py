@@ -7,18 +7,22 @@ import inspect
 import itertools
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import pytest
 import torch
 from layers import HEAD_DIM, Layer, random_tokens
-from models import ids, tiny
+from models import build, ids, tiny
 from torch import Tensor
 from words import CACHE
 
 from kvpolicy import attach, load_recipe, make_cache
 from kvpolicy.attention.attend import observe
 from kvpolicy.errors import CacheError, RecipeError
+from kvpolicy.interfaces.policy import RankPolicy, Scores
+from kvpolicy.placement.planner import Placement
+from kvpolicy.placement.step import Step
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 WINDOW = {"kind": "recent", "window": 8}
@@ -226,6 +230,45 @@ def test_scores_of_a_long_prompt_take_a_few_megabytes() -> None:
         observer = layer.tiers.observe()
         assert len(observer.queries) == 2 * int(0.05 * tokens)
         assert peak(lambda: observe(query, keys, observer), "cpu") < 8e6
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("recipe", ["zipcache", "adakv"])
+def test_rows_are_taken_after_steps_in_which_tokens_only_came(recipe: str, layers: int) -> None:
+    model = build("llama", torch.float32, head_dim=32, num_hidden_layers=layers)
+    cache, alone = make_cache(recipe, model), make_cache(recipe, model)
+    with torch.no_grad(), attach(model):
+        for seed, tokens in enumerate((40, 1, 1, 1)):
+            model(ids(tokens, seed=seed), **{CACHE: cache})
+            model(ids(tokens, seed=seed).repeat(2, 1), **{CACHE: alone})
+        cache.batch_repeat_interleave(2)
+        found, expected = (model(ids(1, 2, seed=4), **{CACHE: own}).logits for own in (cache, alone))
+    torch.testing.assert_close(found, expected)
+
+
+class Nothing(RankPolicy):
+    """Lets no token stay as it selects."""
+
+    kind: Literal["nothing"] = "nothing"
+    every: int = 3
+
+    def scores(self) -> Scores:
+        return Scores()
+
+    def budget_tokens(self, seen: int, prompt: int) -> int:
+        return 0
+
+
+def test_a_policy_that_keeps_nothing_waits_for_its_turn() -> None:
+    first, last = load_recipe({"tiers": [{"policy": WINDOW, "store": "full"}, {"store": "evict"}]}).tiers
+    step = Step.first(Placement([first, first.model_copy(update={"policy": Nothing()}), last])).scattered()
+    counts, judged = (np.zeros((3, 1, 1), dtype=np.int64) for _ in range(2))
+    held = []
+    for _ in range(14):
+        step = step.advance(1, None)
+        _, counts, judged, *_ = step.counts(counts, judged)
+        held.append(counts[1].item())
+    assert held == [0] * 9 + [1, 2, 0, 1, 2]
 
 
 def test_policies_that_ask_for_the_same_share_their_scores() -> None:

@@ -11,7 +11,8 @@ from models import bundled, ids, tiny
 from torch import Tensor
 from words import CACHE
 
-from kvpolicy import attach, make_cache
+from kvpolicy import attach, load_recipe, make_cache
+from kvpolicy.placement.planner import Placement
 from kvpolicy.tasks.load import load_task
 
 RECENT = {"policy": {"kind": "recent", "window": 8}, "store": "full"}
@@ -160,3 +161,16 @@ def test_an_update_of_no_tokens_changes_nothing(name: str, first: int) -> None:
     assert torch.equal(found[0][0], found[1][0])
     assert torch.equal(found[0][1], found[1][1])
     assert found[0][2] == found[1][2]
+
+
+@pytest.mark.parametrize("name", ["logquant", "kivi", "streaming-llm"])
+def test_what_was_known_of_tokens_ahead_goes_once_they_have_come(name: str) -> None:
+    placement = Placement(load_recipe(name).tiers)
+    state, _ = placement.advance(placement.start(), 4096)
+    assert state.ahead is None
+    state, _ = placement.advance(state, 1)
+    assert state.ahead is not None
+    assert placement.crop(state, 4000)[0].ahead is None
+    for _ in range(31):
+        state, _ = placement.advance(state, 1)
+    assert state.ahead is None

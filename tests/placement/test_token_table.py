@@ -13,6 +13,7 @@ from kvpolicy.placement.candidates import Candidates
 from kvpolicy.placement.moves import EMPTY
 from kvpolicy.placement.selection import highest, lowest
 from kvpolicy.placement.token_table import Run, TokenTable, first_of, indices_of, last_of
+from kvpolicy.storage.pages import Pages
 
 SHAPE = 2, 3
 
@@ -113,3 +114,41 @@ def test_a_table_writes_runs_once_it_is_read() -> None:
     for name, x in soon.tensors().items():
         assert torch.equal(late.tensors()[name], x)
     assert late.bytes() == soon.bytes()
+
+
+@pytest.mark.parametrize("rows", [[0, 0, 1, 1], [1]])
+def test_runs_are_of_the_rows_that_were_there_as_they_came(rows: list[int]) -> None:
+    late, soon = (TokenTable(SHAPE, torch.device("cpu"), False, torch.int8) for _ in range(2))
+    for table in (late, soon):
+        table.append(torch.arange(12).view(*SHAPE, 2), torch.zeros(*SHAPE, 2), None)
+    run = Run(12, 3, ())
+    late.append_run(run)
+    soon.append(*run.tensors(soon))
+    for table in (late, soon):
+        table.select(torch.tensor(rows))
+    assert late.positions.shape == (len(rows), SHAPE[1], 5)
+    assert torch.equal(late.positions, soon.positions)
+    late.append_run(Run(15, 1, ()))
+    late.to(torch.device("meta"))
+    assert late.positions.shape == (len(rows), SHAPE[1], 6)
+
+
+def test_runs_that_could_not_be_written_are_written_when_memory_is_there_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    late, soon = (TokenTable(SHAPE, torch.device("cpu"), True, torch.int8) for _ in range(2))
+    run = Run(0, 3, (0.0, -1.0))
+    late.append_run(run)
+    soon.append(*run.tensors(soon))
+    before, calls = Pages.append, iter(range(3))
+
+    def append(pages: Pages, x: Tensor) -> None:
+        before(pages, x)
+        if next(calls, 0) == 1:
+            raise MemoryError
+
+    monkeypatch.setattr(Pages, "append", append)
+    with pytest.raises(MemoryError):
+        late.tensors()
+    assert late.length == 3
+    for name, x in soon.tensors().items():
+        assert torch.equal(late.tensors()[name], x)
+    assert late.length == 3
