@@ -346,7 +346,7 @@ def _read(
     committed = tiers.planner.step.seen
     options = kwargs.get("scaling"), kwargs.get("softcap"), kwargs.get("s_aux")
     if committed:
-        out = precisely(query.device, attend, tiers, query, new, attention_mask, *options, observer)
+        out = precisely(query.device, attend, tiers, query, new, attention_mask, *options, observer=observer)
     else:
         out, lse = own_attention(original, module, query, new, attention_mask, args, kwargs, observer is not None)
         if observer is not None:

@@ -17,6 +17,7 @@ from kvpolicy.placement.contract import select
 from kvpolicy.placement.entering import enter, enters
 from kvpolicy.placement.moves import AllMoves
 from kvpolicy.placement.per_head import PerHeadPlacement
+from kvpolicy.storage.gather import sharing_indices
 from kvpolicy.storage.later import Later
 
 
@@ -136,15 +137,16 @@ def _move(groups: Sequence[Group], ends: bool = False) -> None:
     for layer, _ in before:
         layer.broken = True
     later, moving = Later(), Moving()
-    for group in groups:
-        moving.move([] if group[0].placement.shared else group)
-        for layers, moves in _planned(group, ends):
-            new = [layer.like if ends else layer.pending for layer in layers]
-            move([layer.stores for layer in layers], new, moves, later)
-            for layer, own in zip(layers, moves, strict=True):
-                layer.moved(own)
-                layer.pending = {}
-    later.run()
+    with sharing_indices():
+        for group in groups:
+            moving.move([] if group[0].placement.shared else group)
+            for layers, moves in _planned(group, ends):
+                new = [layer.like if ends else layer.pending for layer in layers]
+                move([layer.stores for layer in layers], new, moves, later)
+                for layer, own in zip(layers, moves, strict=True):
+                    layer.moved(own)
+                    layer.pending = {}
+        later.run()
     moving.end()
     for layer, broken in before:
         layer.broken = broken

@@ -13,7 +13,7 @@ from kvpolicy.placement.moves import NEW, AllMoves, Arrival, Ints, Moves
 from kvpolicy.storage.affine import AffineStore
 from kvpolicy.storage.base import Store
 from kvpolicy.storage.exact import ExactStore
-from kvpolicy.storage.gather import gather_all, gather_tokens
+from kvpolicy.storage.gather import gather_all, gather_tokens, on_device
 from kvpolicy.storage.later import Later, append_all, remove_all
 from kvpolicy.storage.pages import Leaving
 from kvpolicy.storage.together import append_coded, coded_alike, gather_from, layers_beside, remove_coded
@@ -178,13 +178,15 @@ def _decoded(
         ]
     if not stores:
         return [_chosen(x, index) for x in new]
+    if bool((index[1:] > index[:-1]).all()):
+        return [store.take(index, x.dtype) for store, x in zip(stores, new, strict=True)]
     ascending = np.sort(index)
     lookup = np.searchsorted(ascending, index)
     return [_chosen(store.take(ascending, x.dtype), lookup) for store, x in zip(stores, new, strict=True)]
 
 
 def _chosen(x: Tensor, index: Ints) -> Tensor:
-    return x.index_select(2, torch.from_numpy(index).to(x.device, non_blocking=True))
+    return x.index_select(2, on_device(index, x.device))
 
 
 def _stays(leaving: Any) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kvpolicy.errors import CacheError
 from kvpolicy.storage.front import Front
+from kvpolicy.storage.gather import on_device
 from kvpolicy.storage.pages import Leaving, Pages
 
 Ints = NDArray[np.int64]
@@ -96,7 +97,7 @@ class Store(ABC):
         for offset, x in self.decoded(LARGE, dtype):
             lo, hi = np.searchsorted(index, [offset, offset + x.shape[2]])
             if lo < hi:
-                parts.append(x.index_select(2, torch.from_numpy(index[lo:hi] - offset).to(x.device, non_blocking=True)))
+                parts.append(x.index_select(2, on_device(index[lo:hi] - offset, x.device)))
         return torch.cat(parts, dim=2)
 
     def write(self, out: Tensor, start: int) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +16,28 @@ from kvpolicy.storage.front import widest_view
 
 BY_ROWS = 1 << 10
 """Numbers that a CPU gathers one by one; it copies more as rows."""
+_shared: ContextVar[dict[Any, Tensor] | None] = ContextVar("kvpolicy_shared_indices", default=None)
+
+
+@contextmanager
+def sharing_indices() -> Iterator[None]:
+    """Meanwhile an index comes to a device once, for all layers that move by it."""
+    before = _shared.set({})
+    try:
+        yield
+    finally:
+        _shared.reset(before)
+
+
+def on_device(index: NDArray[np.int64], device: torch.device) -> Tensor:
+    """An index on a device; to be read."""
+    known = None if device.type == "cpu" else _shared.get()
+    if known is None:
+        return torch.from_numpy(index).to(device, non_blocking=True)
+    key = index.tobytes(), device
+    if key not in known:
+        known[key] = torch.from_numpy(index).to(device, non_blocking=True)
+    return known[key]
 
 
 def gather_tokens(x: Tensor, index: Tensor) -> Tensor:

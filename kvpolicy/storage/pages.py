@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kvpolicy.storage.clock import Clock
 from kvpolicy.storage.front import Front, widest_view
-from kvpolicy.storage.gather import gather_tokens, gathered, others, put, survivors
+from kvpolicy.storage.gather import gather_tokens, gathered, on_device, others, put, survivors
 
 Ints = NDArray[np.int64]
 
@@ -285,7 +285,7 @@ class Pages:
         window = self.slice(lowest, highest + 1)
         if highest - lowest + 1 == len(index):
             return window.clone()
-        at = torch.from_numpy(index - lowest).to(window.device, non_blocking=True)
+        at = on_device(index - lowest, window.device)
         return widest_view(window).index_select(2, at).view(window.dtype)
 
     def scatter_between(self, index: Tensor, n: int) -> Tensor:
