@@ -163,8 +163,11 @@ class Captured:
     def capture(self, original: Callable[..., Any], call: Call, cache: CompressedCache) -> None:
         """Capture a step, whose tokens become those of `cache` when it is replayed."""
         from kvpolicy.attention.cuda.graph import Recording, recording
+        from kvpolicy.attention.cuda.heads import load
 
         device = self.given["input_ids"].device
+        if self.room:  # policies are told of attention
+            load(device)
         self.recording = Recording(device)
         self.recording.chains = _twins(cache)
         kwargs: dict[str, Any] = {name: call.get(name) for name in named(call) if name not in TENSORS}

@@ -16,6 +16,7 @@ from models import ids, llama, tiny
 from words import CACHE
 
 from kvpolicy import CompressedCache, attach, make_cache
+from kvpolicy.attention.cuda import graph, heads
 from kvpolicy.errors import CacheError
 from kvpolicy.hf.graphs import AGAIN, Captured
 from kvpolicy.hf.model_state import ModelState
@@ -255,6 +256,27 @@ def test_a_capture_that_failed_is_tried_again_after_some_steps() -> None:
     assert not any(step.stale() for _ in range(2 * AGAIN))
     step.reason = "some"
     assert [step.stale() for _ in range(AGAIN)] == [False] * (AGAIN - 1) + [True]
+
+
+@pytest.mark.parametrize("room", [0, 600])
+def test_a_kernel_that_a_capture_may_be_the_first_to_ask_for_is_loaded_before(
+    room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eager steps of few scores leave the weights to PyTorch, and nothing can be loaded within a capture."""
+    done: list[str] = []
+
+    def recording(device: torch.device) -> None:
+        done.append("recording")
+        raise RuntimeError("no CUDA device")
+
+    monkeypatch.setattr(heads, "load", lambda device: done.append("load"))
+    monkeypatch.setattr(graph, "Recording", recording)
+    step = Captured(tiny("llama"), {"input_ids": ids(1)})
+    step.room = room
+    given: Any = None
+    with pytest.raises(RuntimeError, match="no CUDA device"):
+        step.capture(lambda: None, given, given)
+    assert done == (["load", "recording"] if room else ["recording"])
 
 
 def test_a_call_that_asked_for_hidden_states_leaves_no_hooks_that_count() -> None:

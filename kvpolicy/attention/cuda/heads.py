@@ -5,12 +5,13 @@ from __future__ import annotations
 import struct
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from kvpolicy.attention.cuda.compile import Build
+from kvpolicy.attention.cuda.compile import Build, missing
 from kvpolicy.attention.cuda.kernel import THREADS, kernel_of, launch
 
-__all__ = ["Heads", "added"]
+__all__ = ["Heads", "added", "load"]
 
 COLUMNS = 4
 """Columns of a thread."""
@@ -30,6 +31,12 @@ class Heads(NamedTuple):
 
     def defined(self, arch: str) -> dict[str, object]:
         return {"COLUMNS": self.columns}
+
+
+def load(device: torch.device) -> None:
+    """Have the kernel on a device before a graph is captured, in which steps may ask for it that did not before."""
+    if missing() is None:
+        kernel_of(Heads(), device.index)
 
 
 def added(scores: Tensor, sums: Tensor, means: list[bool]) -> list[Tensor] | None:

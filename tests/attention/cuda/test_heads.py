@@ -77,6 +77,15 @@ def test_weights_are_added_up_as_pytorch_does(
             same(means[1], weights.sum(2))
 
 
+@pytest.mark.parametrize("why", [None, "cuda-core is not installed"])
+def test_the_kernel_is_loaded_where_there_is_one(why: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[int] = []
+    monkeypatch.setattr(module, "missing", lambda: why)
+    monkeypatch.setattr(module, "kernel_of", lambda source, device: found.append(device))
+    module.load(torch.device("cuda", 1))
+    assert found == ([1] if why is None else [])
+
+
 def test_what_lies_otherwise_is_left_to_pytorch(launches: list[tuple[int, int, int]]) -> None:
     scores, sums = drawn((2, 2, 4, 64), "cpu")
     assert added(scores.transpose(0, 1), sums.transpose(0, 1), [False]) is None
