@@ -61,7 +61,7 @@ def test_a_layer_attends_and_holds_what_it_does_on_a_cpu(name: str, padded: bool
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", BY_POSITION)
 def test_attached_and_unattached_agree(name: str, dtype: torch.dtype) -> None:
-    model = tiny("llama", dtype).to(DEVICE)
+    model = copy.deepcopy(tiny("llama", dtype)).to(DEVICE)
     tokens = ids(200, batch=2).to(DEVICE)
     logits = []
     for attached in (False, True):
@@ -79,7 +79,7 @@ def test_attached_and_unattached_agree(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("name", ["logquant", "h2o", "zipcache", "streaming-llm"])
 def test_padded_generation_saving_and_beams(name: str, tmp_path: Path) -> None:
-    model = tiny("llama").to(DEVICE)
+    model = copy.deepcopy(tiny("llama")).to(DEVICE)
     tokens, mask = ids(150, batch=2).to(DEVICE), torch.ones(2, 150, dtype=torch.long, device=DEVICE)
     mask[1, :60] = 0
     with attach(model):
@@ -98,7 +98,7 @@ def test_padded_generation_saving_and_beams(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("padded", [False, True], ids=["even", "padded"])
 @pytest.mark.parametrize("name", DISTINCT)
 def test_a_decode_step_waits_for_nothing(name: str, padded: bool) -> None:
-    model = tiny("llama", torch.bfloat16).to(DEVICE)
+    model = copy.deepcopy(tiny("llama", torch.bfloat16)).to(DEVICE)
     mask = torch.ones(2, 200, dtype=torch.long, device=DEVICE)
     mask[1, :60] = not padded
     tokens = ids(300, batch=2).to(DEVICE)
