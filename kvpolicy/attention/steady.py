@@ -21,7 +21,7 @@ from kvpolicy.storage.affine import AffineStore
 from kvpolicy.storage.clock import Clock
 from kvpolicy.storage.read import parts_read, words_of
 
-__all__ = ["Known", "asked_of", "computed_first", "known_of", "note"]
+__all__ = ["Known", "asked_of", "computed_first", "known_of", "note", "stood_of"]
 
 
 class Known(NamedTuple):

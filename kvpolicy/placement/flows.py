@@ -31,9 +31,8 @@ NOTHING = Flow(NONE, NONE)
 
 
 class Ahead(NamedTuple):
-    """What enters each tier, the last included, while the tokens after the first `start` come, up to `stop`."""
+    """What enters each tier, the last included, with the tokens to come, until `stop` have."""
 
-    start: int
     stop: int
     prompt: int | None
     """What policies were told of the prompt."""
@@ -79,7 +78,7 @@ def _flows(
     for policy, held in zip(policies, tiers, strict=False):
         assert policy is not None
         flows.append(_leaving(policy, held, flows[-1], start, stop, prompt))
-    return Ahead(start, stop, prompt, tuple(flows), tuple([flow.events.tolist() for flow in flows]))
+    return Ahead(stop, prompt, tuple(flows), tuple([flow.events.tolist() for flow in flows]))
 
 
 def _leaving(policy: Policy, held: Ints, flow: Flow, start: int, stop: int, prompt: int | None) -> Flow:

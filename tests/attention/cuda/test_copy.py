@@ -7,22 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from kernel_on_cpu import COMPILER, kernel_of, launch
+from kernel_on_cpu import kernel_of, launch
+from kernels import DEVICES
 from torch import Tensor
 
 from kvpolicy.attention.cuda import copy as module
-from kvpolicy.attention.cuda.compile import missing
 from kvpolicy.attention.cuda.copy import PIECES, copy, shift
 from kvpolicy.storage import later
 from kvpolicy.storage.later import append_all
 from kvpolicy.storage.pages import Leaving, Pages
-
-absent = "no CUDA device" if not torch.cuda.is_available() else missing()
-on_gpu = pytest.mark.skipif(absent is not None, reason=f"the kernels can't run: {absent}")
-DEVICES = [
-    pytest.param("cpu", marks=pytest.mark.skipif(COMPILER is None, reason="no g++")),
-    pytest.param("cuda", marks=on_gpu),
-]
 
 
 @pytest.fixture

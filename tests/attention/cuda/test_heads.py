@@ -2,43 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
-from kernel_on_cpu import COMPILER, kernel_of, launch
+from kernels import DEVICES, Grids, grids_of
 from torch import Tensor
 
 from kvpolicy.attention.cuda import heads as module
 from kvpolicy.attention.cuda.again import watch
-from kvpolicy.attention.cuda.compile import missing
 from kvpolicy.attention.cuda.heads import added
 from kvpolicy.interfaces.scores import Scores
 from kvpolicy.placement.attention_scores import Counted, Observer
 
-absent = "no CUDA device" if not torch.cuda.is_available() else missing()
-on_gpu = pytest.mark.skipif(absent is not None, reason=f"the kernels can't run: {absent}")
-DEVICES = [
-    pytest.param("cpu", marks=pytest.mark.skipif(COMPILER is None, reason="no g++")),
-    pytest.param("cuda", marks=on_gpu),
-]
-
 
 @pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
+def launches(monkeypatch: pytest.MonkeyPatch) -> Grids:
     """The grid of each launch; on a CPU the kernel's source is run."""
-    found: list[tuple[int, int, int]] = []
-    load, run = cast("Callable[..., Any]", module.kernel_of), cast("Callable[..., Any]", module.launch)
-
-    def noted(kernel: Any, arguments: Any, grid: tuple[int, int, int], device: int) -> None:
-        found.append(grid)
-        (launch if device < 0 else run)(kernel, arguments, grid, device)
-
-    monkeypatch.setattr(module, "kernel_of", lambda source, at: (kernel_of if at < 0 else load)(source, at))
-    monkeypatch.setattr(module, "launch", noted)
-    monkeypatch.setattr(module, "_on_card", lambda x: True)
-    return found
+    return grids_of(module, monkeypatch)
 
 
 def drawn(shape: tuple[int, ...], device: str) -> tuple[Tensor, Tensor]:
@@ -58,9 +39,7 @@ def same(found: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("columns", [1, 127, 513, 1640])
 @pytest.mark.parametrize("groups", [1, 2, 3, 4, 7, 8])
-def test_weights_are_added_up_as_pytorch_does(
-    groups: int, columns: int, device: str, launches: list[tuple[int, int, int]]
-) -> None:
+def test_weights_are_added_up_as_pytorch_does(groups: int, columns: int, device: str, launches: Grids) -> None:
     for batch, kv_heads in ((1, 1), (3, 2)):
         scores, sums = drawn((batch, kv_heads, groups, columns), device)
         weights = torch.sub(scores, sums).exp2_().unsqueeze(3)
@@ -86,7 +65,7 @@ def test_the_kernel_is_loaded_where_there_is_one(why: str | None, monkeypatch: p
     assert found == ([1] if why is None else [])
 
 
-def test_what_lies_otherwise_is_left_to_pytorch(launches: list[tuple[int, int, int]]) -> None:
+def test_what_lies_otherwise_is_left_to_pytorch(launches: Grids) -> None:
     scores, sums = drawn((2, 2, 4, 64), "cpu")
     assert added(scores.transpose(0, 1), sums.transpose(0, 1), [False]) is None
     assert added(scores[..., :32], sums, [False]) is None
@@ -97,7 +76,7 @@ def test_what_lies_otherwise_is_left_to_pytorch(launches: list[tuple[int, int, i
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("by", ["sum", "mean", "max", "shared"])
 def test_observers_know_what_they_would_of_the_weights(
-    by: str, device: str, launches: list[tuple[int, int, int]], monkeypatch: pytest.MonkeyPatch
+    by: str, device: str, launches: Grids, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     heads = "sum" if by == "shared" else by
     kinds = [Scores(heads=heads), Scores(heads="sum", queries="last")]  # type: ignore[arg-type]

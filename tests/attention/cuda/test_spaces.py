@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import product
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import pytest
 import torch
-from kernel_on_cpu import COMPILER, kernel_of, launch
+from kernels import DEVICES, Grids, grids_of, on_gpu
 from kvpolicy_hadamard import Hadamard
 from kvpolicy_scale import Scale
 from torch import Tensor
 
 from kvpolicy.attention.cuda import spaces as module
-from kvpolicy.attention.cuda.compile import missing
 from kvpolicy.attention.cuda.spaces import joined, mapped
 from kvpolicy.interfaces.site import Site
 from kvpolicy.interfaces.transform import Transform
 from kvpolicy.storage.chain import Chain
 from kvpolicy.storage.fused import divisors_of
 
-absent = "no CUDA device" if not torch.cuda.is_available() else missing()
-on_gpu = pytest.mark.skipif(absent is not None, reason=f"the kernels can't run: {absent}")
-DEVICES = [
-    pytest.param("cpu", marks=pytest.mark.skipif(COMPILER is None, reason="no g++")),
-    pytest.param("cuda", marks=on_gpu),
-]
 DTYPES = [torch.bfloat16, torch.float16]
-Launched = list[tuple[int, int, int]]
 
 
 class Named(Scale):
@@ -56,18 +47,9 @@ class Fitted(Scale):
 
 
 @pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> Launched:
+def launched(monkeypatch: pytest.MonkeyPatch) -> Grids:
     """The grid of each launch; on a CPU the kernel's source is run."""
-    found: Launched = []
-    load, run = cast("Callable[..., Any]", module.kernel_of), cast("Callable[..., Any]", module.launch)
-
-    def noted(kernel: Any, arguments: Any, grid: tuple[int, int, int], device: int) -> None:
-        found.append(grid)
-        (launch if device < 0 else run)(kernel, arguments, grid, device)
-
-    monkeypatch.setattr(module, "kernel_of", lambda source, at: (kernel_of if at < 0 else load)(source, at))
-    monkeypatch.setattr(module, "launch", noted)
-    monkeypatch.setattr(module, "_on_card", lambda x: True)
+    found = grids_of(module, monkeypatch)
     module._ready.cache_clear()
     yield found
     module._ready.cache_clear()
@@ -94,7 +76,7 @@ def same(found: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
-def test_spaces_are_joined_as_pytorch_does(dim: int, dtype: torch.dtype, device: str, launched: Launched) -> None:
+def test_spaces_are_joined_as_pytorch_does(dim: int, dtype: torch.dtype, device: str, launched: Grids) -> None:
     for which, (batch, kv_heads, queries), result in product(
         ([0, 1], [1], [0, 1, 1], [1, 1, 1], [0, 1, 1, 1]),
         ((1, 1, 1), (1, 8, 1), (3, 2, 1), (2, 4, 5)),
@@ -116,7 +98,7 @@ def test_spaces_are_joined_as_pytorch_does(dim: int, dtype: torch.dtype, device:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kept", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_divisors_of_any_type(kept: torch.dtype, device: str, launched: Launched) -> None:
+def test_divisors_of_any_type(kept: torch.dtype, device: str, launched: Grids) -> None:
     x = numbers((2, 2, 1, 4, 64), torch.float32, device)
     chains = [None, chain_of((2, 2), 64, kept, device)]
     same(joined(x, chains, 2, torch.bfloat16), module._by_pytorch(x, chains, 2).bfloat16())
@@ -126,7 +108,7 @@ def test_divisors_of_any_type(kept: torch.dtype, device: str, launched: Launched
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dim", [64, 96, 128, 256])
-def test_queries_are_mapped_as_pytorch_does(dim: int, dtype: torch.dtype, device: str, launched: Launched) -> None:
+def test_queries_are_mapped_as_pytorch_does(dim: int, dtype: torch.dtype, device: str, launched: Grids) -> None:
     for batch, kv_heads, queries in ((1, 1, 1), (1, 8, 1), (3, 2, 4)):
         for lines in ((batch, kv_heads), (1, kv_heads), (1, 1)):
             chain = chain_of(lines, dim, dtype, device)
@@ -177,7 +159,7 @@ def test_a_graph_reads_what_its_twins_took_last() -> None:
     ids=str,
 )
 def test_transforms_that_do_more_than_divide_are_left_to_pytorch(
-    transforms: tuple[Transform, ...], served: bool, launched: Launched, monkeypatch: pytest.MonkeyPatch
+    transforms: tuple[Transform, ...], served: bool, launched: Grids, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "kernel_of", lambda source, device: None)
     monkeypatch.setattr(module, "launch", lambda kernel, arguments, grid, device: launched.append(grid))
@@ -192,7 +174,7 @@ def test_transforms_that_do_more_than_divide_are_left_to_pytorch(
         same(found, module._by_pytorch(x, [None, chain], 2).bfloat16())
 
 
-def test_of_several_spaces_all_must_divide(launched: Launched) -> None:
+def test_of_several_spaces_all_must_divide(launched: Grids) -> None:
     chains = [Chain((transform,), Site(side="values", kv_heads=2)) for transform in (Scale(), Hadamard())]
     for chain in chains:
         chain.forward(torch.randn(1, 2, 5, 64, dtype=torch.bfloat16), None)
@@ -210,7 +192,7 @@ def test_of_several_spaces_all_must_divide(launched: Launched) -> None:
     ],
     ids=["one for all channels", "float64", "types that differ"],
 )
-def test_divisors_of_another_kind_are_left_to_pytorch(kept: tuple[Tensor, ...], launched: Launched) -> None:
+def test_divisors_of_another_kind_are_left_to_pytorch(kept: tuple[Tensor, ...], launched: Grids) -> None:
     chains = [Chain((Scale(),), Site(side="values", kv_heads=2)) for _ in kept]
     for chain, divisors in zip(chains, kept, strict=True):
         chain.restore({"transforms.0.divisors": divisors})
